@@ -1,0 +1,46 @@
+# `make demo` and `make test` need only make and Python >= 3.11: they create the environment.
+
+VENV ?= .venv
+# The interpreter that creates the environment: the first of these that exists and is new enough.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
+	done)
+# How many test processes, which tests (`make test MARK="not slow"`), and the fixtures of `parity`.
+WORKERS ?= 2
+MARK ?=
+FIXTURES ?= fixtures
+
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format parity clean
+
+demo: $(INSTALLED)  ## Train a small K-Net on drawn pictures, evaluate it, draw what it sees.
+	rm -rf runs/demo
+	$(VENV)/bin/python train.py --config configs/shapes_panoptic.py --workdir runs/demo
+	$(VENV)/bin/python eval.py --workdir runs/demo
+
+test: $(INSTALLED)  ## Run the tests.
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "$(MARK)"
+
+lint: $(INSTALLED)  ## Check style.
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(INSTALLED)  ## Mend style.
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+parity: $(INSTALLED)  ## Compare with the PyTorch reference in both precisions: make parity FIXTURES=folder
+	$(VENV)/bin/python tests/parity.py --quiet $(FIXTURES)
+	$(VENV)/bin/python tests/parity.py --quiet --x64 $(FIXTURES)
+
+clean:  ## Remove caches and the demo's run; the environment stays.
+	rm -rf runs/demo .jax_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml
+	@test -x $(VENV)/bin/pip || test -n "$(PYTHON)" || { \
+		echo "No Python >= 3.11 found: install one, or name it with 'make PYTHON=/path/to/python'." >&2; exit 2; }
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
