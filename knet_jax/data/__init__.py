@@ -1,0 +1,1 @@
+"""Datasets, transforms and the loader: everything between files and batches, on the host."""

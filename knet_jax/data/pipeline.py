@@ -1,0 +1,294 @@
+"""From a config to batches: the only place that knows file formats.
+
+The order of a run is a function of the seed and of the number of examples seen: nothing else need
+be saved to go on exactly. Workers take whole batches in turn, so their number changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import logging
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+
+from knet_jax.data import batches, coco, records, sampler, shapes, splits
+from knet_jax.structs import EMPTY, Batch, Categories, PanopticMap
+
+LEAST_SEEN = 500
+"""A share of broken pictures is judged as if at least so many had been seen."""
+ENDLESS = 1 << 48
+"""More batches than any training takes."""
+
+log = logging.getLogger(__name__)
+
+
+def prepare(config_data, split: str) -> Path:
+    """Converts a split to ArrayRecord, unless that has been done, and prints what it holds.
+
+    A split that is interrupted half-way is never taken for whole: TFDS writes to a directory of
+    another name (test_killed_preparation_starts_anew).
+
+    Args:
+        config_data: `config.data`.
+        split: a name, or a slice of one.
+
+    Returns:
+        the directory of the prepared split.
+
+    Raises:
+        ValueError: the dataset cannot be found or understood.
+    """
+    name = splits.split_name(split)
+    builder_class, builder_config = _find_dataset(config_data, name)
+    data_dir = config_data.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    data_dir = Path(data_dir).expanduser()
+    version = str(builder_class.VERSION)
+    directory = data_dir / builder_class.name / builder_config.name / version
+    if directory.exists():
+        print(f"{name}: prepared already in {directory} (remove it to prepare anew)", flush=True)
+        return directory
+    try:
+        with _quiet():
+            builder = builder_class(config=builder_config, data_dir=data_dir)
+            builder.download_and_prepare(file_format="array_record")
+    except (OSError, RuntimeError) as error:  # array_record raises the latter on a full disk
+        if directory.exists():
+            # Another process has prepared the same split meanwhile.
+            return directory
+        raise ValueError(
+            f"config.data.data_dir: split '{name}' cannot be written to '{data_dir}': {error}"
+        ) from error
+    print(f"{name}: prepared in {directory}", flush=True)
+    print(records.describe(builder.info.metadata), flush=True)
+    return directory
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what TFDS says of downloads and configs; bars and what we log ourselves stay."""
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        return "tensorflow_datasets" not in Path(record.pathname).parts
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_ours)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.removeFilter(is_ours)
+
+
+def _find_dataset(
+    config_data, name: str
+) -> tuple[type[records.RecordBuilder], records.SplitConfig]:
+    if config_data.dataset == "coco":
+        return coco.Coco, coco.split_config(config_data.root, name)
+    if config_data.dataset == "shapes":
+        counts = {
+            splits.split_name(config_data.val_split): config_data.num_val,
+            splits.split_name(config_data.train_split): config_data.num_train,
+        }
+        if name not in counts:
+            raise ValueError(f"config.data: split '{name}' must be one of {sorted(counts)}")
+        return shapes.Shapes, shapes.split_config(name, counts[name], config_data.image_side)
+    raise ValueError(f"config.data.dataset '{config_data.dataset}' must be 'coco' or 'shapes'")
+
+
+def load_split(config_data, split: str) -> splits.Split:
+    """Opens a split, prepared if need be. Raises ValueError as `prepare` does."""
+    return splits.Split(prepare(config_data, split), split)
+
+
+def check_same_categories(train: Categories, val: Categories) -> None:
+    """Raises ValueError where two splits differ in their classes."""
+    if train != val:
+        pairs = itertools.zip_longest(zip(*train[:2]), zip(*val[:2]))
+        first = next(((a, b) for a, b in pairs if a != b), (train.num_things, val.num_things))
+        raise ValueError(
+            "config.data.root: the annotations of config.data.train_split and "
+            f"config.data.val_split list different categories, first {first[0]} and {first[1]}"
+        )
+
+
+def steps_per_epoch(split: splits.Split, batch_size: int) -> int:
+    """How many training batches show every picture of a split once."""
+    groups = sampler.orientation_groups(split.sizes)
+    return sampler.EpochSampler(groups, batch_size, seed=0).batches_per_epoch
+
+
+def train_batches(
+    split: splits.Split,
+    config_data,
+    batch_size: int,
+    seed: int,
+    start: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[tuple[Batch, tuple[str, ...]]]:
+    """Batches without end, augmented, each of one orientation.
+
+    Args:
+        split: what to train on.
+        config_data: `config.data`.
+        batch_size: of all processes together.
+        seed: of order and augmentation.
+        start: how many examples (of all processes) have been seen before.
+        process_index: which rows of every batch are wanted.
+        process_count: how many processes share a batch.
+
+    Yields:
+        (batch with batch_size / process_count rows, names of the files that were broken and
+        replaced in it).
+
+    Raises:
+        ValueError: the sizes do not agree, or too many pictures are broken.
+    """
+    recipe = batches.make_recipe(config_data)
+    rows = _process_rows(batch_size, process_index, process_count)
+    if start % batch_size:
+        raise ValueError(
+            f"{start} examples have been seen, which config.train.batch_size {batch_size} does not "
+            "divide: only such a batch size can go on from here"
+        )
+    if seed < 0:
+        raise ValueError(f"config.seed {seed} must not be negative")
+    crowded = int(np.sum(split.num_things > recipe.max_things))
+    if crowded:
+        log.warning(
+            "%d of %d pictures have more than config.data.max_things = %d things (up to %d): "
+            "the largest stay",
+            crowded,
+            len(split),
+            recipe.max_things,
+            split.num_things.max(),
+        )
+    epochs = sampler.EpochSampler(sampler.orientation_groups(split.sizes), batch_size, seed)
+    make = functools.partial(batches.train_batch, split, recipe, epochs, rows)
+    dataset = grain.MapDataset.range(start // batch_size, ENDLESS).map(make)
+    results = _results(dataset, recipe, rows)
+    return ((batch, tuple(f.file_name for f in failures)) for batch, _, failures in results)
+
+
+def eval_batches(
+    split: splits.Split,
+    config_data,
+    batch_size: int,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[tuple[Batch, list[tuple[int, PanopticMap]]]]:
+    """Every picture once, not augmented, landscape first, then portrait.
+
+    The last batch of an orientation is filled up with empty images, id `EMPTY`; a broken picture
+    becomes one, too.
+
+    Args:
+        split: what to evaluate on.
+        config_data: `config.data`.
+        batch_size: of all processes together.
+        limit: only the first so many pictures of the split.
+        process_index: which rows of every batch are wanted.
+        process_count: how many processes share a batch.
+
+    Yields:
+        (batch with batch_size / process_count rows, [(id, truth at original size)] of the images
+        that are not empty).
+
+    Raises:
+        ValueError: the sizes do not agree, or too many pictures are broken.
+    """
+    recipe = batches.make_recipe(config_data)
+    rows = _process_rows(batch_size, process_index, process_count)
+    chunks = []
+    for number, group in enumerate(sampler.orientation_groups(split.sizes[:limit])):
+        padded = np.pad(group, (0, -len(group) % batch_size), constant_values=EMPTY)
+        chunks += [(number, chunk[rows]) for chunk in padded.reshape(-1, batch_size)]
+    make = functools.partial(batches.eval_batch, split, recipe)
+    results = _results(grain.MapDataset.source(chunks).map(make), recipe, rows)
+    # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
+    # may be kept for long. (A pipe is no way out: Grain waits 25 s for a worker that is stopped
+    # while it writes something large.)
+    return (
+        (batch, [(id, truth._replace(ids=np.array(truth.ids))) for id, truth in truths])
+        for batch, truths, _ in results
+    )
+
+
+def _process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"config.train.batch_size {batch_size} must be a multiple of the "
+            f"{process_count} processes"
+        )
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def _results(
+    dataset: grain.MapDataset, recipe: batches.Recipe, rows: slice
+) -> Iterator[tuple[Batch, list, list[batches.Failure]]]:
+    """Computes the elements of a dataset in the workers, in order, and watches for failures."""
+    if not flags.FLAGS.is_parsed():
+        # Grain reads flags of its own; without absl's `app.run` nobody has parsed them.
+        flags.FLAGS.mark_as_parsed()
+    # Grain's default would hold 500 batches.
+    _check_shared_memory(recipe, rows)
+    elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    workers = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
+    iterator = iter(elements.mp_prefetch(workers, worker_init_fn=_start_worker))
+    seen, broken, named = 0, 0, set()
+    try:
+        for batch, truths, failures in iterator:
+            seen += int(np.sum(batch.id != EMPTY)) + len(failures)
+            broken += len(failures)
+            for failure in failures:
+                if failure.file_name not in named:
+                    named.add(failure.file_name)
+                    log.warning("broken picture %s: %s", failure.file_name, failure.reason)
+            if broken > recipe.max_broken_share * max(seen, LEAST_SEEN):
+                raise ValueError(
+                    f"{broken} of {seen} pictures are broken, more than "
+                    f"config.data.max_broken_share = {recipe.max_broken_share} allows: "
+                    + ", ".join(sorted(named)[:10])
+                )
+            yield batch, truths, failures
+    finally:
+        iterator.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    del index, count
+    # The workers are the parallelism.
+    cv2.setNumThreads(0)
+    # Schedulers and terminals signal the whole group; the parent decides when workers end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _check_shared_memory(recipe: batches.Recipe, rows: slice) -> None:
+    """Raises ValueError where the workers' pictures would not fit; Linux would kill them."""
+    folder = Path("/dev/shm")
+    if not recipe.num_workers or not folder.is_dir():
+        return
+    # Each worker fills one batch while another waits; two more are in use at the other end.
+    held = 2 * recipe.num_workers + 2
+    needed = held * (rows.stop - rows.start) * math.prod(recipe.canvas) * 3
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"config.data.num_workers {recipe.num_workers} need {needed >> 20} MiB in {folder}, "
+            f"which has {free >> 20} MiB free: enlarge it (docker run --shm-size), or set 0 workers"
+        )

@@ -1,0 +1,227 @@
+"""An embedded dataset: overlapping things on textured stuff, drawn from a seed (the
+split's name and the picture's position).
+
+Five thing classes differ in outline and mostly in hue, four stuff classes in texture. Pictures have
+different sizes and orientations; some have no things, some a crowd of tiny ones, some a void patch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+
+from knet_jax.data import records, transforms
+from knet_jax.structs import Categories
+
+THINGS = ("circle", "square", "triangle", "star", "cross")
+STUFF = ("stripes", "checks", "dots", "noise")
+CATEGORIES = Categories(
+    names=THINGS + STUFF,
+    dataset_ids=tuple(range(1, len(THINGS) + len(STUFF) + 1)),
+    num_things=len(THINGS),
+)
+MAX_THINGS = 6
+RADII = (11, 24)
+"""Pixels from the centre of a thing to its farthest point."""
+LEAST_VISIBLE = 0.4
+"""The share of a thing that later things leave uncovered."""
+LEAST_SIDE = 48
+"""Pixels below which things do not fit."""
+WITHOUT_THINGS, WITH_CROWD, WITH_VOID = 0.1, 0.1, 0.2
+"""The shares of such pictures."""
+
+
+@dataclasses.dataclass
+class ShapesConfig(records.SplitConfig):
+    """How much is drawn."""
+
+    num_images: int = 0
+    image_side: tuple[int, int] = (0, 0)
+    """Least and greatest length of either side, in pixels."""
+
+
+class Shapes(records.RecordBuilder, skip_registration=True):
+    """Writes a split of drawn pictures."""
+
+    name = "shapes"
+    # To be raised when pictures are drawn in another way, lest old ones be taken for new.
+    VERSION = tfds.core.Version("1.0.0")
+
+    def examples(self) -> records.Examples:
+        """See the base class."""
+        config = self.builder_config
+        drawn = (draw(config.split, i, config.image_side) for i in range(config.num_images))
+        return records.Examples(CATEGORIES, config.num_images, drawn, problems=())
+
+
+def split_config(split: str, num_images: int, image_side: Sequence[int]) -> ShapesConfig:
+    """The config of a split, named after everything it depends on.
+
+    Raises:
+        ValueError: no pictures, or sides that are too small or no range.
+    """
+    low, high = image_side
+    if num_images < 1:
+        raise ValueError(f"config.data.num_train and num_val must be positive, got {num_images}")
+    if not LEAST_SIDE <= low <= high:
+        raise ValueError(
+            f"config.data.image_side must be (least, greatest) of at least {LEAST_SIDE}, "
+            f"got ({low}, {high})"
+        )
+    return ShapesConfig(
+        name=f"{split}-{num_images}-{low}-{high}",
+        split=split,
+        num_images=num_images,
+        image_side=(low, high),
+    )
+
+
+def draw(split: str, index: int, image_side: tuple[int, int]) -> records.Record:
+    """Draws a picture; the same arguments give the same record."""
+    rng = np.random.default_rng((zlib.crc32(split.encode()), index))
+    height, width = (int(side) for side in rng.integers(*image_side, size=2, endpoint=True))
+    image, slots, labels = _draw_stuff(rng, height, width)
+    crowds = set()
+    if rng.random() >= WITHOUT_THINGS:
+        if rng.random() < WITH_CROWD:
+            crowds.add(len(labels))
+            _draw_crowd(rng, image, slots, labels)
+        for _ in range(rng.integers(1, MAX_THINGS, endpoint=True)):
+            _draw_thing(rng, image, slots, labels)
+    if rng.random() < WITH_VOID:
+        _draw_void(rng, image, slots)
+    noisy = image + rng.normal(0, 6, image.shape)
+    image = np.clip(cv2.GaussianBlur(noisy, (3, 3), 0.6), 0, 255).astype(np.uint8)
+
+    areas = np.bincount(slots.ravel(), minlength=len(labels))
+    # Any distinct ids would do; random ones use all three channels of the PNG.
+    ids = rng.choice(np.arange(1, 1 << 24, 997), len(labels), replace=False)
+    ids[0] = 0
+    return records.Record(
+        image=_encode(image),
+        image_id=index,
+        file_name=f"{split}_{index:06d}.png",
+        panoptic=_encode(transforms.segment_colors(ids[slots])),
+        size=(height, width),
+        segments=tuple(
+            records.RecordSegment(int(ids[slot]), labels[slot], slot in crowds, int(areas[slot]))
+            for slot in range(1, len(labels))
+            if areas[slot]
+        ),
+    )
+
+
+def _encode(rgb: np.ndarray) -> bytes:
+    return cv2.imencode(".png", rgb[..., ::-1])[1].tobytes()
+
+
+# While a picture grows, `slots` holds at each pixel a position in `labels`; position 0 is void.
+
+
+def _draw_stuff(
+    rng: np.random.Generator, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Fills a picture with two or three textured regions around random centres."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    count = int(rng.integers(2, 3, endpoint=True))
+    kinds = rng.choice(len(STUFF), count, replace=False)
+    centers = rng.random((count, 2)) * (height, width)
+    bend = 6 * np.sin(x / rng.uniform(8, 20)) + 6 * np.sin(y / rng.uniform(8, 20))
+    distances = [np.hypot(y - cy, x - cx) + bend * i for i, (cy, cx) in enumerate(centers)]
+    slots = 1 + np.argmin(distances, axis=0)
+    image = np.zeros((height, width, 3), np.float32)
+    for slot, kind in enumerate(kinds, start=1):
+        dark, bright = rng.uniform(50, 100), rng.uniform(150, 210)
+        tint = rng.uniform(0.85, 1, 3)
+        value = dark + (bright - dark) * _texture(rng, STUFF[kind], y, x)
+        image[slots == slot] = (value[..., None] * tint)[slots == slot]
+    return image, slots, [-1, *(len(THINGS) + int(kind) for kind in kinds)]
+
+
+def _texture(rng: np.random.Generator, kind: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Brightness in [0, 1] of a pattern of random direction and period."""
+    angle, period = rng.uniform(0, np.pi), rng.uniform(7, 11)
+    u = 2 * np.pi / period * (np.cos(angle) * x + np.sin(angle) * y)
+    v = 2 * np.pi / period * (np.cos(angle) * y - np.sin(angle) * x)
+    if kind == "stripes":
+        return (np.sin(u) > 0).astype(np.float32)
+    if kind == "checks":
+        return (np.sin(u / 1.3) * np.sin(v / 1.3) > 0).astype(np.float32)
+    if kind == "dots":
+        return (np.cos(u) + np.cos(v) > 0.9).astype(np.float32)
+    return rng.random(x.shape, np.float32)
+
+
+def _outline(rng: np.random.Generator, kind: str, radius: float) -> np.ndarray:
+    """Corners of a thing around the origin, float [p, 2], at a random rotation."""
+    if kind == "cross":
+        t = radius * 0.3
+        r = np.sqrt(radius**2 - t**2)
+        corners = [(t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t)]
+        corners += [(-x, -y) for x, y in corners]
+        corners = np.array(corners)
+        angles, radii = np.arctan2(corners[:, 1], corners[:, 0]), np.hypot(*corners.T)
+    else:
+        points = {"circle": 48, "square": 4, "triangle": 3, "star": 10}[kind]
+        angles = 2 * np.pi * np.arange(points) / points
+        radii = np.full(points, float(radius))
+        if kind == "star":
+            radii[1::2] *= 0.42
+    angles = angles + rng.uniform(0, 2 * np.pi)
+    return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], -1)
+
+
+def _color(rng: np.random.Generator, label: int) -> np.ndarray:
+    """A saturated color whose hue hints at the class."""
+    hue = (label * 180 / len(THINGS) + rng.uniform(-9, 9)) % 180
+    hsv = np.array([[[hue, rng.uniform(150, 255), rng.uniform(140, 255)]]], np.uint8)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
+
+
+def _fill(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(shape, np.uint8)
+    cv2.fillPoly(mask, [np.rint(corners).astype(np.int32)], 1)
+    return mask.astype(bool)
+
+
+def _draw_thing(rng, image: np.ndarray, slots: np.ndarray, labels: list[int]) -> None:
+    """Draws a thing over what there is, unless that would hide another one too much."""
+    label = int(rng.integers(len(THINGS)))
+    outline = _outline(rng, THINGS[label], rng.uniform(*RADII))
+    mask = _fill(outline + rng.random(2) * slots.shape[::-1], slots.shape)
+    before = np.bincount(slots.ravel(), minlength=len(labels))
+    after = np.bincount(slots[~mask], minlength=len(labels))
+    if mask.sum() < LEAST_VISIBLE * _full_area(outline) or np.any(after < LEAST_VISIBLE * before):
+        return
+    image[mask] = _color(rng, label) * rng.uniform(0.85, 1.0)
+    slots[mask] = len(labels)
+    labels.append(label)
+
+
+def _full_area(outline: np.ndarray) -> float:
+    return cv2.contourArea(outline.astype(np.float32))
+
+
+def _draw_crowd(rng, image: np.ndarray, slots: np.ndarray, labels: list[int]) -> None:
+    """Draws a cluster of tiny things of one class as a single segment."""
+    label = int(rng.integers(len(THINGS)))
+    center = rng.uniform(0.3, 0.7, 2) * slots.shape[::-1]
+    for _ in range(12):
+        outline = _outline(rng, THINGS[label], 4)
+        mask = _fill(outline + center + rng.uniform(-14, 14, 2), slots.shape)
+        image[mask] = _color(rng, label)
+        slots[mask] = len(labels)
+    labels.append(label)
+
+
+def _draw_void(rng, image: np.ndarray, slots: np.ndarray) -> None:
+    """Covers a small rectangle by a flat grey that belongs to nothing."""
+    height, width = rng.integers(6, 14, 2)
+    top, left = rng.integers(slots.shape[0] - height), rng.integers(slots.shape[1] - width)
+    image[top : top + height, left : left + width] = 128
+    slots[top : top + height, left : left + width] = 0

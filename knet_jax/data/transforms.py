@@ -1,0 +1,192 @@
+"""Pixels on the host: decoding, resizing, flipping, and sampling of segment ids. numpy and cv2 only."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image
+
+TARGET_STRIDE = 4
+NUM_IDS = 1 << 24
+"""How many ids three bytes can tell apart, void included."""
+
+
+def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Decodes a picture of any kind that cv2 reads: grey, CMYK, 16 bits, alpha, palette.
+
+    A picture is turned as its EXIF orientation says, as the reference does, unless only the
+    unturned one has the size of the annotation (test_exif_follows_the_annotation).
+
+    Args:
+        data: encoded picture.
+        size: height and width of its annotation.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        ValueError: the picture is damaged, or of another size.
+    """
+    if _may_be_truncated(data):
+        # cv2 would fill up with grey; Pillow refuses to.
+        try:
+            Image.open(io.BytesIO(data)).load()
+        except (OSError, SyntaxError) as error:
+            raise ValueError("the picture is truncated") from error
+    image = _decode(data, cv2.IMREAD_COLOR_RGB)
+    if image.shape[:2] == (size[1], size[0]) != tuple(size):
+        image = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    _check_size(image, size)
+    return image
+
+
+def load_panoptic(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Decodes a panoptic PNG; its pixels stand for ids, see `segment_ids`.
+
+    Args:
+        data: encoded PNG.
+        size: expected height and width.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        ValueError: the PNG is damaged, or of another size.
+    """
+    rgb = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    _check_size(rgb, size)
+    return rgb
+
+
+def segment_ids(rgb: np.ndarray) -> np.ndarray:
+    """R + 256 G + 65536 B of a uint8 [h, w, 3] array, int32 [h, w]."""
+    if not rgb.size:
+        # Nothing is sampled of a picture that is one pixel wide. cv2 refuses empty arrays.
+        return np.zeros(rgb.shape[:2], np.int32)
+    # Four bytes, the last one 255, read as one little-endian number.
+    rgba = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA)
+    return rgba.view("<i4")[..., 0] & (NUM_IDS - 1)
+
+
+def segment_colors(ids: np.ndarray) -> np.ndarray:
+    """The inverse of `segment_ids`: uint8 [..., 3], RGB."""
+    return np.stack([ids & 255, (ids >> 8) & 255, (ids >> 16) & 255], -1).astype(np.uint8)
+
+
+def _decode(data: bytes, flags: int) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise ValueError("cannot be decoded")
+    return image
+
+
+def _may_be_truncated(data: bytes) -> bool:
+    """Whether a JPEG's last scan has no end marker. Neither marker can occur within a scan, but
+    both can in what some cameras append."""
+    return data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+
+
+def _check_size(image: np.ndarray, size: tuple[int, int]) -> None:
+    if image.shape[:2] != tuple(size):
+        raise ValueError(
+            f"is {image.shape[1]}x{image.shape[0]} where {size[1]}x{size[0]} is expected"
+        )
+
+
+def resized_size(size: tuple[int, int], short_side: float, long_side: float) -> tuple[int, int]:
+    """Height and width after the largest resize that keeps the aspect and both limits.
+
+    As the reference: `int(side · factor + 0.5)`; a side never gets shorter than a pixel.
+    """
+    factor = min(long_side / max(size), short_side / min(size))
+    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
+
+
+def place_image(image: np.ndarray, size: tuple[int, int], flip: bool, canvas: np.ndarray) -> None:
+    """Resizes (bilinear) and flips a picture into the top left corner of a canvas.
+
+    Args:
+        image: uint8 [h, w, 3].
+        size: height and width after the resize.
+        flip: whether to mirror left and right.
+        canvas: uint8 [H, W, 3], written in place; beyond `size` it stays as it is.
+    """
+    target = canvas[: size[0], : size[1]]
+    resized = cv2.resize(image, (size[1], size[0]), dst=None if flip else target)
+    if flip:
+        cv2.flip(resized, 1, dst=target)
+
+
+def sampled_positions(length: int, limit: int) -> np.ndarray:
+    """Rows (or columns) of a canvas that stride-4 targets average, cut off at a limit.
+
+    Shrinking to a quarter by bilinear interpolation without antialiasing takes the mean of the
+    pixels 4i + 1 and 4i + 2 along each axis.
+
+    Args:
+        length: rows of the canvas, a multiple of 4.
+        limit: rows of the picture in it.
+
+    Returns:
+        int [p], p <= length / 2: 1, 2, 5, 6, 9, 10, … below `limit`.
+    """
+    positions = np.arange(length // 2)
+    positions = positions // 2 * TARGET_STRIDE + 1 + positions % 2
+    return positions[positions < limit]
+
+
+def sample_segments(
+    panoptic: np.ndarray,
+    size: tuple[int, int],
+    flip: bool,
+    canvas: tuple[int, int],
+    ids: Sequence[int],
+    values: Sequence[int],
+    dtype: np.dtype,
+) -> np.ndarray:
+    """The segments at the pixels that stride-4 targets average, without resizing any map.
+
+    Equals a centre-aligned nearest resize of the whole map to `size`, a flip, a padding to
+    `canvas` and a choice of rows and columns {4i + 1, 4i + 2}, but reads only the pixels that are
+    chosen (test_sampling_equals_resizing_everything).
+
+    Args:
+        panoptic: uint8 [h, w, 3], ids as colors.
+        size: height and width after the resize.
+        flip: whether to mirror left and right.
+        canvas: height and width of the padded picture, multiples of 4.
+        ids: ids of the segments to keep.
+        values: what stands for each of them in the result.
+        dtype: of the result.
+
+    Returns:
+        [canvas height / 2, canvas width / 2]: `values`, 0 for everything else.
+    """
+    rows = sampled_positions(canvas[0], size[0])
+    columns = sampled_positions(canvas[1], size[1])
+    unflipped = size[1] - 1 - columns if flip else columns
+    source_rows = _nearest(rows, size[0], panoptic.shape[0])
+    source_columns = _nearest(unflipped, size[1], panoptic.shape[1])
+    sampled = segment_ids(panoptic[source_rows].take(source_columns, axis=1))
+    segments = np.zeros((canvas[0] // 2, canvas[1] // 2), dtype)
+    segments[: len(rows), : len(columns)] = lookup(sampled, ids, np.asarray(values, dtype))
+    return segments
+
+
+def lookup(id_map: np.ndarray, ids: Sequence[int], values: np.ndarray) -> np.ndarray:
+    """Replaces ids by values, and every other id by 0; the result has the type of `values`."""
+    # A table of all ids costs nothing: only those of its pages that are touched ever exist.
+    table = np.zeros(NUM_IDS, values.dtype)
+    table[np.asarray(ids, np.int64)] = values
+    return table[id_map]
+
+
+def _nearest(positions: np.ndarray, resized: int, original: int) -> np.ndarray:
+    """floor((x + 1/2) · original / resized) in whole numbers."""
+    return (2 * positions + 1) * original // (2 * resized)
