@@ -1,0 +1,124 @@
+"""Panoptic K-Net on COCO: ResNet-50, 1x schedule, the published recipe (PQ 44.3 on val)."""
+
+from ml_collections import ConfigDict
+
+NUM_IMAGES = 118_287  # train2017
+BATCH = 16  # a step is 16 images: 12 x 118 287 / 16 = 88 715 steps
+EPOCH = NUM_IMAGES // BATCH  # 7392 steps
+
+
+def get_config() -> ConfigDict:
+    """The 1x recipe."""
+    return ConfigDict(
+        {
+            "task": "panoptic",
+            "seed": 0,
+            # Of matrix products: float32 is exact, tensorfloat32 much faster on recent GPUs.
+            "precision": "float32",
+            # npz or safetensors of the backbone in torchvision's names; "" starts from scratch.
+            "init_weights": "",
+            "model": {
+                "num_proposals": 100,  # kernels: 100 proposals + 53 stuff = 153
+                "num_things": 80,  # classes: 80 + 53 = 133
+                "num_stuff": 53,
+                "num_stages": 3,
+                "channels": 256,
+                "num_heads": 8,  # 256 / 8 = 32 channels a head
+                "ffn_channels": 2048,
+                "dtype": "float32",
+                "backbone": {
+                    "depths": (3, 4, 6, 3),
+                    "width": 64,
+                    "norm": "frozen_batch",
+                    "frozen_stages": 1,  # with the stem; the group `frozen` below says the same
+                },
+            },
+            "data": {
+                "dataset": "coco",
+                "root": "data/coco",  # holds train2017/, val2017/, annotations/
+                "data_dir": "",  # of the prepared records; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
+                "train_split": "train",
+                "val_split": "val",
+                "canvas": (800, 1344),  # 1333 up to a multiple of 32; portrait is 1344 x 800
+                "short_side": (800, 800),
+                "long_side": 1333,
+                "flip": 0.5,
+                "max_things": 100,
+                "num_workers": 2,
+                "max_broken_share": 0.01,
+            },
+            # Weights of the loss terms; the first three also weigh the matching cost.
+            "loss": {"mask": 1.0, "dice": 4.0, "label": 2.0, "rank": 0.1, "dense": 1.0},
+            "optim": {
+                "lr": 1e-4,  # for a batch of 16; scale_lr makes it lr x batch_size / reference_batch
+                "scale_lr": False,
+                "reference_batch": BATCH,
+                "weight_decay": 0.05,  # norms and biases too
+                "clip_norm": 1.0,
+                "warmup_steps": 1000,  # from 1e-7 = 0.001 x 1e-4
+                "warmup_factor": 0.001,
+                "decay_at": (8, 11),  # steps 59 144 and 81 322: 1e-4, 1e-5, 1e-6
+                "decay_factor": 10.0,
+                "unit": "epoch",
+                # (name, parameters, learning rate factor, weight decay factor); 0 is frozen.
+                "groups": (
+                    ("frozen", r"backbone/(stem|layer1)_.*", 0.0, 0.0),
+                    ("backbone", r"backbone/.*", 0.25, 1.0),
+                    ("head", r".*", 1.0, 1.0),
+                ),
+            },
+            "train": {
+                "batch_size": BATCH,
+                "microbatch": 2,  # images that a device holds at a time; gradients are summed
+                "epochs": 12.0,
+                "steps": 0,  # instead of the epochs, if not 0
+                "log_every": 50,
+                "eval_every": EPOCH,
+                "checkpoint_every": 1000,
+                "keep": 3,
+            },
+            "eval": {
+                "batch_size": 8,
+                "instance_threshold": 0.3,  # least score of a thing
+                "overlap_threshold": 0.6,  # least share of a mask that others leave it
+                "num_pictures": 4,
+            },
+        }
+    )
+
+
+FROM_SCRATCH = (("all", r".*", 1.0, 1.0),)
+
+VARIANTS = {
+    # PQ 47.1. 12 passes over the set repeated three times, / 10 at passes 9 and 11, are 36 epochs,
+    # / 10 at 27 and 33: 36 x 118 287 / 16 = 266 146 steps.
+    "ms3x": {
+        "train.epochs": 36.0,
+        "optim.decay_at": (27, 33),
+        "data.short_side": (640, 800),
+    },
+    "r101": {"model.backbone.depths": (3, 4, 23, 3)},  # with ms3x PQ 48.4
+    "bf16": {"model.dtype": "bfloat16"},  # feature maps; parameters stay float32
+    # Twenty steps of everything on a laptop. 1 / 4 of the picture's side, 1 / 4 of the channels.
+    "tiny": {
+        "model.num_proposals": 20,
+        "model.channels": 64,
+        "model.ffn_channels": 128,
+        "model.backbone.depths": (1, 1, 1, 1),
+        "model.backbone.width": 16,
+        "model.backbone.norm": "group",
+        "model.backbone.frozen_stages": 0,
+        "optim.groups": FROM_SCRATCH,
+        "optim.warmup_steps": 5,
+        "data.canvas": (192, 320),
+        "data.short_side": (192, 192),
+        "data.long_side": 320,
+        "data.max_things": 20,
+        "data.num_workers": 0,
+        "train.batch_size": 2,
+        "train.steps": 20,
+        "train.log_every": 5,
+        "train.eval_every": 10,
+        "train.checkpoint_every": 10,
+    },
+}

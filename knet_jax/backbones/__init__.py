@@ -1,0 +1,1 @@
+"""Backbones: image -> four levels of features at strides 4, 8, 16, 32."""

@@ -1,0 +1,230 @@
+"""Parameters under the reference's names: one mapping, in both directions.
+
+The reference is the authors' PyTorch code on MMDetection 2; its backbones carry torchvision's
+names. A tensor of theirs belongs to exactly one of our arrays, or to three in the case of the
+packed query, key and value matrices of attention.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import load_file
+
+from knet_jax.configuration import one_line
+
+Variables = dict[str, Any]
+"""Flax variables: {"params": …, "batch_stats": …}."""
+
+# (pattern of our module path, their module). The first that matches the whole path wins.
+MODULES = (
+    (r"backbone/stem_conv", r"backbone.conv1"),
+    (r"backbone/stem_norm", r"backbone.bn1"),
+    (r"backbone/layer(\d)_block(\d+)/conv(\d)", r"backbone.layer\1.\2.conv\3"),
+    (r"backbone/layer(\d)_block(\d+)/norm(\d)", r"backbone.layer\1.\2.bn\3"),
+    (r"backbone/layer(\d)_block(\d+)/shortcut_conv", r"backbone.layer\1.\2.downsample.0"),
+    (r"backbone/layer(\d)_block(\d+)/shortcut_norm", r"backbone.layer\1.\2.downsample.1"),
+    (r"neck/fpn/lateral(\d)", r"neck.lateral_convs.\1.conv"),
+    (r"neck/fpn/output(\d)", r"neck.fpn_convs.\1.conv"),
+    (
+        r"neck/level(\d)_conv(\d)/(\w+)",
+        r"rpn_head.localization_fpn.convs_all_levels.\1.conv\2.\3",
+    ),
+    (r"neck/localization/(\w+)", r"rpn_head.localization_fpn.conv_pred.\1"),
+    (r"neck/semantic/(\w+)", r"rpn_head.localization_fpn.aux_convs.0.\1"),
+    (r"initial/localization/(\w+)", r"rpn_head.loc_convs.0.\1"),
+    (r"initial/semantic/(\w+)", r"rpn_head.seg_convs.0.\1"),
+    (r"initial/proposals", r"rpn_head.init_kernels"),
+    (r"initial/class", r"rpn_head.conv_seg"),
+    (r"(stage\d+)/transform", r"\1.feat_transform.conv"),
+    (r"(stage\d+)/update/from_pixels", r"\1.kernel_update_conv.dynamic_layer"),
+    (r"(stage\d+)/update/from_kernel", r"\1.kernel_update_conv.input_layer"),
+    (r"(stage\d+)/update/kernel_gate", r"\1.kernel_update_conv.input_gate"),
+    (r"(stage\d+)/update/kernel_gate_norm", r"\1.kernel_update_conv.input_norm_in"),
+    (r"(stage\d+)/update/kernel_norm", r"\1.kernel_update_conv.input_norm_out"),
+    (r"(stage\d+)/update/pixel_gate", r"\1.kernel_update_conv.update_gate"),
+    (r"(stage\d+)/update/pixel_gate_norm", r"\1.kernel_update_conv.norm_in"),
+    (r"(stage\d+)/update/pixel_norm", r"\1.kernel_update_conv.norm_out"),
+    (r"(stage\d+)/update/output", r"\1.kernel_update_conv.fc_layer"),
+    (r"(stage\d+)/update/output_norm", r"\1.kernel_update_conv.fc_norm"),
+    (r"(stage\d+)/interaction/attention/(query|key|value)", r"\1.attention.attn.in_proj"),
+    (r"(stage\d+)/interaction/attention/out", r"\1.attention.attn.out_proj"),
+    (r"(stage\d+)/interaction/attention_norm", r"\1.attention_norm"),
+    (r"(stage\d+)/interaction/ffn_hidden", r"\1.ffn.layers.0.0"),
+    (r"(stage\d+)/interaction/ffn_output", r"\1.ffn.layers.1"),
+    (r"(stage\d+)/interaction/ffn_norm", r"\1.ffn_norm"),
+    (r"(stage\d+)/class_head/hidden", r"\1.cls_fcs.0"),
+    (r"(stage\d+)/class_head/norm", r"\1.cls_fcs.1"),
+    (r"(stage\d+)/class_head/output", r"\1.fc_cls"),
+    (r"(stage\d+)/mask_head/hidden", r"\1.mask_fcs.0"),
+    (r"(stage\d+)/mask_head/norm", r"\1.mask_fcs.1"),
+    (r"(stage\d+)/mask_head/output", r"\1.fc_mask"),
+)
+
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+    "kernels": "weight",
+    "proposals": "weight",
+}
+
+PACKED = ("query", "key", "value")
+
+
+def reference_name(path: str) -> tuple[str, int | None]:
+    """The reference's tensor for one of our arrays, and the third of it that is meant, if packed.
+
+    Args:
+      path: of the array below "params" or "batch_stats", such as `stage1/class_head/norm/scale`.
+    """
+    module, _, leaf = path.rpartition("/")
+    # Four parameters belong to no submodule of ours: name them as if they did.
+    if leaf in ("class_kernels", "class_bias", "transform_kernel", "transform_bias"):
+        owner, leaf = leaf.split("_")
+        module = f"{module}/{owner}"
+    elif leaf == "proposals":
+        module = f"{module}/{leaf}"
+    leaf = LEAVES[leaf]
+
+    for pattern, theirs in MODULES:
+        match = re.fullmatch(pattern, module)
+        if match:
+            break
+    else:
+        raise ValueError(f"the reference has no name for the parameter {path}")
+    name = match.expand(theirs)
+    name = re.sub(r"^stage(\d+)", lambda m: f"roi_head.mask_head.{int(m[1]) - 1}", name)
+    name = re.sub(r"^(rpn_head\..*)\.norm$", r"\1.gn", name)
+    part = module.rpartition("/")[2]
+    if part in PACKED:
+        return f"{name}_{leaf}", PACKED.index(part)
+    return f"{name}.{leaf}", None
+
+
+def to_reference_layout(path: str, array: np.ndarray) -> np.ndarray:
+    """Our array as (its part of) the reference's tensor: outputs first, then inputs, then space."""
+    module, _, leaf = path.rpartition("/")
+    if leaf in ("proposals", "class_kernels"):  # [n, c]: the weight of a 1x1 convolution
+        return array[:, :, None, None]
+    if leaf == "transform_kernel":
+        return array.T[:, :, None, None]
+    if leaf != "kernel":
+        return array.reshape(-1)
+    if array.ndim == 4:
+        return array.transpose(3, 2, 0, 1)
+    if module.endswith("/out"):  # attention: [heads, width, c]
+        return array.reshape(-1, array.shape[-1]).T
+    return array.reshape(array.shape[0], -1).T
+
+
+def from_reference_layout(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `to_reference_layout` for an array of `shape`."""
+    if path.endswith("kernel"):
+        tensor = np.moveaxis(tensor, (0, 1), (-1, -2))
+    return np.ascontiguousarray(tensor.reshape(shape))
+
+
+def to_reference(variables: Variables) -> dict[str, np.ndarray]:
+    """Variables, or gradients of the same structure, as {the reference's name: tensor}."""
+    tensors: dict[str, Any] = {}
+    for key, array in traverse_util.flatten_dict(variables, sep="/").items():
+        path = key.partition("/")[2]
+        name, part = reference_name(path)
+        tensor = to_reference_layout(path, np.asarray(array))
+        if part is None:
+            tensors[name] = tensor
+        else:
+            tensors.setdefault(name, [None] * len(PACKED))[part] = tensor
+    return {k: np.concatenate(v) if isinstance(v, list) else v for k, v in tensors.items()}
+
+
+def from_reference(state: Mapping[str, np.ndarray], template: Variables) -> Variables:
+    """Variables from a state dict in the reference's names. Every tensor is used exactly once.
+
+    Args:
+      state: {name: tensor}; PyTorch's counters of batches are ignored.
+      template: variables of the network, arrays or shapes (`jax.eval_shape` of `init` will do).
+
+    Raises:
+      ValueError: a tensor is missing, of another shape, or belongs to nothing in the network.
+    """
+    unused = {name for name in state if not name.endswith("num_batches_tracked")}
+    flat = {}
+    for key, leaf in traverse_util.flatten_dict(template, sep="/").items():
+        path = key.partition("/")[2]
+        name, part = reference_name(path)
+        if name not in state:
+            raise ValueError(f"the weights have no tensor {name} (for {path})")
+        tensor = np.asarray(state[name])
+        expected = to_reference_layout(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
+        if part is not None:
+            expected = (len(PACKED) * expected[0], *expected[1:])
+        if tensor.shape != expected:
+            raise ValueError(
+                f"the tensor {name} has shape {list(tensor.shape)}; "
+                f"the network needs {list(expected)} (for {path})"
+            )
+        if part is not None:
+            tensor = np.split(tensor, len(PACKED))[part]
+        flat[key] = from_reference_layout(path, tensor, leaf.shape)
+        unused.discard(name)
+    if unused:
+        raise ValueError(
+            f"the network has no place for {len(unused)} tensors of the weights: "
+            f"{', '.join(sorted(unused)[:5])}{', …' if len(unused) > 5 else ''}"
+        )
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz or safetensors file by name.
+
+    Raises:
+      ValueError: there is no such file, or it is of another kind, or broken.
+    """
+    path = Path(path)
+    readers = {
+        ".npz": lambda: dict(np.load(path, allow_pickle=False)),
+        ".safetensors": lambda: load_file(path),
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"accepted are {' and '.join(readers)} files")
+    if not path.is_file():
+        raise ValueError("there is no such file")
+    try:
+        return readers[path.suffix]()
+    except Exception as error:
+        # Both readers raise whatever a broken file leads them to.
+        raise ValueError(f"the file cannot be read: {one_line(error)}") from error
+
+
+def load_backbone(path: str | Path, variables: Variables) -> Variables:
+    """Variables whose backbone comes from a file in torchvision's names; its classifier is left.
+
+    Args:
+      path: npz or safetensors.
+      variables: of the network, as initialized.
+
+    Raises:
+      ValueError: as `read_tensors` and `from_reference`, with the file's name.
+    """
+    template = {kind: {"backbone": tree["backbone"]} for kind, tree in variables.items()}
+    try:
+        tensors = read_tensors(path)
+        names = [name for name in tensors if not name.startswith("fc.")]
+        loaded = from_reference({f"backbone.{name}": tensors[name] for name in names}, template)
+    except ValueError as error:
+        message = str(error).replace("backbone.", "")  # the file has no such prefix
+        raise ValueError(f"config.init_weights: {path}: {message}") from error
+    as_ours = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), loaded, template)
+    return {kind: tree | as_ours[kind] for kind, tree in variables.items()}

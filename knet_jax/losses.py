@@ -1,0 +1,163 @@
+"""Losses: pure functions of logits and of one target for every kernel, at stride 4.
+
+Every term is a sum over images divided by a count of the whole step, so that the losses (and
+gradients) of several devices, or of slices of a batch, add up to those of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from knet_jax.matching import DICE_EPSILON, FOCAL_ALPHA, FOCAL_GAMMA
+from knet_jax.structs import EMPTY, Segments
+
+
+class Counts(NamedTuple):
+    """What the sums of the loss are divided by, of all images of a step, whichever device and
+    slice of the batch they are in. Nothing here depends on a prediction."""
+
+    images: jax.Array
+    things: jax.Array
+    """Thing segments, at most one a proposal."""
+    segments: jax.Array
+    """Thing and stuff segments."""
+    pixels: jax.Array
+    """Pixels that belong to a segment."""
+
+
+def count(things: Segments, stuff: Segments, num_proposals: int) -> Counts:
+    """Counts of a batch. Counts of several are added before they are used."""
+    num_things = jnp.minimum((things.labels != EMPTY).sum(1), num_proposals).sum()
+    covered = touched(things).any(1) | touched(stuff).any(1)
+    return Counts(
+        images=jnp.asarray(len(things.labels)),
+        things=num_things,
+        segments=num_things + (stuff.labels != EMPTY).sum(),
+        pixels=covered.sum(),
+    )
+
+
+def kernel_targets(things: Segments, stuff: Segments, slots: jax.Array) -> Segments:
+    """The segment that each kernel must draw: things as matched, then the stuff classes.
+
+    Args:
+      things: m slots.
+      stuff: one slot a stuff class, `EMPTY` where the class is absent.
+      slots: [b, num_proposals], a thing slot or `EMPTY`.
+
+    Returns:
+      one slot a kernel, [b, num_proposals + num_stuff, h, w]; unmatched kernels get zero masks.
+    """
+    matched = slots != EMPTY
+    index = jnp.maximum(slots, 0)
+    labels = jnp.take_along_axis(things.labels, index, axis=1)
+    masks = jnp.take_along_axis(things.masks, index[:, :, None, None], axis=1)
+    return Segments(
+        jnp.concatenate([masks * matched[:, :, None, None], stuff.masks], axis=1),
+        jnp.concatenate([jnp.where(matched, labels, EMPTY), stuff.labels], axis=1),
+    )
+
+
+def focal(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Sigmoid focal loss (Lin et al., 2017), element by element; targets are 0 or 1."""
+    p = jax.nn.sigmoid(logits)
+    cross_entropy = jax.nn.softplus(logits) - logits * targets
+    wrong = jnp.where(targets, 1 - p, p)
+    return jnp.where(targets, FOCAL_ALPHA, 1 - FOCAL_ALPHA) * wrong**FOCAL_GAMMA * cross_entropy
+
+
+def mask_loss(masks: jax.Array, targets: Segments, total: jax.Array) -> jax.Array:
+    """Binary cross-entropy, mean over the pixels of the `total` kernels that have a target.
+
+    Logits [b, n, h, w] and one target for each.
+    """
+    each = (jax.nn.softplus(masks) - masks * targets.masks).mean((2, 3))
+    return (each * (targets.labels != EMPTY)).sum() / jnp.maximum(total, 1)
+
+
+def dice_loss(masks: jax.Array, targets: Segments, total: jax.Array) -> jax.Array:
+    """One minus the dice coefficient with squared areas, mean over the `total` kernels that have
+    a target (Milletari et al., 2016)."""
+    p, t = jax.nn.sigmoid(masks), targets.masks
+    overlap = 2 * (p * t).sum((2, 3))
+    each = 1 - overlap / ((p**2).sum((2, 3)) + (t**2).sum((2, 3)) + 2 * DICE_EPSILON)
+    return (each * (targets.labels != EMPTY)).sum() / jnp.maximum(total, 1)
+
+
+def touched(targets: Segments) -> jax.Array:
+    """Pixels that belong to each target in the least. [b, n, h, w] of bool."""
+    return (targets.masks > 0) & (targets.labels != EMPTY)[:, :, None, None]
+
+
+def last_true(mask: jax.Array) -> jax.Array:
+    """The highest index on axis 1 at which the mask holds, `EMPTY` where none does."""
+    index = jnp.arange(mask.shape[1]).reshape(1, -1, *[1] * (mask.ndim - 2))
+    return jnp.where(mask, index, EMPTY).max(axis=1, initial=EMPTY)
+
+
+def rank_loss(masks: jax.Array, targets: Segments, num_images: jax.Array) -> jax.Array:
+    """Cross-entropy over the kernels at each pixel, so that its owner ranks first.
+
+    A pixel belongs to the last kernel whose target touches it; pixels of nobody give zero but
+    count in the mean (`tests/test_losses.py::test_rank_loss_counts_unowned_pixels`).
+    """
+    owner = last_true(touched(targets))[:, None]
+    index = jnp.arange(masks.shape[1])[:, None, None]
+    chosen = jnp.where(index == owner, masks, 0).sum(1)
+    each = jnp.where(owner[:, 0] != EMPTY, jax.nn.logsumexp(masks, axis=1) - chosen, 0)
+    return each.mean((1, 2)).sum() / num_images
+
+
+def label_loss(
+    logits: jax.Array, labels: jax.Array, num_things: int, total: jax.Array
+) -> jax.Array:
+    """Focal loss of the kernels' classes, divided by the `total` kernels that have a target.
+
+    A proposal is judged on the thing classes, a stuff kernel on its own class alone.
+
+    Args:
+      logits: [b, n, k].
+      labels: [b, n], `EMPTY` where every class is wrong.
+      num_things: the first classes; kernel n - (k - num_things) + q stands for stuff class q.
+      total: of the whole step.
+    """
+    n, k = logits.shape[1:]
+    classes = jnp.arange(k)
+    own = classes == (jnp.arange(n) - n + k)[:, None]
+    is_proposal = (jnp.arange(n) < n - (k - num_things))[:, None]
+    judged = jnp.where(is_proposal, classes < num_things, own)
+    each = focal(logits, labels[:, :, None] == classes)
+    return (each * judged).sum() / jnp.maximum(total, 1)
+
+
+def dense_loss(
+    dense: jax.Array, targets: Segments, num_proposals: int, total: jax.Array
+) -> jax.Array:
+    """Focal loss of every pixel's class, divided by the `total` pixels that have one.
+
+    Args:
+      dense: class logits [b, k, h, w].
+      targets: one slot a kernel; things lie above stuff, later slots above earlier ones.
+      num_proposals: how many of the slots are things.
+      total: of the whole step.
+    """
+    covered = touched(targets)
+    thing = last_true(covered[:, :num_proposals])
+    rest = last_true(covered[:, num_proposals:])
+    owner = jnp.where(thing != EMPTY, thing, jnp.where(rest != EMPTY, rest + num_proposals, EMPTY))
+    b, h, w = owner.shape
+    labels = jnp.take_along_axis(targets.labels, jnp.maximum(owner, 0).reshape(b, h * w), axis=1)
+    label = jnp.where(owner != EMPTY, labels.reshape(b, h, w), EMPTY)
+    each = focal(dense, label[:, None] == jnp.arange(dense.shape[1])[:, None, None])
+    return each.sum() / jnp.maximum(total, 1)
+
+
+def num_found(masks: jax.Array, targets: Segments) -> jax.Array:
+    """How many targets are drawn with an IoU above one half; a measure, not a loss."""
+    drawn, wanted = masks > 0, targets.masks >= 0.5
+    intersection = (drawn & wanted).sum((2, 3))
+    union = (drawn | wanted).sum((2, 3))
+    return ((2 * intersection > union) & (targets.labels != EMPTY)).sum()

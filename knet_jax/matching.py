@@ -1,0 +1,95 @@
+"""Which kernel answers for which thing: the loss seen pairwise, and the Hungarian assignment."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from knet_jax.structs import EMPTY, Segments
+
+FOCAL_ALPHA = 0.25
+FOCAL_GAMMA = 2.0
+DICE_EPSILON = 1e-3
+
+
+class Weights(NamedTuple):
+    """Weights of the loss terms (`config.loss`); the first three also weigh the matching cost."""
+
+    mask: float = 1.0
+    dice: float = 4.0
+    label: float = 2.0
+    rank: float = 0.1
+    dense: float = 1.0
+
+
+def focal_cost(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """What the focal loss gains when kernel n takes the class of slot m.
+
+    Logits [b, n, k] and labels [b, m] (`EMPTY` is read as class 0) -> [b, n, m].
+    """
+    p = jax.nn.sigmoid(logits)
+    positive = -FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * jnp.log(p + 1e-12)
+    negative = -(1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * jnp.log(1 - p + 1e-12)
+    index = jnp.maximum(labels, 0)[:, None, :]
+    return jnp.take_along_axis(positive - negative, index, axis=2)
+
+
+def matching_cost(
+    masks: jax.Array, logits: jax.Array | None, targets: Segments, weights: Weights
+) -> jax.Array:
+    """Cost of every (kernel, slot) pair.
+
+    Args:
+      masks: logits at the resolution of the targets, [b, n, h, w].
+      logits: class logits [b, n, k], or None where there are none yet.
+      targets: slots [b, m, h, w] and labels [b, m].
+      weights: of the loss.
+
+    Returns:
+      [b, n, m]; what stands in the columns of empty slots has no meaning.
+    """
+    b, n, h, w = masks.shape
+    p = jax.nn.sigmoid(masks).reshape(b, n, h * w)
+    t = targets.masks.reshape(b, -1, h * w)
+    overlap = jnp.einsum("bnp,bmp->bnm", p, t)
+    p_area, t_area = p.sum(-1)[:, :, None], t.sum(-1)[:, None, :]
+    # sum of p·t + (1 - p)·(1 - t): the share of pixels on which the two agree
+    agreement = (2 * overlap - p_area - t_area + h * w) / (h * w)
+    p_square, t_square = (p**2).sum(-1)[:, :, None], (t**2).sum(-1)[:, None, :]
+    dice = 2 * overlap / (p_square + t_square + 2 * DICE_EPSILON)
+
+    cost = -weights.mask * agreement - weights.dice * dice
+    if logits is not None:
+        cost = cost + weights.label * focal_cost(logits, targets.labels)
+    return cost
+
+
+def match(cost: jax.Array, labels: jax.Array) -> jax.Array:
+    """Solves all assignments of a step in one call to the host.
+
+    Args:
+      cost: [r, b, n, m], r matchings of each image.
+      labels: [b, m], `EMPTY` for a slot that takes no part.
+
+    Returns:
+      int32 [r, b, n]: the slot that each kernel answers for, or `EMPTY`.
+    """
+    # A diverging run must reach the check of the loss, not die in the solver.
+    cost = jnp.nan_to_num(jax.lax.stop_gradient(cost), nan=1e6, posinf=1e6, neginf=-1e6)
+    result = jax.ShapeDtypeStruct(cost.shape[:3], jnp.int32)
+    return jax.pure_callback(_solve, result, cost, labels)
+
+
+def _solve(cost: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    cost, labels = np.asarray(cost), np.asarray(labels)
+    slots = np.full(cost.shape[:3], EMPTY, np.int32)
+    for i in range(cost.shape[1]):
+        (full,) = np.nonzero(labels[i] != EMPTY)
+        for r in range(cost.shape[0]):
+            kernels, columns = linear_sum_assignment(cost[r, i][:, full])
+            slots[r, i, kernels] = full[columns]
+    return slots

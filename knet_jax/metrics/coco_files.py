@@ -1,0 +1,156 @@
+"""COCO's panoptic files: a JSON, and beside it a folder of the same name with a PNG for a picture.
+
+A pixel of a PNG holds the id R + 256 G + 65536 B of its segment, 0 for void; the JSON says which
+category each id is (https://cocodataset.org/#format-data). Truth and results have the same form;
+results need no more than their annotations, the rest is then the truth's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from knet_jax.data.coco import read_categories
+from knet_jax.data.transforms import NUM_IDS, load_panoptic, segment_colors, segment_ids
+from knet_jax.metrics.panoptic import PQCounts, count, merge, no_counts, segment_index
+from knet_jax.structs import Categories, PanopticMap, SegmentInfo
+
+
+class PanopticResults:
+    """Writes panoptic maps picture by picture; only the small records of the JSON stay in memory.
+
+    path: the JSON, for example results/panoptic.json; the PNG files go to results/panoptic/.
+    """
+
+    def __init__(self, path: str | Path, categories: Categories):
+        self.path = Path(path)
+        self._categories = categories
+        self._images: list[dict] = []
+        self._annotations: dict[str, dict] = {}
+        self.path.with_suffix("").mkdir(parents=True, exist_ok=True)
+
+    def add(self, image_id: int, file_name: str, panoptic: PanopticMap) -> None:
+        """Write the map of one picture, the PNG named like the picture.
+
+        Raises ValueError where that PNG was written before, an id does not fit the format, a
+        segment has no pixel, or as `segment_index`.
+        """
+        png = Path(file_name).with_suffix(".png").name
+        if png in self._annotations:
+            raise ValueError(f"{self.path}: {png} was added before")
+        areas = np.bincount(segment_index(panoptic).ravel(), minlength=1 + len(panoptic.segments))
+        infos = []
+        for segment, area in zip(panoptic.segments, areas[1:].tolist()):
+            if not 0 < segment.id < NUM_IDS:
+                raise ValueError(f"{png}: segment id {segment.id} is not one of 1 … {NUM_IDS - 1}")
+            if area == 0:
+                raise ValueError(f"{png}: segment {segment.id} has no pixel")
+            infos.append(
+                {
+                    "id": int(segment.id),
+                    "category_id": int(self._categories.dataset_ids[segment.label]),
+                    "iscrowd": int(segment.iscrowd),
+                    "area": area,
+                }
+            )
+        rgb = segment_colors(panoptic.ids)
+        _, data = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+        (self.path.with_suffix("") / png).write_bytes(data)
+        height, width = panoptic.ids.shape
+        self._images.append(
+            {"id": int(image_id), "file_name": file_name, "height": height, "width": width}
+        )
+        self._annotations[png] = {
+            "image_id": int(image_id),
+            "file_name": png,
+            "segments_info": infos,
+        }
+
+    def close(self) -> None:
+        """Write the JSON, whole or not at all."""
+        c = self._categories
+        content = {
+            "images": self._images,
+            "annotations": list(self._annotations.values()),
+            "categories": [
+                {"id": id, "name": name, "isthing": int(label < c.num_things)}
+                for label, (id, name) in enumerate(zip(c.dataset_ids, c.names, strict=True))
+            ],
+        }
+        unfinished = self.path.with_suffix(".json.part")
+        unfinished.write_text(json.dumps(content))
+        unfinished.replace(self.path)
+
+
+class PanopticFile:
+    """Reads a panoptic JSON at once, and its PNG files one by one.
+
+    path: the JSON.
+    truth: where categories and the sizes of pictures come from when the file holds results.
+
+    Raises ValueError where the file is missing or not of this form.
+    """
+
+    def __init__(self, path: str | Path, truth: PanopticFile | None = None):
+        self.path = Path(path)
+        try:
+            content = json.loads(self.path.read_bytes())
+            self._annotations = {a["image_id"]: a for a in content["annotations"]}
+            if truth is None:
+                self.categories = read_categories(content["categories"])
+                self._sizes = {i["id"]: (i["height"], i["width"]) for i in content["images"]}
+            else:
+                self.categories, self._sizes = truth.categories, truth._sizes
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a COCO panoptic file: {error!r}") from error
+        self._labels = {id: label for label, id in enumerate(self.categories.dataset_ids)}
+
+    def __len__(self) -> int:
+        return len(self._annotations)
+
+    def __iter__(self) -> Iterator[int]:
+        """The ids of the pictures, in the order of the file."""
+        return iter(self._annotations)
+
+    def __getitem__(self, image_id: int) -> PanopticMap:
+        """The map of a picture; ValueError names what is missing or does not fit."""
+        if image_id not in self._annotations or image_id not in self._sizes:
+            raise ValueError(f"{self.path} has no picture {image_id}")
+        annotation = self._annotations[image_id]
+        png = self.path.with_suffix("") / annotation["file_name"]
+        segments = []
+        for info in annotation["segments_info"]:
+            if info["category_id"] not in self._labels:
+                raise ValueError(f"{self.path}: {png.name}: no category {info['category_id']}")
+            label = self._labels[info["category_id"]]
+            segments.append(SegmentInfo(info["id"], label, bool(info.get("iscrowd", False))))
+        try:
+            ids = segment_ids(load_panoptic(png.read_bytes(), self._sizes[image_id]))
+        except OSError as error:
+            raise ValueError(f"{png}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{png}: {error}") from error
+        return PanopticMap(ids, tuple(segments))
+
+
+def score_files(truth_path: str | Path, result_path: str | Path) -> tuple[PQCounts, Categories]:
+    """Panoptic counts of a file of results against the truth, every picture of which it must have."""
+    truth = PanopticFile(truth_path)
+    results = PanopticFile(result_path, truth)
+    num_classes = len(truth.categories.names)
+    counts = no_counts(num_classes)
+    for image_id in truth:
+        true, predicted = truth[image_id], results[image_id]
+        try:
+            counts = merge(counts, count(true, predicted, num_classes))
+        except ValueError as error:
+            raise ValueError(f"{result_path}: picture {image_id}: {error}") from error
+    return counts, truth.categories

@@ -1,0 +1,108 @@
+"""The types that flow through K-Net, in the order in which the data meets them.
+
+Axis letters, here and everywhere: b images, n kernels, m ground-truth slots, k classes, c channels;
+h w is a feature map (stride 8 for masks, stride 4 for targets), H W is the image. Features are NHWC;
+masks are [b, n, h, w], because a mask belongs to a kernel. Classes are numbered things first:
+0 … num_things - 1 are things, the rest are stuff.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+EMPTY = -1
+"""The label of a ground-truth slot that holds nothing, and the id of a padding image."""
+
+
+class Categories(NamedTuple):
+    """The classes of a dataset, things first."""
+
+    names: tuple[str, ...]
+    dataset_ids: tuple[int, ...]
+    """The id that the dataset's own files use for each class."""
+    num_things: int
+
+    @property
+    def num_stuff(self) -> int:
+        """How many of the classes are stuff."""
+        return len(self.names) - self.num_things
+
+
+class Batch(NamedTuple):
+    """Images and targets as they cross to the device: small, and padded to static shapes."""
+
+    image: Array
+    """uint8 [b, H, W, 3], RGB, zero beyond `size`."""
+    segment_map: Array
+    """uint8 or uint16 [b, H/2, W/2]: the segment at the pixels that stride-4 targets average.
+
+    Row 2i + a and column 2j + e hold the image pixel (4i + 1 + a, 4j + 1 + e), a and e in {0, 1}.
+    0 is nothing (void, crowd, padding) and 1 + s is segment s: first the m thing slots, then one
+    segment for every stuff class, in the order of the classes.
+    """
+    labels: Array
+    """int32 [b, m + num_stuff]: class of each segment, `EMPTY` where the picture has none."""
+    size: Array
+    """int32 [b, 2]: height and width of the resized picture inside the canvas."""
+    original_size: Array
+    """int32 [b, 2]: height and width of the picture on disk."""
+    id: Array
+    """int32 [b]: position of the example in its split, `EMPTY` for a padding image."""
+
+
+class Segments(NamedTuple):
+    """Ground-truth segments of a batch at stride 4."""
+
+    masks: Array
+    """float [b, m, h, w] in [0, 1]: the share of a pixel that the segment covers."""
+    labels: Array
+    """int32 [b, m]: class, `EMPTY` for an empty slot."""
+
+
+class Features(NamedTuple):
+    """What a neck hands to the kernels: two maps of the same size, NHWC, stride 8."""
+
+    localization: Array
+    semantic: Array
+
+
+class Stage(NamedTuple):
+    """The state of the recurrence after one round."""
+
+    kernels: Array
+    """[b, n, c]."""
+    masks: Array
+    """[b, n, h, w] logits at stride 8."""
+    logits: Array | None
+    """[b, n, k] class logits; None before the first update and where kernel n is class n."""
+
+
+class Output(NamedTuple):
+    """Everything the network computes, in training and in inference alike."""
+
+    stages: tuple[Stage, ...]
+    """The initial stage followed by one for every update."""
+    dense: Array
+    """[b, k, h, w]: class logits of every pixel at stride 8, a training signal only."""
+
+
+class SegmentInfo(NamedTuple):
+    """One segment of a panoptic map."""
+
+    id: int
+    label: int
+    iscrowd: bool = False
+    score: float = 1.0
+
+
+class PanopticMap(NamedTuple):
+    """A picture cut into segments, predicted or true, on the host."""
+
+    ids: np.ndarray
+    """int32 [H, W]: the id of the segment that owns each pixel, 0 = void."""
+    segments: tuple[SegmentInfo, ...]

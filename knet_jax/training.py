@@ -1,0 +1,224 @@
+"""The train step: pure code for one device, which `pmap` runs on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from knet_jax import losses
+from knet_jax.knet import KNet, normalize
+from knet_jax.layers import AXIS, wide
+from knet_jax.matching import Weights
+from knet_jax.optim import gradient_norm
+from knet_jax.structs import Batch, Categories, Segments
+from knet_jax.tasks import Matching, panoptic_loss, segments
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+class Sums(NamedTuple):
+    """Scalars of a part of a batch; those of all parts and devices are added."""
+
+    terms: dict[str, jax.Array]
+    found: jax.Array
+
+
+def init_variables(model: KNet, seed: int) -> dict[str, Any]:
+    """New parameters (and running statistics)."""
+    shape = (1, 64, 64, 3)  # any multiple of 32: no parameter depends on it
+    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros(shape))
+
+
+def check_categories(config: ConfigDict, categories: Categories) -> None:
+    """Raises ValueError where the network has other class counts than the data."""
+    for name in "num_things", "num_stuff":
+        have, wanted = config.model[name], getattr(categories, name)
+        if have != wanted:
+            raise ValueError(
+                f"config.model.{name} is {have}, but the data lists {wanted}; "
+                f"use --config.model.{name}={wanted}"
+            )
+
+
+def check_same_categories(saved: dict[str, Any], categories: Categories) -> None:
+    """Raises ValueError where a checkpoint was trained on other classes than the data lists."""
+    old, new = saved["names"], list(categories.names)
+    if old != new:
+        first = next((i for i, pair in enumerate(zip(old, new)) if pair[0] != pair[1]), 0)
+        raise ValueError(
+            f"config.data.root: class {first} of the data is {new[first]!r}, "
+            f"but the checkpoint was trained with {old[first]!r} there"
+        )
+
+
+def compute_loss(
+    params: Any,
+    batch_stats: Any,
+    image: jax.Array,
+    things: Segments,
+    stuff: Segments,
+    counts: losses.Counts,
+    *,
+    model: KNet,
+    weights: Weights,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Matching, Any]]:
+    """The total loss of normalized images, and beside it (terms, matching, batch_stats)."""
+    output, updates = model.apply(
+        {"params": params, "batch_stats": batch_stats}, image, train=True, mutable=["batch_stats"]
+    )
+    terms, matching = panoptic_loss(output, things, stuff, counts, weights)
+    return sum(terms.values()), (terms, matching, updates.get("batch_stats", batch_stats))
+
+
+def count_targets(part: Batch, *, num_stuff: int, num_proposals: int) -> losses.Counts:
+    """What the losses of a part of a batch are divided by, of all devices."""
+    counts = losses.count(*segments(part, num_stuff), num_proposals)
+    return jax.lax.psum(counts, AXIS)
+
+
+def accumulate(
+    grads: Any,
+    params: Any,
+    batch_stats: Any,
+    part: Batch,
+    counts: losses.Counts,
+    *,
+    model: KNet,
+    weights: Weights,
+) -> tuple[Any, Any, Sums]:
+    """Adds the gradients of a part of a batch, on one device.
+
+    Args:
+      grads: sums over the parts before.
+      params: of the network.
+      batch_stats: of the network.
+      part: some of this device's images.
+      counts: of the whole batch on all devices.
+      model: the network.
+      weights: of the loss terms.
+
+    Returns:
+      the sums, new batch_stats, and the scalars of this part.
+    """
+    dtype = model.backbone.dtype
+    image = normalize(part.image, part.size, dtype)
+    things, stuff = segments(part, model.initial.num_stuff, wide(dtype))
+    (_, (terms, matching, batch_stats)), new = jax.value_and_grad(compute_loss, has_aux=True)(
+        params, batch_stats, image, things, stuff, counts, model=model, weights=weights
+    )
+    return jax.tree.map(jnp.add, grads, new), batch_stats, Sums(terms, matching.found)
+
+
+def update(
+    state: TrainState,
+    grads: Any,
+    batch_stats: Any,
+    sums: tuple[Sums, ...],
+    counts: losses.Counts,
+    *,
+    optimizer: optax.GradientTransformation,
+    trainable: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of the optimizer by the gradients of all devices.
+
+    Args:
+      state: the same on all devices.
+      grads: of this device.
+      batch_stats: new ones.
+      sums: of this device, one for each part.
+      counts: of the whole batch on all devices.
+      optimizer: of the parameters.
+      trainable: True for every parameter that is not frozen, a tree like the parameters.
+
+    Returns:
+      the next state, and scalars: every loss term, their sum, the gradient norm before clipping,
+      and the share of things whose kernel draws them with an IoU above one half.
+    """
+    grads = jax.lax.psum(grads, AXIS)
+    terms, found = jax.lax.psum(jax.tree.map(lambda *parts: sum(parts), *sums), AXIS)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = terms | {
+        "loss/total": sum(terms.values()),
+        "grad_norm": gradient_norm(grads, trainable),
+        "matched": found / jnp.maximum(counts.things, 1),
+    }
+    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+
+Step = Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(
+    devices: list[jax.Device],
+    *,
+    model: KNet,
+    optimizer: optax.GradientTransformation,
+    trainable: Any,
+    weights: Weights,
+) -> Step:
+    """(state, batch in parts) -> (state, scalars), on all devices.
+
+    Every array of a part has a leading axis over devices. Gradients are sums over parts and
+    devices, divided by the counts of the whole batch, so that neither changes the result (but for
+    `norm: batch` in the backbone, whose statistics are those of a part on all devices). The
+    parts are a loop on the host: within one compiled program, XLA on the CPU runs the gradient of
+    a convolution a hundred times slower.
+    """
+    on_devices = partial(jax.pmap, axis_name=AXIS, devices=devices)
+    sizes = {"num_stuff": model.initial.num_stuff, "num_proposals": model.initial.num_proposals}
+    count_ = on_devices(partial(count_targets, **sizes), out_axes=None)
+    zeros = on_devices(lambda params, _: jax.tree.map(jnp.zeros_like, params), in_axes=(None, 0))
+    accumulate_ = on_devices(
+        partial(accumulate, model=model, weights=weights),
+        in_axes=(0, None, None, 0, None),
+        out_axes=(0, None, 0),
+        donate_argnums=0,
+    )
+    update_ = on_devices(
+        partial(update, optimizer=optimizer, trainable=trainable),
+        in_axes=(None, 0, None, 0, None),
+        out_axes=None,
+        donate_argnums=0,
+    )
+
+    def step(state: TrainState, parts: list[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
+        counts = jax.tree.map(lambda *each: sum(each), *map(count_, parts))
+        grads, batch_stats, sums = zeros(state.params, parts[0].id), state.batch_stats, []
+        for part in parts:
+            grads, batch_stats, one = accumulate_(grads, state.params, batch_stats, part, counts)
+            sums.append(one)
+        return update_(state, grads, batch_stats, tuple(sums), counts)
+
+    return step
+
+
+def to_devices(batch: Batch, devices: list[jax.Device], num_parts: int) -> list[Batch]:
+    """Starts the transfer of a host's batch, cut into parts with a leading axis over devices."""
+    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+    def part(i: int) -> Batch:
+        shape = (len(devices), num_parts, -1)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:])[:, i], batch)
+
+    return [jax.device_put(part(i), sharding) for i in range(num_parts)]
+
+
+def replicate(tree: Any, devices: list[jax.Device]) -> Any:
+    """The same arrays on all devices, laid out as the train step returns them."""
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))

@@ -1,0 +1,204 @@
+"""Pictures of panoptic maps: every segment tinted, outlined and named."""
+
+from __future__ import annotations
+
+import colorsys
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from knet_jax.metrics.panoptic import segment_index
+from knet_jax.structs import Categories, PanopticMap, SegmentInfo
+
+CELL = 640
+"""Longer side, in pixels, of a picture of a panel."""
+MARGIN = 8
+"""Pixels between the pictures of a panel."""
+MIN_FONT_SIZE = 12
+"""Height in pixels below which text cannot be read."""
+OPACITY = 0.55
+"""How much of a segment's color covers the picture."""
+
+
+class Row(NamedTuple):
+    """One picture of a panel."""
+
+    title: str
+    image: np.ndarray
+    """uint8 [H, W, 3]."""
+    truth: PanopticMap
+    prediction: PanopticMap
+
+
+def draw(image: np.ndarray, panoptic: PanopticMap, categories: Categories) -> np.ndarray:
+    """The picture in gray under its segments in color, with names where there is room for them.
+
+    A class keeps its color in all pictures, things of one class differ in shade, crowds are
+    hatched, void is dark. A score is written where it is below 1.
+
+    Args:
+        image: uint8 [H, W, 3], RGB.
+        panoptic: a map of the same size.
+        categories: names of its labels.
+
+    Returns:
+        uint8 [H, W, 3], RGB.
+    """
+    index = segment_index(panoptic)
+    crowd = np.array([False, *(segment.iscrowd for segment in panoptic.segments)])
+    rows, columns = np.indices(index.shape, sparse=True)
+    period = max(6, _font_size(image))
+    stripe = crowd[index] & ((rows + columns) % period < period // 3)
+
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
+    colors = np.array([(0, 0, 0), *_colors(panoptic.segments, categories)], np.float32)
+    tinted = gray + OPACITY * (np.where(stripe[..., None], 0, colors[index]) - gray)
+    _outline(tinted, index)
+    return _write_names(tinted.astype(np.uint8), index, panoptic.segments, categories)
+
+
+def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:
+    """Pictures one under another, each as image | truth | prediction: uint8 [H, W, 3], RGB.
+
+    Small pictures are enlarged until names can be read, large ones are reduced.
+    """
+    strips = [_strip(row, categories) for row in rows]
+    width = max(strip.shape[1] for strip in strips)
+    return np.concatenate(
+        [
+            np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255)
+            for strip in strips
+        ]
+    )
+
+
+def _strip(row: Row, categories: Categories) -> np.ndarray:
+    """One row of a panel, captions above."""
+    height, width = row.image.shape[:2]
+    scale = CELL / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    image = cv2.resize(
+        row.image, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+    )
+    truth, prediction = (
+        draw(image, _resize(panoptic, size), categories) for panoptic in (row.truth, row.prediction)
+    )
+
+    font = _font(18)
+    top = 2 * font.size
+    canvas = Image.new("RGB", (3 * (size[0] + MARGIN) + MARGIN, top + size[1] + MARGIN), "white")
+    pen = ImageDraw.Draw(canvas)
+    columns = ((row.title, image), ("truth", truth), ("prediction", prediction))
+    for i, (caption, picture) in enumerate(columns):
+        left = MARGIN + i * (size[0] + MARGIN)
+        pen.text((left, top // 2), caption, "black", font, anchor="lm")
+        canvas.paste(Image.fromarray(picture), (left, top))
+    return np.array(canvas)
+
+
+def _resize(panoptic: PanopticMap, size: tuple[int, int]) -> PanopticMap:
+    """The map at another width and height; thin segments may lose their last pixel."""
+    return panoptic._replace(
+        ids=cv2.resize(panoptic.ids, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    )
+
+
+def _colors(
+    segments: Sequence[SegmentInfo], categories: Categories
+) -> list[tuple[float, float, float]]:
+    """RGB in 0 … 255 of every segment."""
+    seen: dict[int, int] = {}
+    colors = []
+    for segment in segments:
+        label = segment.label
+        rank = seen[label] = seen.get(label, -1) + 1
+        # Multiples of irrational numbers stay apart however many there are.
+        hue, saturation, value = (
+            0.618 * label,
+            0.35 + (0.570 * label) % 0.3,
+            0.95 - (0.755 * label) % 0.3,
+        )
+        if label < categories.num_things:
+            shade = (0.5 + 0.618 * rank) % 1
+            hue, saturation, value = hue + 0.1 * (shade - 0.5), 1 - 0.4 * shade, 0.7 + 0.3 * shade
+        colors.append(tuple(255 * c for c in colorsys.hsv_to_rgb(hue % 1, saturation, value)))
+    return colors
+
+
+def _outline(image: np.ndarray, index: np.ndarray) -> None:
+    """Draw white lines between segments, in place."""
+    edge = np.zeros(index.shape, np.uint8)
+    edge[:, 1:] |= index[:, 1:] != index[:, :-1]
+    edge[1:] |= index[1:] != index[:-1]
+    if max(index.shape) > 1.5 * CELL:
+        edge = cv2.dilate(edge, np.ones((3, 3), np.uint8))
+    image[edge > 0] += 0.75 * (255 - image[edge > 0])
+
+
+def _write_names(
+    image: np.ndarray, index: np.ndarray, segments: Sequence[SegmentInfo], categories: Categories
+) -> np.ndarray:
+    """Names in the middle of the segments that have room for them, large segments first."""
+    canvas = Image.fromarray(image)
+    pen = ImageDraw.Draw(canvas, "RGBA")
+    font = _font(_font_size(image))
+    gap = font.size // 5
+    height, width = index.shape
+    areas = np.bincount(index.ravel(), minlength=len(segments) + 1)[1:]
+    taken: list[tuple[float, ...]] = []
+    for i in np.argsort(-areas, kind="stable"):
+        x, y, radius = _middle(index == i + 1)
+        if radius < 0.6 * font.size:
+            continue
+        text = _name(segments[i], categories)
+        left, top, right, bottom = pen.textbbox((x, y), text, font, anchor="mm")
+        left, top, right, bottom = left - gap, top - gap, right + gap, bottom + gap
+        # Names at the border are moved into the picture.
+        dx = max(0, -left) - max(0, right - width)
+        dy = max(0, -top) - max(0, bottom - height)
+        box = (left + dx, top + dy, right + dx, bottom + dy)
+        if any(
+            box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+            for other in taken
+        ):
+            continue
+        taken.append(box)
+        pen.rounded_rectangle(box, gap, fill=(0, 0, 0, 150))
+        pen.text((x + dx, y + dy), text, "white", font, anchor="mm")
+    return np.array(canvas)
+
+
+def _name(segment: SegmentInfo, categories: Categories) -> str:
+    name = categories.names[segment.label]
+    if segment.iscrowd:
+        return f"{name} (crowd)"
+    return name if segment.score == 1 else f"{name} {segment.score:.2f}"
+
+
+def _middle(mask: np.ndarray) -> tuple[int, int, float]:
+    """Column, row and radius of the largest disc inside a mask [H, W]; the border is outside."""
+    distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)
+    _, radius, _, (x, y) = cv2.minMaxLoc(distance)
+    return x - 1, y - 1, radius
+
+
+def _font_size(image: np.ndarray) -> int:
+    return max(MIN_FONT_SIZE, round(0.022 * max(image.shape[:2])))
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(
+        Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size
+    )
+
+
+def save_picture(path: str | Path, picture: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3], RGB, as PNG or JPEG. Raises OSError where that is not possible."""
+    Image.fromarray(picture).save(path)
