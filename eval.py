@@ -1,0 +1,108 @@
+"""Evaluates a run: PQ of its best checkpoint on the validation split, from the workdir alone.
+
+python eval.py --workdir runs/coco_panoptic
+python eval.py --workdir runs/coco_panoptic --checkpoint latest --limit 500 --results
+
+Prints the tables, and writes metrics.json and pictures/ to the workdir (or to --output).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from knet_jax.checkpoint import Checkpoints, check_writable
+from knet_jax.commandline import CommandLine, run
+from knet_jax.configuration import ConfigError, load_saved_config
+from knet_jax.data import pipeline
+from knet_jax.evaluation import Evaluator, Gallery, Prediction
+from knet_jax.knet import make_model
+from knet_jax.metrics import panoptic
+from knet_jax.metrics.coco_files import PanopticResults
+from knet_jax.training import check_categories, check_same_categories, init_variables
+from knet_jax.validation import validate
+from knet_jax.visualize import panel, save_picture
+
+WORKDIR = flags.DEFINE_string("workdir", None, "of the run")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest, or the number of a step")
+LIMIT = flags.DEFINE_integer("limit", None, "evaluate only the first so many pictures", 1)
+OUTPUT = flags.DEFINE_string("output", None, "where results go; default: the workdir")
+RESULTS = flags.DEFINE_boolean(
+    "results", False, "write panoptic.json and panoptic/*.png, as COCO's test server takes them"
+)
+
+
+def main(command: CommandLine) -> None:
+    if WORKDIR.value is None:
+        raise ConfigError("--workdir is missing: the folder of a run of train.py")
+    workdir, output = Path(WORKDIR.value), Path(OUTPUT.value or WORKDIR.value)
+    config = load_saved_config(workdir, command.overrides)
+    devices = jax.local_devices()
+    validate(config, jax.device_count())
+    jax.config.update("jax_default_matmul_precision", config.precision)
+    check_writable(output)
+
+    split = pipeline.load_split(config.data, config.data.val_split)
+    check_categories(config, split.categories)
+    model = make_model(**config.model)
+    template = jax.eval_shape(lambda: init_variables(model, config.seed))
+    checkpoints = Checkpoints(workdir / "checkpoints", model=config.model.to_dict(), read_only=True)
+    step = choose_step(checkpoints, CHECKPOINT.value)
+    variables, record = checkpoints.restore(template, step)
+    check_same_categories(record["progress"]["categories"], split.categories)
+    checkpoints.close()
+
+    num_images = min(len(split), LIMIT.value or len(split))
+    print(
+        f"evaluating step {step} on {num_images} images, {len(devices)} x {devices[0].device_kind}"
+    )
+    evaluator = Evaluator(model, split, config, devices, LIMIT.value)
+    gallery = Gallery(split, config.eval.num_pictures)
+    results = PanopticResults(output / "panoptic.json", split.categories) if RESULTS.value else None
+
+    def visit(prediction: Prediction) -> None:
+        gallery.add(prediction)
+        if results:
+            i = prediction.index
+            results.add(split.image_id(i), split.file_name(i), prediction.prediction)
+
+    counts = evaluator.evaluate(variables, visit)
+
+    print(panoptic.table(counts, split.categories))
+    metrics = {
+        **panoptic.summarize(counts, split.categories),
+        "step": step,
+        "split": config.data.val_split,
+        "num_images": num_images,
+        "per_class": panoptic.per_class(counts, split.categories),
+    }
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    folder = output / "pictures"
+    folder.mkdir(exist_ok=True)
+    for row in gallery.rows:
+        save_picture(folder / f"{Path(row.title).stem}.png", panel([row], split.categories))
+    if results:
+        results.close()
+    print(f"wrote {output / 'metrics.json'} and {folder}/")
+
+
+def choose_step(checkpoints: Checkpoints, name: str) -> int:
+    """The step that `--checkpoint` names. Raises ValueError where there is none."""
+    steps = checkpoints.steps()
+    if not steps:
+        raise ConfigError(f"no checkpoints in {checkpoints.directory}")
+    if name == "latest":
+        return steps[-1]
+    if name == "best":
+        best = checkpoints.best_step()
+        return steps[-1] if best is None else best
+    if not name.isdigit():
+        raise ConfigError(f"--checkpoint={name}; accepted: best, latest, or a step of {steps}")
+    return int(name)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,275 @@
+"""Trains K-Net, or goes on with a run that was stopped.
+
+python train.py --config configs/coco_panoptic.py --config.data.root=/data/coco
+python train.py --config configs/coco_panoptic.py:r101,ms3x --workdir runs/r101 --config.optim.lr=2e-4
+
+A run lives in its workdir: config.json, checkpoints/, log.jsonl, events/ for TensorBoard, pictures/.
+The same command again resumes it where it stopped, to the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from knet_jax import optim, training
+from knet_jax.checkpoint import Checkpoints, check_writable
+from knet_jax.commandline import CommandLine, run
+from knet_jax.configuration import (
+    SAVED_NAME,
+    ConfigError,
+    check_resume,
+    default_workdir,
+    load_config,
+    save_config,
+)
+from knet_jax.convert import load_backbone
+from knet_jax.data import pipeline
+from knet_jax.data.splits import Split
+from knet_jax.evaluation import Evaluator, Gallery, lookahead
+from knet_jax.knet import make_model
+from knet_jax.logs import Log, Progress, plot_curves
+from knet_jax.matching import Weights
+from knet_jax.metrics import panoptic
+from knet_jax.preemption import Preempted, stop_on_sigterm
+from knet_jax.structs import EMPTY
+from knet_jax.validation import validate
+from knet_jax.visualize import save_picture
+
+CONFIG = flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
+WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; default: runs/NAME_VARIANT")
+
+
+def main(command: CommandLine) -> None:
+    # The run.
+    if CONFIG.value is None:
+        raise ConfigError("--config is missing, such as --config configs/coco_panoptic.py")
+    config = load_config(CONFIG.value, command.overrides)
+    devices = jax.local_devices()
+    validate(config, jax.device_count())
+    jax.config.update("jax_default_matmul_precision", config.precision)
+    workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
+    is_chief = jax.process_index() == 0
+    check_writable(workdir)
+    if (workdir / SAVED_NAME).exists():
+        for difference in check_resume(config, workdir):
+            print(difference)
+
+    # The data.
+    split = pipeline.load_split(config.data, config.data.train_split)
+    val_split = pipeline.load_split(config.data, config.data.val_split)
+    pipeline.check_same_categories(split.categories, val_split.categories)
+    training.check_categories(config, split.categories)
+    batch_size = config.train.batch_size
+    steps_per_epoch = pipeline.steps_per_epoch(split, batch_size)
+    total_steps = config.train.steps or round(config.train.epochs * steps_per_epoch)
+    if total_steps < 1:
+        raise ConfigError(
+            f"config.train.epochs is {config.train.epochs}, less than one step; an epoch has "
+            f"{steps_per_epoch} steps of {batch_size} images"
+        )
+
+    # The network and its optimizer.
+    model = make_model(**config.model)
+    variables = training.init_variables(model, config.seed)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    optimizer, schedule = optim.make_optimizer(config.optim, params, steps_per_epoch, batch_size)
+    state = training.TrainState(
+        jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params)
+    )
+    train_step = training.make_train_step(
+        devices,
+        model=model,
+        optimizer=optimizer,
+        trainable=optim.trainable(config.optim.groups, params),
+        weights=Weights(**config.loss),
+    )
+
+    # Where it starts.
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep=config.train.keep, model=config.model.to_dict()
+    )
+    restored = checkpoints.restore_latest(state)
+    if restored:
+        state, record = restored
+        training.check_same_categories(record["progress"]["categories"], split.categories)
+        print(f"resuming from step {record['step']} of {workdir}")
+    elif config.init_weights:
+        state = state._replace(**load_backbone(config.init_weights, variables))
+        print(f"backbone from {config.init_weights}")
+    else:
+        print("FROM SCRATCH: config.init_weights names no weights of a backbone")
+    save_config(config, workdir)
+    start = int(state.step)
+    state = training.replicate(state, devices)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{count / 1e6:.1f} M parameters, {len(devices)} x {devices[0].device_kind}, {workdir}")
+    print(optim.describe(config.optim, params, steps_per_epoch, total_steps, batch_size))
+
+    # The loop: step, log, evaluate, checkpoint.
+    evaluator = Evaluator(model, val_split, config, devices)
+    log = Log(workdir, steps_per_epoch, start) if is_chief else None
+    progress = Progress(total_steps) if is_chief else None
+    batches = pipeline.train_batches(
+        split,
+        config.data,
+        batch_size,
+        config.seed,
+        start * batch_size,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    share = batch_size // jax.device_count()
+    num_parts = share // min(share, config.train.microbatch)
+    feed = lookahead((b.id, training.to_devices(b, devices, num_parts)) for b, _ in batches)
+    interval = Interval(batch_size)
+    unchecked = None
+    if is_chief and start < total_steps:
+        progress.print("compiling; the first step can take minutes")
+
+    with stop_on_sigterm() as stop:
+        for step in range(start + 1, total_steps + 1):
+            with interval.waiting():
+                ids, parts = next(feed)
+            state, metrics = train_step(state, parts)
+            interval.add(metrics)
+
+            # By now the step before is done; to wait for this one would leave the device idle.
+            check_finite(unchecked, split, checkpoints)
+            unchecked = step, metrics, ids
+            if is_chief:
+                progress.update(step, interval.last() | {"lr": schedule(step - 1)})
+            ends = step == total_steps or bool(stop)
+            evaluates = not stop and (step == total_steps or is_due(step, config.train.eval_every))
+            saves = ends or evaluates or is_due(step, config.train.checkpoint_every)
+
+            if saves or is_due(step, config.train.log_every):
+                check_finite(unchecked, split, checkpoints)
+                checkpoints.raise_if_failed()
+                values = interval.close() | optim.group_rates(config.optim, schedule, step - 1)
+                if is_chief:
+                    log.scalars(step, values)
+
+            scores = {}
+            if evaluates:
+                gallery = Gallery(val_split, config.eval.num_pictures)
+                variables = {"params": state.params, "batch_stats": state.batch_stats}
+                counts = evaluator.evaluate(variables, gallery.add, stop)
+                if counts is not None:
+                    summary = panoptic.summarize(counts, val_split.categories)
+                    scores = {f"val/{name}": value for name, value in summary.items()}
+                if is_chief and scores:
+                    progress.print(f"step {step}: {describe(summary)}")
+                    log.scalars(step, scores)
+                    show(gallery, log, step, workdir)
+                interval.restart()
+
+            if saves:
+                seen = {
+                    "examples_seen": step * batch_size,
+                    "categories": split.categories._asdict(),
+                }
+                checkpoints.save(step, state, seen, scores)
+            if saves and stop and step < total_steps:
+                checkpoints.close()
+                raise Preempted(f"stopped at step {step}, which is saved; the same command goes on")
+
+    checkpoints.close()
+    if is_chief:
+        progress.close()
+        log.close()
+        plot_curves(workdir)
+        print(f"done: {workdir}; evaluate it with: python eval.py --workdir {workdir}")
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something happens at a step; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def check_finite(done: Any, split: Split, checkpoints: Checkpoints) -> None:
+    """Stops the run at a loss that is no number, before anything of it is saved."""
+    if done is None:
+        return
+    step, metrics, ids = done
+    if np.isfinite(metrics["loss/total"]) and np.isfinite(metrics["grad_norm"]):
+        return
+    checkpoints.wait()
+    bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+    names = ", ".join(split.file_name(i) for i in ids if i != EMPTY)
+    last = checkpoints.steps()[-1:] or ["none"]
+    raise ConfigError(
+        f"step {step}: {', '.join(bad)} is not finite; images: {names}; last checkpoint: {last[0]}; "
+        "a lower config.optim.lr or a longer config.optim.warmup_steps may help"
+    )
+
+
+class Interval:
+    """What the log says about the steps since its last record: means, speed, waiting for data."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what came before."""
+        self._metrics: list[Mapping[str, jax.Array]] = []
+        self._waited = 0.0
+        self._began = time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Measures the wait for a batch."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    def add(self, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of a step, which the device may still be computing."""
+        self._metrics.append(metrics)
+
+    def last(self) -> dict[str, Any]:
+        """For the progress line; the loss is that of the last step which is surely done."""
+        known = self._metrics[-2:][0]
+        return {"loss": known["loss/total"]} | self._speed()
+
+    def close(self) -> dict[str, float]:
+        """The record of the interval, which ends here."""
+        metrics = jax.device_get(self._metrics)
+        means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        values = means | self._speed()
+        self.restart()
+        return values
+
+    def _speed(self) -> dict[str, float]:
+        seconds = time.monotonic() - self._began
+        rate = len(self._metrics) * self._batch_size / seconds
+        return {"images_per_second": rate, "data_wait_share": self._waited / seconds}
+
+
+def describe(summary: Mapping[str, float]) -> str:
+    """Three numbers of an evaluation in a line."""
+    return ", ".join(f"{name} {summary[name]:.1f}" for name in ("PQ", "PQ_things", "PQ_stuff"))
+
+
+def show(gallery: Gallery, log: Log, step: int, workdir: Path) -> None:
+    """Puts predicted pictures into TensorBoard and into the workdir."""
+    if not gallery.rows:
+        return
+    panel = gallery.panel()
+    log.images(step, {"val/pictures": panel})
+    folder = workdir / "pictures"
+    folder.mkdir(exist_ok=True)
+    save_picture(folder / f"step_{step:07}.png", panel)
+
+
+if __name__ == "__main__":
+    run(main)
