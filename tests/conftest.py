@@ -1,0 +1,36 @@
+"""What every test shares: the CPU, a compilation cache, and the reference's data where it exists."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Before the first import of jax. Tests are written for the CPU; JAX_PLATFORMS=cuda,cpu runs them on
+# a GPU. Programs that took more than a second to compile are kept for the next run.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+# Tiny networks are compiled for much longer than they run.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
+
+def _shared(name: str) -> Path:
+    folder = ROOT.parent / "shared" / name
+    if not folder.exists():
+        pytest.skip(f"{folder} does not exist")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of numbers that the PyTorch reference produced."""
+    return _shared("fixtures")
+
+
+@pytest.fixture(scope="session")
+def coco_mini() -> Path:
+    """A small dataset of real pictures in COCO's own layout."""
+    return _shared("data/coco_mini")

@@ -1,0 +1,532 @@
+"""Compares the network with numbers of the PyTorch reference: python tests/parity.py PATH…
+
+A fixture is a manifest NAME.json, arrays NAME.npz, and no weights: those follow from the names of
+the parameters by a rule. Every line of the report is one array: its largest error relative to the
+array's largest value, and the tolerance. The exit status is 1 if anything fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from knet_jax import losses
+from knet_jax.convert import from_reference, to_reference
+from knet_jax.knet import KNet, make_model
+from knet_jax.matching import Weights
+from knet_jax.metrics.coco_files import score_files
+from knet_jax.metrics.panoptic import summarize
+from knet_jax.optim import gradient_norm, make_optimizer, trainable
+from knet_jax.postprocess import Canvas, Fused, fuse
+from knet_jax.structs import EMPTY, Output, Segments, Stage
+from knet_jax.training import compute_loss
+
+GROUPS = (
+    ("frozen", r"backbone/(stem|layer1)_.*", 0.0, 0.0),
+    ("backbone", r"backbone/.*", 0.25, 1.0),
+    ("head", r".*", 1.0, 1.0),
+)
+
+TERMS = {"mask": "mask", "dice": "dice", "rank": "rank", "label": "cls", "dense": "seg"}
+
+
+class Row(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    error: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.error <= self.tolerance)
+
+
+class Fixture(NamedTuple):
+    """A manifest, its arrays, and the precision to compare in."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+    dtype: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether we compute in double precision."""
+        return self.dtype == "float64"
+
+    def stored(self, key: str) -> Any:
+        """The entry of the manifest that has our precision."""
+        return self.manifest[f"{key}_{'f64' if self.exact else 'f32'}"]
+
+
+def load(path: Path, dtype: str) -> Fixture:
+    arrays = path.with_suffix(".npz")
+    stored = dict(np.load(arrays)) if arrays.exists() else {}
+    return Fixture(path, json.loads(path.read_text()), stored, dtype)
+
+
+# Weights and networks.
+
+
+def rule_weight(name: str, shape: list[int], seed: int) -> np.ndarray:
+    """The tensor that the rule gives to a name, float32."""
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"{seed}:{name}".encode())))
+    z = rng.standard_normal(shape, dtype=np.float32)
+    tenth = np.float32(0.1)
+    if name.endswith("running_mean"):
+        return tenth * z
+    if name.endswith("running_var"):
+        return 1 + tenth * abs(z)
+    if len(shape) >= 2:
+        mean = z.mean(axis=tuple(range(1, len(shape))), dtype=np.float64, keepdims=True)
+        return (z - mean.astype(np.float32)) / np.float32(np.sqrt(np.prod(shape[1:])))
+    if name.endswith("weight"):
+        return 1 + tenth * z
+    return tenth * z - (2 if name.endswith("fc_cls.bias") else 0)
+
+
+def rule_weights(manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The state dict of a fixture, without counters of batches."""
+    return {
+        name: rule_weight(name, shape, manifest["seed"])
+        for name, shape, _ in manifest["params"]
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def network(fixture: Fixture) -> tuple[KNet, dict[str, Any]]:
+    """Our network of a fixture's size, and its variables."""
+    shapes = {name: shape for name, shape, _ in fixture.manifest["params"]}
+    num_classes = shapes["rpn_head.conv_seg.weight"][0]
+    num_stuff = 53 if fixture.manifest["model"].endswith("panoptic") else 0
+
+    def blocks(layer: int) -> int:
+        prefix = f"backbone.layer{layer}."
+        return 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith(prefix))
+
+    model = make_model(
+        num_proposals=shapes["rpn_head.init_kernels.weight"][0],
+        num_things=num_classes - num_stuff,
+        num_stuff=num_stuff,
+        num_stages=sum(name.endswith("fc_mask.bias") for name in shapes),
+        backbone={"depths": tuple(map(blocks, (1, 2, 3, 4)))},
+        dtype=fixture.dtype,
+    )
+    template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    variables = from_reference(rule_weights(fixture.manifest), template)
+    return model, jax.tree.map(lambda x: jnp.asarray(x, fixture.dtype), variables)
+
+
+def images(fixture: Fixture) -> jax.Array:
+    return jnp.asarray(fixture.arrays["image"].transpose(0, 2, 3, 1), fixture.dtype)
+
+
+# Comparisons.
+
+
+def relative(ours: Any, theirs: Any) -> float:
+    """Largest difference over the largest value of theirs."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape:
+        return np.inf
+    scale = abs(theirs).max(initial=0)
+    return float(abs(ours - theirs).max(initial=0) / (scale if scale else 1))
+
+
+def forward(fixture: Fixture) -> Iterator[Row]:
+    model, variables = network(fixture)
+    output, state = jax.jit(partial(model.apply, capture_intermediates=is_neck_or_feats))(
+        variables, images(fixture)
+    )
+    captured = state["intermediates"]
+    pyramid = captured["neck"]["fpn"]["__call__"][0]
+    feats = captured["initial"]["__call__"][0][0]
+    last = output.stages[-1].kernels
+    ours = {
+        "x_feats_every8": feats[..., ::8].transpose(0, 3, 1, 2),
+        "mask_init": output.stages[0].masks,
+        "prop_init_every8": output.stages[0].kernels[..., ::8],
+        f"s{len(output.stages) - 2}_obj": last,
+    }
+    for i, level in enumerate(pyramid):
+        ours[f"fpn{i}_mean"] = level.mean((1, 2, 3))
+        ours[f"fpn{i}_std"] = level.std((1, 2, 3))
+        some = fixture.arrays[f"fpn{i}_ch0_7"].shape[1]
+        ours[f"fpn{i}_ch0_7"] = level[..., :some].transpose(0, 3, 1, 2)
+    for s, stage in enumerate(output.stages[1:]):
+        ours[f"s{s}_cls"] = stage.logits
+        ours[f"s{s}_mask"] = stage.masks
+        ours[f"s{s}_obj_every8"] = stage.kernels[..., ::8]
+    if "seg_preds" in fixture.arrays:
+        ours["seg_preds"] = output.dense
+
+    flips = num_flips(output, fixture)
+    tolerance = 1e-5 if fixture.exact else 1e-4
+    for name, theirs in fixture.arrays.items():
+        if name in ours:
+            yield compare(name, ours[name], theirs, tolerance, flips)
+    yield from maps(fixture, output, fixture.manifest.get("panoptic_variants", {}), 1e-3)
+
+
+def is_neck_or_feats(module: Any, method: str) -> bool:
+    return method == "__call__" and module.name in ("fpn", "initial")
+
+
+def num_flips(output: Output, fixture: Fixture) -> int:
+    """Mask pixels that lie on the other side of the hard threshold of the gathering."""
+    names = ["mask_init"] + [f"s{s}_mask" for s in range(len(output.stages) - 2)]
+    return sum(
+        int(((np.asarray(stage.masks) > 0) != (fixture.arrays[name] > 0)).sum())
+        for name, stage in zip(names, output.stages)
+    )
+
+
+def compare(name: str, ours: Any, theirs: np.ndarray, tolerance: float, flips: int) -> Row:
+    """One array. A pixel that flips at the hard threshold changes a few rows of what follows by a
+    hundredth and nothing else: then the median over rows is compared."""
+    error = relative(ours, theirs)
+    if error <= tolerance or not flips or name.startswith(("fpn", "x_feats", "mask_init")):
+        return Row(name, error, tolerance)
+    ours = np.asarray(ours, np.float64)
+    rows = abs(ours - theirs).reshape(*theirs.shape[:2], -1).max(-1)
+    return Row(
+        name, float(np.median(rows) / abs(theirs).max()), tolerance, f"median, {flips} flips"
+    )
+
+
+def maps(
+    fixture: Fixture, output: Output, variants: Mapping[str, Any], tolerance: float
+) -> Iterator[Row]:
+    """Panoptic maps: the share of pixels that disagree in class or in the partition."""
+    size = np.array(fixture.manifest["img_shapes"], np.int32)
+    original_size = np.array(fixture.manifest["ori_shapes"], np.int32)
+    last = output.stages[-1]
+    for variant, thresholds in variants.items():
+        fused = jax.jit(fuse, static_argnames=("num_things", "canvas"))(
+            last.masks,
+            last.logits,
+            size,
+            original_size,
+            num_things=80,
+            canvas=Canvas.of(size, original_size),
+            instance_threshold=thresholds["instance_score_thr"],
+            overlap_threshold=thresholds["overlap_thr"],
+        )
+        for i, (height, width) in enumerate(original_size):
+            theirs = fixture.arrays[f"pan_{variant}_{i}"]
+            ids = np.asarray(fused.ids[i])[:height, :width]
+            yield Row(f"pan_{variant}_{i}", disagreement(ids, fused, i, theirs), tolerance)
+
+
+def disagreement(ids: np.ndarray, fused: Fused, i: int, theirs: np.ndarray) -> float:
+    """Share of pixels outside the best pairing of our segments with theirs, class by class.
+
+    Numbers of segments are not compared: scores that are equal but for rounding may swap.
+    """
+    labels = np.concatenate([[133], np.asarray(fused.labels[i])])
+    pairs, counts = np.unique(np.stack([ids.ravel(), theirs.ravel()]), axis=1, return_counts=True)
+    taken: set[tuple[str, int]] = set()
+    agree = 0
+    for (our, their), pixels in sorted(zip(pairs.T.tolist(), counts), key=lambda x: -x[1]):
+        if labels[our] == their % 1000 and not taken & {("our", our), ("their", their)}:
+            taken |= {("our", our), ("their", their)}
+            agree += int(pixels)
+    return 1 - agree / ids.size
+
+
+def postprocessing(fixture: Fixture) -> Iterator[Row]:
+    masks = jnp.asarray(fixture.arrays["mask_logits"], fixture.dtype)
+    logits = jnp.asarray(fixture.arrays["cls_logits"], fixture.dtype)
+    output = Output((Stage(None, masks, logits),), None)
+    yield from maps(fixture, output, fixture.manifest["variants"], 1e-4)
+
+
+# Training.
+
+
+def targets(fixture: Fixture, num_stuff: int) -> tuple[Segments, Segments]:
+    """Segments at stride 4: the mean of the four pixels that bilinear reduction reads."""
+
+    def reduce(masks: np.ndarray) -> np.ndarray:
+        middle = [masks[..., 1 + a :: 4, 1 + e :: 4] for a in (0, 1) for e in (0, 1)]
+        return np.mean(middle, axis=0)
+
+    arrays = fixture.arrays
+    b, _, height, width = arrays["image"].shape
+    slots = max(len(arrays[f"gt_labels_{i}"]) for i in range(b))
+    masks = np.zeros((b, slots, height // 4, width // 4))
+    labels = np.full((b, slots), EMPTY, np.int32)
+    stuff_masks = np.zeros((b, num_stuff, height // 4, width // 4))
+    stuff_labels = np.full((b, num_stuff), EMPTY, np.int32)
+    for i in range(b):
+        here = arrays[f"gt_labels_{i}"]
+        masks[i, : len(here)] = reduce(arrays[f"gt_masks_{i}"].astype(float))
+        labels[i, : len(here)] = here
+        for q in range(num_stuff):
+            mask = arrays[f"gt_semantic_seg_{i}"] == 80 + q
+            stuff_masks[i, q] = reduce(mask.astype(float))
+            stuff_labels[i, q] = 80 + q if mask.any() else EMPTY
+    return (
+        Segments(jnp.asarray(masks, fixture.dtype), jnp.asarray(labels)),
+        Segments(jnp.asarray(stuff_masks, fixture.dtype), jnp.asarray(stuff_labels)),
+    )
+
+
+def reference_terms(terms: Mapping[str, Any]) -> dict[str, float]:
+    """Our loss terms under the reference's names."""
+    renamed = {}
+    for name, value in terms.items():
+        _, stage, term = name.split("/")
+        prefix = "loss_rpn_" if stage == "initial" else f"s{int(stage[5:]) - 1}_loss_"
+        renamed[prefix + TERMS[term]] = float(value)
+    return renamed
+
+
+def term_rows(
+    ours: Mapping[str, float], theirs: Mapping[str, float], tolerance: float, prefix: str = ""
+) -> Iterator[Row]:
+    for name, value in theirs.items():
+        # Without positives the reference files this term, which is then zero, under another name.
+        name = "loss_rpn_rank" if name == "loss_rank" else name
+        if "loss" in name:
+            yield Row(prefix + name, relative(ours[name], value), tolerance)
+
+
+def loss_and_grads(fixture: Fixture):
+    """A jitted (params, batch_stats) -> ((loss, (terms, matching, …)), grads) of a fixture's batch."""
+    model, variables = network(fixture)
+    things, stuff = targets(fixture, model.initial.num_stuff)
+    counts = losses.count(things, stuff, model.initial.num_proposals)
+    loss = partial(compute_loss, model=model, weights=Weights())
+    batch = (images(fixture), things, stuff, counts)
+
+    @jax.jit
+    def run(params, batch_stats):
+        return jax.value_and_grad(loss, has_aux=True)(params, batch_stats, *batch)
+
+    return run, variables
+
+
+def training(fixture: Fixture) -> Iterator[Row]:
+    manifest = fixture.manifest
+    run, variables = loss_and_grads(fixture)
+    (total, (terms, matching, _)), grads = run(variables["params"], variables["batch_stats"])
+    tolerance = 1e-6 if fixture.exact else 1e-4
+    yield from term_rows(reference_terms(terms), fixture.stored("losses"), tolerance)
+    yield Row("total_loss", relative(total, fixture.stored("total_loss")), tolerance)
+
+    for name, theirs in fixture.arrays.items():
+        if name.startswith("assign_"):
+            _, stage, i = name.split("_")
+            number = 0 if stage == "rpn" else int(stage[1:])
+            wrong = np.asarray(matching.slots[number, int(i)]) + 1 != theirs
+            yield Row(name, float(wrong.mean()), 0.0)
+
+    ours = to_reference({"params": grads})
+    exact = fixture.exact
+    norms = manifest["grad_norms_all_f64" if exact else "grad_norms_all"]
+    for name in manifest["no_grad_params"]:
+        yield Row(f"grad_norm/{name}", float(abs(ours[name]).max()), 0.0, "frozen")
+    for name, norm in norms.items():
+        error = relative(np.linalg.norm(ours[name]), norm)
+        yield Row(f"grad_norm/{name}", error, 1e-5 if exact else 1e-2)
+    for name, theirs in fixture.arrays.items():
+        kind, _, parameter = name.partition("/")
+        if kind == ("grad16_f64" if exact else "grad16"):
+            first = ours[parameter].ravel()[: theirs.size]
+            if exact:
+                yield Row(name, relative(first, theirs), 1e-5)
+            else:
+                # Of 16 values out of thousands, on which one flipped ReLU weighs more.
+                yield Row(name, 1 - cosine(first, theirs), 1e-3, "1 - cosine")
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / norms) if norms else float(np.array_equal(a, b))
+
+
+# Relative tolerances of the loss at each step; the last one holds for the rest. Adam's first step
+# is close to the sign of the gradient, so that the rounding of gradients near zero, and ReLUs that
+# flip with it, move parameters by whole steps: float32 runs part ways, the reference's own as well.
+TRAJECTORY = {
+    "f32": (1e-5, 1e-3, 2e-2, 5e-2, 0.1),
+    "f32_lr1e-5": (1e-5, 1e-3, 5e-3, 1e-2, 2e-2),
+    "f64": (1e-6, 1e-6, 1e-5, 1e-5, 1e-4),
+}
+
+
+def trajectory(fixture: Fixture) -> Iterator[Row]:
+    batch = batch_of(fixture)
+    suffix = "f64" if fixture.exact else "f32"
+    for key in fixture.manifest:
+        if not key.endswith(f"_{suffix}"):
+            continue
+        kind = key.removesuffix(f"_{suffix}")
+        run, variables = loss_and_grads(batch)
+        params, stats = variables["params"], variables["batch_stats"]
+        optim = ConfigDict(
+            {
+                "lr": 1e-5 if "lr1e-5" in kind else 1e-4,
+                "scale_lr": False,
+                "reference_batch": 16,
+                "weight_decay": 0.05,
+                "clip_norm": 1.0,
+                "warmup_steps": 4 if kind.startswith("warmup4") else 0,
+                "warmup_factor": 0.001,
+                "decay_at": (),
+                "decay_factor": 10.0,
+                "unit": "step",
+                "groups": GROUPS,
+            }
+        )
+        optimizer, _ = make_optimizer(optim, params, steps_per_epoch=1, batch_size=16)
+        mask = trainable(GROUPS, params)
+        state = optimizer.init(params)
+
+        @jax.jit
+        def update(grads, state, params, optimizer=optimizer):
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        theirs = fixture.manifest[key]
+        steps = TRAJECTORY[suffix if "lr1e-5" not in kind or fixture.exact else "f32_lr1e-5"]
+        for step, loss in enumerate(theirs["total_loss"]):
+            tolerance = steps[min(step, len(steps) - 1)]
+            (total, (terms, _, _)), grads = run(params, stats)
+            norm = gradient_norm(grads, mask)
+            params, state = update(grads, state, params)
+            yield Row(f"{kind}/step{step}/total_loss", relative(total, loss), tolerance)
+            if step < 2 or fixture.exact:
+                reference = theirs["terms"][step]
+                prefix = f"{kind}/step{step}/"
+                yield from term_rows(reference_terms(terms), reference, 10 * tolerance, prefix)
+                reference = theirs["grad_norm_before_clip"][step]
+                yield Row(f"{prefix}grad_norm", relative(norm, reference), 10 * tolerance)
+        ours = to_reference({"params": params})
+        for name, reference in theirs["final_params"].items():
+            norm = np.linalg.norm(ours[name].astype(np.float64))
+            tolerance = 1e-5 if fixture.exact else 1e-3
+            yield Row(f"{kind}/norm/{name}", relative(norm, reference["norm"]), tolerance)
+
+
+def batch_of(fixture: Fixture) -> Fixture:
+    """The training fixture beside a trajectory whose batch it runs on."""
+    wanted = [fixture.manifest[key] for key in ("model", "seed")]
+    for path in sorted(fixture.path.parent.glob("*.json")):
+        manifest = json.loads(path.read_text())
+        same = [manifest.get("model"), manifest.get("seed")] == wanted
+        if same and manifest["kind"] == "det train" and not manifest.get("image_seed_tag"):
+            return load(path, fixture.dtype)
+    raise SystemExit(f"{fixture.path}: there is no training fixture with its batch beside it")
+
+
+# Metrics.
+
+
+def panoptic_quality(folder: Path) -> Iterator[Row]:
+    expected = json.loads((folder / "expected.json").read_text())
+    counts, categories = score_files(folder / "gt.json", folder / "pred.json")
+    summary = summarize(counts, categories)
+    for group, suffix in {"All": "", "Things": "_things", "Stuff": "_stuff"}.items():
+        for key in ("pq", "sq", "rq"):
+            ours = summary[key.upper() + suffix] / 100
+            yield Row(f"{group}/{key}", relative(ours, expected[group][key]), 1e-9)
+    for i, dataset_id in enumerate(categories.dataset_ids):
+        theirs = expected["per_class"][str(dataset_id)]
+        for key in ("iou_sum", "tp", "fp", "fn"):
+            yield Row(f"{dataset_id}/{key}", relative(getattr(counts, key)[i], theirs[key]), 1e-9)
+
+
+# The report.
+
+KINDS = {
+    "det forward (eval)": forward,
+    "panoptic post-processing only (no network)": postprocessing,
+    "det train": training,
+    "training trajectory": trajectory,
+}
+
+
+def is_supported(manifest: Mapping[str, Any]) -> bool:
+    """Whether the network of a fixture is one that is built here: panoptic, ResNet, plain."""
+    names = [name for name, _, _ in manifest.get("params", [])]
+    return (
+        manifest["kind"] in KINDS
+        and manifest.get("model", "").endswith("panoptic")
+        and not any("conv_offset" in name or "patch_embed" in name for name in names)
+    )
+
+
+def find(path: Path) -> list[Path]:
+    """Manifests, and folders of metrics, below a path given by the user."""
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist")
+    if path.is_file():
+        if not path.with_suffix(".json").is_file():
+            raise SystemExit(f"{path} is no fixture: there is no {path.with_suffix('.json').name}")
+        return [path.with_suffix(".json")]
+    if (path / "expected.json").exists():
+        return [path]
+    found = sorted(path.glob("*.json"))
+    found += [folder for folder in sorted(path.iterdir()) if (folder / "expected.json").exists()]
+    if not found:
+        raise SystemExit(f"{path} holds no fixture")
+    return found
+
+
+def rows_of(path: Path, dtype: str) -> Iterator[Row] | None:
+    """The rows of one fixture; None if its kind is unknown."""
+    if path.is_dir():
+        return panoptic_quality(path) if (path / "pred.json").exists() else None
+    fixture = load(path, dtype)
+    if "kind" not in fixture.manifest or not is_supported(fixture.manifest):
+        return None
+    return KINDS[fixture.manifest["kind"]](fixture)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="+", type=Path, help="fixture files, or folders of them")
+    parser.add_argument("--x64", action="store_true", help="compute in double precision")
+    parser.add_argument("--quiet", action="store_true", help="print failures and totals only")
+    arguments = parser.parse_args()
+    jax.config.update("jax_enable_x64", arguments.x64)
+    dtype = "float64" if arguments.x64 else "float32"
+
+    passed = failed = skipped = 0
+    for path in itertools.chain.from_iterable(map(find, arguments.paths)):
+        rows = rows_of(path, dtype)
+        if rows is None:
+            skipped += 1
+            print(f"{path.stem}: skipped, its kind is unknown here")
+            continue
+        print(f"{path.stem} in {dtype}")
+        for row in rows:
+            passed, failed = passed + row.passed, failed + (not row.passed)
+            if not (arguments.quiet and row.passed):
+                verdict = "pass" if row.passed else "FAIL"
+                line = f"  {row.name:64} {row.error:9.2e} / {row.tolerance:7.0e}  {verdict}"
+                print(f"{line}  {row.note}".rstrip(), flush=True)
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed or not passed + skipped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from knet_jax.data import sampler
+
+GROUPS = (np.array([0, 2, 3, 5, 6, 8, 9]), np.array([1, 4, 7]))
+
+
+def epoch(epochs, number):
+    size = epochs.batches_per_epoch
+    return [epochs.batch(number * size + i) for i in range(size)]
+
+
+def test_orientation_groups():
+    sizes = np.array([[3, 4], [4, 3], [5, 5], [9, 1]])
+    landscape, portrait = sampler.orientation_groups(sizes)
+    assert landscape.tolist() == [0, 2] and portrait.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 8])
+def test_an_epoch_shows_everything_in_batches_of_one_group(batch_size):
+    epochs = sampler.EpochSampler(GROUPS, batch_size, seed=1)
+    assert epochs.batches_per_epoch == -(-7 // batch_size) + -(-3 // batch_size)
+    for number in range(3):
+        for group in (0, 1):
+            batches = [members for of, members in epoch(epochs, number) if of == group]
+            shown, counts = np.unique(np.concatenate(batches), return_counts=True)
+            np.testing.assert_array_equal(shown, GROUPS[group])
+            # Filling up is spread evenly.
+            assert counts.max() - counts.min() <= 1
+            assert all(len(members) == batch_size for members in batches)
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    def order(seed, number):
+        epochs = sampler.EpochSampler(GROUPS, 2, seed)
+        return [members.tolist() for _, members in epoch(epochs, number)]
+
+    assert order(3, 5) == order(3, 5)
+    assert order(3, 5) != order(4, 5)
+    assert order(3, 5) != order(3, 6)
+
+
+def test_batches_of_the_groups_are_mixed():
+    groups = (np.arange(100), np.arange(100, 200))
+    order = [group for group, _ in epoch(sampler.EpochSampler(groups, 4, seed=0), 0)]
+    assert order != sorted(order) and sum(order[:25]) not in (0, 25)
+
+
+def test_random_access_equals_walking():
+    walked, jumped = (sampler.EpochSampler(GROUPS, 2, seed=7) for _ in range(2))
+    expected = [walked.batch(i)[1].tolist() for i in range(20)]
+    for i in (19, 0, 7, 6, 13):
+        assert jumped.batch(i)[1].tolist() == expected[i]
+
+
+def test_one_group_is_enough():
+    epochs = sampler.EpochSampler((np.arange(5), np.array([], int)), 2, seed=0)
+    assert epochs.batches_per_epoch == 3
+    assert {group for group, _ in epoch(epochs, 0)} == {0}
+
+
+def test_generators_differ_between_examples():
+    epochs = sampler.EpochSampler(GROUPS, 2, seed=0)
+    draws = [epochs.generator(i, row).random() for i in range(50) for row in range(2)]
+    assert len(set(draws)) == 100
+    assert epochs.generator(10, 1).random() == draws[21]

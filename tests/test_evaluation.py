@@ -1,0 +1,193 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+from devices import call
+
+from knet_jax import evaluation
+from knet_jax.configuration import load_config
+from knet_jax.data import pipeline
+from knet_jax.evaluation import Evaluator, Gallery, lookahead, panoptic_map
+from knet_jax.knet import make_model
+from knet_jax.metrics import panoptic
+from knet_jax.postprocess import Fused
+from knet_jax.structs import EMPTY, SegmentInfo
+from knet_jax.training import init_variables
+
+CONFIG = Path(__file__).parents[1] / "configs" / "shapes_panoptic.py"
+SLOTS = 16
+
+
+def make_config(data_dir):
+    overrides = [
+        f"--config.data.data_dir={data_dir}",
+        "--config.data.num_val=8",
+        "--config.data.image_side=(64, 96)",
+        "--config.data.canvas=(64, 96)",
+        "--config.data.short_side=(32, 64)",
+        "--config.data.long_side=96",
+        "--config.eval.batch_size=3",
+        "--config.eval.instance_threshold=0.0",
+        "--config.eval.overlap_threshold=0.0",
+    ]
+    config = load_config(str(CONFIG), overrides)
+    for key, value in tiny_model.MODEL.items():
+        config.model[key] = value
+    config.model.update({"num_things": 5, "num_stuff": 4, "num_stages": 1})
+    return config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The config and the validation split of eight shapes."""
+    config = make_config(tmp_path_factory.mktemp("data"))
+    return config, pipeline.load_split(config.data, "val")
+
+
+@pytest.fixture
+def oracle(data, monkeypatch):
+    """A network and a fusion that know the truth."""
+    config, split = data
+    side = (128, 128)
+
+    def look_up(ids):
+        fused = Fused(
+            np.zeros((len(ids), *side), np.int16),
+            np.full((len(ids), SLOTS), EMPTY, np.int32),
+            np.zeros((len(ids), SLOTS), np.float32),
+        )
+        for i, index in enumerate(np.asarray(ids)):
+            if index != EMPTY:
+                truth = split.truth(index)
+                height, width = truth.ids.shape
+                real = [segment for segment in truth.segments if not segment.iscrowd]
+                for number, segment in enumerate(real):
+                    fused.ids[i, :height, :width][truth.ids == segment.id] = 1 + number
+                    fused.labels[i, number] = segment.label
+                    fused.scores[i, number] = 0.5
+        return fused
+
+    def fuse(masks, logits, size, original_size, *, num_things, canvas, **thresholds):
+        assert num_things == 5 and (canvas.height, canvas.width) == side
+        assert set(thresholds) == {"instance_threshold", "overlap_threshold"}
+        b = len(masks)
+        shapes = Fused(
+            jax.ShapeDtypeStruct((b, *side), jnp.int16),
+            jax.ShapeDtypeStruct((b, SLOTS), jnp.int32),
+            jax.ShapeDtypeStruct((b, SLOTS), jnp.float32),
+        )
+        return jax.pure_callback(look_up, shapes, masks)
+
+    monkeypatch.setattr(evaluation, "last_stage", lambda _, batch, *, model: (batch.id, batch.id))
+    monkeypatch.setattr(evaluation, "fuse", fuse)
+    return lambda limit=None: Evaluator(
+        make_model(**config.model), split, config, jax.devices()[:1], limit
+    )
+
+
+def test_perfect_predictions_score_100(data, oracle):
+    _, split = data
+    seen = []
+    counts = oracle().evaluate({}, seen.append)
+    summary = panoptic.summarize(counts, split.categories)
+    assert {summary[name] for name in ("PQ", "SQ", "RQ", "PQ_things", "PQ_stuff")} == {100.0}
+    wanted = [s for i in range(len(split)) for s in split.truth(i).segments if not s.iscrowd]
+    assert counts.tp.sum() == len(wanted) and not counts.fp.any() and not counts.fn.any()
+    assert sorted(prediction.index for prediction in seen) == list(range(8))
+    for prediction in seen:
+        assert prediction.prediction.ids.shape == tuple(split.sizes[prediction.index])
+        np.testing.assert_array_equal(prediction.truth.ids, split.truth(prediction.index).ids)
+
+
+@pytest.mark.parametrize("limit, count", [(1, 1), (4, 4), (8, 8), (50, 8)])
+def test_limit_takes_the_first_pictures(oracle, limit, count):
+    indices = [prediction.index for prediction in oracle(limit).predictions({})]
+    assert sorted(indices) == list(range(count))
+
+
+def test_an_evaluator_works_again_and_again(oracle):
+    evaluator = oracle(3)
+    first, second = evaluator.evaluate({}), evaluator.evaluate({})
+    for a, b in zip(first, second):
+        np.testing.assert_array_equal(a, b)
+    assert first.tp.sum() > 0
+
+
+def test_gallery_keeps_the_first_few(data, oracle):
+    _, split = data
+    gallery = Gallery(split, 2)
+    oracle().evaluate({}, gallery.add)
+    assert len(gallery.rows) == 2
+    index = next(oracle().predictions({})).index
+    assert gallery.rows[0].title == split.file_name(index)
+    np.testing.assert_array_equal(gallery.rows[0].image, split.image(index))
+    panel = gallery.panel()
+    assert panel.dtype == np.uint8 and panel.ndim == 3 and panel.shape[2] == 3
+
+
+def test_panoptic_map_leaves_out_padding_and_empty_places():
+    ids = np.zeros((2, 8, 9), np.int16)
+    ids[1, :5, :4], ids[1, :5, 4:6] = 1, 2
+    labels = np.array([[EMPTY] * 3, [7, 2, EMPTY]], np.int32)
+    fused = Fused(ids, labels, np.array([[0, 0, 0], [0.75, 0.5, 0]], np.float32))
+    result = panoptic_map(fused, 1, np.array([5, 6]))
+    assert result.ids.shape == (5, 6) and result.ids.dtype == np.int32
+    assert result.segments == (SegmentInfo(1, 7, score=0.75), SegmentInfo(2, 2, score=0.5))
+    assert panoptic_map(fused, 0, np.array([8, 9])).segments == ()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_lookahead_gives_the_same_items(count):
+    assert list(lookahead(range(count))) == list(range(count))
+
+
+def test_lookahead_is_one_item_ahead():
+    drawn = []
+
+    def items():
+        for i in range(3):
+            drawn.append(i)
+            yield i
+
+    ahead = []
+    for item in lookahead(items()):
+        ahead.append((item, drawn[-1]))
+    assert ahead == [(0, 1), (1, 2), (2, 2)]
+
+
+def worker(data_dir, out):
+    """Predictions of a network on one and on two devices."""
+    config = make_config(data_dir)
+    split = pipeline.load_split(config.data, "val")
+    model = make_model(**config.model)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda x: x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), init_variables(model, 0)
+    )
+    config.eval.batch_size = 4
+    arrays = {}
+    for num_devices in (1, 2):
+        evaluator = Evaluator(model, split, config, jax.devices()[:num_devices], 7)
+        seen = []
+        counts = evaluator.evaluate(variables, seen.append)
+        for one in seen:
+            arrays[f"{num_devices}/{one.index}"] = one.prediction.ids
+        arrays[f"{num_devices}/order"] = np.array([one.index for one in seen])
+        arrays[f"{num_devices}/fn"] = counts.fn + counts.tp
+    np.savez(out, **arrays)
+
+
+def test_two_devices_equal_one(data, tmp_path):
+    config, _ = data
+    call("test_evaluation", "worker", config.data.data_dir, tmp_path / "out.npz", num_devices=2)
+    arrays = dict(np.load(tmp_path / "out.npz"))
+    for name in ("order", "fn"):
+        np.testing.assert_array_equal(arrays[f"1/{name}"], arrays[f"2/{name}"])
+    assert sorted(arrays["1/order"]) == list(range(7)) and arrays["1/fn"].sum() > 7
+    maps = [(arrays[f"1/{i}"], arrays[f"2/{i}"]) for i in range(7)]
+    assert any(len(np.unique(one)) > 1 for one, _ in maps)
+    for one, two in maps:
+        assert (one != two).mean() < 1e-3

@@ -1,0 +1,149 @@
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from knet_jax import logs
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def events(workdir):
+    """Events of every TensorBoard file, read by its framing: length, checksum, data, checksum."""
+    found = []
+    for path in sorted((workdir / "events").iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+def test_scalars_reach_the_log_and_tensorboard(tmp_path):
+    log = logs.Log(tmp_path, steps_per_epoch=4)
+    log.scalars(2, {"loss/total": np.float32(0.5), "lr/head": 1e-4})
+    log.scalars(4, {"loss/total": float("nan"), "val/PQ": 12.5})
+    log.images(4, {"val/panel": np.full((8, 6, 3), 200, np.uint8)})
+    log.close()
+
+    assert logs.read_log(tmp_path) == [
+        {"step": 2, "epoch": 0.5, "loss/total": 0.5, "lr/head": 1e-4},
+        {"step": 4, "epoch": 1.0, "loss/total": None, "val/PQ": 12.5},
+    ]
+    values = [(e.step, v) for e in events(tmp_path) for v in e.summary.value]
+    assert [(s, v.tag, v.simple_value) for s, v in values if v.tag == "val/PQ"] == [
+        (4, "val/PQ", 12.5)
+    ]
+    picture = next(v.image for _, v in values if v.tag == "val/panel")
+    pixels = cv2.imdecode(np.frombuffer(picture.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+    assert pixels.shape == (8, 6, 3)
+    assert (pixels == 200).all()
+
+
+def test_a_record_is_on_disk_at_once(tmp_path):
+    log = logs.Log(tmp_path, 1)
+    log.scalars(1, {"loss/total": 1.0})
+    assert len(logs.read_log(tmp_path)) == 1
+    log.close()
+
+
+def test_resuming_drops_what_will_be_computed_again(tmp_path):
+    log = logs.Log(tmp_path, 1)
+    for step in range(1, 7):
+        log.scalars(step, {"loss/total": step})
+    log.close()
+    with (tmp_path / logs.LOG_NAME).open("a") as file:
+        file.write('{"step": 7, "lo')  # killed while writing
+
+    log = logs.Log(tmp_path, 1, start_step=4)
+    log.scalars(5, {"loss/total": 50})
+    log.close()
+    assert [(r["step"], r["loss/total"]) for r in logs.read_log(tmp_path)] == [
+        (1, 1), (2, 2), (3, 3), (4, 4), (5, 50)
+    ]  # fmt: skip
+    # TensorBoard itself forgets what lies at or beyond the step of a new START.
+    starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
+    assert starts[-1] == 5
+
+
+@pytest.mark.parametrize("text", ['{"step": 1}\nrubbish\n{"step": 2}\n', '[]\n{"step": 2}\n'])
+def test_a_broken_log_is_named(tmp_path, text):
+    (tmp_path / logs.LOG_NAME).write_text(text)
+    with pytest.raises(ValueError, match="line [12], is no record"):
+        logs.read_log(tmp_path)
+
+
+def test_progress_in_a_file_is_a_line_now_and_then(monkeypatch):
+    clock = iter([100.0, 110.0, 111.0, 150.0, 151.0])
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    progress = logs.Progress(10, seconds=30, stream=stream)
+    for step in (1, 2, 3, 4, 10):
+        progress.update(step, {"loss": np.float32(1.23456), "images/s": 8})
+    progress.close()
+    assert stream.getvalue().splitlines() == [
+        "step 1/10 (10 %), loss 1.235, images/s 8",
+        "step 4/10 (40 %), loss 1.235, images/s 8, 1:40 left",  # 50 s for 3 steps, 6 to go
+        "step 10/10 (100 %), loss 1.235, images/s 8, 0:00 left",
+    ]
+
+
+def test_progress_on_a_terminal_is_one_line_that_fits(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    progress = logs.Progress(2, stream=stream)
+    progress.update(1, {f"term{i}": i for i in range(20)})
+    progress.print("PQ 12.5")
+    progress.update(2)
+    progress.close()
+    text = stream.getvalue()
+    assert [line.rpartition("\x1b[K")[2] for line in text.splitlines() if "PQ" in line] == [
+        "PQ 12.5"
+    ]
+    assert all(
+        len(part) < 40 for part in text.replace("\n", "\r").replace("\x1b[K", "").split("\r")
+    )
+    assert text.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7, "0:07"), (187.4, "3:07"), (7387, "2:03:07"), (93787, "1 d 2:03:07")]
+)
+def test_format_duration(seconds, text):
+    assert logs.format_duration(seconds) == text
+
+
+def test_curves_from_the_command_line(tmp_path):
+    log = logs.Log(tmp_path, 1)
+    for step in range(1, 40):
+        log.scalars(step, {"loss/total": 1 / step, "loss/stage1/mask": 0.1, "lr/head": 1.0})
+    log.scalars(39, {"val/PQ": 10, "loss/total": float("inf")})
+    log.close()
+    command = [sys.executable, "-m", "knet_jax.logs"]
+    options = {"cwd": Path(__file__).parents[1], "text": True}
+    subprocess.run([*command, tmp_path], check=True, **options)
+    curve = cv2.imread(str(tmp_path / logs.CURVE_NAME))
+    assert curve.shape == (400, 1800, 3)
+    assert len(np.unique(curve.reshape(-1, 3), axis=0)) > 10
+
+    result = subprocess.run(
+        [*command, tmp_path / "no"], check=False, capture_output=True, **options
+    )
+    assert result.returncode == 2
+    assert result.stderr == f"logs.py: there is no log.jsonl in {tmp_path / 'no'}\n"
+
+
+def test_an_empty_log_has_no_curves(tmp_path):
+    (tmp_path / logs.LOG_NAME).write_text(json.dumps({"step": 1, "epoch": 1.0}) + "\n")
+    with pytest.raises(ValueError, match="has no values yet"):
+        logs.plot_curves(tmp_path)

@@ -1,0 +1,280 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import make_segments, part, random
+
+from knet_jax import losses
+from knet_jax.structs import EMPTY, Segments
+
+B, N, H, W, T, Q = 3, 6, 8, 7, 3, 2  # T thing classes, Q stuff classes and kernels
+P = N - Q  # proposals
+# Of the kernels: a full image, one without things, one without anything.
+LABELS = np.array(
+    [[0, EMPTY, 2, 1, 3, EMPTY], [EMPTY, EMPTY, EMPTY, EMPTY, 3, 4], [EMPTY] * 6], np.int32
+)
+
+
+@pytest.fixture(scope="module")
+def targets():
+    return make_segments(B, N, H, W, LABELS)
+
+
+@pytest.fixture(scope="module")
+def masks():
+    return random(B, N, H, W, seed=1, scale=2)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x, float)))
+
+
+def focal(logit, target):
+    p = sigmoid(logit)
+    return -0.25 * (1 - p) ** 2 * np.log(p) if target else -0.75 * p**2 * np.log(1 - p)
+
+
+# Every term against its formula.
+
+
+def test_mask_loss(masks, targets):
+    total = 0
+    for i, n in zip(*np.nonzero(LABELS != EMPTY)):
+        p, t = sigmoid(masks[i, n]), np.asarray(targets.masks[i, n])
+        total += -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean()
+    np.testing.assert_allclose(losses.mask_loss(masks, targets, 5), total / 5, rtol=1e-5)
+
+
+def test_dice_loss(masks, targets):
+    total = 0
+    for i, n in zip(*np.nonzero(LABELS != EMPTY)):
+        p, t = sigmoid(masks[i, n]), np.asarray(targets.masks[i, n])
+        total += 1 - 2 * (p * t).sum() / ((p**2).sum() + 1e-3 + (t**2).sum() + 1e-3)
+    np.testing.assert_allclose(losses.dice_loss(masks, targets, 5), total / 5, rtol=1e-5)
+
+
+def owner_of(targets, i, y, x, kernels):
+    """The last of some kernels whose target touches a pixel."""
+    return next(
+        (n for n in reversed(kernels) if LABELS[i, n] != EMPTY and targets.masks[i, n, y, x] > 0),
+        None,
+    )
+
+
+def test_rank_loss(masks, targets):
+    total, logits = 0, np.asarray(masks, float)
+    for i, y, x in np.ndindex(B, H, W):
+        owner = owner_of(targets, i, y, x, range(N))
+        if owner is not None:
+            total += np.log(np.exp(logits[i, :, y, x]).sum()) - logits[i, owner, y, x]
+    wanted = total / (B * H * W)
+    np.testing.assert_allclose(losses.rank_loss(masks, targets, B), wanted, rtol=1e-5)
+
+
+def test_rank_loss_counts_unowned_pixels(masks):
+    one = np.zeros((1, N, H, W), np.float32)
+    one[0, 1, 0, 0] = 1
+    targets = Segments(jnp.asarray(one), jnp.zeros((1, N), jnp.int32))
+    at_pixel = jax.nn.logsumexp(masks[0, :, 0, 0]) - masks[0, 1, 0, 0]
+    np.testing.assert_allclose(
+        losses.rank_loss(masks[:1], targets, 1), at_pixel / (H * W), rtol=1e-5
+    )
+
+
+def test_label_loss(targets):
+    logits = random(B, N, T + Q, seed=2, scale=3)
+    total = 0
+    for i, n, k in np.ndindex(B, N, T + Q):
+        judged = k < T if n < P else k == T + n - P
+        if judged:
+            total += focal(logits[i, n, k], LABELS[i, n] == k)
+    wanted = total / 7
+    ours = losses.label_loss(logits, jnp.asarray(LABELS), T, 7)
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5)
+
+
+def test_dense_loss(targets):
+    dense = random(B, T + Q, H, W, seed=3, scale=3)
+    total = 0
+    for i, y, x in np.ndindex(B, H, W):
+        owner = owner_of(targets, i, y, x, range(P))  # things lie above stuff
+        if owner is None:
+            owner = owner_of(targets, i, y, x, range(P, N))
+        label = None if owner is None else LABELS[i, owner]
+        total += sum(focal(dense[i, k, y, x], k == label) for k in range(T + Q))
+    ours = losses.dense_loss(dense, targets, P, 11)
+    np.testing.assert_allclose(ours, total / 11, rtol=1e-5)
+
+
+def test_num_found(targets):
+    wanted = np.asarray(targets.masks) >= 0.5
+    drawn = wanted.copy()
+    drawn[0, 0] = ~wanted[0, 0]  # missed
+    drawn[0, 2] = False
+    pixels = np.argwhere(wanted[0, 2])
+    half = pixels[: len(pixels) // 2]  # an IoU of at most one half is not enough
+    drawn[(0, 2, *half.T)] = True
+    assert losses.num_found(jnp.where(drawn, 1.0, -1.0), targets) == 4
+    drawn[(0, 2, *pixels[: len(pixels) // 2 + 1].T)] = True
+    assert losses.num_found(jnp.where(drawn, 1.0, -1.0), targets) == 5
+
+
+# Targets.
+
+
+def test_later_targets_overwrite_earlier_ones():
+    both = Segments(jnp.ones((1, 2, 1, 1)), jnp.array([[0, 0]]))
+    masks = jnp.array([0.0, 2.0]).reshape(1, 2, 1, 1)
+    last = jax.nn.logsumexp(masks) - 2.0
+    np.testing.assert_allclose(losses.rank_loss(masks, both, 1), last, rtol=1e-5)
+    # A quarter is enough to own a pixel, and an empty slot owns none.
+    quarter = both._replace(masks=both.masks * jnp.array([1.0, 0.25])[:, None, None])
+    np.testing.assert_allclose(losses.rank_loss(masks, quarter, 1), last, rtol=1e-5)
+    empty = both._replace(labels=jnp.array([[0, EMPTY]]))
+    first = jax.nn.logsumexp(masks)
+    np.testing.assert_allclose(losses.rank_loss(masks, empty, 1), first, rtol=1e-5)
+
+
+def test_things_lie_above_stuff_in_the_classes_of_pixels_alone():
+    """A proposal of class 0 and a stuff kernel of class 1 on the same pixel."""
+    targets = Segments(jnp.ones((1, 2, 1, 1)), jnp.array([[0, 1]]))
+    sure = jnp.array([9.0, -9.0]).reshape(1, 2, 1, 1)
+    assert losses.dense_loss(sure, targets, 1, 1) < 0.01
+    assert losses.dense_loss(-sure, targets, 1, 1) > 1
+    assert losses.rank_loss(sure, targets, 1) > 1  # there, stuff comes last
+    assert losses.rank_loss(-sure, targets, 1) < 0.01
+
+
+def test_kernel_targets_follow_the_matching():
+    things = make_segments(2, 3, H, W, [[2, 0, EMPTY], [1, EMPTY, EMPTY]])
+    stuff = make_segments(2, Q, H, W, [[3, EMPTY], [3, 4]], seed=5)
+    slots = jnp.array([[EMPTY, 1, 0, EMPTY], [EMPTY, EMPTY, EMPTY, 0]])
+    targets = losses.kernel_targets(things, stuff, slots)
+    assert targets.labels.tolist() == [
+        [EMPTY, 0, 2, EMPTY, 3, EMPTY],
+        [EMPTY, EMPTY, EMPTY, 1, 3, 4],
+    ]
+    np.testing.assert_array_equal(targets.masks[0, 1], things.masks[0, 1])
+    np.testing.assert_array_equal(targets.masks[0, 2], things.masks[0, 0])
+    np.testing.assert_array_equal(targets.masks[1, 3], things.masks[1, 0])
+    np.testing.assert_array_equal(targets.masks[:, P:], stuff.masks)
+    assert not targets.masks[0, jnp.array([0, 3])].any() and not targets.masks[1, :3].any()
+
+
+def test_counts():
+    things = make_segments(2, 3, H, W, [[2, 0, 1], [1, EMPTY, EMPTY]])
+    stuff = make_segments(2, Q, H, W, [[3, EMPTY], [EMPTY, EMPTY]], seed=5)
+    counts = losses.count(things, stuff, num_proposals=2)
+    assert counts.images == 2
+    assert counts.things == 2 + 1  # at most one a proposal
+    assert counts.segments == 3 + 1
+    covered = (np.asarray(things.masks)[0] > 0).any(0) | (np.asarray(stuff.masks)[0, 0] > 0)
+    assert counts.pixels == covered.sum() + (np.asarray(things.masks)[1, 0] > 0).sum()
+
+
+# Properties of all terms.
+
+TERMS = ("mask", "dice", "rank", "label", "dense")
+
+
+@jax.jit
+def every_term(masks, logits, dense, targets, counts):
+    return {
+        "mask": losses.mask_loss(masks, targets, counts.segments),
+        "dice": losses.dice_loss(masks, targets, counts.segments),
+        "rank": losses.rank_loss(masks, targets, counts.images),
+        "label": losses.label_loss(logits, targets.labels, T, counts.segments),
+        "dense": losses.dense_loss(dense, targets, P, counts.pixels),
+    }
+
+
+@jax.jit
+def gradients(predictions, targets):
+    """Value and gradient of the sum of all terms."""
+    counts = count(targets)
+    return jax.value_and_grad(lambda p: sum(every_term(*p, targets, counts).values()))(predictions)
+
+
+def predictions(b=B):
+    return random(b, N, H, W), random(b, N, T + Q, seed=1), random(b, T + Q, H, W, seed=2)
+
+
+def count(targets):
+    return losses.count(part(targets, 0, P, axis=1), part(targets, P, N, axis=1), P)
+
+
+def test_parts_of_a_batch_add_up(targets):
+    counts = count(targets)
+    per_image = [count(part(targets, i, i + 1)) for i in range(B)]
+    assert jax.tree.map(lambda *c: int(sum(c)), *per_image) == jax.tree.map(int, counts)
+    whole = every_term(*predictions(), targets, counts)
+    parts = [every_term(*part((*predictions(), targets), i, i + 1), counts) for i in range(B)]
+    for name in TERMS:
+        np.testing.assert_allclose(sum(one[name] for one in parts), whole[name], rtol=1e-5)
+
+
+def test_empty_slots_change_nothing(targets):
+    rubbish = jnp.where((targets.labels == EMPTY)[:, :, None, None], 0.75, targets.masks)
+    spoiled = targets._replace(masks=rubbish)
+    assert (rubbish != targets.masks).any()
+    assert count(spoiled) == count(targets)
+    ours = every_term(*predictions(), spoiled, count(spoiled))
+    wanted = every_term(*predictions(), targets, count(targets))
+    for name in TERMS:
+        np.testing.assert_allclose(ours[name], wanted[name], rtol=1e-6)
+
+
+def test_more_empty_slots_change_nothing():
+    labels = np.array([[2, 0, EMPTY], [1, EMPTY, EMPTY]])
+    things, stuff = make_segments(2, 3, H, W, labels), make_segments(2, Q, H, W, [3, 4], seed=1)
+    padded = Segments(
+        jnp.pad(things.masks, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=0.5),
+        jnp.pad(things.labels, ((0, 0), (0, 4)), constant_values=EMPTY),
+    )
+    slots = jnp.array([[EMPTY, 1, 0, EMPTY], [0, EMPTY, EMPTY, EMPTY]])
+    assert losses.count(padded, stuff, P) == losses.count(things, stuff, P)
+    for a, b in zip(
+        losses.kernel_targets(padded, stuff, slots), losses.kernel_targets(things, stuff, slots)
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("start, stop", [(0, 1), (1, 2), (2, 3)])
+def test_no_things_or_no_stuff_is_finite(targets, start, stop):
+    targets = part(targets, start, stop)
+    value, grads = gradients(predictions(1), targets)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_nothing_to_draw_has_no_gradient_on_masks(targets):
+    """Without a segment only the classes are judged: all are wrong."""
+    empty = part(targets, 2, 3)
+    counts = count(empty)
+    terms = every_term(*predictions(1), empty, counts)
+    assert {name for name in TERMS if terms[name] > 0} == {"label", "dense"}
+    assert counts.segments == counts.things == counts.pixels == 0
+
+
+def test_perfect_predictions_have_no_loss():
+    hard = (make_segments(1, N, H, W, LABELS[:1]).masks > 0.5).astype(jnp.float32)
+    # Each kernel a strip of its own, so that they do not overlap.
+    strips = jnp.zeros_like(hard).at[0, jnp.arange(N), jnp.arange(N)].set(1)
+    targets = Segments(strips, jnp.array([[0, 1, 2, 0, 3, 4]]))
+    masks = 60 * strips - 30
+    classes = jax.nn.one_hot(targets.labels, T + Q) * 60 - 30
+    label = jnp.where(strips > 0, targets.labels[:, :, None, None], EMPTY).max(1)
+    dense = jnp.moveaxis(jax.nn.one_hot(label, T + Q), -1, 1) * 60 - 30
+    terms = every_term(masks, classes, dense, targets, count(targets))
+    for name in TERMS:
+        assert 0 <= terms[name] < 1e-3, name
+    for name, value in every_term(-masks, -classes, -dense, targets, count(targets)).items():
+        assert value > 0.5, name
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_logits_far_from_zero_are_finite(targets, size):
+    scaled = jax.tree.map(lambda x: size * x, predictions(1))
+    value, grads = gradients(scaled, part(targets, 0, 1))
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

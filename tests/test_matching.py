@@ -1,0 +1,158 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+from tiny_model import make_segments, part, random
+
+from knet_jax.matching import Weights, match, matching_cost
+from knet_jax.structs import EMPTY, Segments
+
+R, B, N, M = 3, 4, 7, 5
+# Full, partly empty with gaps, one thing, none.
+LABELS = np.array([[0, 1, 2, 0, 1], [EMPTY, 2, EMPTY, 0, EMPTY], [EMPTY] * 4 + [1], [EMPTY] * 5])
+
+
+def solve(cost, labels):
+    return np.asarray(jax.jit(match)(jnp.asarray(cost, jnp.float32), jnp.asarray(labels)))
+
+
+@pytest.fixture
+def cost():
+    return np.array(random(R, B, N, M))
+
+
+def test_equals_scipy_on_each_image(cost):
+    slots = solve(cost, LABELS)
+    assert slots.dtype == np.int32 and slots.shape == (R, B, N)
+    for r in range(R):
+        for i, labels in enumerate(LABELS):
+            columns = [m for m in range(M) if labels[m] != EMPTY]
+            wanted = np.full(N, EMPTY)
+            for kernel, column in zip(*linear_sum_assignment(cost[r, i][:, columns])):
+                wanted[kernel] = columns[column]
+            np.testing.assert_array_equal(slots[r, i], wanted)
+
+
+@pytest.mark.parametrize("rubbish", [-1e9, 1e9, np.nan, np.inf])
+def test_empty_slots_change_nothing(cost, rubbish):
+    spoiled = np.where(LABELS[None, :, None] == EMPTY, rubbish, cost)
+    np.testing.assert_array_equal(solve(spoiled, LABELS), solve(cost, LABELS))
+
+
+def test_every_slot_has_a_kernel_and_no_kernel_two():
+    slots = solve(random(1, 1, N, M), np.zeros((1, M), int))[0, 0]
+    assert sorted(slots[slots != EMPTY]) == list(range(M))
+
+
+def test_more_things_than_kernels_leave_some_things_out():
+    cost = np.array(random(1, 1, 3, M))
+    slots = solve(cost, np.zeros((1, M), int))[0, 0]
+    assert EMPTY not in slots and len(set(slots)) == 3
+    rows, columns = linear_sum_assignment(cost[0, 0])
+    np.testing.assert_array_equal(slots[rows], columns)
+
+
+@pytest.mark.parametrize("n, m", [(N, 0), (0, M), (0, 0)])
+def test_nothing_to_match(n, m):
+    slots = solve(np.zeros((R, B, n, m)), np.zeros((B, m), int))
+    assert slots.shape == (R, B, n) and (slots == EMPTY).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_costs_of_a_diverged_network_do_not_crash(cost, bad):
+    spoiled = cost.copy()
+    spoiled[0] = bad
+    slots = solve(spoiled, LABELS)
+    np.testing.assert_array_equal(slots[1:], solve(cost, LABELS)[1:])
+    assert (slots[0, 0] != EMPTY).sum() == M
+
+
+def test_one_bad_cost_is_the_last_choice():
+    cost = np.array([[[[np.nan], [5.0], [7.0]]]])
+    assert solve(cost, [[0]])[0, 0].tolist() == [EMPTY, 0, EMPTY]
+
+
+# Costs.
+
+
+def brute_force(masks, logits, targets, weights):
+    """The formulas of the paper, pair by pair."""
+    b, n, m = *masks.shape[:2], targets.masks.shape[1]
+    cost = np.zeros((b, n, m))
+    for i in range(b):
+        for k in range(n):
+            p = 1 / (1 + np.exp(-masks[i, k].astype(float)))
+            for j in range(m):
+                t = targets.masks[i, j].astype(float)
+                agreement = ((p * t).sum() + ((1 - p) * (1 - t)).sum()) / t.size
+                dice = 2 * (p * t).sum() / ((p**2).sum() + 1e-3 + (t**2).sum() + 1e-3)
+                cost[i, k, j] = -weights.mask * agreement - weights.dice * dice
+                if logits is not None:
+                    c = 1 / (1 + np.exp(-float(logits[i, k, targets.labels[i, j]])))
+                    positive = -np.log(c + 1e-12) * 0.25 * (1 - c) ** 2
+                    negative = -np.log(1 - c + 1e-12) * 0.75 * c**2
+                    cost[i, k, j] += weights.label * (positive - negative)
+    return cost
+
+
+@pytest.mark.parametrize("weights", [Weights(), Weights(mask=0.5, dice=3.0, label=1.5)])
+@pytest.mark.parametrize("with_classes", [True, False])
+def test_cost_equals_the_formulas(weights, with_classes):
+    labels = np.array([[0, 1, 2], [2, EMPTY, 0]])
+    targets = make_segments(2, 3, 6, 5, labels)
+    masks = random(2, 4, 6, 5, scale=3)
+    logits = random(2, 4, 3, seed=1, scale=3) if with_classes else None
+    ours = matching_cost(masks, logits, targets, weights)
+    wanted = brute_force(*jax.tree.map(np.asarray, (masks, logits, targets)), weights)
+    full = labels != EMPTY
+    ours, wanted = (np.asarray(c).transpose(0, 2, 1)[full] for c in (ours, wanted))
+    np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_cost_of_a_batch_is_the_costs_of_its_images():
+    targets = make_segments(3, 4, 6, 5, [0, 2, 1, EMPTY])
+    masks, logits = random(3, 5, 6, 5), random(3, 5, 3)
+    matching_cost_ = jax.jit(matching_cost)
+    together = matching_cost_(masks, logits, targets, Weights())
+    for i in range(3):
+        one = part((masks, logits, targets), i, i + 1)
+        np.testing.assert_allclose(
+            matching_cost_(*one, Weights())[0], together[i], rtol=1e-5, atol=1e-5
+        )
+
+
+def test_logits_far_from_zero_have_finite_costs():
+    targets = make_segments(1, 2, 4, 4, [0, 1])
+    for sign in (1, -1):
+        masks, logits = sign * jnp.full((1, 3, 4, 4), 1e4), sign * jnp.full((1, 3, 2), 1e4)
+        assert np.isfinite(matching_cost(masks, logits, targets, Weights())).all()
+
+
+def test_the_mask_that_fits_is_matched():
+    targets = make_segments(1, M, 8, 8, [0, 1, 2, 0, EMPTY], seed=3)
+    order = np.array([3, 0, 2, 1])
+    masks = -10 * jnp.ones((1, N, 8, 8))
+    masks = masks.at[0, :4].set(20 * (targets.masks[0, order] > 0.5) - 10)
+    slots = match(matching_cost(masks, None, targets, Weights())[None], targets.labels)
+    assert slots[0, 0].tolist() == [*order, EMPTY, EMPTY, EMPTY]
+
+
+def test_matching_has_no_gradient_and_runs_inside_one():
+    targets = make_segments(1, 2, 4, 4, [0, 1])
+
+    def total(masks):
+        slots = match(matching_cost(masks, None, targets, Weights())[None], targets.labels)
+        return (masks * (slots[0] != EMPTY)[:, :, None, None]).sum()
+
+    masks = random(1, 3, 4, 4)
+    grad = jax.jit(jax.grad(total))(masks)
+    assert sorted(grad.sum((2, 3))[0].tolist()) == [0, 16, 16]
+
+
+def test_the_best_of_a_class_is_preferred():
+    targets = Segments(jnp.ones((1, 1, 4, 4)), jnp.array([[1]]))
+    masks = jnp.ones((1, 3, 4, 4))
+    logits = jnp.array([[[3.0, -3.0], [-3.0, 3.0], [0.0, 0.0]]])
+    slots = match(matching_cost(masks, logits, targets, Weights())[None], targets.labels)
+    assert slots[0, 0].tolist() == [EMPTY, 0, EMPTY]

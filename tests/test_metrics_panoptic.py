@@ -1,0 +1,260 @@
+"""Panoptic quality: COCO's numbers, rules one by one, and the files."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from knet_jax.metrics.coco_files import PanopticFile, PanopticResults, score_files
+from knet_jax.metrics.panoptic import (
+    count,
+    merge,
+    no_counts,
+    per_class,
+    segment_index,
+    summarize,
+    table,
+)
+from knet_jax.structs import Categories, PanopticMap, SegmentInfo
+
+CATEGORIES = Categories(("cat", "dog", "sky"), dataset_ids=(17, 18, 187), num_things=2)
+CAT, DOG, SKY = range(3)
+
+
+def panoptic(text: str, *segments: tuple) -> PanopticMap:
+    """A map of one row of digits, 0 = void, and its segments (id, label, iscrowd)."""
+    ids = np.array([[int(digit) for digit in text]], np.int32)
+    return PanopticMap(ids, tuple(SegmentInfo(*segment) for segment in segments))
+
+
+def counted(truth: PanopticMap, prediction: PanopticMap) -> dict:
+    """Counts of the classes that occur: label → (iou_sum, tp, fp, fn)."""
+    counts = count(truth, prediction, len(CATEGORIES.names))
+    rows = zip(*(column.tolist() for column in counts))
+    return {label: row for label, row in enumerate(rows) if any(row)}
+
+
+def random_map(seed: int, height: int = 40, width: int = 50, num_segments: int = 9) -> PanopticMap:
+    rng = np.random.default_rng(seed)
+    ids = np.zeros((height, width), np.int32)
+    segments = []
+    for id in rng.choice(2**24 - 1, num_segments, replace=False) + 1:
+        top, left = rng.integers(0, height - 8), rng.integers(0, width - 8)
+        ids[top : top + 20, left : left + 20] = id
+        segments.append(SegmentInfo(int(id), int(rng.integers(3)), bool(rng.random() < 0.2)))
+    visible = set(np.unique(ids).tolist())
+    return PanopticMap(ids, tuple(s for s in segments if s.id in visible))
+
+
+def test_equals_the_reference_on_its_files(fixtures):
+    folder = fixtures / "pq"
+    expected = json.loads((folder / "expected.json").read_text())
+    counts, categories = score_files(folder / "gt.json", folder / "pred.json")
+
+    summary = summarize(counts, categories)
+    for group, suffix in (("All", ""), ("Things", "_things"), ("Stuff", "_stuff")):
+        for name in ("PQ", "SQ", "RQ"):
+            want = 100 * expected[group][name.lower()]
+            assert summary[name + suffix] == pytest.approx(want, rel=0, abs=1e-9)
+    rows = per_class(counts, categories)
+    assert {str(row["id"]) for row in rows} == set(expected["per_class"])
+    for row in rows:
+        want = expected["per_class"][str(row["id"])]
+        for name in ("PQ", "SQ", "RQ"):
+            assert row[name] == pytest.approx(100 * want[name.lower()], rel=0, abs=1e-9)
+        assert row["iou_sum"] == pytest.approx(want["iou_sum"], rel=0, abs=1e-9)
+        assert all(row[name] == want[name] for name in ("tp", "fp", "fn"))
+
+
+def test_truth_scores_itself_perfectly(coco_mini):
+    path = coco_mini / "annotations" / "panoptic_val2017.json"
+    truth = PanopticFile(path)
+    assert len(truth) == 60
+    counts, categories = score_files(path, path)
+    assert counts.tp.sum() == sum(not s.iscrowd for i in truth for s in truth[i].segments)
+    assert all(value == 100 for value in summarize(counts, categories).values())
+
+
+def test_match_needs_more_than_half_and_the_same_label():
+    truth = panoptic("1111", (1, CAT))
+    assert counted(truth, panoptic("1122", (1, CAT), (2, SKY))) == {
+        CAT: (0, 0, 1, 1),
+        SKY: (0, 0, 1, 0),
+    }
+    assert counted(truth, panoptic("1112", (1, CAT), (2, SKY))) == {
+        CAT: (0.75, 1, 0, 0),
+        SKY: (0, 0, 1, 0),
+    }
+    assert counted(truth, panoptic("1111", (1, DOG))) == {CAT: (0, 0, 0, 1), DOG: (0, 0, 1, 0)}
+
+
+def test_void_is_taken_out_of_the_union():
+    assert counted(panoptic("110000", (1, CAT)), panoptic("555555", (5, CAT))) == {
+        CAT: (1, 1, 0, 0)
+    }
+
+
+@pytest.mark.parametrize(
+    "truth, wrong",
+    [
+        (panoptic("00011", (1, SKY)), 0),  # three of four predicted pixels are void
+        (panoptic("00111", (1, SKY)), 1),  # half is not enough
+        (panoptic("22211", (1, SKY), (2, CAT, True)), 0),  # crowd of its class
+        (panoptic("20311", (1, SKY), (2, CAT, True), (3, CAT, True)), 0),  # void and two crowds
+        (panoptic("22211", (1, SKY), (2, DOG, True)), 1),  # crowd of another class
+    ],
+)
+def test_false_positives_on_void_and_crowds(truth, wrong):
+    prediction = panoptic("77770", (7, CAT))
+    assert count(truth, prediction, 3).fp.tolist() == [wrong, 0, 0]
+
+
+def test_a_crowd_neither_matches_nor_is_missed():
+    crowd = panoptic("1111", (1, CAT, True))
+    assert counted(crowd, panoptic("1111", (1, CAT))) == {}
+    assert counted(crowd, panoptic("0000")) == {}
+
+
+def test_empty_maps_and_segments_without_pixels():
+    assert counted(panoptic("0000"), panoptic("0000")) == {}
+    assert counted(panoptic("0000"), panoptic("1111", (1, CAT))) == {}
+    assert counted(panoptic("0000", (1, CAT)), panoptic("0011", (1, CAT))) == {CAT: (0, 0, 0, 1)}
+
+
+def test_ids_may_differ_and_be_large():
+    truth, prediction = random_map(0), random_map(1)
+    renamed = PanopticMap(
+        segment_index(prediction).astype(np.int32),
+        tuple(s._replace(id=i + 1) for i, s in enumerate(prediction.segments)),
+    )
+    assert counted(truth, prediction) == counted(truth, renamed) != {}
+
+
+def test_counts_of_a_dataset_do_not_depend_on_the_order():
+    pairs = [(random_map(seed), random_map(seed + 100)) for seed in range(6)]
+    total = no_counts(3)
+    for truth, prediction in pairs:
+        total = merge(total, count(truth, prediction, 3))
+    reverse = no_counts(3)
+    for truth, prediction in reversed(pairs):
+        reverse = merge(count(truth, prediction, 3), reverse)
+    assert all(np.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(total, reverse))
+    assert total.fp.sum() > 0 and total.fn.sum() > 0
+
+
+def test_means_skip_classes_that_do_not_occur():
+    counts = count(panoptic("1133", (1, CAT), (3, SKY)), panoptic("1110", (1, CAT)), 3)
+    summary = summarize(counts, CATEGORIES)
+    assert summary["PQ_things"] == pytest.approx(100 * 2 / 3)
+    assert summary["PQ_stuff"] == 0
+    assert summary["PQ"] == pytest.approx(50 * 2 / 3)
+    assert summary["SQ"] == pytest.approx(50 * 2 / 3) and summary["RQ"] == 50
+    assert set(summarize(no_counts(3), CATEGORIES).values()) == {0.0}
+
+    text = table(counts, CATEGORIES)
+    assert [line.split()[0] for line in text.splitlines() if line.strip()] == [
+        "PQ",
+        "cat",
+        "sky",
+        "PQ",
+        "All",
+        "Things",
+        "Stuff",
+    ]
+    assert "33.3   33.3   50.0       2" in text
+
+
+@pytest.mark.parametrize(
+    "truth, prediction, message",
+    [
+        (panoptic("111", (1, CAT)), panoptic("11", (1, CAT)), "1 x 2 pixels and the truth 1 x 3"),
+        (panoptic("11", (1, CAT)), panoptic("11", (1, CAT), (2, CAT)), "segment 2 has no pixel"),
+        (panoptic("11", (1, CAT)), panoptic("12", (1, CAT)), "id 2, which no segment has"),
+        (panoptic("13", (1, CAT), (2, CAT)), panoptic("11", (1, CAT)), "id 3, which no segment"),
+        (panoptic("11", (1, CAT)), panoptic("11", (1, CAT), (1, DOG)), "segment id 1 is used"),
+        (panoptic("11", (1, CAT)), panoptic("00", (0, CAT)), "segment id 0 stands for void"),
+        (panoptic("11", (1, 3)), panoptic("11", (1, CAT)), "label 3, not one of 0 … 2"),
+        (panoptic("11", (1, CAT)), panoptic("11", (1, -1)), "label -1, not one of 0 … 2"),
+    ],
+)
+def test_errors_name_the_value(truth, prediction, message):
+    with pytest.raises(ValueError, match=message):
+        count(truth, prediction, 3)
+
+
+def write(path, maps: dict[int, PanopticMap]) -> None:
+    results = PanopticResults(path, CATEGORIES)
+    for image_id, result in maps.items():
+        results.add(image_id, f"{image_id:012}.jpg", result)
+    results.close()
+
+
+def test_files_round_trip(tmp_path):
+    maps = {seed: random_map(seed) for seed in (3, 1, 2)}
+    write(tmp_path / "out" / "panoptic.json", maps)
+    read = PanopticFile(tmp_path / "out" / "panoptic.json")
+    assert read.categories == CATEGORIES
+    assert list(read) == [3, 1, 2]
+    for image_id, result in maps.items():
+        np.testing.assert_array_equal(read[image_id].ids, result.ids)
+        assert read[image_id].segments == result.segments
+
+
+def test_files_are_what_the_test_server_takes(tmp_path):
+    id = 7 + 256 * 8 + 65536 * 9
+    result = PanopticMap(np.array([[id, id, 0], [id, 5, 5]]), (SegmentInfo(id, CAT, score=0.9),))
+    result = result._replace(segments=(*result.segments, SegmentInfo(5, SKY)))
+    write(tmp_path / "panoptic.json", {139: result})
+    assert json.loads((tmp_path / "panoptic.json").read_text())["annotations"] == [
+        {
+            "image_id": 139,
+            "file_name": "000000000139.png",
+            "segments_info": [
+                {"id": id, "category_id": 17, "iscrowd": 0, "area": 3},
+                {"id": 5, "category_id": 187, "iscrowd": 0, "area": 2},
+            ],
+        }
+    ]
+    png = cv2.imread(str(tmp_path / "panoptic" / "000000000139.png"), cv2.IMREAD_COLOR_RGB)
+    assert png[0, 0].tolist() == [7, 8, 9]
+    assert png[1, 2].tolist() == [5, 0, 0]
+    assert not png[0, 2].any()
+
+
+def test_writer_refuses_what_the_format_cannot_say(tmp_path):
+    results = PanopticResults(tmp_path / "panoptic.json", CATEGORIES)
+    results.add(1, "1.jpg", panoptic("11", (1, CAT)))
+    with pytest.raises(ValueError, match="1.png was added before"):
+        results.add(2, "1.png", panoptic("11", (1, CAT)))
+    big = PanopticMap(np.full((1, 1), 2**24, np.int32), (SegmentInfo(2**24, CAT),))
+    with pytest.raises(ValueError, match="segment id 16777216 is not one of 1 … 16777215"):
+        results.add(2, "2.jpg", big)
+    with pytest.raises(ValueError, match="segment 2 has no pixel"):
+        results.add(2, "2.jpg", panoptic("11", (1, CAT), (2, CAT)))
+
+
+def test_reader_names_what_is_wrong(tmp_path):
+    path = tmp_path / "truth.json"
+    with pytest.raises(ValueError, match="truth.json: No such file"):
+        PanopticFile(path)
+    path.write_text('{"images": [')
+    with pytest.raises(ValueError, match="truth.json: Expecting value"):
+        PanopticFile(path)
+    path.write_text('{"images": []}')
+    with pytest.raises(ValueError, match="not a COCO panoptic file: KeyError.'annotations'"):
+        PanopticFile(path)
+
+    write(path, {1: panoptic("110", (1, CAT)), 2: panoptic("11", (1, CAT))})
+    write(tmp_path / "results.json", {1: panoptic("11", (1, CAT))})
+    with pytest.raises(ValueError, match="results.000000000001.png: .*2x1"):
+        score_files(path, tmp_path / "results.json")
+    write(tmp_path / "results.json", {1: panoptic("110", (1, CAT))})
+    with pytest.raises(ValueError, match="results.json has no picture 2"):
+        score_files(path, tmp_path / "results.json")
+    (tmp_path / "truth" / "000000000002.png").unlink()
+    with pytest.raises(ValueError, match="000000000002.png: No such file"):
+        PanopticFile(path)[2]
+    path.write_text(path.read_text().replace('"category_id": 17', '"category_id": 99'))
+    with pytest.raises(ValueError, match="000000000001.png: no category 99"):
+        PanopticFile(path)[1]

@@ -1,0 +1,212 @@
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from knet_jax import optim
+from knet_jax.configuration import load_config
+from knet_jax.knet import make_model
+
+ROOT = Path(__file__).parents[1]
+
+GROUPS = (
+    ("frozen", r"backbone/stem/.*", 0.0, 0.0),
+    ("backbone", r"backbone/.*", 0.25, 1.0),
+    ("norms", r".*/scale", 1.0, 0.0),
+    ("head", r".*", 1.0, 1.0),
+)
+FACTORS = {  # lr and weight decay, by hand
+    "backbone/stem/kernel": (0.0, 0.0),
+    "backbone/layer2/kernel": (0.25, 1.0),
+    "head/kernel": (1.0, 1.0),
+    "head/scale": (1.0, 0.0),
+}
+
+
+def make_config(**changes):
+    config = ConfigDict(
+        {
+            "lr": 1e-2,
+            "scale_lr": False,
+            "reference_batch": 16,
+            "weight_decay": 0.05,
+            "clip_norm": 1.0,
+            "warmup_steps": 4,
+            "warmup_factor": 0.001,
+            "decay_at": (6,),
+            "decay_factor": 10.0,
+            "unit": "step",
+            "groups": GROUPS,
+        }
+    )
+    config.update(changes)
+    return config
+
+
+def make_params(seed=0):
+    draw = np.random.default_rng(seed).standard_normal
+    return {
+        "backbone": {"stem": {"kernel": draw((3, 4))}, "layer2": {"kernel": draw((4, 5))}},
+        "head": {"kernel": draw((5, 2)), "scale": draw(5)},
+    }
+
+
+def numpy_adamw(params, grads, config):
+    """The reference's optimizer in double precision: flat dicts, one of gradients a step."""
+    params = {k: v.copy() for k, v in params.items()}
+    m = {k: np.zeros_like(v) for k, v in params.items()}
+    v = {k: np.zeros_like(p) for k, p in params.items()}
+    for t, grad in enumerate(grads):
+        trained = [k for k in params if FACTORS[k][0]]
+        norm = np.sqrt(sum(np.sum(grad[k] ** 2) for k in trained))
+        rate = config.lr * 0.1 ** sum(t >= at for at in config.decay_at)
+        if t < config.warmup_steps:
+            rate *= 1 - (1 - t / config.warmup_steps) * (1 - config.warmup_factor)
+        for k in trained:
+            lr, wd = rate * FACTORS[k][0], config.weight_decay * FACTORS[k][1]
+            g = grad[k] * min(1.0, config.clip_norm / (norm + 1e-6))
+            m[k] = 0.9 * m[k] + 0.1 * g
+            v[k] = 0.999 * v[k] + 0.001 * g**2
+            params[k] *= 1 - lr * wd
+            params[k] -= (
+                lr
+                * m[k]
+                / (1 - 0.9 ** (t + 1))
+                / (np.sqrt(v[k]) / np.sqrt(1 - 0.999 ** (t + 1)) + 1e-8)
+            )
+    return params
+
+
+def flat(tree):
+    return dict(zip(optim.leaf_paths(tree), map(np.asarray, jax.tree.leaves(tree))))
+
+
+def test_eight_steps_equal_a_second_adamw_in_double_precision():
+    config = make_config()
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, make_params())
+        # Large and small gradients, so that some steps are clipped and some are not.
+        grads = [make_params(i + 1) for i in range(8)]
+        grads = [jax.tree.map(lambda g, i=i: 0.3**i * g, grad) for i, grad in enumerate(grads)]
+        tx, _ = optim.make_optimizer(config, params, 1, 16)
+        state, update = tx.init(params), jax.jit(tx.update)
+        expected = numpy_adamw(flat(params), [flat(g) for g in grads], config)
+        frozen = np.asarray(params["backbone"]["stem"]["kernel"]).tobytes()
+        for grad in grads:
+            updates, state = update(jax.tree.map(jnp.asarray, grad), state, params)
+            params = optax.apply_updates(params, updates)
+        for path, value in flat(params).items():
+            np.testing.assert_allclose(value, expected[path], rtol=1e-9, err_msg=path)
+        assert np.asarray(params["backbone"]["stem"]["kernel"]).tobytes() == frozen
+
+
+def test_frozen_parameters_have_no_state():
+    params = jax.tree.map(jnp.asarray, make_params())
+    tx, _ = optim.make_optimizer(make_config(), params, 1, 16)
+    state = tx.init(params)
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    shapes = sorted(leaf.shape for leaf in moments)
+    assert shapes == sorted(2 * [(4, 5), (5, 2), (5,)])  # m and v of the three trained arrays
+    assert not any("stem" in path for path in optim.leaf_paths(state))
+
+
+def test_a_frozen_gradient_neither_clips_nor_spreads():
+    params = jax.tree.map(jnp.asarray, make_params())
+    tx, _ = optim.make_optimizer(make_config(warmup_steps=0), params, 1, 16)
+    grads = jax.tree.map(lambda p: 1e-3 * jnp.ones_like(p), params)
+    plain, _ = tx.update(grads, tx.init(params), params)
+    grads["backbone"]["stem"]["kernel"] *= jnp.nan
+    poisoned, _ = tx.update(grads, tx.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, plain, poisoned)
+    mask = optim.trainable(GROUPS, params)
+    assert optim.gradient_norm(grads, mask) == pytest.approx(1e-3 * np.sqrt(20 + 10 + 5))
+
+
+def test_clipping_has_the_epsilon_of_pytorch():
+    tx = optim.clip_by_global_norm(1.0)
+    clip = lambda x: tx.update(jnp.asarray(x), tx.init(None))[0]
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(clip([3.0, 4.0]), np.array([3, 4]) / (5 + 1e-6), rtol=1e-12)
+        np.testing.assert_array_equal(clip([0.3, 0.4]), [0.3, 0.4])
+        np.testing.assert_array_equal(clip([0.0, 0.0]), [0, 0])
+
+
+def test_schedule_of_the_reference_trajectory(fixtures):
+    record = json.loads((fixtures / "det_panoptic_r50_trajectory.json").read_text())
+    for name, warmup in ("warmup4_f64", 4), ("nowarmup_f64", 0):
+        config = make_config(lr=1e-4, warmup_steps=warmup, decay_at=())
+        schedule = optim.make_schedule(config, 1, 16)
+        rates = [schedule(t) for t in range(8)]
+        np.testing.assert_allclose(rates, record[name]["base_lr"], rtol=1e-6)
+
+
+def test_decay_in_epochs_and_within_the_warm_up():
+    config = make_config(lr=1.0, unit="epoch", decay_at=(2, 3), warmup_steps=25)
+    schedule = optim.make_schedule(config, 10.5, 16)
+    warm = lambda t: 1 - (1 - t / 25) * 0.999
+    for step, rate in {
+        0: 0.001,
+        20: warm(20),
+        21: warm(21) / 10,
+        25: 0.1,
+        31: 0.1,
+        32: 0.01,
+    }.items():
+        assert schedule(step) == pytest.approx(rate, rel=1e-5), step
+    rates = optim.group_rates(config, schedule, 25)
+    assert {k: float(v) for k, v in rates.items()} == pytest.approx(
+        {"lr/backbone": 0.025, "lr/norms": 0.1, "lr/head": 0.1}
+    )
+
+
+def test_scaling_to_the_batch_is_said():
+    config = make_config(scale_lr=True)
+    params = make_params()
+    assert optim.make_schedule(config, 1, 8)(5) == pytest.approx(5e-3)
+    text = optim.describe(config, params, 1, 100, 8)
+    assert "0.005 (0.01 x 8 / 16, scaled to the batch)" in text
+    assert "frozen: frozen; 12 parameters in 1 arrays" in text
+    assert "/ 10 at 6" in text
+    assert "no decay" in optim.describe(config, params, 1, 5, 8)
+
+
+@pytest.mark.parametrize(
+    "spec", ["coco_panoptic", "coco_panoptic:r101", "coco_panoptic:tiny", "shapes_panoptic"]
+)
+def test_groups_of_the_recipes_fit_their_networks(spec):
+    name, _, variant = spec.partition(":")
+    config = load_config(f"{ROOT}/configs/{name}.py:{variant}")
+    model = make_model(**config.model)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    labels = jax.tree.leaves(optim.assign_groups(config.optim.groups, variables["params"]))
+    # The reference freezes 33 arrays: stem (3), three blocks of 9, a shortcut (3).
+    frozen_stages = config.model.backbone.frozen_stages
+    assert labels.count("frozen") == (33 if frozen_stages else 0)
+    assert ("backbone" in labels) == bool(frozen_stages)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (GROUPS[:3], "parameter 'head/kernel' is in no group"),
+        ((("neck", "neck/.*", 1.0, 1.0), *GROUPS), "'neck' has no parameter"),
+        ((GROUPS[3], GROUPS[1]), "'backbone' has no parameter"),
+        ((("all", "(", 1.0, 1.0),), "no regular expression"),
+        ((("all", ".*", -1.0, 1.0),), "no factor of at least 0"),
+        (((".*", 1.0),), r"config.optim.groups\[0\] is"),
+        ((GROUPS[0], GROUPS[0]), "a name comes twice"),
+    ],
+)
+def test_groups_that_do_not_fit_are_named(groups, message):
+    with pytest.raises(ValueError, match=message):
+        optim.assign_groups(groups, make_params())
+
+
+def test_an_unknown_unit_is_named():
+    with pytest.raises(ValueError, match="config.optim.unit is 'iter'; accepted: epoch, step"):
+        optim.make_schedule(make_config(unit="iter"), 1, 16)

@@ -1,0 +1,133 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import parity
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit status and the lines that are printed."""
+    monkeypatch.setattr(sys, "argv", ["parity.py", *map(str, arguments)])
+    status = parity.main()
+    return status, capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def post(fixtures, tmp_path):
+    """A copy of the fixture of post-processing alone, to be changed at will."""
+    for suffix in (".json", ".npz"):
+        name = f"det_panoptic_post{suffix}"
+        (tmp_path / name).write_bytes((fixtures / name).read_bytes())
+    return tmp_path / "det_panoptic_post.npz"
+
+
+def test_maps_and_quality_equal_the_references(fixtures, monkeypatch, capsys):
+    paths = [fixtures / "det_panoptic_post.npz", fixtures / "pq"]
+    status, lines = run(monkeypatch, capsys, *paths)
+    assert status == 0
+    assert lines[-1].endswith(" passed, 0 failed, 0 skipped")
+    assert int(lines[-1].split()[0]) > 500
+    assert any("pan_cfg_0" in line and line.endswith("pass") for line in lines)
+    assert any("All/pq" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_network_equals_the_references(fixtures, monkeypatch, capsys):
+    status, lines = run(monkeypatch, capsys, fixtures / "det_panoptic_r50_fwd.json")
+    assert status == 0 and not any("FAIL" in line for line in lines)
+    for name in ("fpn3_mean", "x_feats_every8", "mask_init", "s2_mask", "s2_cls", "pan_cfg_0"):
+        assert any(line.split()[0] == name for line in lines)
+
+
+def test_one_changed_array_fails(post, monkeypatch, capsys):
+    arrays = dict(np.load(post))
+    height, width = arrays["pan_cfg_0"].shape
+    arrays["pan_cfg_0"][: height // 4, : width // 4] += 1
+    np.savez(post, **arrays)
+    status, lines = run(monkeypatch, capsys, post)
+    assert status == 1
+    failed = [line.split()[0] for line in lines if line.endswith("FAIL")]
+    assert failed == ["pan_cfg_0"]
+    assert " 1 failed" in lines[-1]
+    status, lines = run(monkeypatch, capsys, post, "--quiet")
+    assert status == 1
+    assert [line.split()[0] for line in lines] == [
+        "det_panoptic_post",
+        "pan_cfg_0",
+        lines[-1].split()[0],
+    ]
+
+
+def test_an_array_of_another_shape_fails(post, monkeypatch, capsys):
+    assert parity.relative(np.zeros(3), np.zeros(4)) == np.inf
+    assert parity.relative(np.ones(3), np.ones(3) * 1.5) == pytest.approx(1 / 3)
+    assert not parity.Row("name", float("nan"), 1.0).passed
+
+
+def test_unknown_kinds_are_skipped_by_name(fixtures, tmp_path, monkeypatch, capsys):
+    names = ["dcn_op", "seg_fcn_fwd", "det_instance_r50_fwd", "model_sizes", "transforms_resize"]
+    for name in names:
+        shutil.copyfile(fixtures / f"{name}.json", tmp_path / f"{name}.json")
+    new = {"kind": "something new", "model": "knet_panoptic", "params": []}
+    (tmp_path / "new.json").write_text(json.dumps(new))
+    paths = [tmp_path, fixtures / "ap", fixtures / "miou"]
+    status, lines = run(monkeypatch, capsys, *paths)
+    skipped = {line.partition(":")[0] for line in lines if "skipped, its kind is unknown" in line}
+    assert skipped == {*names, "new", "ap", "miou"}
+    assert status == 0 and lines[-1] == f"0 passed, 0 failed, {len(skipped)} skipped"
+
+
+def test_wrong_quality_fails(fixtures, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pq"
+    shutil.copytree(fixtures / "pq", folder)
+    path = folder / "expected.json"
+    path.chmod(0o644)
+    expected = json.loads(path.read_text())
+    expected["Things"]["pq"] += 1e-6
+    path.write_text(json.dumps(expected))
+    status, lines = run(monkeypatch, capsys, folder, "--quiet")
+    assert status == 1 and [line.split()[0] for line in lines[1:-1]] == ["Things/pq"]
+
+
+def test_weights_follow_the_rule():
+    """Properties that the rule states, for each kind of tensor."""
+    kernel = parity.rule_weight("a.weight", [8, 4, 3, 3], 1)
+    assert kernel.dtype == np.float32
+    np.testing.assert_allclose(kernel.mean((1, 2, 3)), 0, atol=1e-7)
+    np.testing.assert_allclose(kernel.std(), 1 / np.sqrt(36), rtol=0.1)
+    assert (kernel != parity.rule_weight("a.weight", [8, 4, 3, 3], 2)).any()
+    assert (kernel != parity.rule_weight("b.weight", [8, 4, 3, 3], 1)).any()
+    assert abs(parity.rule_weight("bn.weight", [900], 1).mean() - 1) < 0.02
+    assert abs(parity.rule_weight("head.fc_cls.bias", [900], 1).mean() + 2) < 0.02
+    assert abs(parity.rule_weight("bias", [900], 1).mean()) < 0.02
+    assert (parity.rule_weight("bn.running_var", [900], 1) >= 1).all()
+
+
+def test_segments_are_compared_as_a_partition():
+    """Other numbers for the same segments agree; a label or a border that differs does not."""
+    fused = parity.Fused(None, np.array([[7, 7, 90]]), None)
+    ids = np.array([[1, 1, 2, 2], [3, 3, 0, 0]])
+    theirs = np.array([[2007, 2007, 1007, 1007], [90, 90, 133, 133]])
+    assert parity.disagreement(ids, fused, 0, theirs) == 0
+    assert parity.disagreement(ids, fused, 0, np.where(theirs == 90, 91, theirs)) == 0.25
+    merged = np.where(theirs == 1007, 2007, theirs)
+    assert parity.disagreement(ids, fused, 0, merged) == 0.25
+    theirs[0, 1] = 1007
+    assert parity.disagreement(ids, fused, 0, theirs) == 0.125
+
+
+def test_a_path_that_does_not_exist_ends_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "tests/parity.py", "/nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stderr == "/nowhere does not exist\n"

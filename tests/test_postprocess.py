@@ -1,0 +1,388 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from knet_jax.postprocess import GROUP, Canvas, fuse
+from knet_jax.structs import EMPTY
+
+THINGS, STUFF = 3, 2
+
+
+# A second implementation, as the reference does it: one picture, whole maps, double precision.
+
+
+def resample(x, axis, size, scale):
+    """Bilinear along one axis: half-pixel centers, clamped. `scale` is input over output pixels."""
+    source = np.maximum((np.arange(size) + 0.5) * scale - 0.5, 0)
+    lower = np.minimum(source.astype(int), x.shape[axis] - 1)
+    upper = np.minimum(lower + 1, x.shape[axis] - 1)
+    fraction = (source - lower).reshape(-1, *[1] * (x.ndim - 1 - axis))
+    return x.take(lower, axis) * (1 - fraction) + x.take(upper, axis) * fraction
+
+
+def plain_probabilities(masks, size, original_size):
+    """float64 [n, h, w] logits -> [n, H, W] probabilities at original size."""
+    x = np.asarray(masks, float)
+    for axis in (1, 2):
+        x = resample(x, axis, 2 * x.shape[axis], 1 / 2)
+    x = 1 / (1 + np.exp(-x))
+    for axis in (1, 2):
+        x = resample(x, axis, 4 * x.shape[axis], 1 / 4)
+    x = x[:, : size[0], : size[1]]
+    for axis in (1, 2):
+        original = original_size[axis - 1]
+        x = resample(x, axis, original, size[axis - 1] / original)
+    return x
+
+
+def plain_fuse(masks, logits, size, original_size, num_things, low, share):
+    """[(label, score, mask)] best first, and the values [n, H, W] of which every pixel takes the best."""
+    probs = plain_probabilities(masks, size, original_size)
+    classes = 1 / (1 + np.exp(-np.asarray(logits, float)))
+    n, k = classes.shape
+    num_proposals = n - (k - num_things)
+    scores, labels = np.empty(n), np.empty(n, int)
+    for i in range(n):
+        if i < num_proposals:
+            labels[i] = classes[i, :num_things].argmax()
+        else:
+            labels[i] = num_things + i - num_proposals
+        scores[i] = classes[i, labels[i]]
+    values = scores[:, None, None] * probs
+    owner = values.argmax(0)
+    segments = []
+    for i in np.argsort(-scores, kind="stable"):
+        mine = owner == i
+        area = (probs[i] >= 0.5).sum()
+        if i < num_proposals and scores[i] < low:
+            continue
+        if not mine.any() or not area or mine.sum() / area < share:
+            continue
+        segments.append((labels[i], scores[i], mine))
+    return segments, values
+
+
+@partial(jax.jit, static_argnames=("num_things", "canvas"))
+def ours_fuse(masks, logits, size, original_size, low, share, *, num_things, canvas):
+    return fuse(
+        masks,
+        logits,
+        size,
+        original_size,
+        num_things=num_things,
+        canvas=canvas,
+        instance_threshold=low,
+        overlap_threshold=share,
+    )
+
+
+def run(masks, logits, size, original_size, low=0.3, share=0.6, num_things=THINGS, canvas=None):
+    size, original_size = np.asarray(size, np.int32), np.asarray(original_size, np.int32)
+    canvas = canvas or Canvas.of(size, original_size)
+    masks, logits = jnp.asarray(masks, jnp.float32), jnp.asarray(logits, jnp.float32)
+    fused = ours_fuse(
+        masks, logits, size, original_size, low, share, num_things=num_things, canvas=canvas
+    )
+    return jax.tree.map(np.asarray, fused)
+
+
+def check(masks, logits, size, original_size, low=0.3, share=0.6, num_things=THINGS, canvas=None):
+    """Compares every picture of a batch with the second implementation; returns ours."""
+    fused = run(masks, logits, size, original_size, low, share, num_things, canvas)
+    for i, (height, width) in enumerate(original_size):
+        ids = fused.ids[i]
+        assert not ids[height:].any() and not ids[:, width:].any()
+        kept = int((fused.labels[i] != EMPTY).sum())
+        assert (fused.labels[i, :kept] >= 0).all() and (fused.labels[i, kept:] == EMPTY).all()
+        assert (fused.scores[i, kept:] == 0).all()
+        assert (np.diff(fused.scores[i, :kept]) <= 0).all()
+        if not height:
+            assert kept == 0
+            continue
+        ids = ids[:height, :width]
+        assert set(np.unique(ids)) - {0} == set(range(1, kept + 1))
+
+        segments, values = plain_fuse(
+            masks[i], logits[i], size[i], original_size[i], num_things, low, share
+        )
+        best = np.sort(np.concatenate([values, -np.ones_like(values)]), axis=0)
+        unsure = best[-1] - best[-2] < 1e-6 * (1 + best[-1])  # rounding may decide here
+        assert kept == len(segments), f"{unsure.sum()} pixels are unsure"
+        for j, (label, score, mask) in enumerate(segments):
+            assert fused.labels[i, j] == label
+            np.testing.assert_allclose(fused.scores[i, j], score, rtol=1e-5)
+            wrong = ((ids == 1 + j) != mask) & ~unsure
+            assert not wrong.any(), f"segment {j}: {wrong.sum()} pixels of {mask.sum()} differ"
+    return fused
+
+
+def blobs(rng, n, h, w, sharp=8.0):
+    """Masks with something to win: smooth bumps of different sizes, some almost everywhere."""
+    y, x = np.mgrid[:h, :w]
+    masks = np.empty((n, h, w), np.float32)
+    for i in range(n):
+        cy, cx = rng.uniform(0, h), rng.uniform(0, w)
+        ry, rx = rng.uniform(0.5, 1 + h / 2), rng.uniform(0.5, 1 + w / 2)
+        masks[i] = sharp * (1 - ((y - cy) / ry) ** 2 - ((x - cx) / rx) ** 2)
+    return np.maximum(masks, -30) + rng.normal(0, 0.3, (n, h, w)).astype(np.float32)
+
+
+def case(seed, b=1, n=10, h=8, w=12, num_things=THINGS, num_stuff=STUFF, level=1.5):
+    rng = np.random.default_rng(seed)
+    masks = np.stack([blobs(rng, n, h, w) for _ in range(b)])
+    logits = rng.normal(0, level, (b, n, num_things + num_stuff)).astype(np.float32)
+    return masks, logits
+
+
+# Many sizes. The input is 64 x 96.
+
+SIZES = [
+    ((64, 96), (64, 96)),  # nothing changes
+    ((64, 96), (128, 192)),  # exactly doubled
+    ((64, 96), (32, 48)),  # exactly halved
+    ((61, 93), (61, 93)),  # cropped
+    ((64, 85), (97, 129)),
+    ((33, 96), (50, 146)),
+    ((64, 49), (480, 367)),
+    ((64, 96), (7, 11)),
+    ((64, 96), (1, 1)),
+    ((64, 1), (300, 5)),
+    ((29, 96), (300, 1000)),
+    ((2, 96), (20, 1000)),
+    ((1, 1), (1, 1)),
+    ((1, 96), (3, 500)),
+    ((64, 96), (65, 97)),
+    ((47, 71), (639, 9)),  # no picture is resized like this; the code must not mind
+    ((64, 96), (5, 700)),
+]
+
+
+def test_equals_the_reference_at_any_size():
+    sizes, original_sizes = zip(*SIZES)
+    masks, logits = case(0, len(SIZES))
+    canvas = Canvas(640, 1024, 128)
+    assert Canvas.of(np.array(sizes), np.array(original_sizes)) == canvas
+    check(masks, logits, sizes, original_sizes, share=0.3)
+    check(masks, logits, sizes, original_sizes, low=0.0, share=0.0)
+
+
+@pytest.mark.parametrize("size, original_size", [SIZES[i] for i in (1, 4, 7, 10, 15)])
+def test_equals_the_reference_on_the_smallest_canvas(size, original_size):
+    check(*case(1), [size], [original_size], share=0.3)
+    check(*case(1), [size], [original_size], low=0.0, share=0.0)
+
+
+@pytest.mark.parametrize("shrink", [1, 2, 4, 8])
+def test_tiles_read_all_the_logits_that_they_need(shrink):
+    """A map much larger than a tile, at the largest ratios that a canvas is made for."""
+    rng = np.random.default_rng(shrink)
+    masks = rng.normal(0, 4, (3, 4, 40, 56)).astype(np.float32)  # no two neighbors alike
+    _, logits = case(shrink, 3, 4)
+    size = np.array([(320, 448), (301, 430), (319, 447)])
+    original_size = np.ceil(size / np.array([1.0, 0.99, 0.7])[:, None] / shrink).astype(int)
+    assert Canvas.of(size, original_size).shrink == shrink
+    check(masks, logits, size, original_size, low=0.0, share=0.0)
+
+
+def test_equals_the_reference_at_random_sizes():
+    """In batches, so that few programs are compiled: all on one canvas."""
+    rng = np.random.default_rng(0)
+    b, kept = 16, 0
+    for number in range(4):
+        size = np.stack([rng.integers(1, 65, b), rng.integers(1, 97, b)], 1)
+        original_size = np.stack([rng.integers(1, 257, b), rng.integers(1, 257, b)], 1)
+        canvas = Canvas(256, 256, 128)
+        fused = check(*case(number, b), size, original_size, canvas=canvas, low=0.2, share=0.4)
+        kept += (fused.labels != EMPTY).sum()
+    assert kept > 2 * 4 * b  # or nothing has been tested
+
+
+@pytest.mark.parametrize("n", [1, GROUP, 2 * GROUP + 5])
+def test_any_number_of_masks(n):
+    masks, logits = case(n, 2, n, num_stuff=min(STUFF, n - 1))
+    check(masks, logits, [(64, 96), (50, 80)], [(100, 150), (40, 64)], low=0.1, share=0.1)
+
+
+def test_many_masks_that_all_reach_far():
+    """Every mask can win every tile: nothing may be skipped that wins."""
+    rng = np.random.default_rng(0)
+    masks = rng.normal(0, 4, (1, 40, 8, 12)).astype(np.float32)
+    logits = rng.normal(0, 0.1, (1, 40, THINGS + STUFF)).astype(np.float32)
+    fused = check(masks, logits, [(64, 96)], [(128, 192)], low=0.0, share=0.0)
+    assert (fused.labels != EMPTY).sum() > 30
+
+
+def test_only_stuff_and_only_things():
+    masks, logits = case(1, 1, STUFF, num_things=THINGS)
+    assert (check(masks, logits, [(64, 96)], [(90, 130)], share=0.1).labels[0] >= THINGS).any()
+    masks, logits = case(2, 1, 6, num_stuff=0)
+    check(masks, logits, [(64, 96)], [(90, 130)], share=0.1)
+
+
+def test_a_batch_of_mixed_sizes_and_an_empty_picture():
+    masks, logits = case(3, 4)
+    size = [(64, 96), (0, 0), (40, 96), (64, 30)]
+    original_size = [(100, 150), (0, 0), (20, 48), (200, 94)]
+    together = check(masks, logits, size, original_size, share=0.2)
+    assert not together.ids[1].any()
+    for i in (0, 2, 3):
+        row = slice(i, i + 1)
+        alone = run(masks[row], logits[row], size[row], original_size[row], share=0.2)
+        height, width = original_size[i]
+        np.testing.assert_array_equal(
+            alone.ids[0, :height, :width], together.ids[i, :height, :width]
+        )
+        np.testing.assert_array_equal(alone.labels[0], together.labels[i])
+        np.testing.assert_array_equal(alone.scores[0], together.scores[i])
+
+
+def test_empty_pictures_alone():
+    masks, logits = case(3, 2)
+    nothing = np.zeros((2, 2), np.int32)
+    fused = run(masks, logits, nothing, nothing)
+    assert not fused.ids.any() and (fused.labels == EMPTY).all()
+
+
+@pytest.mark.parametrize("canvas", [Canvas(256, 256, 4), Canvas(128, 384, 32)])
+def test_the_canvas_changes_nothing(canvas):
+    masks, logits = case(4, 2)
+    size, original_size = [(64, 96), (51, 96)], [(100, 150), (80, 151)]
+    small = run(masks, logits, size, original_size, share=0.2)
+    large = run(masks, logits, size, original_size, share=0.2, canvas=canvas)
+    assert (small.labels != EMPTY).sum() > 3
+    np.testing.assert_array_equal(small.ids[:, :100, :151], large.ids[:, :100, :151])
+    np.testing.assert_array_equal(small.labels, large.labels)
+    np.testing.assert_array_equal(small.scores, large.scores)
+
+
+# The rules.
+
+WHOLE = {"size": [(64, 96)], "original_size": [(64, 96)]}
+
+
+def hand_made(*masks, classes):
+    """One picture; masks are (rows, columns) of 8 x 12 that are drawn, classes logits."""
+    drawn = np.full((1, len(masks), 8, 12), -20.0, np.float32)
+    for i, region in enumerate(masks):
+        drawn[0, i][region] = 20
+    return drawn, np.asarray([classes], np.float32)
+
+
+ALL = (slice(None), slice(None))
+LEFT = (slice(None), slice(0, 6))
+RIGHT = (slice(None), slice(6, 12))
+OFF = -30.0
+
+
+def test_all_things_below_the_threshold_leave_void():
+    masks, logits = hand_made(LEFT, RIGHT, classes=[[-2.0, -3.0], [-1.5, -3.0]])
+    fused = check(masks, logits, **WHOLE, num_things=2)
+    assert not fused.ids.any() and (fused.labels == EMPTY).all()
+
+
+def test_a_thing_below_the_threshold_keeps_its_pixels_from_others():
+    """The reference lets it win and then drops it: what it won stays void."""
+    thing, stuff = [-1.0, OFF], [OFF, -1.5]  # 0.27 > 0.18
+    masks, logits = hand_made(LEFT, ALL, classes=[thing, stuff])
+    fused = check(masks, logits, **WHOLE, num_things=1, share=0.3)
+    assert fused.labels[0].tolist() == [1, EMPTY]
+    assert not fused.ids[0, :64, :40].any() and (fused.ids[0, :64, 56:96] == 1).all()
+
+
+def test_thresholds_are_inclusive():
+    masks, logits = hand_made(LEFT, RIGHT, classes=[[0.0], [-1e-3]])
+    fused = check(masks, logits, **WHOLE, num_things=1, low=0.5)
+    assert fused.labels[0].tolist() == [0, EMPTY]  # a score of exactly one half stays
+    masks, logits = hand_made(ALL, (slice(None), slice(0, 5)), classes=[[2.0], [3.0]])
+    owned = (run(masks, logits, **WHOLE, num_things=1, share=0.0).ids[0] == 2).sum()
+    left = np.float32(owned / (64 * 96))  # of the lower one, which has all pixels
+    assert 0.5 < left < 0.7
+    for share, label in (left, 0), (np.nextafter(left, np.float32(1)), EMPTY):
+        assert run(masks, logits, **WHOLE, num_things=1, share=share).labels[0, 1] == label
+
+
+def test_what_is_covered_too_much_is_dropped_stuff_as_well():
+    masks, logits = hand_made(LEFT, ALL, classes=[[3.0, OFF], [OFF, 1.0]])
+    assert check(masks, logits, **WHOLE, num_things=1, share=0.4).labels[0].tolist() == [0, 1]
+    assert check(masks, logits, **WHOLE, num_things=1, share=0.6).labels[0].tolist() == [0, EMPTY]
+
+
+def test_ids_follow_the_scores_and_are_never_void():
+    """A first segment of class 0 must not get the id of void."""
+    masks, logits = hand_made(LEFT, RIGHT, classes=[[1.0, OFF], [2.0, OFF]])
+    fused = check(masks, logits, **WHOLE, num_things=2)
+    assert fused.labels[0].tolist() == [0, 0]
+    assert (fused.ids[0, :64, 56:96] == 1).all() and (fused.ids[0, :64, :40] == 2).all()
+
+
+def test_the_first_of_equals_wins():
+    masks, logits = hand_made(ALL, ALL, ALL, classes=[[1.0], [1.0], [1.0]])
+    fused = run(masks, logits, **WHOLE, num_things=1)
+    assert fused.labels[0].tolist() == [0, EMPTY, EMPTY] and (fused.ids[0, :64, :96] == 1).all()
+    # Beyond the first group as well, whatever the order of the visits.
+    many = 2 * GROUP + 3
+    masks, logits = hand_made(*[LEFT, ALL] * many, classes=[[1.0]] * (2 * many))
+    ids = run(masks, logits, **WHOLE, num_things=1, share=0.3).ids[0]
+    assert (ids[:64, :40] == 1).all() and (ids[:64, 56:96] == 2).all()
+
+
+def test_a_segment_without_a_pixel_of_one_half_is_dropped():
+    masks, logits = hand_made(ALL, classes=[[3.0]])
+    masks[:] = -1.0  # wins all pixels, with a probability of 0.27
+    fused = run(masks, logits, **WHOLE, num_things=1, share=0.0)
+    assert not fused.ids.any()
+
+
+def test_stuff_is_read_on_its_own_class_and_things_on_things():
+    things, stuff = [-2.0, 1.0, 9.0, 9.0], [[9.0, 9.0, 0.5, 9.0], [9.0, 9.0, 9.0, -0.5]]
+    thirds = [(slice(None), slice(4 * i, 4 * i + 4)) for i in range(3)]
+    masks, logits = hand_made(*thirds, classes=[things, *stuff])
+    fused = check(masks, logits, **WHOLE, num_things=2)
+    assert fused.labels[0].tolist() == [1, 2, 3]
+    wanted = 1 / (1 + np.exp(-np.array([1.0, 0.5, -0.5])))
+    np.testing.assert_allclose(fused.scores[0], wanted, rtol=1e-5)
+
+
+def test_probability_of_exactly_one_half_counts_as_area():
+    masks, logits = hand_made(ALL, LEFT, classes=[[1.0], [3.0]])
+    masks[0, 0] = 0.0
+    # The lower one has all pixels as area, of which half are left.
+    assert check(masks, logits, **WHOLE, num_things=1, share=0.7).labels[0, 1] == EMPTY
+    assert check(masks, logits, **WHOLE, num_things=1, share=0.3).labels[0, 1] == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_broken_logits_end(bad):
+    """A network that diverged gives a map of something, but the loop over masks must stop."""
+    masks, logits = case(0, 2)
+    masks[0, ::2] = bad
+    masks[1, 3, 2, 2] = bad
+    logits[0, 1] = bad
+    fused = run(masks, logits, [(64, 96)] * 2, [(100, 150)] * 2)
+    assert fused.ids.shape == (2, 128, 256)
+
+
+def test_saturated_and_tiny_scores():
+    for level in (1e-3, 30.0, 200.0):
+        masks, logits = case(6, 2, level=level)
+        logits = logits if level < 1 else np.round(logits / level) * level
+        run(masks, logits, [(64, 96)] * 2, [(100, 150)] * 2)
+    masks, logits = case(7)
+    fused = run(masks, logits - 200, [(64, 96)], [(100, 150)], low=0.0, share=0.0)
+    assert (fused.ids[0, :100, :150] > 0).any()  # scores of zero: the first of equals wins
+
+
+# The canvas.
+
+
+def test_canvas_holds_all_pictures_and_there_are_few():
+    size = np.array([[800, 1216], [0, 0], [800, 1067]])
+    original_size = np.array([[427, 640], [0, 0], [480, 640]])
+    assert Canvas.of(size, original_size) == Canvas(512, 640, 2)
+    assert Canvas.of(size[:1], original_size[:1]) == Canvas(512, 640, 2)
+    assert Canvas.of(np.array([[100, 100]]), np.array([[128, 129]])) == Canvas(128, 256, 1)
+    assert Canvas.of(np.array([[256, 256]]), np.array([[128, 128]])) == Canvas(128, 128, 2)
+    assert Canvas.of(np.array([[257, 257]]), np.array([[128, 128]])) == Canvas(128, 128, 4)

@@ -1,0 +1,285 @@
+"""The two programs from end to end, each in a process of its own, as a user runs them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_coco
+from devices import environment
+from PIL import Image
+
+from knet_jax.checkpoint import Checkpoints
+from knet_jax.logs import read_log
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "configs/shapes_panoptic.py:tiny"
+SMALL = (
+    "--config.data.canvas=(64, 64)",  # square: one program for both orientations
+    "--config.data.image_side=(64, 96)",
+    "--config.data.short_side=(40, 64)",
+    "--config.data.long_side=64",
+    "--config.model.channels=16",
+    "--config.model.ffn_channels=32",
+    "--config.model.num_heads=2",
+    "--config.model.num_stages=1",
+    "--config.model.num_proposals=12",
+    "--config.model.backbone.width=8",
+    "--config.eval.num_pictures=2",
+    "--config.train.log_every=1",
+    "--config.train.checkpoint_every=2",
+)
+
+
+def start(script, *arguments, num_devices=1):
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(num_devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """Status, standard output, standard error."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def run(script, *arguments, **keywords):
+    return finish(start(script, *arguments, **keywords))
+
+
+def train_arguments(workdir, data_dir, *more):
+    where = ("--workdir", workdir, f"--config.data.data_dir={data_dir}")
+    return ("train.py", "--config", CONFIG, *where, *SMALL, *more)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data_dir):
+    """A run of twelve steps that nothing interrupts, and what it printed."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    status, out, err = run(*train_arguments(workdir, data_dir, "--config.train.steps=12"))
+    assert status == 0, err
+    return workdir, out + err
+
+
+def arrays_of(workdir, step):
+    """Everything that a checkpoint holds, by digest."""
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    record = checkpoints._read_record(step)
+    checkpoints.close()
+    return record["arrays"], record["progress"]
+
+
+def logged(workdir):
+    """What must not change: all but speed, and the evaluations, which depend on where runs end."""
+    records = [record for record in read_log(workdir) if "loss/total" in record]
+    speed = ("images_per_second", "data_wait_share")
+    return [{k: v for k, v in record.items() if k not in speed} for record in records]
+
+
+# Training.
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    workdir, printed = whole
+    assert "FROM SCRATCH" in printed and "parameters" in printed and "learning rate" in printed
+    for name in ("config.json", "log.jsonl", "curve.png", "checkpoints", "events"):
+        assert (workdir / name).exists(), name
+    pictures = sorted((workdir / "pictures").glob("*.png"))
+    assert [picture.name for picture in pictures] == [f"step_{s:07}.png" for s in (4, 8, 12)]
+    picture = np.asarray(Image.open(pictures[0]))
+    assert picture.ndim == 3 and picture.std() > 10
+    records = read_log(workdir)
+    steps = [record for record in records if "loss/total" in record]
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    wanted = {"loss/stage1/mask", "loss/initial/dense", "lr/all", "grad_norm", "matched"}
+    assert wanted | {"images_per_second", "data_wait_share"} <= steps[0].keys()
+    scores = [record for record in records if "val/PQ" in record]
+    assert [record["step"] for record in scores] == [4, 8, 12]
+    assert steps[-1]["loss/total"] < steps[0]["loss/total"]
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path):
+    """2 steps and an end, then a SIGTERM after some more, then the rest: the same in every bit."""
+    workdir = tmp_path / "parts"
+    status, _, err = run(*train_arguments(workdir, data_dir, "--config.train.steps=2"))
+    assert status == 0, err
+
+    process = start(*train_arguments(workdir, data_dir, "--config.train.steps=12"))
+    deadline = time.monotonic() + 200
+    while read_log(workdir)[-1]["step"] < 3 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    status, out, err = finish(process)
+    assert status == 143, err
+    assert "resuming from step 2" in out
+    assert err.splitlines()[-1].startswith("train.py: stopped at step ")
+    stopped = int(err.splitlines()[-1].split("step ")[1].split(",")[0])
+    assert 3 <= stopped < 12
+
+    status, out, err = run(*train_arguments(workdir, data_dir, "--config.train.steps=12"))
+    assert status == 0, err
+    assert f"resuming from step {stopped}" in out
+    assert arrays_of(workdir, 12) == arrays_of(whole[0], 12)
+    assert logged(workdir) == logged(whole[0])
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_the_run(data_dir, tmp_path):
+    arguments = (
+        "--config.optim.lr=1e30",
+        "--config.optim.warmup_steps=0",
+        "--config.train.checkpoint_every=1",
+        "--config.train.steps=6",
+    )
+    status, _, err = run(*train_arguments(tmp_path / "run", data_dir, *arguments))
+    line = err.splitlines()[-1]
+    assert status == 2, err
+    assert "Traceback" not in err
+    assert "loss/total" in line and "is not finite" in line and "images: " in line
+    step = int(line.split("step ")[1].split(":")[0])
+    images = line.split("images: ")[1].split(";")[0].split(", ")
+    assert len(images) == 4
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    assert all(saved < step for saved in steps)
+    assert f"last checkpoint: {steps[-1] if steps else 'none'}" in line
+
+
+# Evaluation.
+
+
+def test_evaluation_needs_the_workdir_alone(whole, tmp_path):
+    workdir, _ = whole
+    status, out, err = run(
+        "eval.py", "--workdir", workdir, "--output", tmp_path, "--limit", 5, "--results"
+    )
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    groups = {
+        f"{name}{suffix}" for name in ("PQ", "SQ", "RQ") for suffix in ("", "_things", "_stuff")
+    }
+    assert groups <= metrics.keys()
+    assert all(0 <= metrics[name] <= 100 for name in groups)
+    assert metrics["num_images"] == 5 and len(metrics["per_class"]) == 9
+    assert metrics["step"] in (4, 8, 10, 12)
+    assert "Things" in out and "PQ" in out
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+    results = json.loads((tmp_path / "panoptic.json").read_text())
+    assert len(results["annotations"]) == 5
+    assert len(list((tmp_path / "panoptic").glob("*.png"))) == 5
+
+
+def test_evaluation_gives_the_numbers_of_the_training_run(whole, tmp_path):
+    workdir, _ = whole
+    status, _, err = run(
+        "eval.py", "--workdir", workdir, "--output", tmp_path, "--checkpoint", "latest"
+    )
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    logged = [record for record in read_log(workdir) if "val/PQ" in record][-1]
+    assert metrics["step"] == logged["step"] == 12 and metrics["num_images"] == 8
+    for name in ("PQ", "SQ_stuff", "RQ_things"):
+        np.testing.assert_allclose(metrics[name], logged[f"val/{name}"], rtol=1e-6)
+
+
+# Mistakes of the user: one line, and a status that is not 0.
+
+
+def says(outcome, *words, status=2):
+    actual, _, err = outcome
+    assert "Traceback" not in err, err
+    line = err.splitlines()[-1]
+    assert actual == status, err
+    for word in words:
+        assert word in line, line
+
+
+def coco(root, tmp_path, *more):
+    where = ("--workdir", tmp_path / "run", f"--config.data.data_dir={tmp_path / 'prepared'}")
+    arguments = ("--config", "configs/coco_panoptic.py:tiny", f"--config.data.root={root}")
+    return run("train.py", *arguments, *where, *more)
+
+
+def test_no_dataset_at_the_root(tmp_path):
+    says(coco(tmp_path / "nothing", tmp_path), "config.data.root", str(tmp_path / "nothing"))
+
+
+def test_a_broken_annotation_file(tmp_path):
+    root = tiny_coco.write(tmp_path / "coco")
+    path = root / "annotations" / "panoptic_train2017.json"
+    path.write_text(path.read_text()[:-50])
+    says(coco(root, tmp_path), path.name)
+
+
+def test_data_of_other_classes(tmp_path):
+    root = tiny_coco.write(tmp_path / "coco")
+    says(coco(root, tmp_path), "config.model.num_things is 80", "--config.model.num_things=2")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config", f"{CONFIG},huge"], ["huge", "tiny"]),
+        (["--config", CONFIG, "--config.optim.learning_rate=1"], ["config.optim.learning_rate"]),
+        ([], ["--config is missing"]),
+    ],
+)
+def test_what_does_not_exist_is_named(arguments, words, tmp_path):
+    says(run("train.py", *arguments, "--workdir", tmp_path), *words)
+
+
+def test_a_batch_that_the_devices_do_not_divide(tmp_path, data_dir):
+    arguments = train_arguments(tmp_path, data_dir, "--config.train.batch_size=5")
+    says(run(*arguments, num_devices=2), "config.train.batch_size is 5", "2 devices")
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, data_dir):
+    (tmp_path / "file").touch()
+    says(run(*train_arguments(tmp_path / "file" / "run", data_dir)), str(tmp_path / "file" / "run"))
+
+
+def test_weights_that_lack_a_tensor(tmp_path, data_dir):
+    path = tmp_path / "weights.npz"
+    np.savez(path, **{"bn1.weight": np.ones(8, np.float32)})
+    arguments = train_arguments(tmp_path / "run", data_dir, f"--config.init_weights={path}")
+    says(run(*arguments), "config.init_weights", str(path), "no tensor")
+
+
+def test_a_run_of_another_class_count_is_not_resumed(whole, data_dir):
+    arguments = train_arguments(whole[0], data_dir, "--config.model.num_things=7")
+    says(run(*arguments), "config.model.num_things was 5, now 7")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config.model.num_things=7"], ["config.model.num_things is 7", "5"]),
+        (["--config.model.channels=32"], ["config.model.channels is 16 in it, 32 here"]),
+        (["--checkpoint", "3"], ["no checkpoint of step 3"]),
+        (["--checkpoint", "good"], ["--checkpoint=good", "latest"]),
+    ],
+)
+def test_an_evaluation_that_does_not_fit_the_run(whole, arguments, words, tmp_path):
+    says(run("eval.py", "--workdir", whole[0], "--output", tmp_path, *arguments), *words)
+
+
+def test_an_evaluation_of_nothing(tmp_path):
+    says(run("eval.py", "--workdir", tmp_path), str(tmp_path), "no run")
+    says(run("eval.py"), "--workdir is missing")

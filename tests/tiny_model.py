@@ -1,0 +1,72 @@
+"""A network that compiles in seconds, and pictures and targets for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from knet_jax.structs import EMPTY, Batch, Segments
+
+NUM_PROPOSALS, NUM_THINGS, NUM_STUFF = 6, 3, 2
+
+MODEL = {
+    "num_proposals": NUM_PROPOSALS,
+    "num_things": NUM_THINGS,
+    "num_stuff": NUM_STUFF,
+    "num_stages": 2,
+    "channels": 16,
+    "num_heads": 2,
+    "ffn_channels": 32,
+    "backbone": {"depths": (1, 1, 1, 1), "width": 8, "norm": "group", "frozen_stages": 0},
+}
+
+
+def random(*shape, seed=0, scale=1.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def make_batch(b=4, height=64, width=64, slots=4, seed=0) -> Batch:
+    """Smooth pictures with random boxes: the last has no thing, the first no stuff; void below."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (b, height // 16, width // 16, 3))
+    image = coarse.repeat(16, 1).repeat(16, 2).astype(np.uint8)
+    segment_map = np.zeros((b, height // 2, width // 2), np.uint8)
+    labels = np.full((b, slots + NUM_STUFF), EMPTY, np.int32)
+    for i in range(b):
+        if i > 0:
+            segment_map[i, : height // 4] = 1 + slots
+            segment_map[i, height // 4 : -4] = 1 + slots + 1
+            labels[i, slots:] = NUM_THINGS + np.arange(NUM_STUFF)
+        if i < b - 1:
+            for slot in range(1 + i % slots):
+                y, x = rng.integers(0, height // 2 - 8), rng.integers(0, width // 2 - 8)
+                segment_map[i, y : y + 9, x : x + 7] = 1 + slot
+                labels[i, slot] = rng.integers(NUM_THINGS)
+    size = np.tile(np.int32([height - 8, width]), (b, 1))
+    return Batch(image, segment_map, labels, size, size * 2, np.arange(b, dtype=np.int32))
+
+
+def make_segments(b, m, h, w, labels, seed=0) -> Segments:
+    """Random boxes whose borders cover quarters of pixels; slots of `EMPTY` hold rubbish."""
+    rng = np.random.default_rng(seed)
+    fine = np.zeros((b, m, 2 * h, 2 * w), np.float32)
+    for i in range(b):
+        for j in range(m):
+            (top, bottom), (left, right) = (np.sort(rng.permutation(n)[:2]) for n in (2 * h, 2 * w))
+            fine[i, j, top : bottom + 1, left : right + 1] = 1
+    masks = fine.reshape(b, m, h, 2, w, 2).mean((3, 5))
+    return Segments(jnp.asarray(masks), jnp.asarray(np.broadcast_to(labels, (b, m)), jnp.int32))
+
+
+def part(tree, start, stop, axis=0):
+    """Every array of a tree from `start` to `stop` of an axis."""
+    where = (slice(None),) * axis + (slice(start, stop),)
+    return jax.tree.map(lambda x: x[where], tree)
+
+
+def init(model, height=64, width=64):
+    """Variables that are no longer those of an initialization, whose masks are almost zero."""
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, height, width, 3)))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: x + jnp.asarray(0.1 * np.abs(rng.standard_normal(x.shape)), x.dtype), variables
+    )
