@@ -1,0 +1,297 @@
+"""The parts of K-Net that are timed, each a function (case, config, repeat) -> record."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scenes
+from ml_collections import ConfigDict
+
+from knet_jax import losses, optim, tasks, training
+from knet_jax.data import pipeline
+from knet_jax.evaluation import last_stage, panoptic_map
+from knet_jax.knet import make_model
+from knet_jax.matching import Weights
+from knet_jax.postprocess import Canvas, fuse
+from knet_jax.structs import EMPTY
+
+LOADER_WINDOW = 4
+"""Batches of the loader that are timed together: workers deliver in bursts."""
+
+
+class Size(NamedTuple):
+    """Height and width."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+class Case(NamedTuple):
+    """What one process measures."""
+
+    part: str
+    """A key of `PARTS`."""
+    precision: str = "float32"
+    batch: int = 1
+    size: Size | None = None
+    """Of the network's input."""
+    original: Size | None = None
+    """What a fusion returns to."""
+    scene: str | None = None
+    """Of a fusion, one of `scenes.SCENES`."""
+    workers: int | None = None
+    """Of the loader."""
+
+    def __str__(self) -> str:
+        words = [self.part, self.scene, self.size, self.original and f"-> {self.original}"]
+        words += [self.precision if self.workers is None else f"{self.workers} workers"]
+        return " ".join(str(word) for word in [*words, f"b{self.batch}"] if word)
+
+
+# Measuring.
+
+
+def measure(run: Callable[[], Any], repeat: int) -> dict[str, Any]:
+    """Times `run`, which returns arrays, in milliseconds, after two runs that do not count."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        return 1e3 * (time.perf_counter() - began)
+
+    first, second = once(), once()
+    times = [once() for _ in range(repeat)]
+    return summary(times) | {"compile_s": max(0.0, first - second) / 1e3}
+
+
+def summary(times: list[float]) -> dict[str, Any]:
+    """What is kept of several times in milliseconds."""
+    return {"median_ms": statistics.median(times), "min_ms": min(times), "n": len(times)}
+
+
+def flops(jitted: Any, *args: Any) -> float | None:
+    """Operations of a program as written, before XLA changes it; None where XLA does not say."""
+    return (jitted.lower(*args).cost_analysis() or {}).get("flops")
+
+
+def memory(device: jax.Device) -> dict[str, float]:
+    """Peaks of this process in MiB; on the host that includes compilation."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peaks = {"host_peak_mib": peak * unit / 2**20}
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        peaks["device_peak_mib"] = stats["peak_bytes_in_use"] / 2**20
+    return peaks
+
+
+def machine() -> dict[str, Any]:
+    """What the times belong to."""
+    devices = jax.local_devices()
+    memory_line = _find("/proc/meminfo", "MemTotal")
+    return {
+        "cpu": _find("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "ram_gib": round(int(memory_line.split()[0]) / 2**20, 1) if memory_line else None,
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "platform": devices[0].platform,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+    }
+
+
+def _find(path: str, key: str) -> str:
+    """The value of the first line `key : value` of a file, '' if there is none."""
+    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
+    values = (line.partition(":")[2].strip() for line in lines if line.startswith(key))
+    return next(values, "")
+
+
+# The parts.
+
+
+def network(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
+    """uint8 pictures -> mask and class logits, as in an evaluation."""
+    model = make_model(**config.model)
+    batch = scenes.batch(case.batch, case.size, config, seed=0)
+    variables, batch = jax.device_put((training.init_variables(model, config.seed), batch))
+    run = jax.jit(partial(last_stage, model=model))
+    times = measure(lambda: run(variables, batch), repeat)
+    return times | {"flop": flops(run, variables, batch)}
+
+
+def fusion(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
+    """Logits on the device -> panoptic maps at the size of the pictures, on the host."""
+    masks, logits = jax.device_put(scenes.logits(case.scene, case.batch, case.size, config))
+    sizes, originals = (
+        np.array([size] * case.batch, np.int32) for size in (case.size, case.original)
+    )
+    run = jax.jit(
+        partial(
+            fuse,
+            num_things=config.model.num_things,
+            canvas=Canvas.of(sizes, originals),
+            instance_threshold=config.eval.instance_threshold,
+            overlap_threshold=config.eval.overlap_threshold,
+        )
+    )
+
+    def to_host() -> list[np.ndarray]:
+        fused = jax.device_get(run(masks, logits, sizes, originals))
+        return [panoptic_map(fused, i, originals[i]).ids for i in range(case.batch)]
+
+    times = measure(to_host, repeat)
+    kept = jax.device_get(run(masks, logits, sizes, originals).labels) != EMPTY
+    return times | {"segments": float(kept.sum(1).mean())}
+
+
+def fusion_torch(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
+    """The plain way in torch: all masks to the size of the picture, the best one at each pixel.
+
+    The last step, which of them keep their pixels, is left out.
+    """
+    import torch  # Optional: nothing else needs it.
+    from torch.nn.functional import interpolate
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arrays = scenes.logits(case.scene, case.batch, case.size, config)
+    masks, logits = (torch.from_numpy(np.array(array)).to(device) for array in arrays)
+    num_things, num_proposals = config.model.num_things, config.model.num_proposals
+    resize = partial(interpolate, mode="bilinear", align_corners=False)
+
+    @torch.inference_mode()
+    def run() -> list[np.ndarray]:
+        probs = logits.sigmoid()
+        things = probs[:, :num_proposals, :num_things].amax(2)
+        stuff = probs[:, num_proposals:, num_things:].diagonal(dim1=1, dim2=2)
+        scores = torch.cat([things, stuff], 1)
+        owners = []
+        for i in range(case.batch):  # pictures of a batch differ in size
+            x = resize(masks[i : i + 1], scale_factor=2).sigmoid()
+            x = resize(x, size=case.size)[..., : case.size.height, : case.size.width]
+            x = resize(x, size=case.original)[0]
+            owners.append((scores[i, :, None, None] * x).argmax(0).cpu().numpy())
+        return owners
+
+    times = measure(run, repeat)
+    del times["compile_s"]
+    return times | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
+    """Forward, matching, losses, gradients and AdamW on one device, as train.py does it."""
+    devices = jax.local_devices()[:1]
+    model = make_model(**config.model)
+    variables = training.init_variables(model, config.seed)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    optimizer, _ = optim.make_optimizer(config.optim, params, 1000, case.batch)
+    weights = Weights(**config.loss)
+    step = training.make_train_step(
+        devices,
+        model=model,
+        optimizer=optimizer,
+        trainable=optim.trainable(config.optim.groups, params),
+        weights=weights,
+    )
+    num_parts = case.batch // min(case.batch, config.train.microbatch)
+    batch = scenes.batch(case.batch, case.size, config, seed=0)
+    parts = training.to_devices(batch, devices, num_parts)
+
+    # The matching is done on the host, and the optimizer's operations are few: neither is counted.
+    part = jax.tree.map(lambda x: x[0], parts[0])
+    segments = tasks.segments(part, config.model.num_stuff)
+    counts = losses.count(*segments, config.model.num_proposals)
+    gradients = jax.pmap(
+        partial(training.accumulate, model=model, weights=weights),
+        axis_name=training.AXIS,
+        devices=devices,
+        in_axes=(None, None, None, 0, None),
+    )
+    flop = flops(gradients, params, params, batch_stats, parts[0], counts)
+
+    state = training.replicate(
+        training.TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params)),
+        devices,
+    )
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = step(state, parts)
+        return state, metrics
+
+    return measure(run, repeat) | {
+        "microbatch": case.batch // num_parts,
+        "flop": flop and num_parts * flop,
+    }
+
+
+def loader(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
+    """Training batches on the host, from prepared records, by the recipe of the config."""
+    data = config.data
+    data.num_workers = case.workers
+    with contextlib.redirect_stdout(io.StringIO()):
+        split = pipeline.load_split(data, data.train_split)
+    batches = pipeline.train_batches(split, data, case.batch, config.seed, start=0)
+    # What the workers have ready when the clock starts would count as fast.
+    for _ in range(2 * case.workers + 2):
+        next(batches)
+    times = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        for _ in range(LOADER_WINDOW):
+            next(batches)
+        times.append(1e3 * (time.perf_counter() - began) / LOADER_WINDOW)
+    batches.close()
+    return summary(times)
+
+
+def matmul(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
+    """A large matrix product: about the most operations a second that the device reaches."""
+    del config
+    n = 2048 if jax.local_devices()[0].platform == "cpu" else 8192
+    dtype = "bfloat16" if case.precision == "bfloat16" else "float32"
+    x = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    run = jax.jit(lambda x: x @ x)
+    return measure(lambda: run(x), repeat) | {"flop": 2 * n**3}
+
+
+PARTS = {
+    "matmul": matmul,
+    "network": network,
+    "fuse": fusion,
+    "fuse_torch": fusion_torch,
+    "train": train,
+    "loader": loader,
+}
+
+
+def run_case(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
+    """The record of a case, `machine` included. Meant for a process of its own."""
+    jax.config.update("jax_default_matmul_precision", case.precision)
+    if case.precision == "bfloat16":
+        config.model.dtype = "bfloat16"
+    record = PARTS[case.part](case, config, repeat)
+    if case.part != "matmul":
+        record["images_per_second"] = 1e3 * case.batch / record["median_ms"]
+    return record | memory(jax.local_devices()[0]) | {"machine": machine()}

@@ -1,0 +1,299 @@
+"""Times the parts of K-Net on this machine: network, fusion, train step and loader.
+
+python benchmarks/run.py --output benchmarks/results/cpu.json
+python benchmarks/run.py --parts network --precision float32,tensorfloat32,bfloat16 --batch 1,8
+python benchmarks/run.py --parts loader --data-root /data/coco --workers 2,4
+
+Times are wall-clock milliseconds from the call until the result is there. Every case runs in a
+process of its own, so that its peak memory is its own, and running out of it ends no other case.
+The weights are random, which matters to the fusion alone: benchmarks/README.md says how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from parts import Case, Size, run_case
+from scenes import SCENES
+
+from knet_jax.configuration import ConfigError, load_config
+
+PARTS = ("network", "fuse", "train", "loader")
+PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+
+COLUMNS = {
+    "median_ms": ("median ms", "{:.1f}"),
+    "min_ms": ("min ms", "{:.1f}"),
+    "images_per_second": ("img/s", "{:.1f}"),
+    "compile_s": ("compile s", "{:.0f}"),
+    "host_peak_mib": ("host MiB", "{:.0f}"),
+    "device_peak_mib": ("device MiB", "{:.0f}"),
+    "tflops": ("TFLOP/s", "{:.3g}"),
+    "utilization": ("of peak", "{:.0%}"),
+    "reference_ms": ("reference ms", "{:.1f}"),
+    "ratio": ("ratio", "{:.2f}"),
+}
+"""Keys of a record that are printed: title and format."""
+
+
+def main() -> int:
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory() as prepared:
+        args.values.data.data_dir = prepared
+        report = measure_all(args)
+
+    print(", ".join(f"{key} {value}" for key, value in (report["machine"] or {}).items()))
+    if args.reference:
+        print(f"reference: {report['reference_machine']}; ratio = ours / reference")
+    print(table(report["results"]))
+    if args.output:
+        print(f"wrote {args.output}")
+    return int(any("error" in record for record in report["results"]))
+
+
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    """The content of the output file, which is written after every case."""
+    reference = json.loads(args.reference.read_text()) if args.reference else None
+    report = {"machine": None, "config": args.config, "results": []}
+    if reference:
+        report["reference_machine"] = reference["machine"]
+    planned = list(cases(args))
+    peaks = dict.fromkeys(PRECISIONS, args.peak_tflops)
+    for number, case in enumerate(planned, 1):
+        print(f"[{number}/{len(planned)}] {case}", file=sys.stderr, flush=True)
+        record = measure_apart(case, args)
+        report["machine"] = record.pop("machine", report["machine"])
+        record = {"case": str(case), "part": case.part} | record
+        if record.get("flop"):
+            is_peak = case.part == "matmul"
+            time = record["min_ms" if is_peak else "median_ms"]
+            record["tflops"] = record["flop"] / time / 1e9
+            if is_peak:
+                peaks[case.precision] = record["tflops"]
+            elif peaks[case.precision]:
+                record["utilization"] = record["tflops"] / peaks[case.precision]
+        if reference and "median_ms" in record and report["machine"]["platform"] == "cpu":
+            theirs = reference["results"].get(reference_name(case, args.values))
+            if theirs:
+                record["reference_ms"] = theirs["median_ms"]
+                record["ratio"] = record["median_ms"] / theirs["median_ms"]
+        report["results"].append(record)
+        if args.output:
+            args.output.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Everything that the command line asks for."""
+    computes = "network" in args.parts or "train" in args.parts
+    if computes and args.peak_tflops is None:
+        yield from (Case("matmul", precision) for precision in args.precision)
+    if "network" in args.parts:
+        for size, precision, batch in itertools.product(args.size, args.precision, args.batch):
+            yield Case("network", precision, batch, size)
+    if "fuse" in args.parts:
+        kinds = ("fuse", "fuse_torch") if args.torch else ("fuse",)
+        for sizes, batch, scene, kind in itertools.product(
+            args.fuse_size, args.batch, SCENES, kinds
+        ):
+            yield Case(kind, "float32", batch, *sizes, scene)
+    if "train" in args.parts:
+        for size, precision, batch in itertools.product(
+            args.train_size, args.precision, args.train_batch
+        ):
+            yield Case("train", precision, batch, size)
+    if "loader" in args.parts:
+        for workers in args.workers:
+            yield Case("loader", batch=args.values.train.batch_size, workers=workers)
+
+
+def measure_apart(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The record of a case, or {"error": ...} where it fails, be it by the end of its process."""
+    # Not a fork: it would share threads and devices with this process.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        try:
+            return process.submit(run_case, case, args.values, args.repeat).result()
+        # What ends this case only: memory, a missing dataset or library, a process that is gone.
+        except (ImportError, MemoryError, RuntimeError, ValueError) as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            return {"error": f"{type(error).__name__}: {first_line[:200]}"}
+
+
+def reference_name(case: Case, config: ConfigDict) -> str | None:
+    """The reference's name of a case, None if it has none: it timed ResNet-50 in float32."""
+    backbone = config.model.backbone
+    if case.precision != "float32" or (*backbone.depths, backbone.width) != (3, 4, 6, 3, 64):
+        return None
+    fusion = f"post_{case.size}_to_{case.original}"
+    names = {
+        ("network", 1): f"net_{case.size}",
+        ("fuse", 1): fusion,
+        ("fuse_torch", 1): fusion,
+        ("train", 2): f"train_step_b2_{case.size}",
+    }
+    return f"det_panoptic_r50_{names.get((case.part, case.batch))}"
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Records as text, a line each, with the columns that any of them has."""
+    columns = {key: c for key, c in COLUMNS.items() if any(key in record for record in records)}
+    width = max(len(record["case"]) for record in records)
+    lines = ["  ".join([" " * width, *(title for title, _ in columns.values())])]
+    for record in records:
+        cells = [
+            (form.format(record[key]) if key in record else "").rjust(len(title))
+            for key, (title, form) in columns.items()
+        ]
+        cells = [record["error"]] if "error" in record else cells
+        lines.append("  ".join([record["case"].ljust(width), *cells]))
+    return "\n".join(lines)
+
+
+# The command line.
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Checked arguments; `values` is the config."""
+    default = "(default: %(default)s)"
+    sizes = "800x1216,512x512,128x160"
+    fusions = "800x1216:427x640,512x512:512x512,128x160:96x120"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--parts",
+        type=each(one_of(*PARTS)),
+        default="network,fuse,train",
+        help=f"A,B,... of {', '.join(PARTS)} {default}",
+    )
+    add(
+        "--config",
+        default="configs/coco_panoptic.py",
+        help=f"FILE.py or FILE.py:variant {default}",
+    )
+    add(
+        "--size",
+        type=each(input_size),
+        default=sizes,
+        help=f"HEIGHTxWIDTH,... of the network's input {default}",
+    )
+    add(
+        "--batch",
+        type=each(count),
+        default="1",
+        help=f"pictures at a time, of network and fusion {default}",
+    )
+    add(
+        "--fuse-size",
+        type=each(size_pair),
+        default=fusions,
+        help=f"INPUT:ORIGINAL,... of the fusion {default}",
+    )
+    add("--train-size", type=each(input_size), default="512x512", help=f"of a train step {default}")
+    add("--train-batch", type=each(count), default="2", help=f"of a train step {default}")
+    add(
+        "--precision",
+        type=each(one_of(*PRECISIONS)),
+        default="float32",
+        help=f"of {', '.join(PRECISIONS)} {default}; bfloat16 is that of the feature maps, "
+        "tensorfloat32 needs a GPU that has it; the fusion is always float32",
+    )
+    add("--data-root", help="dataset for the loader, in COCO's layout")
+    add("--workers", type=each(count), default="2", help=f"of the loader {default}")
+    add("--repeat", type=count, default=7, help=f"how often each case is timed {default}")
+    add(
+        "--peak-tflops",
+        type=float,
+        help="of the device, for the utilization; default: measured by a large matrix "
+        "product in each precision",
+    )
+    add(
+        "--torch",
+        action="store_true",
+        help="also time a plain fusion in torch, where that is installed",
+    )
+    add("--reference", type=Path, help="JSON with the times of the PyTorch reference, to compare")
+    add("--output", type=Path, help="JSON for the results, such as benchmarks/results/cpu.json")
+    args = parser.parse_args()
+
+    try:
+        args.values = load_config(args.config)
+        args.values.data.root = args.data_root or ""
+    except ConfigError as error:
+        parser.error(str(error))
+    if "loader" in args.parts and not args.data_root:
+        parser.error("the loader needs --data-root")
+    if args.torch and importlib.util.find_spec("torch") is None:
+        parser.error("--torch: torch is not installed")
+    if args.reference and not args.reference.is_file():
+        parser.error(f"--reference: there is no file {args.reference}")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    for batch in args.train_batch if "train" in args.parts else ():
+        if batch % min(batch, args.values.train.microbatch):
+            parser.error(
+                f"--train-batch={batch} is no multiple of config.train.microbatch, "
+                f"{args.values.train.microbatch}"
+            )
+    return args
+
+
+def each(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A parser of values between commas."""
+    return lambda text: [parse(item) for item in text.split(",")]
+
+
+def one_of(*accepted: str) -> Callable[[str], str]:
+    """A parser of one of several words."""
+
+    def parse(text: str) -> str:
+        if text not in accepted:
+            raise argparse.ArgumentTypeError(f"{text!r}; accepted: {', '.join(accepted)}")
+        return text
+
+    return parse
+
+
+def count(text: str) -> int:
+    """A number of at least 1."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a whole number of at least 1")
+    return int(text)
+
+
+def size(text: str) -> Size:
+    """HEIGHTxWIDTH."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: HEIGHTxWIDTH, such as 800x1216")
+    return Size(*map(int, parts))
+
+
+def input_size(text: str) -> Size:
+    """HEIGHTxWIDTH that the network takes."""
+    parsed = size(text)
+    if any(side % 32 for side in parsed):
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: multiples of 32")
+    return parsed
+
+
+def size_pair(text: str) -> tuple[Size, Size]:
+    """INPUT:ORIGINAL."""
+    network, _, original = text.partition(":")
+    return input_size(network), size(original)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
