@@ -135,7 +135,7 @@ def main(command: CommandLine) -> None:
     if is_chief and start < total_steps:
         progress.print("compiling; the first step can take minutes")
 
-    with stop_on_sigterm() as stop:
+    with checkpoints, stop_on_sigterm() as stop:
         for step in range(start + 1, total_steps + 1):
             with interval.waiting():
                 ids, parts = next(feed)
@@ -179,10 +179,9 @@ def main(command: CommandLine) -> None:
                 }
                 checkpoints.save(step, state, seen, scores)
             if saves and stop and step < total_steps:
-                checkpoints.close()
+                checkpoints.wait()
                 raise Preempted(f"stopped at step {step}, which is saved; the same command goes on")
 
-    checkpoints.close()
     if is_chief:
         progress.close()
         log.close()

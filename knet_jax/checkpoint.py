@@ -84,6 +84,7 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoints: {self.directory} does not exist")
         if not read_only:
             check_writable(self.directory)
+            self._remove_unfinished()
         self._manager = self._open()
         # Not as Orbax's own metrics: a damaged file of these keeps its manager from opening.
         self._scores: dict[int, float] = {}
@@ -102,13 +103,30 @@ class Checkpoints:
         with _quiet():
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_LatestAndBest(self._keep, self.best_step),
-                cleanup_tmp_directories=not self._read_only and process == 0,
                 create=False,
                 read_only=self._read_only,
                 enable_async_checkpointing=False,  # a thread of ours does it, digests included
                 multiprocessing_options=alone,
             )
             return ocp.CheckpointManager(self.directory, options=options)
+
+    def _remove_unfinished(self) -> None:
+        # Orbax would do it in a thread that outlives `close` and fails while Python shuts down.
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Closes; on the way out with an error, which speaks first, a failed save is only told."""
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            print(failure, file=sys.stderr, flush=True)
 
     # Writing.
 

@@ -288,6 +288,39 @@ def test_kill_9_during_a_save_keeps_the_step_before(tmp_path, delay):
     assert {path.name for path in tmp_path.iterdir()} == set(map(str, checkpoints.steps()))
 
 
+BREAKS = """
+import sys, jax.numpy as jnp
+from knet_jax.checkpoint import Checkpoints
+with Checkpoints(sys.argv[1]) as checkpoints:
+    checkpoints.save(1, {"params": jnp.ones((2048, 2048))}, {})
+    raise SystemExit("a broken picture")
+"""
+
+
+def test_an_error_of_the_loop_loses_no_save(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", BREAKS, tmp_path],
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stderr == "a broken picture\n"
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]
+        checkpoints.restore(jax.eval_shape(lambda: {"params": jnp.ones((2048, 2048))}), 1)
+
+
+def test_the_error_of_the_loop_is_told_beside_that_of_the_save(tmp_path, capsys):
+    with pytest.raises(ValueError, match="a broken picture"), Checkpoints(tmp_path) as checkpoints:
+        shutil.rmtree(tmp_path)
+        tmp_path.write_text("a file where the folder was")
+        checkpoints.save(1, make_state(), {})
+        raise ValueError("a broken picture")
+    assert "checkpoint of step 1" in capsys.readouterr().err
+
+
 LIMITED = """
 import resource, signal, sys, numpy as np
 from knet_jax.checkpoint import Checkpoints
