@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from knet_jax.convolution import convolve
+
 EPSILON = 1e-5
 """Of every norm in K-Net."""
 
@@ -36,7 +38,14 @@ def group_norm(channels: int, dtype, name: str) -> nn.GroupNorm:
 
 def conv(channels: int, size: int, stride: int = 1, **keywords) -> nn.Conv:
     """A square convolution padded symmetrically by (size - 1) / 2, as PyTorch pads."""
-    return nn.Conv(channels, (size, size), (stride, stride), padding=(size - 1) // 2, **keywords)
+    return nn.Conv(
+        channels,
+        (size, size),
+        (stride, stride),
+        padding=(size - 1) // 2,
+        conv_general_dilated=convolve,
+        **keywords,
+    )
 
 
 class ConvNormRelu(nn.Module):

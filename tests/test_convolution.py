@@ -1,0 +1,57 @@
+"""Against `jax.lax` itself, whose arithmetic it rearranges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from knet_jax import convolution
+from knet_jax.convolution import LAYOUT, convolve
+
+# size of the kernel, stride, dilation, padding
+CASES = [
+    (1, 1, 1, 0),
+    (1, 2, 1, 0),
+    (3, 1, 1, 1),
+    (3, 2, 1, 1),
+    (3, 1, 2, 2),
+    (7, 2, 1, 3),
+    (3, 1, 1, 0),
+]
+
+
+@pytest.mark.parametrize("size,stride,dilation,padding", CASES)
+@pytest.mark.parametrize("tile", [4, 96])
+def test_values_and_gradients_are_those_of_lax(monkeypatch, size, stride, dilation, padding, tile):
+    monkeypatch.setattr(convolution, "TILE", tile)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 13, 18, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((size, size, 3, 5)), jnp.float32)
+    padding = [(padding, padding)] * 2
+
+    def ours(x, kernel):
+        return convolve(x, kernel, (stride, stride), padding, rhs_dilation=(dilation, dilation))
+
+    def theirs(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            padding,
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=LAYOUT,
+        )
+
+    y = theirs(x, kernel)
+    np.testing.assert_allclose(jax.jit(ours)(x, kernel), y, rtol=1e-5, atol=1e-5)
+    grad = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
+    wanted = jax.vjp(theirs, x, kernel)[1](grad)
+    got = jax.jit(lambda x, kernel: jax.vjp(ours, x, kernel)[1](grad))(x, kernel)
+    for a, b in zip(got, wanted):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_types_stay():
+    x, kernel = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 2), jnp.bfloat16)
+    y, pull = jax.vjp(lambda x, k: convolve(x, k, (1, 1), [(1, 1)] * 2), x, kernel)
+    assert {a.dtype for a in (y, *pull(y))} == {jnp.dtype(jnp.bfloat16)}
