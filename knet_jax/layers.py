@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -18,6 +19,9 @@ EPSILON = 1e-5
 AXIS = "batch"
 """Name of the axis over devices."""
 
+BATCH_NORM_STEP = 0.1
+"""How far the running statistics of BatchNorm go towards those of a batch."""
+
 PRIOR_BIAS = -math.log(99)
 """Bias under which a sigmoid classifier starts at a probability of 0.01."""
 
@@ -30,45 +34,105 @@ def wide(dtype) -> jnp.dtype:
     return jnp.promote_types(jnp.float32, dtype)
 
 
+he_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+NORMS = ("frozen_batch", "batch", "group")
+
+
 def group_norm(channels: int, dtype, name: str) -> nn.GroupNorm:
     """GroupNorm of 32 groups, or of as many as narrow networks allow."""
     groups = math.gcd(32, channels)
     return nn.GroupNorm(groups, epsilon=EPSILON, use_fast_variance=False, dtype=dtype, name=name)
 
 
-def conv(channels: int, size: int, stride: int = 1, **keywords) -> nn.Conv:
-    """A square convolution padded symmetrically by (size - 1) / 2, as PyTorch pads."""
+class BatchNorm(nn.Module):
+    """Normalizes channels by the statistics of the images of all devices, or by running ones.
+
+    The running variance is the unbiased one, as PyTorch keeps it. [b, h, w, c] -> [b, h, w, c].
+    """
+
+    use_running_average: bool
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+
+        x = x.astype(wide(x.dtype))
+        if self.use_running_average or self.is_initializing():
+            mean, var = running_mean.value, running_var.value
+        else:
+            count = jax.lax.psum(x.size // x.shape[-1], AXIS)
+            mean = jax.lax.pmean(x.mean((0, 1, 2)), AXIS)
+            var = jax.lax.pmean(((x - mean) ** 2).mean((0, 1, 2)), AXIS)
+            unbiased = var * (count / max(count - 1, 1))
+            running_mean.value += BATCH_NORM_STEP * (mean - running_mean.value)
+            running_var.value += BATCH_NORM_STEP * (unbiased - running_var.value)
+        return ((x - mean) * (jax.lax.rsqrt(var + EPSILON) * scale) + bias).astype(self.dtype)
+
+
+def make_norm(norm: str, dtype: str, train: bool) -> Callable[..., nn.Module]:
+    """A norm of `NORMS`, called with the number of channels and a name.
+
+    `frozen_batch` uses the running statistics in training too (scale and bias are trained);
+    `batch` uses those of the global batch in training; `group` has none.
+    """
+    if norm == "group":
+        return partial(group_norm, dtype=dtype)
+    running = norm == "frozen_batch" or not train
+    return lambda channels, name: BatchNorm(running, dtype, name=name)
+
+
+def conv(channels: int, size: int, stride: int = 1, dilation: int = 1, **keywords) -> nn.Conv:
+    """A square convolution padded symmetrically, as PyTorch pads to keep the size at stride 1."""
     return nn.Conv(
         channels,
         (size, size),
         (stride, stride),
-        padding=(size - 1) // 2,
+        padding=dilation * (size - 1) // 2,
+        kernel_dilation=dilation,
         conv_general_dilated=convolve,
         **keywords,
     )
 
 
 class ConvNormRelu(nn.Module):
-    """Convolution without bias, GroupNorm, ReLU. [b, h, w, c'] -> [b, h/stride, w/stride, c]."""
+    """Convolution without bias, norm, ReLU. [b, h, w, c'] -> [b, h/stride, w/stride, c]."""
 
     channels: int
     size: int
     stride: int = 1
+    dilation: int = 1
+    norm: Callable[..., nn.Module] | None = None
+    """Called with the number of channels and a name; None is GroupNorm."""
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(0.01)
         x = conv(
             self.channels,
             self.size,
             self.stride,
+            self.dilation,
             use_bias=False,
-            kernel_init=init,
+            kernel_init=self.kernel_init,
             dtype=self.dtype,
             name="conv",
         )(x)
-        return nn.relu(group_norm(self.channels, self.dtype, name="norm")(x))
+        norm = self.norm or make_norm("group", self.dtype, train=False)
+        return nn.relu(norm(self.channels, name="norm")(x))
+
+
+def resize(x: jax.Array, size: tuple[int, int], axes: tuple[int, int] = (1, 2)) -> jax.Array:
+    """Resizes two axes bilinearly (half-pixel centers, no antialiasing), as the reference does."""
+    shape = list(x.shape)
+    shape[axes[0]], shape[axes[1]] = size
+    return jax.image.resize(x, shape, "bilinear", antialias=False)
 
 
 def upsample2x(x: jax.Array, axes: tuple[int, int]) -> jax.Array:

@@ -10,8 +10,8 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from knet_jax.backbones.resnet import NORMS
 from knet_jax.configuration import ConfigError, to_tuples
+from knet_jax.layers import NORMS
 from knet_jax.matching import Weights
 from knet_jax.optim import parse_groups
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from knet_jax.backbones.resnet import NORMS, ResNet
+from knet_jax.backbones.resnet import ResNet
 
 TINY = partial(ResNet, depths=(1, 1, 1, 1), width=8)
 
@@ -90,17 +90,11 @@ def test_batch_norm_learns_the_statistics_of_all_devices(image):
     )
     norm = together["batch_stats"]["stem_norm"]
     np.testing.assert_allclose(norm["mean"][0], 0.1 * stem.mean((0, 1, 2)), atol=1e-5)
-    np.testing.assert_allclose(norm["var"][0], 0.9 + 0.1 * stem.var((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(norm["var"][0], 0.9 + 0.1 * stem.var((0, 1, 2), ddof=1), rtol=1e-4)
 
 
 def test_group_norm_has_no_statistics(image):
     assert set(initialize(TINY(norm="group"), image)) == {"params"}
-
-
-def test_an_unknown_norm_is_named_with_what_is_accepted(image):
-    with pytest.raises(ValueError, match=r"config\.model\.backbone\.norm is 'instance'") as error:
-        TINY(norm="instance").init(jax.random.key(0), image, False)
-    assert all(norm in str(error.value) for norm in NORMS)
 
 
 def test_pictures_of_a_batch_do_not_mix(image):

@@ -8,40 +8,9 @@ from functools import partial
 import flax.linen as nn
 import jax
 
-from knet_jax.layers import AXIS, EPSILON, conv, group_norm
+from knet_jax.layers import conv, he_init, make_norm
 
 EXPANSION = 4
-NORMS = ("frozen_batch", "batch", "group")
-
-he_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-def make_norm(norm: str, dtype: str, train: bool) -> Callable[..., nn.Module]:
-    """The norm of a backbone, called with the number of channels and a name.
-
-    `frozen_batch` uses the running statistics in training too (scale and bias are trained);
-    `batch` uses those of the global batch in training; `group` has none.
-    """
-    if norm == "group":
-        return partial(group_norm, dtype=dtype)
-    if norm not in NORMS:
-        raise ValueError(f"config.model.backbone.norm is {norm!r}; accepted: {', '.join(NORMS)}")
-    use_running_average = norm == "frozen_batch" or not train
-
-    def batch_norm(channels: int, name: str) -> nn.BatchNorm:
-        return nn.BatchNorm(
-            use_running_average=use_running_average,
-            momentum=0.9,
-            epsilon=EPSILON,
-            dtype=dtype,
-            use_fast_variance=False,
-            axis_name=None if use_running_average else AXIS,
-            name=name,
-        )
-
-    return batch_norm
-
-
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut. [b, h, w, c'] -> [b, h/s, w/s, 4 width]."""
 
