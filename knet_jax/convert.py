@@ -1,8 +1,8 @@
 """Parameters under the reference's names: one mapping, in both directions.
 
-The reference is the authors' PyTorch code on MMDetection 2; its backbones carry torchvision's
-names. A tensor of theirs belongs to exactly one of our arrays, or to three in the case of the
-packed query, key and value matrices of attention.
+The reference is the authors' PyTorch code on MMDetection 2 (instance, panoptic) and MMSegmentation
+(semantic); its ResNets carry torchvision's names. A tensor of theirs belongs to exactly one of our
+arrays, or to three in the case of the packed query, key and value matrices of attention.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,18 @@ MODULES = (
     (r"initial/localization/(\w+)", r"rpn_head.loc_convs.0.\1"),
     (r"initial/semantic/(\w+)", r"rpn_head.seg_convs.0.\1"),
     (r"initial/proposals", r"rpn_head.init_kernels"),
-    (r"initial/class", r"rpn_head.conv_seg"),
+    (r"initial/class", r"initial.conv_seg"),
+    (r"neck/conv(\d)/(\w+)", r"decoder.convs.\1.\2"),
+    (r"neck/fuse/(\w+)", r"decoder.conv_cat.\1"),
+    (r"neck/(?:psp/)?pool(\d)/(\w+)", r"decoder.psp_modules.\1.1.\2"),
+    (r"neck/image_pool/(\w+)", r"decoder.image_pool.1.\1"),
+    (r"neck/atrous(\d)/(\w+)", r"decoder.aspp_modules.\1.\2"),
+    (r"neck/(?:psp/)?bottleneck/(\w+)", r"decoder.bottleneck.\1"),
+    (r"neck/lateral(\d)/(\w+)", r"decoder.lateral_convs.\1.\2"),
+    (r"neck/output(\d)/(\w+)", r"decoder.fpn_convs.\1.\2"),
+    (r"neck/pyramid/(\w+)", r"decoder.fpn_bottleneck.\1"),
+    (r"auxiliary/conv/(\w+)", r"auxiliary_head.convs.0.\1"),
+    (r"auxiliary/classifier", r"auxiliary_head.conv_seg"),
     (r"(stage\d+)/transform", r"\1.feat_transform.conv"),
     (r"(stage\d+)/update/from_pixels", r"\1.kernel_update_conv.dynamic_layer"),
     (r"(stage\d+)/update/from_kernel", r"\1.kernel_update_conv.input_layer"),
@@ -81,11 +92,32 @@ LEAVES = {
 PACKED = ("query", "key", "value")
 
 
-def reference_name(path: str) -> tuple[str, int | None]:
+class Places(NamedTuple):
+    """What differs between the code bases that the reference consists of."""
+
+    initial: str
+    """Where the classifier of pixels is."""
+    decoder: str
+    stage: str
+    norm: str
+    """How they call the norm of a convolution block."""
+
+    @classmethod
+    def of(cls, variables: Variables) -> Places:
+        """Instance and panoptic networks, semantic ones, and semantic ones without updates."""
+        params = variables["params"]
+        if "proposals" in params.get("initial", {}):
+            return cls("rpn_head", "", "roi_head.mask_head", "gn")
+        decoder = "decode_head.kernel_generate_head" if "stage1" in params else "decode_head"
+        return cls(decoder, decoder, "decode_head.kernel_update_head", "bn")
+
+
+def reference_name(path: str, places: Places) -> tuple[str, int | None]:
     """The reference's tensor for one of our arrays, and the third of it that is meant, if packed.
 
     Args:
       path: of the array below "params" or "batch_stats", such as `stage1/class_head/norm/scale`.
+      places: of the network.
     """
     module, _, leaf = path.rpartition("/")
     # Four parameters belong to no submodule of ours: name them as if they did.
@@ -103,8 +135,9 @@ def reference_name(path: str) -> tuple[str, int | None]:
     else:
         raise ValueError(f"the reference has no name for the parameter {path}")
     name = match.expand(theirs)
-    name = re.sub(r"^stage(\d+)", lambda m: f"roi_head.mask_head.{int(m[1]) - 1}", name)
-    name = re.sub(r"^(rpn_head\..*)\.norm$", r"\1.gn", name)
+    name = re.sub(r"^stage(\d+)", lambda m: f"{places.stage}.{int(m[1]) - 1}", name)
+    name = re.sub(r"^(initial|decoder)\b", lambda m: getattr(places, m[1]), name)
+    name = re.sub(r"^(?!backbone)(.*)\.norm$", rf"\1.{places.norm}", name)
     part = module.rpartition("/")[2]
     if part in PACKED:
         return f"{name}_{leaf}", PACKED.index(part)
@@ -137,9 +170,10 @@ def from_reference_layout(path: str, tensor: np.ndarray, shape: tuple[int, ...])
 def to_reference(variables: Variables) -> dict[str, np.ndarray]:
     """Variables, or gradients of the same structure, as {the reference's name: tensor}."""
     tensors: dict[str, Any] = {}
+    places = Places.of(variables)
     for key, array in traverse_util.flatten_dict(variables, sep="/").items():
         path = key.partition("/")[2]
-        name, part = reference_name(path)
+        name, part = reference_name(path, places)
         tensor = to_reference_layout(path, np.asarray(array))
         if part is None:
             tensors[name] = tensor
@@ -159,10 +193,10 @@ def from_reference(state: Mapping[str, np.ndarray], template: Variables) -> Vari
       ValueError: a tensor is missing, of another shape, or belongs to nothing in the network.
     """
     unused = {name for name in state if not name.endswith("num_batches_tracked")}
-    flat = {}
+    flat, places = {}, Places.of(template)
     for key, leaf in traverse_util.flatten_dict(template, sep="/").items():
         path = key.partition("/")[2]
-        name, part = reference_name(path)
+        name, part = reference_name(path, places)
         if name not in state:
             raise ValueError(f"the weights have no tensor {name} (for {path})")
         tensor = np.asarray(state[name])

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from knet_jax.data import pipeline
 from knet_jax.data.splits import Split
+from knet_jax.fusion import Fused, fuse
 from knet_jax.knet import KNet, normalize
 from knet_jax.metrics import panoptic
-from knet_jax.postprocess import Canvas, Fused, fuse
 from knet_jax.preemption import StopRequest
+from knet_jax.resampling import Canvas
 from knet_jax.structs import EMPTY, Batch, PanopticMap, SegmentInfo
 from knet_jax.training import replicate
 from knet_jax.visualize import Row, panel

@@ -1,13 +1,16 @@
 """The kernels of K-Net (Zhang et al., NeurIPS 2021): where they start and how they are updated.
 
 A kernel is c numbers; convolved with a feature map (1x1) it draws a mask. `InitialKernels` makes
-stage 0, `KernelUpdate` turns a stage into the next one: gather the pixels that each mask claims,
-update each kernel with them, let the kernels attend to each other, draw the masks anew.
+stage 0 of things and stuff, `ClassKernels` that of classes alone; `KernelUpdate` turns a stage into
+the next one: gather the pixels that each mask claims, update each kernel with them, let the kernels
+attend to each other, draw the masks anew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,22 +22,31 @@ from knet_jax.structs import Features, Stage
 xavier = nn.initializers.xavier_uniform()
 
 
-def gather(masks: jax.Array, feats: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums the features of the pixels that each mask claims: those of probability above one half.
+def claim_hard(masks: jax.Array) -> jax.Array:
+    """1 where the probability of a mask is above one half. The choice has no gradient."""
+    return jax.lax.stop_gradient(masks > 0)
 
-    The choice of pixels has no gradient. Sums are not divided by the area, so they are kept wide.
+
+def claim_soft(masks: jax.Array) -> jax.Array:
+    """Each pixel is shared among all kernels, by the softmax of its logits."""
+    return nn.softmax(masks, axis=1)
+
+
+def gather(claims: jax.Array, feats: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums the features of the pixels that each mask claims.
+
+    Sums are not divided by the area, so they are kept wide.
 
     Args:
-      masks: logits [b, n, h, w].
+      claims: the share of each pixel, [b, n, h, w].
       feats: [b, h, w, c].
 
     Returns:
       pooled features [b, n, c] and areas in pixels [b, n, 1], float32 or wider.
     """
-    claimed = jax.lax.stop_gradient(masks > 0).astype(feats.dtype)
-    dtype = wide(feats.dtype)
-    pooled = jnp.einsum("bnhw,bhwc->bnc", claimed, feats, preferred_element_type=dtype)
-    return pooled, claimed.sum((2, 3), dtype=dtype)[..., None]
+    claims, dtype = claims.astype(feats.dtype), wide(feats.dtype)
+    pooled = jnp.einsum("bnhw,bhwc->bnc", claims, feats, preferred_element_type=dtype)
+    return pooled, claims.sum((2, 3), dtype=dtype)[..., None]
 
 
 def draw(kernels: jax.Array, feats: jax.Array) -> jax.Array:
@@ -58,7 +70,8 @@ class InitialKernels(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, features: Features) -> tuple[jax.Array, Stage, jax.Array]:
+    def __call__(self, features: Features, train: bool) -> tuple[jax.Array, Stage, jax.Array]:
+        del train
         block = partial(ConvNormRelu, self.channels, 1, dtype=self.dtype)
         localization = block(name="localization")(features.localization)
         semantic = block(name="semantic")(features.semantic)
@@ -75,17 +88,45 @@ class InitialKernels(nn.Module):
         dense = dense + class_bias[:, None, None].astype(dense.dtype)
         masks = jnp.concatenate([proposal_masks, dense[:, self.num_things :]], axis=1)
 
-        pooled, _ = gather(proposal_masks, feats)
+        pooled, _ = gather(claim_hard(proposal_masks), feats)
         stuff_kernels = class_kernels[self.num_things :].astype(pooled.dtype)
         stuff_kernels = jnp.broadcast_to(stuff_kernels, (pooled.shape[0], *stuff_kernels.shape))
         kernels = jnp.concatenate([proposals + pooled, stuff_kernels], axis=1)
         return feats, Stage(kernels, masks, None), dense
 
 
+class ClassKernels(nn.Module):
+    """The rows of a pixel classifier: kernel n is class n.
+
+    feats [b, h, w, c] -> (feats, stage 0 with n = num_classes kernels, None: no other logits).
+    """
+
+    num_classes: int
+    dropout: float = 0.1
+    """Share of the channels that the classifier does not see in training."""
+
+    @nn.compact
+    def __call__(self, feats: jax.Array, train: bool) -> tuple[jax.Array, Stage, None]:
+        shape = (self.num_classes, feats.shape[-1])
+        kernels = self.param("class_kernels", nn.initializers.normal(0.01), shape)
+        bias = self.param("class_bias", nn.initializers.zeros, shape[:1])
+        seen = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(feats)
+        masks = draw(kernels, seen)
+        masks = masks + bias[:, None, None].astype(masks.dtype)
+        kernels = jnp.broadcast_to(kernels, (feats.shape[0], *shape))
+        return feats, Stage(kernels, masks, None), None
+
+
+def sum_update(**_: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Each kernel plus its own pixels, without gates or parameters (Table 4a)."""
+    return jnp.add
+
+
 class AdaptiveUpdate(nn.Module):
     """Each kernel is mixed with its own pixels, by gates that see both (equations 4 to 6).
 
-    Kernels [b, n, c] and pooled features [b, n, c] -> kernels [b, n, c].
+    Kernels [b, n, c] and pooled features [b, n, c] -> kernels [b, n, c]. Kernels of more channels
+    than the module's are updated in parts, as if these were kernels of their own.
     """
 
     channels: int
@@ -93,6 +134,8 @@ class AdaptiveUpdate(nn.Module):
 
     @nn.compact
     def __call__(self, kernels: jax.Array, pooled: jax.Array) -> jax.Array:
+        b, n, c = kernels.shape
+        kernels, pooled = (x.reshape(b, -1, self.channels) for x in (kernels, pooled))
         dense = partial(nn.Dense, kernel_init=xavier, dtype=self.dtype)
         norm = partial(LayerNorm, dtype=self.dtype)
 
@@ -110,7 +153,7 @@ class AdaptiveUpdate(nn.Module):
         updated = pixel_gate * norm(name="pixel_norm")(pixel_out)
         updated = updated + kernel_gate * norm(name="kernel_norm")(kernel_out)
         updated = dense(self.channels, name="output")(updated)
-        return nn.relu(norm(name="output_norm")(updated))
+        return nn.relu(norm(name="output_norm")(updated)).reshape(b, n, c)
 
 
 class Interaction(nn.Module):
@@ -156,27 +199,34 @@ class KernelUpdate(nn.Module):
     """
 
     num_classes: int
-    channels: int = 256
-    num_heads: int = 8
-    ffn_channels: int = 2048
+    """0 where kernel n is class n."""
+    claim: Callable[[jax.Array], jax.Array]
+    """`claim_hard` or `claim_soft`."""
+    update: Callable[..., nn.Module]
+    """Makes `AdaptiveUpdate` or `SumUpdate`, given a type and a name."""
+    interaction: Callable[..., nn.Module] | None
+    """Makes `Interaction`, given a type and a name; None leaves every kernel to itself."""
 
     @nn.compact
     def __call__(self, feats: jax.Array, stage: Stage) -> Stage:
         dtype = wide(feats.dtype)
         # Every stage has a 1x1 convolution of feats of its own. It is linear, so it is applied to
         # the n pooled vectors and (transposed) to the n drawn kernels instead of to h·w pixels.
-        shape = (feats.shape[-1], self.channels)
-        weight = self.param("transform_kernel", xavier, shape).astype(dtype)
-        bias = self.param("transform_bias", nn.initializers.zeros, shape[1:]).astype(dtype)
+        channels = feats.shape[-1]
+        weight = self.param("transform_kernel", xavier, (channels, channels)).astype(dtype)
+        bias = self.param("transform_bias", nn.initializers.zeros, (channels,)).astype(dtype)
 
-        pooled, area = gather(stage.masks, feats)
+        pooled, area = gather(self.claim(stage.masks), feats)
         pooled = pooled @ weight + area * bias
-        kernels = AdaptiveUpdate(self.channels, dtype, name="update")(stage.kernels, pooled)
-        kernels = Interaction(self.num_heads, self.ffn_channels, dtype, name="interaction")(kernels)
+        kernels = self.update(dtype=dtype, name="update")(stage.kernels.astype(dtype), pooled)
+        if self.interaction:
+            kernels = self.interaction(dtype=dtype, name="interaction")(kernels)
 
-        class_bias = nn.initializers.constant(PRIOR_BIAS)
-        logits = Head(self.num_classes, class_bias, dtype, name="class_head")(kernels)
+        logits = None
+        if self.num_classes:
+            class_bias = nn.initializers.constant(PRIOR_BIAS)
+            logits = Head(self.num_classes, class_bias, dtype, name="class_head")(kernels)
         mask_bias = nn.initializers.zeros
-        mask_kernels = Head(self.channels, mask_bias, dtype, name="mask_head")(kernels)
+        mask_kernels = Head(channels, mask_bias, dtype, name="mask_head")(kernels)
         masks = draw(mask_kernels @ weight.T, feats) + (mask_kernels @ bias)[..., None, None]
         return Stage(kernels, masks, logits)

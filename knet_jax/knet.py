@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -11,9 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax.backbones.resnet import ResNet
-from knet_jax.kernels import InitialKernels, KernelUpdate
-from knet_jax.necks import SemanticFPN
-from knet_jax.structs import Output
+from knet_jax.kernels import (
+    AdaptiveUpdate,
+    ClassKernels,
+    InitialKernels,
+    Interaction,
+    KernelUpdate,
+    claim_hard,
+    claim_soft,
+    sum_update,
+)
+from knet_jax.necks import ASPP, FCN, PSP, AuxiliaryHead, SemanticFPN, UPer
+from knet_jax.structs import Output, Sizes
 
 # RGB, the ImageNet statistics of the reference.
 MEAN = (123.675, 116.28, 103.53)
@@ -32,20 +42,24 @@ def normalize(image: jax.Array, size: jax.Array, dtype) -> jax.Array:
 
 
 class KNet(nn.Module):
-    """K-Net. Normalized image [b, H, W, 3], sides multiples of 32 -> `Output` at stride 8."""
+    """K-Net. Normalized image [b, H, W, 3], sides multiples of 32 -> `Output`."""
 
     backbone: nn.Module
     neck: nn.Module
     initial: nn.Module
     update: Callable[..., nn.Module]
     """Makes the `KernelUpdate` of a stage, given its name."""
+    sizes: Sizes
     num_stages: int = 3
+    auxiliary: nn.Module | None = None
+    """Dense class logits of the second coarsest level, where `initial` has none."""
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> Output:
         levels = self.backbone(image, train)
-        features = self.neck(levels)
-        feats, stage, dense = self.initial(features)
+        feats, stage, dense = self.initial(self.neck(levels, train), train)
+        if self.auxiliary:
+            dense = self.auxiliary(levels[-2], train)
         stages = [stage]
         for i in range(self.num_stages):
             stage = self.update(name=f"stage{i + 1}")(feats, stage)
@@ -53,34 +67,67 @@ class KNet(nn.Module):
         return Output(tuple(stages), dense)
 
 
+BACKBONES = {"resnet": ResNet}
+NECKS = {"semantic_fpn": SemanticFPN, "fcn": FCN, "psp": PSP, "aspp": ASPP, "uper": UPer}
+
+
 def make_model(
     num_proposals: int,
     num_things: int,
     num_stuff: int,
     backbone: Mapping[str, Any],
+    neck: Mapping[str, Any] = MappingProxyType({"name": "semantic_fpn"}),
     num_stages: int = 3,
     channels: int = 256,
+    update_channels: int = 256,
     num_heads: int = 8,
     ffn_channels: int = 2048,
+    auxiliary_channels: int = 0,
+    dropout: float = 0.1,
+    adaptive_update: bool = True,
+    kernel_interaction: bool = True,
     dtype: str = "float32",
 ) -> KNet:
     """Builds the network from `config.model`, whose keys are these arguments.
 
     Args:
-      num_proposals: kernels that look for things (N in the paper).
+      num_proposals: kernels that look for things (N in the paper); 0 is semantic segmentation.
       num_things: thing classes.
       num_stuff: stuff classes, each with a kernel of its own.
-      backbone: arguments of `ResNet`.
+      backbone: its name in `BACKBONES`, and the arguments of the class.
+      neck: its name in `NECKS`, and the arguments of the class.
       num_stages: kernel updates (S in the paper).
       channels: of features and kernels.
+      update_channels: of the adaptive update; a divisor of `channels`.
       num_heads: of the attention between kernels.
       ffn_channels: hidden width of the network after it.
+      auxiliary_channels: of the auxiliary classifier on C4; 0 is none.
+      dropout: before the classifiers of semantic segmentation.
+      adaptive_update: without it, kernels and their pixels are added (Table 4a).
+      kernel_interaction: without it, kernels do not attend to each other (Table 4a).
       dtype: of the feature maps, `float32` or `bfloat16`; parameters stay float32.
     """
+    neck, backbone = dict(neck), dict(backbone)
+    num_classes = num_things + num_stuff
+    interaction = partial(Interaction, num_heads, ffn_channels) if kernel_interaction else None
+    update = partial(
+        KernelUpdate,
+        claim=claim_hard if num_proposals else claim_soft,
+        num_classes=num_classes if num_proposals else 0,
+        update=partial(AdaptiveUpdate, update_channels) if adaptive_update else sum_update,
+        interaction=interaction,
+    )
+    norm = {"norm": neck["norm"]} if "norm" in neck else {}
     return KNet(
-        backbone=ResNet(**backbone, dtype=dtype),
-        neck=SemanticFPN(channels, dtype),
-        initial=InitialKernels(num_proposals, num_things, num_stuff, channels, dtype),
-        update=partial(KernelUpdate, num_things + num_stuff, channels, num_heads, ffn_channels),
+        backbone=BACKBONES[backbone.pop("name", "resnet")](**backbone, dtype=dtype),
+        neck=NECKS[neck.pop("name")](channels, **neck, dtype=dtype),
+        initial=InitialKernels(num_proposals, num_things, num_stuff, channels, dtype)
+        if num_proposals
+        else ClassKernels(num_classes, dropout),
+        update=update,
+        sizes=Sizes(num_proposals, num_things, num_stuff),
         num_stages=num_stages,
+        auxiliary=AuxiliaryHead(num_classes, auxiliary_channels, dropout, **norm, dtype=dtype)
+        if auxiliary_channels
+        else None,
     )

@@ -1,4 +1,6 @@
-"""Losses: pure functions of logits and of one target for every kernel, at stride 4.
+"""Losses: pure functions of logits and targets.
+
+Things and stuff are judged at stride 4, one target a kernel; classes of pixels at full size.
 
 Every term is a sum over images divided by a count of the whole step, so that the losses (and
 gradients) of several devices, or of slices of a batch, add up to those of the batch.
@@ -25,7 +27,7 @@ class Counts(NamedTuple):
     segments: jax.Array
     """Thing and stuff segments."""
     pixels: jax.Array
-    """Pixels that belong to a segment."""
+    """Pixels that belong to a segment or have a class."""
 
 
 def count(things: Segments, stuff: Segments, num_proposals: int) -> Counts:
@@ -101,13 +103,25 @@ def last_true(mask: jax.Array) -> jax.Array:
 def rank_loss(masks: jax.Array, targets: Segments, num_images: jax.Array) -> jax.Array:
     """Cross-entropy over the kernels at each pixel, so that its owner ranks first.
 
-    A pixel belongs to the last kernel whose target touches it; pixels of nobody give zero but
-    count in the mean (`tests/test_losses.py::test_rank_loss_counts_unowned_pixels`).
+    A pixel belongs to the last kernel whose target touches it.
     """
-    owner = last_true(touched(targets))[:, None]
-    index = jnp.arange(masks.shape[1])[:, None, None]
-    chosen = jnp.where(index == owner, masks, 0).sum(1)
-    each = jnp.where(owner[:, 0] != EMPTY, jax.nn.logsumexp(masks, axis=1) - chosen, 0)
+    return pixel_loss(masks, last_true(touched(targets)), num_images)
+
+
+def pixel_loss(logits: jax.Array, owner: jax.Array, num_images: jax.Array) -> jax.Array:
+    """Cross-entropy over kernels at each pixel, mean over all pixels.
+
+    Pixels of nobody give zero but count in the mean
+    (`tests/test_losses.py::test_rank_loss_counts_unowned_pixels`).
+
+    Args:
+      logits: [b, n, h, w].
+      owner: int32 [b, h, w], the right kernel or `EMPTY`.
+      num_images: of the whole step.
+    """
+    index = jnp.arange(logits.shape[1])[:, None, None]
+    chosen = jnp.where(index == owner[:, None], logits, 0).sum(1)
+    each = jnp.where(owner != EMPTY, jax.nn.logsumexp(logits, axis=1) - chosen, 0)
     return each.mean((1, 2)).sum() / num_images
 
 

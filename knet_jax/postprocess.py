@@ -1,316 +1,116 @@
-"""From the masks of the kernels to one panoptic map at the picture's own size.
+"""From the masks of the kernels to instances and label maps at the picture's own size.
 
-The reference brings every mask to the size of the picture and takes the best score x probability
-at each pixel. Here the picture is cut into tiles, and within a tile a mask is resampled only
-while it can still win a pixel: bilinear resampling never leaves the range of its inputs, so the
-largest logit around a tile bounds every probability in it. The result is the same map.
+Panoptic maps: `fusion.py`.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from knet_jax.structs import EMPTY
+from knet_jax.layers import upsample2x
+from knet_jax.resampling import Canvas, to_original
 
-TILE = 32
-STRIDE = 8
-GROUP = 16
-"""Masks of a tile that are resampled together."""
+MASK_STRIDE = 4
+"""Of the masks of instances, once doubled."""
 
-WORK = 32
-"""Tiles that are visited together."""
+MASKS = 8
+"""Masks of a picture that are resampled together."""
 
-SLACK = 1e-5
-"""Relative slack of the bounds, above what rounding can move a probability."""
+ROWS = 128
+"""Rows of a label map that are computed together; divides the height of every canvas."""
 
 
-class Fused(NamedTuple):
-    """Panoptic maps of a batch, padded to one canvas."""
+class Instances(NamedTuple):
+    """The best instances of each picture, best score first."""
 
-    ids: jax.Array
-    """int16 [b, H, W]: 0 = void, 1 + i = the i-th kept segment, best score first."""
-    labels: jax.Array
-    """int32 [b, n]: class of each kept segment, `EMPTY` after the last."""
     scores: jax.Array
-    """[b, n]: score of each kept segment, 0 after the last."""
+    """[b, r]."""
+    labels: jax.Array
+    """int32 [b, r]."""
+    kernels: jax.Array
+    """int32 [b, r]: whose mask it is; a kernel may stand for several classes."""
+    bits: jax.Array
+    """uint8 [b, r, W, H/8]: the mask at original size, column by column, eight pixels a byte."""
 
 
-class Canvas(NamedTuple):
-    """The static part of a fusion: one compiled program for each."""
-
-    height: int
-    width: int
-    shrink: int
-    """Upper bound of resized over original side, a power of two."""
-
-    @classmethod
-    def of(cls, sizes, original_sizes) -> Canvas:
-        """The smallest canvas that holds all of these pictures, from a coarse grid of canvases.
-
-        Args:
-          sizes: [b, 2], heights and widths as the network saw them.
-          original_sizes: [b, 2], heights and widths to return to.
-        """
-        original_sizes = np.maximum(original_sizes, 1)  # padding images have no size
-        height, width = (128 * math.ceil(int(side) / 128) for side in original_sizes.max(axis=0))
-        ratio = max(1.0, float((sizes / original_sizes).max()))
-        return cls(height, width, 2 ** math.ceil(math.log2(ratio)))
-
-
-class _Axis(NamedTuple):
-    """How the tiles of one axis are resampled from mask logits, for one picture."""
-
-    columns: jax.Array
-    """int32 [tiles, c]: the logits that a tile needs (stride 8)."""
-    double: jax.Array
-    """[tiles, d, c]: from them to logits at stride 4."""
-    resample: jax.Array
-    """[tiles, TILE, d]: from probabilities at stride 4 to the pixels of the tile."""
-    inside: jax.Array
-    """bool [tiles, TILE]: pixels of the picture."""
-
-
-def _taps(position: jax.Array, scale: jax.Array | float, size) -> tuple[jax.Array, jax.Array]:
-    """Where bilinear resampling reads for integer positions: (lower index, weight of the upper).
-
-    Half-pixel centers, clamped at both ends; the upper index is min(lower + 1, size - 1).
-    """
-    source = jnp.maximum((position + 0.5) * scale - 0.5, 0)
-    lower = jnp.minimum(jnp.floor(source).astype(jnp.int32), size - 1)
-    return lower, source - lower
-
-
-def _matrix(lower, fraction, size, columns) -> jax.Array:
-    """Bilinear weights as rows over `columns`; columns that repeat an index count once."""
-    first = jnp.concatenate([jnp.ones_like(columns[:1], bool), columns[1:] != columns[:-1]])
-    is_lower = (lower[:, None] == columns) & first
-    is_upper = (jnp.minimum(lower + 1, size - 1)[:, None] == columns) & first
-    return jnp.where(is_lower, 1 - fraction[:, None], 0) + jnp.where(is_upper, fraction[:, None], 0)
-
-
-def _axis(size, original_size, num_logits: int, num_pixels: int, shrink: int, dtype) -> _Axis:
-    """Resampling along one axis: logits -> x2 -> sigmoid -> input size, cropped -> original."""
-    num_rows = 2 * num_logits
-    # A tile spans at most TILE * shrink input pixels; on top come the taps at both ends.
-    d = min(TILE * shrink // 4 + 4, num_rows)
-    c = min(d // 2 + 2, num_logits)
-
-    def tile(start: jax.Array) -> _Axis:
-        pixels = start + jnp.arange(TILE)
-        inside = pixels < original_size
-        pixels = jnp.minimum(pixels, original_size - 1).astype(dtype)
-        lower, fraction = _taps(pixels, size / original_size.astype(dtype), size)
-        upper = jnp.minimum(lower + 1, size - 1)
-
-        near, near_fraction = _taps(lower.astype(dtype), 0.25, num_rows)
-        far, far_fraction = _taps(upper.astype(dtype), 0.25, num_rows)
-        rows = jnp.minimum(near[0] + jnp.arange(d), num_rows - 1)
-        near = _matrix(near, near_fraction, num_rows, rows)
-        far = _matrix(far, far_fraction, num_rows, rows)
-        resample = (1 - fraction[:, None]) * near + fraction[:, None] * far
-
-        above, above_fraction = _taps(rows.astype(dtype), 0.5, num_logits)
-        columns = jnp.minimum(above[0] + jnp.arange(c), num_logits - 1)
-        double = _matrix(above, above_fraction, num_logits, columns)
-        return _Axis(columns, double, resample, inside)
-
-    return jax.vmap(tile)(jnp.arange(0, num_pixels, TILE))
-
-
-class _Tiles(NamedTuple):
-    """All tiles of a batch, t of them, and the logits around them."""
-
-    image: jax.Array
-    """int32 [t]."""
-    logits: jax.Array
-    """[t, n, c, c'] the part of every mask that the tile is resampled from."""
-    y: _Axis
-    """[t, …]."""
-    x: _Axis
-    inside: jax.Array
-    """bool [t, TILE, TILE]."""
-
-    def probabilities(self, tile: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Masks `kernel` [p, g] at the pixels of tiles `tile` [p]. -> [p, g, TILE, TILE]."""
-        y, x = jax.tree.map(lambda array: array[tile], (self.y, self.x))
-        logits = self.logits[tile[:, None], kernel]
-        # The bounds on which tiles rely hold in full precision only, whatever the network runs in.
-        einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        logits = einsum("pdc,pgce->pgde", y.double, logits)
-        probs = jax.nn.sigmoid(einsum("pgde,pfe->pgdf", logits, x.double))
-        probs = einsum("pid,pgdf->pgif", y.resample, probs)
-        return einsum("pgif,pjf->pgij", probs, x.resample)
-
-
-def _cut(masks, size, original_size, canvas: Canvas) -> _Tiles:
-    b, n, h, w = masks.shape
-    ty, tx = canvas.height // TILE, canvas.width // TILE
-
-    def one(logits, size, original_size):
-        y = _axis(size[0], original_size[0], h, canvas.height, canvas.shrink, masks.dtype)
-        x = _axis(size[1], original_size[1], w, canvas.width, canvas.shrink, masks.dtype)
-        near = jnp.take(jnp.take(logits, y.columns, axis=1), x.columns, axis=3)
-        near = near.transpose(1, 3, 0, 2, 4).reshape(ty * tx, n, *near.shape[2::2])
-        y = jax.tree.map(lambda array: jnp.repeat(array, tx, axis=0), y)
-        x = jax.tree.map(lambda array: jnp.tile(array, (ty, *[1] * (array.ndim - 1))), x)
-        return near, y, x
-
-    near, y, x = jax.vmap(one)(masks, size, original_size)
-    near, y, x = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), (near, y, x))
-    inside = y.inside[:, :, None] & x.inside[:, None, :]
-    return _Tiles(jnp.repeat(jnp.arange(b), ty * tx), near, y, x, inside)
-
-
-def _half(tiles: _Tiles, tile: jax.Array, probs: jax.Array) -> jax.Array:
-    """Pixels of the picture with a probability of at least one half. -> [p, g]."""
-    return ((probs >= 0.5) & tiles.inside[tile][:, None]).sum((2, 3))
-
-
-def _owners(tiles: _Tiles, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mask of the largest score x probability at every pixel, the first of equals.
-
-    Each tile visits its masks in the order of what they can reach at most, and stops when that is
-    less than what every pixel of the tile already has.
-
-    Args:
-      tiles: t of them, and n masks.
-      scores: [b, n].
-
-    Returns:
-      owners [t, TILE, TILE], n where the picture ends; and the area [t, n] of what was visited
-      (pixels of probability one half or more), `EMPTY` for the rest.
-    """
-    t, n = tiles.logits.shape[:2]
-    scores = scores[tiles.image]
-    bound = scores * jax.nn.sigmoid(tiles.logits.max((2, 3))) * (1 + SLACK)
-    order = jnp.argsort(-bound, axis=1).astype(jnp.int32)
-    bound = jnp.take_along_axis(bound, order, axis=1)
-    # Padded so that a tile can always read a whole group and one bound beyond it.
-    rest = ((0, 0), (0, -n % GROUP + 1 + GROUP))
-    order = jnp.pad(order, rest, constant_values=n)
-    bound = jnp.pad(bound, rest, constant_values=-jnp.inf)
-
-    def is_open(cursor, best):
-        return bound[jnp.arange(t), cursor] >= best.min((1, 2))
-
-    def visit(state):
-        cursor, best, owner, area = state
-        (tile,) = jnp.nonzero(is_open(cursor, best), size=min(t, WORK), fill_value=t)
-        kernel = order[tile[:, None], cursor[tile, None] + jnp.arange(GROUP)]
-        probs = tiles.probabilities(tile, jnp.minimum(kernel, n - 1))
-        score = jnp.where(kernel < n, scores[tile[:, None], kernel], -1)
-        value = score[:, :, None, None] * probs
-        top = value.max(1)
-        who = jnp.where(value == top[:, None], kernel[:, :, None, None], n).min(1)
-        wins = (top > best[tile]) | ((top == best[tile]) & (who < owner[tile]))
-        return (
-            cursor.at[tile].add(GROUP, mode="drop"),
-            best.at[tile].set(jnp.where(wins, top, best[tile]), mode="drop"),
-            owner.at[tile].set(jnp.where(wins, who, owner[tile]), mode="drop"),
-            area.at[tile[:, None], kernel].set(_half(tiles, tile, probs), mode="drop"),
-        )
-
-    best = jnp.where(tiles.inside, jnp.asarray(-1, bound.dtype), jnp.inf)
-    owner = jnp.full(best.shape, n, jnp.int32)
-    state = (jnp.zeros(t, jnp.int32), best, owner, jnp.full((t, n), EMPTY))
-    return jax.lax.while_loop(lambda s: is_open(*s[:2]).any(), visit, state)[2:]
-
-
-def _areas(tiles: _Tiles, known: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Pixels of probability one half or more of the wanted masks, in the whole picture.
-
-    Where all logits around a tile have one sign, nothing needs to be resampled.
-
-    Args:
-      tiles: t of them, and n masks.
-      known: areas within the tiles [t, n], `EMPTY` where not known yet.
-      wanted: bool [b, n].
-
-    Returns:
-      int32 [b, n], right where wanted.
-    """
-    t, n = tiles.logits.shape[:2]
-    pixels = tiles.inside.sum((1, 2))
-    whole = tiles.logits.min((2, 3)) > SLACK
-    mixed = ~whole & (tiles.logits.max((2, 3)) > -SLACK)
-    unknown = (known == EMPTY) & wanted[tiles.image] & (pixels > 0)[:, None]
-    area = jnp.where(known != EMPTY, known, jnp.where(whole, pixels[:, None], 0))
-
-    def count(state):
-        area, rest = state
-        (pair,) = jnp.nonzero(rest, size=min(t * n, WORK * GROUP), fill_value=t * n)
-        tile, kernel = pair // n, pair % n
-        probs = tiles.probabilities(tile, kernel[:, None])
-        area = area.at[tile, kernel].set(_half(tiles, tile, probs)[:, 0], mode="drop")
-        return area, rest.at[pair].set(False, mode="drop")
-
-    state = (area, (unknown & mixed).reshape(-1))
-    area, _ = jax.lax.while_loop(lambda s: s[1].any(), count, state)
-    return area.reshape(len(wanted), -1, n).sum(1)
-
-
-def fuse(
+def best_instances(
     masks: jax.Array,
     logits: jax.Array,
     size: jax.Array,
     original_size: jax.Array,
     *,
-    num_things: int,
     canvas: Canvas,
-    instance_threshold: float = 0.3,
-    overlap_threshold: float = 0.6,
-) -> Fused:
-    """Fuses the masks of all kernels into one map, as the reference does.
+    num_results: int = 100,
+) -> Instances:
+    """The best (kernel, class) pairs of each picture, and their masks.
 
-    Every pixel goes to the mask of the largest score x probability. A mask keeps its pixels if it
-    is a thing of at least `instance_threshold` or stuff, and if they are at least a share of
-    `overlap_threshold` of the pixels on which its probability is one half or more.
+    Masks are doubled as logits; their probabilities are brought to the size of the input, cropped
+    and brought to the original size, where they must be above one half.
 
     Args:
-      masks: logits [b, n, h, w] at stride 8, proposals before stuff.
+      masks: logits [b, n, h, w] at stride 8.
       logits: class logits [b, n, k].
       size: int32 [b, 2], height and width of the resized picture within the input.
-      original_size: int32 [b, 2], height and width of the map, at most those of the canvas.
-      num_things: the first classes.
+      original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
       canvas: static, from `Canvas.of`.
-      instance_threshold: least score of a thing.
-      overlap_threshold: least share of a mask that must remain.
+      num_results: r, at most n·k.
     """
-    b, n, _, _ = masks.shape
     k = logits.shape[2]
-    num_proposals = n - (k - num_things)
-    probs = jax.nn.sigmoid(logits)
-    things = probs[:, :num_proposals, :num_things]
-    stuff = jnp.diagonal(probs[:, num_proposals:, num_things:], axis1=1, axis2=2)
-    scores = jnp.concatenate([things.max(2), stuff], axis=1)
-    stuff_labels = jnp.broadcast_to(jnp.arange(num_things, k), stuff.shape)
-    labels = jnp.concatenate([things.argmax(2), stuff_labels], axis=1).astype(jnp.int32)
+    num_results = min(num_results, logits.shape[1] * k)
+    scores, pairs = jax.lax.top_k(jax.nn.sigmoid(logits).reshape(len(logits), -1), num_results)
+    kernels, labels = pairs // k, pairs % k
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-    tiles = _cut(masks, size, original_size, canvas)
-    owner, area = _owners(tiles, scores)
-    owned = jnp.zeros((b, n), jnp.int32)
-    owned = owned.at[tiles.image[:, None, None], owner].add(tiles.inside, mode="drop")
-    is_stuff = jnp.arange(n) >= num_proposals
-    eligible = (owned > 0) & (is_stuff | (scores >= instance_threshold))
-    area = _areas(tiles, area, eligible)
-    kept = eligible & (area > 0) & (owned / jnp.maximum(area, 1) >= overlap_threshold)
+    def one(masks, kernels, size, original_size):
+        probs = jax.nn.sigmoid(upsample2x(masks, axes=(1, 2)))
+        y, x = (
+            to_original(size[i], original_size[i], rows, pixels, MASK_STRIDE, probs.dtype)
+            for i, (rows, pixels) in enumerate(zip(probs.shape[1:], (canvas.height, canvas.width)))
+        )
+        above = einsum("jw,nhw->njh", x, probs)
 
-    order = jnp.argsort(jnp.where(kept, -scores, jnp.inf), axis=1)
-    place = jnp.argsort(order, axis=1)
-    ids = jnp.where(kept, 1 + place, 0).astype(jnp.int16)
-    ids = jnp.pad(ids, ((0, 0), (0, 1)))[tiles.image[:, None, None], owner]
-    ids = ids.reshape(b, canvas.height // TILE, canvas.width // TILE, TILE, TILE)
-    ids = ids.transpose(0, 1, 3, 2, 4).reshape(b, canvas.height, canvas.width)
+        def bits(kernel: jax.Array) -> jax.Array:
+            return jnp.packbits(einsum("ih,jh->ji", y, above[kernel]) > 0.5, axis=1)
 
-    last = jnp.arange(n) < kept.sum(1)[:, None]
-    return Fused(
-        ids,
-        jnp.where(last, jnp.take_along_axis(labels, order, axis=1), EMPTY),
-        jnp.where(last, jnp.take_along_axis(scores, order, axis=1), 0),
-    )
+        return jax.lax.map(bits, kernels, batch_size=MASKS)
+
+    bits = jax.vmap(one)(masks, kernels, size, original_size)
+    return Instances(scores, labels.astype(jnp.int32), kernels.astype(jnp.int32), bits)
+
+
+def label_maps(
+    masks: jax.Array, size: jax.Array, original_size: jax.Array, *, canvas: Canvas, stride: int
+) -> jax.Array:
+    """The class of every pixel: that of the largest logit, 1 + k for class k.
+
+    Args:
+      masks: logits [b, k, h, w].
+      size: int32 [b, 2], height and width of the resized picture within the input.
+      original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
+      canvas: static, from `Canvas.of`.
+      stride: of the masks.
+
+    Returns:
+      uint8 (uint16 above 254 classes) [b, H, W]; beyond the picture it has no meaning.
+    """
+    dtype = jnp.uint8 if masks.shape[1] < 255 else jnp.uint16
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def one(masks, size, original_size):
+        y, x = (
+            to_original(size[i], original_size[i], rows, pixels, stride, masks.dtype)
+            for i, (rows, pixels) in enumerate(zip(masks.shape[1:], (canvas.height, canvas.width)))
+        )
+
+        def block(y: jax.Array) -> jax.Array:
+            logits = einsum("kiw,jw->kij", einsum("ih,khw->kiw", y, masks), x)
+            return (1 + logits.argmax(0)).astype(dtype)
+
+        rows = jax.lax.map(block, y.reshape(-1, ROWS, y.shape[1]))
+        return rows.reshape(canvas.height, canvas.width)
+
+    return jax.vmap(one)(masks, size, original_size)

@@ -33,11 +33,18 @@ class Categories(NamedTuple):
         return len(self.names) - self.num_things
 
 
-class Batch(NamedTuple):
-    """Images and targets as they cross to the device: small, and padded to static shapes."""
+class Sizes(NamedTuple):
+    """The three counts that choose the task."""
 
-    image: Array
-    """uint8 [b, H, W, 3], RGB, zero beyond `size`."""
+    num_proposals: int
+    """Kernels that look for things; 0 in semantic segmentation."""
+    num_things: int
+    num_stuff: int
+
+
+class PanopticTargets(NamedTuple):
+    """Segments that share no pixel, as they cross to the device."""
+
     segment_map: Array
     """uint8 or uint16 [b, H/2, W/2]: the segment at the pixels that stride-4 targets average.
 
@@ -47,6 +54,31 @@ class Batch(NamedTuple):
     """
     labels: Array
     """int32 [b, m + num_stuff]: class of each segment, `EMPTY` where the picture has none."""
+
+
+class InstanceTargets(NamedTuple):
+    """Things, which may overlap, as they cross to the device."""
+
+    masks: Array
+    """uint8 [b, m, H/2, W/16]: the same pixels as in a `segment_map`, eight columns a byte, the
+    first in the highest bit."""
+    labels: Array
+    """int32 [b, m]: class of each thing, `EMPTY` for an empty slot."""
+
+
+class SemanticTargets(NamedTuple):
+    """Classes of pixels, as they cross to the device."""
+
+    label_map: Array
+    """uint8 (uint16 above 254 classes) [b, H, W]: 0 is ignored (void, padding), 1 + k is class k."""
+
+
+class Batch(NamedTuple):
+    """Images and targets as they cross to the device: small, and padded to static shapes."""
+
+    image: Array
+    """uint8 [b, H, W, 3], RGB, zero beyond `size`."""
+    targets: PanopticTargets | InstanceTargets | SemanticTargets
     size: Array
     """int32 [b, 2]: height and width of the resized picture inside the canvas."""
     original_size: Array
@@ -77,7 +109,7 @@ class Stage(NamedTuple):
     kernels: Array
     """[b, n, c]."""
     masks: Array
-    """[b, n, h, w] logits at stride 8."""
+    """[b, n, h, w] logits at the stride of the features."""
     logits: Array | None
     """[b, n, k] class logits; None before the first update and where kernel n is class n."""
 
@@ -87,8 +119,8 @@ class Output(NamedTuple):
 
     stages: tuple[Stage, ...]
     """The initial stage followed by one for every update."""
-    dense: Array
-    """[b, k, h, w]: class logits of every pixel at stride 8, a training signal only."""
+    dense: Array | None
+    """[b, k, h, w]: class logits of every pixel, a training signal only; None without such a head."""
 
 
 class SegmentInfo(NamedTuple):

@@ -18,8 +18,8 @@ from knet_jax.knet import KNet, normalize
 from knet_jax.layers import AXIS, wide
 from knet_jax.matching import Weights
 from knet_jax.optim import gradient_norm
-from knet_jax.structs import Batch, Categories, Segments
-from knet_jax.tasks import Matching, panoptic_loss, segments
+from knet_jax.structs import Batch, Categories, Sizes
+from knet_jax.tasks import Judgement, Task
 
 
 class TrainState(NamedTuple):
@@ -29,13 +29,6 @@ class TrainState(NamedTuple):
     params: Any
     batch_stats: Any
     opt_state: Any
-
-
-class Sums(NamedTuple):
-    """Scalars of a part of a batch; those of all parts and devices are added."""
-
-    terms: dict[str, jax.Array]
-    found: jax.Array
 
 
 def init_variables(model: KNet, seed: int) -> dict[str, Any]:
@@ -70,25 +63,30 @@ def compute_loss(
     params: Any,
     batch_stats: Any,
     image: jax.Array,
-    things: Segments,
-    stuff: Segments,
+    targets: Any,
     counts: losses.Counts,
+    key: jax.Array,
     *,
     model: KNet,
+    task: Task,
     weights: Weights,
-) -> tuple[jax.Array, tuple[dict[str, jax.Array], Matching, Any]]:
-    """The total loss of normalized images, and beside it (terms, matching, batch_stats)."""
+) -> tuple[jax.Array, tuple[Judgement, Any]]:
+    """The total loss of normalized images, and beside it (judgement, batch_stats)."""
     output, updates = model.apply(
-        {"params": params, "batch_stats": batch_stats}, image, train=True, mutable=["batch_stats"]
+        {"params": params, "batch_stats": batch_stats},
+        image,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": key},
     )
-    terms, matching = panoptic_loss(output, things, stuff, counts, weights)
-    return sum(terms.values()), (terms, matching, updates.get("batch_stats", batch_stats))
+    judgement = task.loss(output, targets, counts, model.sizes, weights)
+    batch_stats = updates.get("batch_stats", batch_stats)
+    return sum(judgement.terms.values()), (judgement, batch_stats)
 
 
-def count_targets(part: Batch, *, num_stuff: int, num_proposals: int) -> losses.Counts:
+def count_targets(part: Batch, *, task: Task, sizes: Sizes) -> losses.Counts:
     """What the losses of a part of a batch are divided by, of all devices."""
-    counts = losses.count(*segments(part, num_stuff), num_proposals)
-    return jax.lax.psum(counts, AXIS)
+    return jax.lax.psum(task.count(task.unpack(part.targets, sizes), sizes), AXIS)
 
 
 def accumulate(
@@ -97,10 +95,12 @@ def accumulate(
     batch_stats: Any,
     part: Batch,
     counts: losses.Counts,
+    key: jax.Array,
     *,
     model: KNet,
+    task: Task,
     weights: Weights,
-) -> tuple[Any, Any, Sums]:
+) -> tuple[Any, Any, Judgement]:
     """Adds the gradients of a part of a batch, on one device.
 
     Args:
@@ -109,27 +109,30 @@ def accumulate(
       batch_stats: of the network.
       part: some of this device's images.
       counts: of the whole batch on all devices.
+      key: of this part on all devices.
       model: the network.
+      task: how it is judged.
       weights: of the loss terms.
 
     Returns:
-      the sums, new batch_stats, and the scalars of this part.
+      the sums, new batch_stats, and what the loss says of this part.
     """
     dtype = model.backbone.dtype
     image = normalize(part.image, part.size, dtype)
-    things, stuff = segments(part, model.initial.num_stuff, wide(dtype))
-    (_, (terms, matching, batch_stats)), new = jax.value_and_grad(compute_loss, has_aux=True)(
-        params, batch_stats, image, things, stuff, counts, model=model, weights=weights
+    targets = task.unpack(part.targets, model.sizes, wide(dtype))
+    key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+    loss = partial(compute_loss, model=model, task=task, weights=weights)
+    (_, (judgement, batch_stats)), new = jax.value_and_grad(loss, has_aux=True)(
+        params, batch_stats, image, targets, counts, key
     )
-    return jax.tree.map(jnp.add, grads, new), batch_stats, Sums(terms, matching.found)
+    return jax.tree.map(jnp.add, grads, new), batch_stats, judgement
 
 
 def update(
     state: TrainState,
     grads: Any,
     batch_stats: Any,
-    sums: tuple[Sums, ...],
-    counts: losses.Counts,
+    judgements: tuple[Judgement, ...],
     *,
     optimizer: optax.GradientTransformation,
     trainable: Any,
@@ -140,23 +143,22 @@ def update(
       state: the same on all devices.
       grads: of this device.
       batch_stats: new ones.
-      sums: of this device, one for each part.
-      counts: of the whole batch on all devices.
+      judgements: of this device, one for each part.
       optimizer: of the parameters.
       trainable: True for every parameter that is not frozen, a tree like the parameters.
 
     Returns:
       the next state, and scalars: every loss term, their sum, the gradient norm before clipping,
-      and the share of things whose kernel draws them with an IoU above one half.
+      and the measures of the task.
     """
     grads = jax.lax.psum(grads, AXIS)
-    terms, found = jax.lax.psum(jax.tree.map(lambda *parts: sum(parts), *sums), AXIS)
+    terms, measures = jax.lax.psum(jax.tree.map(lambda *parts: sum(parts), *judgements), AXIS)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = terms | {
         "loss/total": sum(terms.values()),
         "grad_norm": gradient_norm(grads, trainable),
-        "matched": found / jnp.maximum(counts.things, 1),
+        **measures,
     }
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
@@ -168,9 +170,11 @@ def make_train_step(
     devices: list[jax.Device],
     *,
     model: KNet,
+    task: Task,
     optimizer: optax.GradientTransformation,
     trainable: Any,
     weights: Weights,
+    seed: int,
 ) -> Step:
     """(state, batch in parts) -> (state, scalars), on all devices.
 
@@ -181,29 +185,34 @@ def make_train_step(
     a convolution a hundred times slower.
     """
     on_devices = partial(jax.pmap, axis_name=AXIS, devices=devices)
-    sizes = {"num_stuff": model.initial.num_stuff, "num_proposals": model.initial.num_proposals}
-    count_ = on_devices(partial(count_targets, **sizes), out_axes=None)
+    count_ = on_devices(partial(count_targets, task=task, sizes=model.sizes), out_axes=None)
     zeros = on_devices(lambda params, _: jax.tree.map(jnp.zeros_like, params), in_axes=(None, 0))
     accumulate_ = on_devices(
-        partial(accumulate, model=model, weights=weights),
-        in_axes=(0, None, None, 0, None),
+        partial(accumulate, model=model, task=task, weights=weights),
+        in_axes=(0, None, None, 0, None, None),
         out_axes=(0, None, 0),
         donate_argnums=0,
     )
     update_ = on_devices(
         partial(update, optimizer=optimizer, trainable=trainable),
-        in_axes=(None, 0, None, 0, None),
+        in_axes=(None, 0, None, 0),
         out_axes=None,
         donate_argnums=0,
+    )
+    # The randomness of a part (dropout) follows from the seed, the step and the part.
+    keys = jax.jit(
+        lambda step, part: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), part)
     )
 
     def step(state: TrainState, parts: list[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
         counts = jax.tree.map(lambda *each: sum(each), *map(count_, parts))
-        grads, batch_stats, sums = zeros(state.params, parts[0].id), state.batch_stats, []
-        for part in parts:
-            grads, batch_stats, one = accumulate_(grads, state.params, batch_stats, part, counts)
-            sums.append(one)
-        return update_(state, grads, batch_stats, tuple(sums), counts)
+        grads, batch_stats, judgements = zeros(state.params, parts[0].id), state.batch_stats, []
+        for i, part in enumerate(parts):
+            grads, batch_stats, judgement = accumulate_(
+                grads, state.params, batch_stats, part, counts, keys(state.step, i)
+            )
+            judgements.append(judgement)
+        return update_(state, grads, batch_stats, tuple(judgements))
 
     return step
 
