@@ -10,7 +10,7 @@ The same command again resumes it where it stopped, to the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ from knet_jax.evaluation import Evaluator, Gallery, lookahead
 from knet_jax.knet import make_model
 from knet_jax.logs import Log, Progress, plot_curves
 from knet_jax.matching import Weights
-from knet_jax.metrics import panoptic
 from knet_jax.preemption import Preempted, stop_on_sigterm
 from knet_jax.structs import EMPTY
+from knet_jax.tasks import TASKS
 from knet_jax.validation import validate
 from knet_jax.visualize import save_picture
 
@@ -55,6 +55,8 @@ def main(command: CommandLine) -> None:
     config = load_config(CONFIG.value, command.overrides)
     devices = jax.local_devices()
     validate(config, jax.device_count())
+    task = TASKS[config.task]
+    metric = task.metric
     jax.config.update("jax_default_matmul_precision", config.precision)
     workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
     is_chief = jax.process_index() == 0
@@ -64,12 +66,12 @@ def main(command: CommandLine) -> None:
             print(difference)
 
     # The data.
-    split = pipeline.load_split(config.data, config.data.train_split)
-    val_split = pipeline.load_split(config.data, config.data.val_split)
+    split = pipeline.load_split(config.data, config.data.train_split, config.task)
+    val_split = pipeline.load_split(config.data, config.data.val_split, config.task)
     pipeline.check_same_categories(split.categories, val_split.categories)
     training.check_categories(config, split.categories)
     batch_size = config.train.batch_size
-    steps_per_epoch = pipeline.steps_per_epoch(split, batch_size)
+    steps_per_epoch = pipeline.steps_per_epoch(split, config.data, batch_size)
     total_steps = config.train.steps or round(config.train.epochs * steps_per_epoch)
     if total_steps < 1:
         raise ConfigError(
@@ -88,14 +90,19 @@ def main(command: CommandLine) -> None:
     train_step = training.make_train_step(
         devices,
         model=model,
+        task=task,
         optimizer=optimizer,
         trainable=optim.trainable(config.optim.groups, params),
         weights=Weights(**config.loss),
+        seed=config.seed,
     )
 
     # Where it starts.
     checkpoints = Checkpoints(
-        workdir / "checkpoints", keep=config.train.keep, model=config.model.to_dict()
+        workdir / "checkpoints",
+        keep=config.train.keep,
+        metric=f"val/{metric.HEADLINE[0]}",
+        model=config.model.to_dict(),
     )
     restored = checkpoints.restore_latest(state)
     if restored:
@@ -164,10 +171,10 @@ def main(command: CommandLine) -> None:
                 variables = {"params": state.params, "batch_stats": state.batch_stats}
                 counts = evaluator.evaluate(variables, gallery.add, stop)
                 if counts is not None:
-                    summary = panoptic.summarize(counts, val_split.categories)
+                    summary = metric.summarize(counts, val_split.categories)
                     scores = {f"val/{name}": value for name, value in summary.items()}
                 if is_chief and scores:
-                    progress.print(f"step {step}: {describe(summary)}")
+                    progress.print(f"step {step}: {describe(summary, metric.HEADLINE)}")
                     log.scalars(step, scores)
                     show(gallery, log, step, workdir)
                 interval.restart()
@@ -254,9 +261,9 @@ class Interval:
         return {"images_per_second": rate, "data_wait_share": self._waited / seconds}
 
 
-def describe(summary: Mapping[str, float]) -> str:
-    """Three numbers of an evaluation in a line."""
-    return ", ".join(f"{name} {summary[name]:.1f}" for name in ("PQ", "PQ_things", "PQ_stuff"))
+def describe(summary: Mapping[str, float], names: Sequence[str]) -> str:
+    """Some numbers of an evaluation in a line."""
+    return ", ".join(f"{name} {summary[name]:.1f}" for name in names)
 
 
 def show(gallery: Gallery, log: Log, step: int, workdir: Path) -> None:

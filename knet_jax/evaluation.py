@@ -15,42 +15,29 @@ from tqdm import tqdm
 
 from knet_jax.data import pipeline
 from knet_jax.data.splits import Split
-from knet_jax.fusion import Fused, fuse
 from knet_jax.knet import KNet, normalize
-from knet_jax.metrics import panoptic
+from knet_jax.metrics import states
 from knet_jax.preemption import StopRequest
 from knet_jax.resampling import Canvas
-from knet_jax.structs import EMPTY, Batch, PanopticMap, SegmentInfo
+from knet_jax.structs import Batch, Stage
+from knet_jax.tasks import TASKS
 from knet_jax.training import replicate
 from knet_jax.visualize import Row, panel
 
 
-def last_stage(variables: Any, batch: Batch, *, model: KNet) -> tuple[jax.Array, jax.Array]:
-    """Mask and class logits of one device's images after the last update."""
+def run_network(variables: Any, batch: Batch, *, model: KNet, stage: int = -1) -> Stage:
+    """What one device's images give after an update, the last one unless told otherwise."""
     image = normalize(batch.image, batch.size, model.backbone.dtype)
-    last = model.apply(variables, image).stages[-1]
-    return last.masks, last.logits
-
-
-def panoptic_map(fused: Fused, i: int, original_size: np.ndarray) -> PanopticMap:
-    """The i-th map of a batch without its padding, on the host."""
-    height, width = original_size
-    labels = np.asarray(fused.labels[i])
-    scores = np.asarray(fused.scores[i])
-    infos = tuple(
-        SegmentInfo(number + 1, int(label), score=float(score))
-        for number, (label, score) in enumerate(zip(labels, scores))
-        if label != EMPTY
-    )
-    return PanopticMap(np.asarray(fused.ids[i, :height, :width], np.int32), infos)
+    return model.apply(variables, image).stages[stage]
 
 
 class Prediction(NamedTuple):
     """One picture of a split, its truth and what the network makes of it."""
 
     index: int
-    truth: PanopticMap
-    prediction: PanopticMap
+    truth: Any
+    prediction: Any
+    """Both as `Task.read` gives them."""
 
 
 class Evaluator:
@@ -62,6 +49,7 @@ class Evaluator:
       config: of the run.
       devices: that share a batch.
       limit: only the first so many pictures.
+      stage: after how many updates the masks are taken; -1 is the last.
 
     Raises:
       ValueError: the devices do not divide `config.eval.batch_size`.
@@ -74,22 +62,22 @@ class Evaluator:
         config: ConfigDict,
         devices: list[jax.Device],
         limit: int | None = None,
+        stage: int = -1,
     ):
         self.split = split
+        self.task = TASKS[config.task]
         self._data = config.data
         self._batch_size = config.eval.batch_size
         self._devices = devices
         self._limit = limit
         on_devices = partial(jax.pmap, devices=devices)
-        self._network = on_devices(partial(last_stage, model=model), in_axes=(None, 0))
-        fuse_ = partial(
-            fuse,
-            num_things=model.initial.num_things,
-            instance_threshold=config.eval.instance_threshold,
-            overlap_threshold=config.eval.overlap_threshold,
-        )
+        network = partial(run_network, model=model, stage=stage)
+        self._network = on_devices(network, in_axes=(None, 0))
         # Pictures come in many sizes: only this small program is compiled for each canvas.
-        self._fuse = cache(lambda canvas: on_devices(partial(fuse_, canvas=canvas)))
+        predict = partial(self.task.predict, sizes=model.sizes, options=config.eval.to_dict())
+        self._predict = cache(
+            lambda canvas, stride: on_devices(partial(predict, canvas=canvas, stride=stride))
+        )
 
     def predictions(self, variables: Any) -> Iterator[Prediction]:
         """This process's pictures, one after the other."""
@@ -103,48 +91,64 @@ class Evaluator:
             process_count=jax.process_count(),
         )
 
-        def start(batch: Batch) -> Fused:
+        def start(batch: Batch) -> Any:
             parts = split_over(batch, len(self._devices))
+            stage = self._network(variables, parts)
             canvas = Canvas.of(batch.size, batch.original_size)
-            masks, logits = self._network(variables, parts)
-            return self._fuse(canvas)(masks, logits, parts.size, parts.original_size)
+            predict = self._predict(canvas, batch.image.shape[1] // stage.masks.shape[3])
+            return predict(stage, parts.size, parts.original_size)
 
-        for batch, truths, fused in lookahead((b, t, start(b)) for b, t in batches):
-            fused = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), fused)
+        for batch, truths, result in lookahead((b, t, start(b)) for b, t in batches):
+            result = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), result)
             rows = {int(index): i for i, index in enumerate(batch.id)}
             for index, truth in truths:
                 i = rows[index]
-                yield Prediction(index, truth, panoptic_map(fused, i, batch.original_size[i]))
+                prediction = self.task.read(
+                    jax.tree.map(lambda x, i=i: x[i], result), batch.original_size[i]
+                )
+                yield Prediction(index, truth, prediction)
 
     def evaluate(
         self,
         variables: Any,
         visit: Callable[[Prediction], None] | None = None,
         stop: StopRequest | None = None,
-    ) -> panoptic.PQCounts | None:
+    ) -> Any | None:
         """Scores all pictures of all processes, with a progress bar.
 
         Args:
           variables: parameters and running statistics.
           visit: called with every prediction of this process.
           stop: ends the evaluation, whose result is then None.
+
+        Returns:
+          counts, as the metric of the task understands them.
         """
-        num_classes = len(self.split.categories.names)
-        counts = panoptic.no_counts(num_classes)
+        metric, num_classes = self.task.metric, len(self.split.categories.names)
+        counts = [metric.no_counts(num_classes)]
         total = min(len(self.split), self._limit or len(self.split))
         with tqdm(total=total, desc="evaluating", unit="img", leave=False, delay=1) as bar:
             for prediction in self.predictions(variables):
                 if stop:
                     return None
-                one = panoptic.count(prediction.truth, prediction.prediction, num_classes)
-                counts = panoptic.merge(counts, one)
+                truth, image_id = prediction.truth, self.split.image_id(prediction.index)
+                counts.append(metric.count(truth, prediction.prediction, num_classes, image_id))
                 if visit:
                     visit(prediction)
                 bar.update(jax.process_count())
-        if jax.process_count() > 1:
-            everywhere = multihost_utils.process_allgather(counts)
-            counts = jax.tree.map(lambda x: np.asarray(x).sum(0), everywhere)
+        return gather_counts(metric, metric.merge(*counts))
+
+
+def gather_counts(metric: Any, counts: Any) -> Any:
+    """The counts of all processes, of which each has some pictures."""
+    if jax.process_count() == 1:
         return counts
+    data = states.to_bytes(counts)
+    lengths = multihost_utils.process_allgather(np.array(len(data)))
+    padded = np.pad(data, (0, int(lengths.max()) - len(data)))
+    everywhere = multihost_utils.process_allgather(padded)
+    each = (x[:n] for x, n in zip(np.asarray(everywhere), lengths))
+    return metric.merge(*(states.from_bytes(x, type(counts)) for x in each))
 
 
 class Gallery:

@@ -6,22 +6,28 @@ The network is the same for all tasks. `TASKS` at the end holds everything in wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from knet_jax import losses
+from knet_jax import losses, rle
 from knet_jax.fusion import Fused, fuse
 from knet_jax.layers import resize, upsample2x
 from knet_jax.matching import Weights, match, matching_cost
+from knet_jax.metrics import instance, panoptic, semantic
 from knet_jax.postprocess import Instances, best_instances, label_maps
 from knet_jax.resampling import Canvas
 from knet_jax.structs import (
     EMPTY,
+    Instance,
     InstanceTargets,
     Output,
+    PanopticMap,
     PanopticTargets,
+    SegmentInfo,
     Segments,
     SemanticTargets,
     Sizes,
@@ -197,57 +203,104 @@ def semantic_loss(
     return Judgement(weigh(terms, weights), {"accuracy": right / jnp.maximum(counts.pixels, 1)})
 
 
-# The table.
+# Results.
 
 
 def predict_panoptic(
-    stage: Stage, size: jax.Array, original_size: jax.Array, sizes: Sizes, view: View
+    stage: Stage,
+    size: jax.Array,
+    original_size: jax.Array,
+    *,
+    sizes: Sizes,
+    canvas: Canvas,
+    stride: int,
+    options: Mapping[str, Any],
 ) -> Fused:
     """Panoptic maps of a batch."""
+    del stride
     return fuse(
         stage.masks,
         stage.logits,
         size,
         original_size,
         num_things=sizes.num_things,
-        canvas=view.canvas,
-        instance_threshold=view.options["instance_threshold"],
-        overlap_threshold=view.options["overlap_threshold"],
+        canvas=canvas,
+        instance_threshold=options["instance_threshold"],
+        overlap_threshold=options["overlap_threshold"],
     )
 
 
+def read_panoptic(fused: Fused, original_size: np.ndarray) -> PanopticMap:
+    """A panoptic map without its padding."""
+    height, width = original_size
+    infos = tuple(
+        SegmentInfo(number + 1, int(label), score=float(score))
+        for number, (label, score) in enumerate(zip(fused.labels, fused.scores))
+        if label != EMPTY
+    )
+    return PanopticMap(fused.ids[:height, :width].astype(np.int32), infos)
+
+
 def predict_instances(
-    stage: Stage, size: jax.Array, original_size: jax.Array, sizes: Sizes, view: View
+    stage: Stage,
+    size: jax.Array,
+    original_size: jax.Array,
+    *,
+    sizes: Sizes,
+    canvas: Canvas,
+    stride: int,
+    options: Mapping[str, Any],
 ) -> Instances:
     """The best instances of each picture of a batch."""
-    del sizes
+    del sizes, stride
     return best_instances(
         stage.masks,
         stage.logits,
         size,
         original_size,
-        canvas=view.canvas,
-        num_results=view.options["num_results"],
+        canvas=canvas,
+        num_results=options["num_results"],
+    )
+
+
+def read_instances(best: Instances, original_size: np.ndarray) -> tuple[Instance, ...]:
+    """Instances with their masks as run lengths; a kernel's mask is encoded once."""
+    height, width = original_size
+    encoded = {}
+    for kernel, bits in zip(best.kernels.tolist(), best.bits):
+        if kernel not in encoded:
+            columns = np.unpackbits(bits[:width], axis=1, count=height)
+            encoded[kernel] = rle.encode(columns.T)
+    return tuple(
+        Instance(encoded[kernel], label, score, area=float(rle.area(encoded[kernel])))
+        for kernel, label, score in zip(
+            best.kernels.tolist(), best.labels.tolist(), best.scores.tolist()
+        )
     )
 
 
 def predict_labels(
-    stage: Stage, size: jax.Array, original_size: jax.Array, sizes: Sizes, view: View
+    stage: Stage,
+    size: jax.Array,
+    original_size: jax.Array,
+    *,
+    sizes: Sizes,
+    canvas: Canvas,
+    stride: int,
+    options: Mapping[str, Any],
 ) -> jax.Array:
     """Label maps of a batch."""
-    del sizes
-    return label_maps(stage.masks, size, original_size, canvas=view.canvas, stride=view.stride)
+    del sizes, options
+    return label_maps(stage.masks, size, original_size, canvas=canvas, stride=stride)
 
 
-class View(NamedTuple):
-    """The static part of a prediction."""
+def read_labels(labels: np.ndarray, original_size: np.ndarray) -> np.ndarray:
+    """A label map without its padding."""
+    height, width = original_size
+    return labels[:height, :width]
 
-    canvas: Canvas
-    """What holds the pictures at original size."""
-    stride: int
-    """Of the masks."""
-    options: Mapping[str, Any]
-    """`config.eval`."""
+
+# The table.
 
 
 class Task(NamedTuple):
@@ -260,11 +313,31 @@ class Task(NamedTuple):
     loss: Callable[..., Judgement]
     """(output, targets, counts of the step, sizes, weights) -> `Judgement`."""
     predict: Callable[..., Any]
-    """(stage, size, original_size, sizes, view) -> predictions at original size, on the device."""
+    """(stage, size, original_size, and what is static) -> results of a batch, on the device."""
+    read: Callable[..., Any]
+    """(results of one picture, original_size) -> the same as people and metrics take it."""
+    metric: ModuleType
+    """Counts pictures and summarizes the counts."""
 
 
 TASKS = {
-    "panoptic": Task(unpack_panoptic, count_segments, kernel_loss, predict_panoptic),
-    "instance": Task(unpack_instances, count_segments, kernel_loss, predict_instances),
-    "semantic": Task(unpack_semantic, count_labels, semantic_loss, predict_labels),
+    "panoptic": Task(
+        unpack_panoptic,
+        count_segments,
+        kernel_loss,
+        predict_panoptic,
+        read_panoptic,
+        panoptic,
+    ),
+    "instance": Task(
+        unpack_instances,
+        count_segments,
+        kernel_loss,
+        predict_instances,
+        read_instances,
+        instance,
+    ),
+    "semantic": Task(
+        unpack_semantic, count_labels, semantic_loss, predict_labels, read_labels, semantic
+    ),
 }
