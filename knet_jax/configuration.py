@@ -1,7 +1,8 @@
 """Configs: read from a file, changed by variants and the command line, kept with the run.
 
 A config file has `get_config()`, which returns a `ConfigDict`, and `VARIANTS`, a dict from a name to
-the keys that it changes: {"r101": {"model.backbone.depths": (3, 4, 23, 3)}}. On the command line:
+the keys that it changes: {"r101": {"model.backbone.depths": (3, 4, 23, 3)}}. A dict takes the place of
+all keys below one: {"swin": {"model.backbone": {"name": "swin", …}}}. On the command line:
 
     --config=configs/coco_panoptic.py:r101,ms3x --config.optim.lr=2e-4
 """
@@ -13,6 +14,8 @@ import json
 import re
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +76,12 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
                 f"--config={spec}: there is no variant {name!r}; {suggest(name, variants)}"
             )
         for key, value in variants[name].items():
-            _check_key(key, flatten_dict(config.to_dict(), sep="."), f"variant {name!r} of {path}")
+            known = flatten_dict(config.to_dict(), sep=".")
+            parent, _, last = key.rpartition(".")
+            if isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in known):
+                reduce(getitem, parent.split("."), config)[last] = ConfigDict(value)
+                continue
+            _check_key(key, known, f"variant {name!r} of {path}")
             config.update_from_flattened_dict({key: value})
     return apply_overrides(config, overrides)
 

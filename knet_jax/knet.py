@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import gcd
 from types import MappingProxyType
 from typing import Any
 
@@ -67,6 +68,9 @@ class KNet(nn.Module):
         return Output(tuple(stages), dense)
 
 
+UPDATE_CHANNELS = 256
+"""Of the adaptive update. Wider kernels are updated in parts, as the published networks do."""
+
 BACKBONES = {"resnet": ResNet}
 NECKS = {"semantic_fpn": SemanticFPN, "fcn": FCN, "psp": PSP, "aspp": ASPP, "uper": UPer}
 
@@ -79,7 +83,6 @@ def make_model(
     neck: Mapping[str, Any] = MappingProxyType({"name": "semantic_fpn"}),
     num_stages: int = 3,
     channels: int = 256,
-    update_channels: int = 256,
     num_heads: int = 8,
     ffn_channels: int = 2048,
     auxiliary_channels: int = 0,
@@ -98,7 +101,6 @@ def make_model(
       neck: its name in `NECKS`, and the arguments of the class.
       num_stages: kernel updates (S in the paper).
       channels: of features and kernels.
-      update_channels: of the adaptive update; a divisor of `channels`.
       num_heads: of the attention between kernels.
       ffn_channels: hidden width of the network after it.
       auxiliary_channels: of the auxiliary classifier on C4; 0 is none.
@@ -114,7 +116,9 @@ def make_model(
         KernelUpdate,
         claim=claim_hard if num_proposals else claim_soft,
         num_classes=num_classes if num_proposals else 0,
-        update=partial(AdaptiveUpdate, update_channels) if adaptive_update else sum_update,
+        update=partial(AdaptiveUpdate, gcd(channels, UPDATE_CHANNELS))
+        if adaptive_update
+        else sum_update,
         interaction=interaction,
     )
     norm = {"norm": neck["norm"]} if "norm" in neck else {}

@@ -162,9 +162,6 @@ def segmentation(manifest: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict
         "num_things": 0,
         "num_stuff": num_classes,
         "channels": channels,
-        "update_channels": shapes[
-            "decode_head.kernel_update_head.0.kernel_update_conv.fc_norm.weight"
-        ][0],
         "auxiliary_channels": shapes["auxiliary_head.conv_seg.weight"][1],
         "neck": {"name": neck, "norm": norm},
         "backbone": backbone(shapes) | changes,
