@@ -27,6 +27,12 @@ Variables = dict[str, Any]
 MODULES = (
     (r"backbone/stem_conv", r"backbone.conv1"),
     (r"backbone/stem_norm", r"backbone.bn1"),
+    (r"backbone/stem_conv1", r"backbone.stem.0"),
+    (r"backbone/stem_norm1", r"backbone.stem.1"),
+    (r"backbone/stem_conv2", r"backbone.stem.3"),
+    (r"backbone/stem_norm2", r"backbone.stem.4"),
+    (r"backbone/stem_conv3", r"backbone.stem.6"),
+    (r"backbone/stem_norm3", r"backbone.stem.7"),
     (r"backbone/layer(\d)_block(\d+)/conv(\d)", r"backbone.layer\1.\2.conv\3"),
     (r"backbone/layer(\d)_block(\d+)/norm(\d)", r"backbone.layer\1.\2.bn\3"),
     (r"backbone/layer(\d)_block(\d+)/shortcut_conv", r"backbone.layer\1.\2.downsample.0"),

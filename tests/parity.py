@@ -153,9 +153,9 @@ def segmentation(manifest: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict
     }
     neck = next(n for mark, n in marks.items() if any(head + mark in name for name in shapes))
     norm = "frozen_batch" if "BN frozen" in manifest["kind"] else "batch"
-    changes = {}
+    changes = {"deep_stem": "backbone.stem.0.weight" in shapes}
     if "backbone.conv1.weight" in shapes or "backbone.stem.0.weight" in shapes:
-        changes = {"norm": norm, "frozen_stages": 0, "output_stride": 32 if neck == "uper" else 8}
+        changes |= {"norm": norm, "frozen_stages": 0, "output_stride": 32 if neck == "uper" else 8}
     num_classes, channels = shapes[head + "conv_seg.weight"][:2]
     return {
         "num_proposals": 0,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from knet_jax.backbones.resnet import ResNet
 
@@ -31,9 +32,97 @@ def test_levels_have_strides_4_to_32(depths, width):
     assert {level.dtype for level in levels} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.parametrize("output_stride, strides", [(16, (4, 8, 16, 16)), (8, (4, 8, 8, 8))])
+def test_levels_stay_at_the_output_stride(output_stride, strides):
+    model = ResNet(output_stride=output_stride, deep_stem=True, num_deformable=2)
+    shape = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
+    levels, _ = jax.eval_shape(
+        partial(model.init_with_output, train=False), jax.random.key(0), shape
+    )
+    wanted = [(1, 64 // s, 96 // s, 256 * 2**i) for i, s in enumerate(strides)]
+    assert [level.shape for level in levels] == wanted
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_a_dilated_network_has_every_pixel_of_the_strided_one(image, output_stride):
+    """That is what the smaller dilation of the first block of a stage is for."""
+    depths = (1, 1, 2, 2)
+    strided = TINY(depths=depths)
+    variables = initialize(strided, image)
+    variables = jax.tree.map(
+        lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), variables
+    )
+    dilated = TINY(depths=depths, output_stride=output_stride)
+    wanted, levels = (
+        jax.jit(partial(model.apply, train=False))(variables, image) for model in (strided, dilated)
+    )
+    for a, b, stride in zip(levels, wanted, (4, 8, 16, 32)):
+        every = max(1, stride // output_stride)
+        np.testing.assert_allclose(a[:, ::every, ::every], b, atol=1e-4 * float(abs(b).max()))
+
+
+def test_the_deep_stem_is_three_convolutions(image):
+    """Up to the pooling, which sees what the three give."""
+    model = TINY(deep_stem=True)
+    variables = initialize(model, image)
+    params = variables["params"]
+    kernels = [params[f"stem_conv{i}"]["kernel"] for i in (1, 2, 3)]
+    assert [kernel.shape for kernel in kernels] == [(3, 3, 3, 4), (3, 3, 4, 4), (3, 3, 4, 8)]
+    assert "stem_conv" not in params and {"scale", "bias"} == set(params["stem_norm3"])
+    x = image
+    for kernel, stride in zip(kernels, (2, 1, 1)):
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x / np.sqrt(1 + 1e-5))  # the statistics of a new norm are 0 and 1
+
+    last = partial(model.apply, capture_intermediates=lambda m, _: m.name == "stem_norm3")
+    _, state = last(variables, image, False)
+    ours = jax.nn.relu(state["intermediates"]["stem_norm3"]["__call__"][0])
+    np.testing.assert_allclose(ours, x, atol=1e-5)
+
+
+def test_the_last_stages_are_deformable(image):
+    plain, deformable = TINY(), TINY(num_deformable=3)
+    variables, moving = initialize(plain, image), initialize(deformable, image)
+    for name, tree in moving["params"].items():
+        has_offsets = "conv2" in tree and "conv_offset" in tree["conv2"]
+        assert has_offsets == name.startswith(("layer2", "layer3", "layer4")), name
+    # New offsets are zero.
+    both = traverse_util.flatten_dict(moving["params"]) | traverse_util.flatten_dict(
+        variables["params"]
+    )
+    moving = variables | {"params": traverse_util.unflatten_dict(both)}
+    apply = jax.jit(partial(deformable.apply, train=False))
+    levels = apply(moving, image)
+    for a, b in zip(levels, plain.apply(variables, image, False)):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(abs(b).max()))
+    offset = moving["params"]["layer2_block0"]["conv2"]["conv_offset"]
+    offset["bias"] += 0.3
+    moved = apply(moving, image)
+    np.testing.assert_array_equal(moved[0], levels[0])
+    assert all(abs(a - b).max() > 1e-3 for a, b in zip(moved[1:], levels[1:]))
+
+
+@pytest.mark.parametrize(
+    "keywords, message",
+    [
+        (
+            {"output_stride": 12},
+            r"config\.model\.backbone\.output_stride is 12; accepted: 8, 16, 32",
+        ),
+        ({"num_deformable": 5}, r"config\.model\.backbone\.num_deformable is 5; accepted: 0 to 4"),
+    ],
+)
+def test_what_a_resnet_cannot_be_is_named(image, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        TINY(**keywords).init(jax.random.key(0), image, False)
+
+
 @pytest.mark.parametrize("frozen_stages", [0, 2])
-def test_frozen_stages_have_no_gradient_and_all_others_do(image, frozen_stages):
-    model = TINY(norm="group", frozen_stages=frozen_stages)
+@pytest.mark.parametrize("deep_stem", [False, True])
+def test_frozen_stages_have_no_gradient_and_all_others_do(image, frozen_stages, deep_stem):
+    model = TINY(norm="group", frozen_stages=frozen_stages, deep_stem=deep_stem)
     variables = initialize(model, image)
 
     @jax.jit
