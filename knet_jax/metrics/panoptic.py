@@ -36,9 +36,9 @@ def no_counts(num_classes: int) -> PQCounts:
     return PQCounts(np.zeros(num_classes), tp, fp, fn)
 
 
-def merge(first: PQCounts, second: PQCounts) -> PQCounts:
-    """The counts of the pictures of both."""
-    return PQCounts(*(a + b for a, b in zip(first, second)))
+def merge(*counts: PQCounts) -> PQCounts:
+    """The counts of the pictures of all."""
+    return PQCounts(*(sum(arrays) for arrays in zip(*counts)))
 
 
 def count(truth: PanopticMap, prediction: PanopticMap, num_classes: int) -> PQCounts:
