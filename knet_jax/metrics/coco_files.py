@@ -187,13 +187,15 @@ class InstanceResults:
             raise ValueError(
                 f"{self.path}: {file_name} has id {image_id}, as has {self._names[image_id]}"
             )
-        self._names[image_id] = file_name
+        num_classes = len(self._categories.names)
         for one in instances:
-            counts, num_classes = one.rle["counts"], len(self._categories.names)
             if not 0 <= one.label < num_classes:
                 raise ValueError(
                     f"{file_name}: label {one.label} is not one of 0 … {num_classes - 1}"
                 )
+        self._names[image_id] = file_name
+        for one in instances:
+            counts = one.rle["counts"]
             record = {
                 "image_id": int(image_id),
                 "category_id": int(self._categories.dataset_ids[one.label]),
