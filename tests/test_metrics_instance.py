@@ -21,7 +21,6 @@ from knet_jax.metrics.instance import (
     summarize,
     table,
 )
-from knet_jax.metrics.states import from_bytes, to_bytes
 from knet_jax.structs import Categories, Instance
 
 CATEGORIES = Categories(("cat", "dog", "cow"), dataset_ids=(17, 18, 21), num_things=3)
@@ -252,15 +251,6 @@ def test_counts_of_a_dataset_do_not_depend_on_the_order():
     assert summarize(there, CATEGORIES) == summarize(back, CATEGORIES)
     assert len(there.score) == sum(len(one.score) for one in counts) > 50
     assert len(np.unique(there.score)) <= 11
-
-
-def test_states_travel_as_bytes():
-    for counts in (count(*scene(4), 3, 2**40), no_counts(3)):
-        received = from_bytes(to_bytes(counts), type(counts))
-        for a, b in zip(received, counts, strict=True):
-            np.testing.assert_array_equal(a, b)
-            assert a.dtype == b.dtype and a.shape == b.shape
-        assert summarize(merge(received, counts), CATEGORIES).keys() == set(NUMBERS)
 
 
 def test_nothing_at_all():

@@ -8,7 +8,6 @@ import pytest
 
 from knet_jax.metrics.semantic import count, merge, no_counts, per_class, summarize, table
 from knet_jax.metrics.semantic_files import SemanticResults
-from knet_jax.metrics.states import from_bytes, to_bytes
 from knet_jax.structs import Categories
 
 CATEGORIES = Categories(("cat", "dog", "sky"), dataset_ids=(17, 18, 187), num_things=2)
@@ -129,17 +128,6 @@ def test_errors_name_the_value(truth, prediction, message):
         counted(truth, prediction)
     with pytest.raises(ValueError, match="label -1, not one of 0 … 3"):
         count(labels("1"), -labels("1", np.int32), 3)
-
-
-def test_states_travel_as_bytes():
-    counts = counted("1122", "1213")
-    data = to_bytes(counts)
-    assert data.dtype == np.uint8 and data.ndim == 1
-    received = from_bytes(data, type(counts))
-    assert type(received) is type(counts)
-    for a, b in zip(received, counts):
-        np.testing.assert_array_equal(a, b)
-        assert a.dtype == b.dtype
 
 
 def test_files_hold_the_datasets_ids(tmp_path):
