@@ -8,7 +8,7 @@ masks are [b, n, h, w], because a mask belongs to a kernel. Classes are numbered
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -138,3 +138,15 @@ class PanopticMap(NamedTuple):
     ids: np.ndarray
     """int32 [H, W]: the id of the segment that owns each pixel, 0 = void."""
     segments: tuple[SegmentInfo, ...]
+
+
+class Instance(NamedTuple):
+    """One instance of a picture, predicted or true, on the host. Instances may overlap."""
+
+    rle: dict[str, Any]
+    """COCO's compressed run lengths of the mask: {"size": [height, width], "counts": bytes}."""
+    label: int
+    score: float = 1.0
+    iscrowd: bool = False
+    area: float = 0.0
+    """Pixels as annotated, which may differ from the mask's; 0 = not annotated."""

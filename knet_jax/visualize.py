@@ -1,4 +1,4 @@
-"""Pictures of panoptic maps: every segment tinted, outlined and named."""
+"""Pictures of segmentations of all kinds: every segment tinted, outlined and named."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from knet_jax import rle
 from knet_jax.metrics.panoptic import segment_index
-from knet_jax.structs import Categories, PanopticMap, SegmentInfo
+from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
 
 CELL = 640
 """Longer side, in pixels, of a picture of a panel."""
@@ -24,6 +25,11 @@ MIN_FONT_SIZE = 12
 """Height in pixels below which text cannot be read."""
 OPACITY = 0.55
 """How much of a segment's color covers the picture."""
+MIN_SCORE = 0.3
+"""Score below which an instance is not drawn: a network predicts many more than there are."""
+
+Segmentation = PanopticMap | Sequence[Instance] | np.ndarray
+"""A panoptic map, instances, or integer labels [H, W]: 1 + class, 0 = none."""
 
 
 class Row(NamedTuple):
@@ -32,24 +38,26 @@ class Row(NamedTuple):
     title: str
     image: np.ndarray
     """uint8 [H, W, 3]."""
-    truth: PanopticMap
-    prediction: PanopticMap
+    truth: Segmentation
+    prediction: Segmentation
 
 
-def draw(image: np.ndarray, panoptic: PanopticMap, categories: Categories) -> np.ndarray:
+def draw(image: np.ndarray, segmentation: Segmentation, categories: Categories) -> np.ndarray:
     """The picture in gray under its segments in color, with names where there is room for them.
 
     A class keeps its color in all pictures, things of one class differ in shade, crowds are
-    hatched, void is dark. A score is written where it is below 1.
+    hatched, what belongs to no segment is dark. A score is written where it is below 1. Of
+    instances that overlap the smaller one is in front; those below `MIN_SCORE` are left out.
 
     Args:
         image: uint8 [H, W, 3], RGB.
-        panoptic: a map of the same size.
+        segmentation: of the same size.
         categories: names of its labels.
 
     Returns:
         uint8 [H, W, 3], RGB.
     """
+    panoptic = as_panoptic(segmentation, image.shape[:2])
     index = segment_index(panoptic)
     crowd = np.array([False, *(segment.iscrowd for segment in panoptic.segments)])
     rows, columns = np.indices(index.shape, sparse=True)
@@ -61,6 +69,42 @@ def draw(image: np.ndarray, panoptic: PanopticMap, categories: Categories) -> np
     tinted = gray + OPACITY * (np.where(stripe[..., None], 0, colors[index]) - gray)
     _outline(tinted, index)
     return _write_names(tinted.astype(np.uint8), index, panoptic.segments, categories)
+
+
+def as_panoptic(segmentation: Segmentation, size: tuple[int, int]) -> PanopticMap:
+    """What can be seen of any segmentation of a picture, each pixel with one owner.
+
+    Args:
+        segmentation: as `draw` takes it.
+        size: height and width of the picture.
+
+    Raises:
+        ValueError: the segmentation is of another size.
+    """
+    if isinstance(segmentation, PanopticMap):
+        _check_size(segmentation.ids.shape, size)
+        return segmentation
+    if isinstance(segmentation, np.ndarray):
+        _check_size(segmentation.shape, size)
+        present = np.unique(segmentation[segmentation > 0]).tolist()
+        segments = tuple(SegmentInfo(value, value - 1) for value in present)
+        return PanopticMap(segmentation.astype(np.int32), segments)
+
+    ids = np.zeros(size, np.int32)
+    shown = [instance for instance in segmentation if instance.score >= MIN_SCORE]
+    for i in sorted(range(len(shown)), key=lambda i: -rle.area(shown[i].rle)):
+        mask = rle.decode(shown[i].rle)
+        _check_size(mask.shape, size)
+        ids[mask > 0] = i + 1
+    return PanopticMap(
+        ids, tuple(SegmentInfo(i + 1, s.label, s.iscrowd, s.score) for i, s in enumerate(shown))
+    )
+
+
+def _check_size(shape: tuple[int, ...], size: tuple[int, int]) -> None:
+    if shape != size:
+        sizes = (" x ".join(map(str, each)) for each in (shape, size))
+        raise ValueError("the segmentation has {} pixels and the picture {}".format(*sizes))
 
 
 def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:
@@ -87,7 +131,8 @@ def _strip(row: Row, categories: Categories) -> np.ndarray:
         row.image, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
     )
     truth, prediction = (
-        draw(image, _resize(panoptic, size), categories) for panoptic in (row.truth, row.prediction)
+        draw(image, _resize(as_panoptic(each, (height, width)), size), categories)
+        for each in (row.truth, row.prediction)
     )
 
     font = _font(18)

@@ -28,12 +28,13 @@ from knet_jax.fusion import Fused, fuse
 from knet_jax.knet import KNet, make_model
 from knet_jax.layers import AXIS
 from knet_jax.matching import Weights
-from knet_jax.metrics.coco_files import score_files
+from knet_jax.metrics import instance, semantic
+from knet_jax.metrics.coco_files import score_files, score_instance_files
 from knet_jax.metrics.panoptic import summarize
 from knet_jax.optim import gradient_norm, make_optimizer, trainable
 from knet_jax.postprocess import best_instances, label_maps
 from knet_jax.resampling import Canvas
-from knet_jax.structs import EMPTY, Output, Segments, Stage
+from knet_jax.structs import EMPTY, Categories, Output, Segments, Stage
 from knet_jax.tasks import TASKS, KernelTargets, match_stages
 from knet_jax.training import compute_loss
 
@@ -645,6 +646,48 @@ def panoptic_quality(folder: Path) -> Iterator[Row]:
             yield Row(f"{dataset_id}/{key}", relative(getattr(counts, key)[i], theirs[key]), 1e-9)
 
 
+def average_precision(folder: Path) -> Iterator[Row]:
+    expected = json.loads((folder / "expected.json").read_text())
+    counts, categories = score_instance_files(folder / "gt.json", folder / "dets.json")
+    ours = instance.summarize(counts, categories)
+    for name, theirs in zip(expected["names"].split(", "), expected["stats"], strict=True):
+        yield Row(name, relative(ours[name] / 100, theirs), 1e-9)
+    for row in instance.per_class(counts, categories):
+        ap = -1 if row["AP"] is None else row["AP"] / 100
+        yield Row(f"{row['id']}/AP", relative(ap, expected["per_class_AP"][str(row["id"])]), 1e-9)
+
+
+def mean_iou(folder: Path) -> Iterator[Row]:
+    manifest = json.loads((folder / "expected.json").read_text())
+    maps, k = np.load(folder / "maps.npz"), manifest["num_classes"]
+    ids = tuple(manifest["class_order"])
+    categories = Categories(tuple(map(str, ids)), ids, 0)
+    counts = semantic.no_counts(k)
+    for i in range(len(maps.files) // 2):
+        truth, prediction = (maps[f"{name}_{i}"].astype(np.int32) for name in ("gt", "pred"))
+        # One more than the class, which is how ADE20K's files are written.
+        truth = np.where(truth == manifest["ignore_index"], 0, truth + 1)
+        counts = semantic.merge(counts, semantic.count(truth, prediction + 1, k))
+    summary = semantic.summarize(counts, categories)
+    for variant, expected in manifest["expected"].items():
+        for name, ours in summary.items():
+            yield Row(f"{variant}/{name}", relative(ours / 100, expected[name]), 1e-9)
+        for i, row in enumerate(semantic.per_class(counts, categories)):
+            for name in ("IoU", "Acc"):
+                # -1 stands for what is not defined.
+                values = [-1 if v is None else v for v in (row[name], expected[name][i])]
+                ours = values[0] if row[name] is None else values[0] / 100
+                yield Row(f"{variant}/{row['id']}/{name}", relative(ours, values[1]), 1e-9)
+
+
+FOLDERS = {
+    "pred.json": panoptic_quality,
+    "dets.json": average_precision,
+    "maps.npz": mean_iou,
+}
+"""The measure of a folder, by a file that it holds."""
+
+
 # The report.
 
 # By the beginning of their kind.
@@ -678,7 +721,8 @@ def find(path: Path) -> list[Path]:
 def rows_of(path: Path, dtype: str) -> Iterator[Row] | None:
     """The rows of one fixture; None if its kind is unknown."""
     if path.is_dir():
-        return panoptic_quality(path) if (path / "pred.json").exists() else None
+        found = [rows(path) for file, rows in FOLDERS.items() if (path / file).exists()]
+        return found[0] if found else None
     fixture = load(path, dtype)
     kind = fixture.manifest.get("kind", "")
     function = next((f for start, f in KINDS.items() if kind.startswith(start)), None)

@@ -28,13 +28,14 @@ def post(fixtures, tmp_path):
 
 
 def test_maps_and_quality_equal_the_references(fixtures, monkeypatch, capsys):
-    paths = [fixtures / "det_panoptic_post.npz", fixtures / "pq"]
+    paths = [fixtures / name for name in ("det_panoptic_post.npz", "pq", "ap", "miou")]
     status, lines = run(monkeypatch, capsys, *paths)
     assert status == 0
     assert lines[-1].endswith(" passed, 0 failed, 0 skipped")
     assert int(lines[-1].split()[0]) > 500
     assert any("pan_cfg_0" in line and line.endswith("pass") for line in lines)
-    assert any("All/pq" in line for line in lines)
+    names = {line.split()[0] for line in lines}
+    assert {"All/pq", "AP", "ARl", "90/AP", "plain/mIoU", "reduce_zero_label/200/Acc"} <= names
 
 
 @pytest.mark.slow
@@ -76,23 +77,35 @@ def test_unknown_kinds_are_skipped_by_name(fixtures, tmp_path, monkeypatch, caps
         shutil.copyfile(fixtures / f"{name}.json", tmp_path / f"{name}.json")
     new = {"kind": "something new", "model": "knet_panoptic", "params": []}
     (tmp_path / "new.json").write_text(json.dumps(new))
-    paths = [tmp_path, fixtures / "ap", fixtures / "miou"]
-    status, lines = run(monkeypatch, capsys, *paths)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "expected.json").write_text("{}")
+    status, lines = run(monkeypatch, capsys, tmp_path)
     skipped = {line.partition(":")[0] for line in lines if "skipped, its kind is unknown" in line}
-    assert skipped == {*names, "new", "ap", "miou"}
+    assert skipped == {*names, "new", "folder"}
     assert status == 0 and lines[-1] == f"0 passed, 0 failed, {len(skipped)} skipped"
 
 
-def test_wrong_quality_fails(fixtures, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "pq"
-    shutil.copytree(fixtures / "pq", folder)
+@pytest.mark.parametrize(
+    "name, keys, failed",
+    [
+        ("pq", ("Things", "pq"), "Things/pq"),
+        ("ap", ("stats", 3), "APs"),
+        ("ap", ("per_class_AP", "4"), "4/AP"),
+        ("miou", ("expected", "plain", "IoU", 2), "plain/3/IoU"),
+    ],
+)
+def test_wrong_quality_fails(fixtures, tmp_path, monkeypatch, capsys, name, keys, failed):
+    folder = tmp_path / name
+    shutil.copytree(fixtures / name, folder)
     path = folder / "expected.json"
     path.chmod(0o644)
-    expected = json.loads(path.read_text())
-    expected["Things"]["pq"] += 1e-6
+    expected = entry = json.loads(path.read_text())
+    for key in keys[:-1]:
+        entry = entry[key]
+    entry[keys[-1]] += 1e-6
     path.write_text(json.dumps(expected))
     status, lines = run(monkeypatch, capsys, folder, "--quiet")
-    assert status == 1 and [line.split()[0] for line in lines[1:-1]] == ["Things/pq"]
+    assert status == 1 and [line.split()[0] for line in lines[1:-1]] == [failed]
 
 
 def test_weights_follow_the_rule():

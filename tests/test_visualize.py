@@ -1,10 +1,11 @@
-"""Pictures of panoptic maps: what a viewer relies on."""
+"""Pictures of segmentations: what a viewer relies on."""
 
 import numpy as np
 import pytest
 
-from knet_jax.structs import Categories, PanopticMap, SegmentInfo
-from knet_jax.visualize import CELL, Row, draw, panel
+from knet_jax import rle
+from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.visualize import CELL, MIN_SCORE, Row, as_panoptic, draw, panel
 
 CATEGORIES = Categories(("cat", "dog", "sky", "grass"), (1, 2, 3, 4), num_things=2)
 CAT, DOG, SKY, GRASS = range(4)
@@ -18,9 +19,16 @@ def halves(left: SegmentInfo | None, right: SegmentInfo, shape=(200, 300)) -> Pa
     return PanopticMap(ids, tuple(segment for segment in (left, right) if segment))
 
 
-def corner_colors(panoptic: PanopticMap, image: np.ndarray = GRAY) -> tuple:
+def columns(start: int, stop: int, label: int, shape=(200, 300), **fields) -> Instance:
+    """An instance of full height."""
+    mask = np.zeros(shape, np.uint8)
+    mask[:, start:stop] = 1
+    return Instance(rle.encode(mask), label, **fields)
+
+
+def corner_colors(segmentation, image: np.ndarray = GRAY) -> tuple:
     """The colors in the left and the right half, away from names and outlines."""
-    picture = draw(image, panoptic, CATEGORIES)
+    picture = draw(image, segmentation, CATEGORIES)
     return tuple(picture[20, 20].tolist()), tuple(picture[20, -20].tolist())
 
 
@@ -115,3 +123,82 @@ def test_names_of_a_small_picture_can_be_read():
     )
     rows = np.flatnonzero((small != other).any((1, 2)))
     assert rows.max() - rows.min() >= 8  # x-height of 14 pixel type
+
+
+def test_the_same_scene_looks_the_same_in_all_forms():
+    """A cat on the left, nothing on the right."""
+    labels = np.zeros((200, 300), np.uint8)
+    labels[:, :150] = CAT + 1
+    panoptic = PanopticMap(7 * labels.astype(np.int32), (SegmentInfo(7 * (CAT + 1), CAT),))
+    wanted = draw(GRAY, panoptic, CATEGORIES)
+    for other in (labels, labels.astype(np.uint16), (columns(0, 150, CAT),)):
+        np.testing.assert_array_equal(draw(GRAY, other, CATEGORIES), wanted)
+
+
+def test_a_label_map_has_a_segment_for_each_class():
+    labels = np.array([[0, 4, 4], [2, 2, 4]], np.uint8)
+    panoptic = as_panoptic(labels, (2, 3))
+    assert {s.id: s.label for s in panoptic.segments} == {2: DOG, 4: GRASS}
+    np.testing.assert_array_equal(panoptic.ids, labels)
+    assert as_panoptic(np.zeros((2, 3), np.uint8), (2, 3)).segments == ()
+
+
+def test_small_instances_are_in_front():
+    large, small = columns(0, 200, CAT, score=0.9), columns(50, 90, CAT, score=0.4)
+    for instances in ((large, small), (small, large)):
+        panoptic = as_panoptic(instances, (200, 300))
+        assert [s.score for s in panoptic.segments] == [one.score for one in instances]
+        owner = {s.id: s.score for s in panoptic.segments} | {0: None}
+        row = [owner[id] for id in panoptic.ids[3].tolist()]
+        assert row == [0.9] * 50 + [0.4] * 40 + [0.9] * 110 + [None] * 100
+
+
+def test_instances_of_one_class_differ_in_shade():
+    left, right = corner_colors((columns(0, 150, CAT), columns(150, 300, CAT)))
+    assert np.abs(np.subtract(left, right)).max() > 15
+    line = draw(GRAY, (columns(0, 150, CAT), columns(150, 300, CAT)), CATEGORIES)[10]
+    assert line[150].min() > 180 > line[140].min()
+
+
+def test_doubtful_instances_are_left_out():
+    doubtful = columns(0, 150, CAT, score=MIN_SCORE - 0.01)
+    np.testing.assert_array_equal(draw(GRAY, (doubtful,), CATEGORIES), draw(GRAY, (), CATEGORIES))
+    left, right = corner_colors((columns(0, 150, CAT, score=MIN_SCORE), columns(150, 300, DOG)))
+    assert max(left) - min(left) > 20 < max(right) - min(right)
+
+
+def test_crowds_and_scores_of_instances():
+    plain = draw(GRAY, (columns(0, 300, CAT),), CATEGORIES)
+    crowd = draw(GRAY, (columns(0, 300, CAT, iscrowd=True),), CATEGORIES)
+    assert len(np.unique(plain[5:40, 5:140].reshape(-1, 3), axis=0)) == 1
+    assert len(np.unique(crowd[5:40, 5:140].reshape(-1, 3), axis=0)) == 2
+    scored = draw(GRAY, (columns(0, 300, CAT, score=0.5),), CATEGORIES)
+    changed = np.argwhere((scored != plain).any(-1))
+    assert len(changed) and (abs(changed[:, 0] - 100) < 20).all()
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        halves(SegmentInfo(1, SKY), SegmentInfo(2, CAT), (30, 40)),
+        (columns(0, 9, CAT, (30, 40)),),
+        np.zeros((30, 40), np.uint8),
+    ],
+)
+def test_another_size_is_an_error(segmentation):
+    with pytest.raises(ValueError, match="has 30 x 40 pixels and the picture 200 x 300"):
+        draw(GRAY, segmentation, CATEGORIES)
+
+
+def test_panel_of_instances_and_of_label_maps():
+    image = GRAY[:60, :80]
+    instances = (columns(0, 40, CAT, (60, 80)),)
+    labels = np.where(np.arange(80) < 40, CAT + 1, 0).astype(np.uint8) * np.ones((60, 1), np.uint8)
+    first, second = (
+        panel([Row("a", image, truth, nothing)], CATEGORIES)
+        for truth, nothing in ((instances, ()), (labels, np.zeros_like(labels)))
+    )
+    np.testing.assert_array_equal(first, second)
+    truth, prediction = (first[-20, x * CELL + CELL // 4] for x in (1, 2))
+    assert max(truth) - min(truth) > 20
+    assert max(prediction) == min(prediction) < 60

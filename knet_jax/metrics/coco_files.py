@@ -1,23 +1,30 @@
-"""COCO's panoptic files: a JSON, and beside it a folder of the same name with a PNG for a picture.
+"""Files of truth and results, in COCO's formats (https://cocodataset.org/#format-data).
 
-A pixel of a PNG holds the id R + 256 G + 65536 B of its segment, 0 for void; the JSON says which
-category each id is (https://cocodataset.org/#format-data). Truth and results have the same form;
-results need no more than their annotations, the rest is then the truth's.
+Panoptic: a JSON, and beside it a folder of the same name with a PNG for a picture. A pixel of a PNG
+holds the id R + 256 G + 65536 B of its segment, 0 for void; the JSON says which category each id is.
+Truth and results have the same form; results need no more than their annotations, the rest is then
+the truth's.
+
+Instance: one JSON. The truth lists images, categories and annotations; results are a bare list of
+annotations with scores.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from knet_jax import rle
 from knet_jax.data.coco import read_categories
 from knet_jax.data.transforms import NUM_IDS, load_panoptic, segment_colors, segment_ids
+from knet_jax.metrics import instance
 from knet_jax.metrics.panoptic import PQCounts, count, merge, no_counts, segment_index
-from knet_jax.structs import Categories, PanopticMap, SegmentInfo
+from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
 
 
 class PanopticResults:
@@ -154,3 +161,138 @@ def score_files(truth_path: str | Path, result_path: str | Path) -> tuple[PQCoun
         except ValueError as error:
             raise ValueError(f"{result_path}: picture {image_id}: {error}") from error
     return counts, truth.categories
+
+
+class InstanceResults:
+    """Writes predicted instances picture by picture, as COCO's test server takes them.
+
+    path: the JSON, for example results/instances.json; it appears when it is whole.
+    """
+
+    def __init__(self, path: str | Path, categories: Categories):
+        self.path = Path(path)
+        self._categories = categories
+        self._names: dict[int, str] = {}
+        self._separator = "["
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._unfinished = self.path.with_suffix(".json.part")
+        self._file = self._unfinished.open("w")
+
+    def add(self, image_id: int, file_name: str, instances: Sequence[Instance]) -> None:
+        """Write the instances of one picture.
+
+        Raises ValueError where its id was added before, or a label is not of a class.
+        """
+        if image_id in self._names:
+            raise ValueError(
+                f"{self.path}: {file_name} has id {image_id}, as has {self._names[image_id]}"
+            )
+        num_classes = len(self._categories.names)
+        for one in instances:
+            if not 0 <= one.label < num_classes:
+                raise ValueError(
+                    f"{file_name}: label {one.label} is not one of 0 … {num_classes - 1}"
+                )
+        self._names[image_id] = file_name
+        for one in instances:
+            counts = one.rle["counts"]
+            record = {
+                "image_id": int(image_id),
+                "category_id": int(self._categories.dataset_ids[one.label]),
+                "segmentation": {
+                    "size": list(map(int, one.rle["size"])),
+                    "counts": counts.decode() if isinstance(counts, bytes) else counts,
+                },
+                "score": float(one.score),
+            }
+            self._file.write(f"{self._separator}{json.dumps(record)}")
+            self._separator = ",\n"
+
+    def close(self) -> None:
+        """Finish the JSON."""
+        self._file.write("[]" if self._separator == "[" else "]")
+        self._file.close()
+        self._unfinished.replace(self.path)
+
+
+class InstanceFile:
+    """Reads an instance JSON at once; all its categories are things.
+
+    path: the JSON.
+    truth: where categories and the sizes of pictures come from when the file holds results.
+
+    Raises ValueError where the file is missing or not of this form.
+    """
+
+    def __init__(self, path: str | Path, truth: InstanceFile | None = None):
+        self.path = Path(path)
+        try:
+            content = json.loads(self.path.read_bytes())
+            if truth is None:
+                # Categories of things need not say so, which is how COCO's own file is written.
+                things = [category | {"isthing": 1} for category in content["categories"]]
+                self.categories = read_categories(things)
+                self._sizes = {i["id"]: (i["height"], i["width"]) for i in content["images"]}
+                annotations = content["annotations"]
+            else:
+                self.categories, self._sizes, annotations = truth.categories, truth._sizes, content
+            self._annotations = defaultdict(list)
+            for annotation in annotations:
+                self._annotations[annotation["image_id"]].append(annotation)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a COCO instance file: {error!r}") from error
+        for image_id in self._annotations.keys() - self._sizes.keys():
+            raise ValueError(f"{path}: picture {image_id} is annotated but not listed")
+        self._labels = {id: label for label, id in enumerate(self.categories.dataset_ids)}
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        """The ids of the pictures, in ascending order."""
+        return iter(sorted(self._sizes))
+
+    def __getitem__(self, image_id: int) -> tuple[Instance, ...]:
+        """The instances of a picture; ValueError names what is missing or does not fit."""
+        if image_id not in self._sizes:
+            raise ValueError(f"{self.path} has no picture {image_id}")
+        found = []
+        for annotation in self._annotations.get(image_id, []):
+            try:
+                found.append(
+                    Instance(
+                        rle.from_annotation(annotation["segmentation"], self._sizes[image_id]),
+                        self._labels[annotation["category_id"]],
+                        float(annotation.get("score", 1)),
+                        bool(annotation.get("iscrowd", False)),
+                        float(annotation.get("area", 0)),
+                    )
+                )
+            except KeyError as error:
+                what = error.args[0]
+                problem = f"has no {what}" if isinstance(what, str) else f"no category {what}"
+                raise ValueError(f"{self.path}: picture {image_id}: {problem}") from error
+            except ValueError as error:
+                raise ValueError(f"{self.path}: picture {image_id}: {error}") from error
+        return tuple(found)
+
+
+def score_instance_files(
+    truth_path: str | Path, result_path: str | Path, overlap: instance.Overlap = instance.mask_iou
+) -> tuple[instance.InstanceCounts, Categories]:
+    """Instance counts of a file of results against the truth.
+
+    A picture without results has none. `overlap` is as for `instance.count`.
+    """
+    truth = InstanceFile(truth_path)
+    results = InstanceFile(result_path, truth)
+    num_classes = len(truth.categories.names)
+    counts = [instance.no_counts(num_classes)]
+    for image_id in truth:
+        true, predicted = truth[image_id], results[image_id]
+        counts.append(instance.count(true, predicted, num_classes, image_id, overlap))
+    return instance.merge(*counts), truth.categories

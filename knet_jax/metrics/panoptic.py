@@ -19,6 +19,9 @@ import numpy as np
 
 from knet_jax.structs import Categories, PanopticMap
 
+HEADLINE = ("PQ", "PQ_things", "PQ_stuff")
+"""The numbers that say the most; the first one decides which step of a run is the best."""
+
 
 class PQCounts(NamedTuple):
     """What panoptic quality needs of any number of pictures: four arrays [k] that add up."""
@@ -36,17 +39,20 @@ def no_counts(num_classes: int) -> PQCounts:
     return PQCounts(np.zeros(num_classes), tp, fp, fn)
 
 
-def merge(first: PQCounts, second: PQCounts) -> PQCounts:
-    """The counts of the pictures of both."""
-    return PQCounts(*(a + b for a, b in zip(first, second)))
+def merge(*counts: PQCounts) -> PQCounts:
+    """The counts of the pictures of all."""
+    return PQCounts(*(sum(arrays) for arrays in zip(*counts)))
 
 
-def count(truth: PanopticMap, prediction: PanopticMap, num_classes: int) -> PQCounts:
-    """Match the segments of one picture.
+def count(
+    truth: PanopticMap, prediction: PanopticMap, num_classes: int, image_id: int = 0
+) -> PQCounts:
+    """Match the segments of one picture, whose id does not matter here.
 
     A true segment without pixels is a false negative. Raises ValueError where the maps differ in
     size, a predicted segment has no pixel, a label is out of range, or as `segment_index`.
     """
+    del image_id
     if truth.ids.shape != prediction.ids.shape:
         sizes = (" x ".join(map(str, panoptic.ids.shape)) for panoptic in (prediction, truth))
         raise ValueError("the prediction has {} pixels and the truth {}".format(*sizes))

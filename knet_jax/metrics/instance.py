@@ -1,0 +1,319 @@
+"""Average precision of instance masks, by the rules of COCO's detection challenge.
+
+The predictions of a class are taken in descending order of score, and at each of ten IoU thresholds
+the first to reach an instance with that IoU finds it. Precision, made non-increasing, is read at 101
+values of recall; AP is its mean over these, the thresholds 0.50, 0.55 … 0.95, and the classes. AR is
+the recall at the end. All numbers equal pycocotools' COCOeval
+(https://cocodataset.org/#detection-eval), which matches the same way but keeps every mask until the
+end: here a picture is matched when it is seen, and only the outcome is kept.
+
+A crowd may be found any number of times, which is neither right nor wrong, as is an instance outside
+the range of sizes in question; so is a prediction outside of it that finds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from knet_jax import rle
+from knet_jax.structs import Categories, Instance
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+"""At which IoU an instance counts as found."""
+RECALLS = np.linspace(0, 1, 101)
+"""Where precision is read."""
+SIZES = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
+"""Ranges of area in pixels, both ends included, by the suffix of their names."""
+MAX_PREDICTIONS = 100
+"""Of a class in a picture; what scores less is left out."""
+
+RIGHT, WRONG, IGNORED = 1, 0, -1
+NUMBERS = (
+    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+)
+
+HEADLINE = ("AP", "AP50", "AP75")
+"""The numbers that say the most; the first one decides which step of a run is the best."""
+
+
+Overlap = Callable[[list[dict], list[dict], np.ndarray], np.ndarray]
+"""IoU [p, i] of p predicted and i true masks, of which bool [i] are crowds."""
+
+
+class InstanceCounts(NamedTuple):
+    """What average precision needs of any number of pictures.
+
+    `objects` adds up, the other arrays are put one behind the other; p predictions in total.
+    """
+
+    objects: np.ndarray
+    """int64 [k, 4]: true instances that are to be found, by class and range of sizes."""
+    label: np.ndarray
+    """int32 [p]: class of each prediction."""
+    score: np.ndarray
+    """float64 [p]."""
+    image: np.ndarray
+    """int64 [p]: id of its picture, which decides between equal scores."""
+    rank: np.ndarray
+    """int32 [p]: how many predictions of its class in its picture come before it."""
+    outcome: np.ndarray
+    """int8 [p, 4, 10]: `RIGHT`, `WRONG` or `IGNORED`, by range of sizes and threshold."""
+
+
+def no_counts(num_classes: int) -> InstanceCounts:
+    """The counts of no picture at all."""
+    return InstanceCounts(
+        objects=np.zeros((num_classes, len(SIZES)), np.int64),
+        label=np.zeros(0, np.int32),
+        score=np.zeros(0),
+        image=np.zeros(0, np.int64),
+        rank=np.zeros(0, np.int32),
+        outcome=np.zeros((0, len(SIZES), len(THRESHOLDS)), np.int8),
+    )
+
+
+def merge(*counts: InstanceCounts) -> InstanceCounts:
+    """The counts of the pictures of all; many at once are merged much faster than one by one."""
+    objects, *others = zip(*counts)
+    return InstanceCounts(sum(objects), *(np.concatenate(arrays) for arrays in others))
+
+
+def mask_iou(predicted: list[dict], true: list[dict], iscrowd: np.ndarray) -> np.ndarray:
+    """IoU of masks; of a crowd, the share of the prediction that lies on it."""
+    iou = coco_mask.iou(predicted, true, iscrowd.astype(np.uint8))
+    return np.reshape(iou, (len(predicted), len(true)))
+
+
+def boundary_iou(predicted: list[dict], true: list[dict], iscrowd: np.ndarray) -> np.ndarray:
+    """The smaller of `mask_iou` and the IoU of boundaries, which large masks cannot hide.
+
+    With it, AP becomes boundary AP (Cheng et al., CVPR 2021, arXiv 2103.16562). A boundary is
+    what of a mask lies within 2 % of the picture's diagonal of its outline. Crowds have none.
+    """
+    boundaries = [[_boundary(mask) for mask in masks] for masks in (predicted, true)]
+    whole = mask_iou(predicted, true, iscrowd)
+    return np.where(iscrowd, whole, np.minimum(whole, mask_iou(*boundaries, iscrowd)))
+
+
+def count(
+    truth: Sequence[Instance],
+    prediction: Sequence[Instance],
+    num_classes: int,
+    image_id: int = 0,
+    overlap: Overlap = mask_iou,
+) -> InstanceCounts:
+    """Match the instances of one picture.
+
+    Args:
+        truth: crowds included.
+        prediction: in any order; of equal scores, the first comes first.
+        num_classes: k.
+        image_id: of predictions of equal score in several pictures, the smaller id comes first.
+        overlap: `mask_iou` or `boundary_iou`.
+
+    Raises:
+        ValueError: the masks differ in size, a label is out of range, a score is not a number, or a
+            mask is not in COCO's compressed form.
+    """
+    _check(truth, prediction, num_classes)
+    counts = [no_counts(num_classes)]
+    for label in sorted({instance.label for instance in (*truth, *prediction)}):
+        true = [instance for instance in truth if instance.label == label]
+        found = [instance for instance in prediction if instance.label == label]
+        found = sorted(found, key=lambda instance: -instance.score)[:MAX_PREDICTIONS]
+        crowd = np.array([instance.iscrowd for instance in true], bool)
+        masks, true_masks = ([instance.rle for instance in each] for each in (found, true))
+        # As COCOeval does: a truth is as large as annotated, a prediction as its mask.
+        annotated = np.array([instance.area for instance in true])
+        areas = np.where(annotated > 0, annotated, coco_mask.area(true_masks))
+        ignored = _is_outside(areas) | crowd[:, None]
+        outside = _is_outside(np.array(coco_mask.area(masks)))
+        objects = np.zeros((num_classes, len(SIZES)), np.int64)
+        objects[label] = (~ignored).sum(0)
+        counts.append(
+            InstanceCounts(
+                objects=objects,
+                label=np.full(len(found), label, np.int32),
+                score=np.array([instance.score for instance in found], np.float64),
+                image=np.full(len(found), image_id, np.int64),
+                rank=np.arange(len(found), dtype=np.int32),
+                outcome=_match(overlap(masks, true_masks, crowd), crowd, ignored, outside),
+            )
+        )
+    return merge(*counts)
+
+
+def summarize(counts: InstanceCounts, categories: Categories) -> dict[str, float]:
+    """COCO's twelve numbers in percent, under the names of `NUMBERS`.
+
+    AP50 and AP75 are at one IoU threshold; s, m and l are instances of an area up to 32², from
+    there to 96², and beyond; AR1, AR10 and AR100 take so many predictions of a class in a picture.
+    Classes without an instance stay out of a mean; the mean of no class is 0.
+    """
+    return {
+        name: float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else 0.0
+        for name, values in _quality(counts).items()
+    }
+
+
+def per_class(counts: InstanceCounts, categories: Categories) -> list[dict]:
+    """A row for every class: name, the dataset's id, the twelve numbers, and two counts.
+
+    A number is None where the class has no instance; `objects` are true instances but for crowds,
+    `predictions` what was taken into account.
+    """
+    quality = _quality(counts)
+    predictions = np.bincount(counts.label, minlength=len(counts.objects))
+    rows = []
+    for i, (name, id) in enumerate(zip(categories.names, categories.dataset_ids, strict=True)):
+        values = {key: None if np.isnan(v[i]) else v[i].item() for key, v in quality.items()}
+        sizes = {"objects": counts.objects[i, 0].item(), "predictions": predictions[i].item()}
+        rows.append({"name": name, "id": id} | values | sizes)
+    return rows
+
+
+def table(counts: InstanceCounts, categories: Categories) -> str:
+    """The classes that occur, and the means over those with an instance, as text."""
+    precision, recall = NUMBERS[:6], NUMBERS[6:]
+    rows = [row for row in per_class(counts, categories) if row["objects"] or row["predictions"]]
+    width = max(len(name) for name in ("All", *categories.names))
+
+    def line(title: str, values: dict, names: Sequence[str]) -> str:
+        cells = ("     -" if values[name] is None else f"{values[name]:6.1f}" for name in names)
+        return f"{title:{width}} {' '.join(cells)}"
+
+    def head(names: Sequence[str]) -> str:
+        return f"{'':{width}} {' '.join(f'{name:>6}' for name in names)}"
+
+    lines = [f"{head(precision)}  objects predicted"]
+    for row in rows:
+        lines.append(
+            f"{line(row['name'], row, precision)}  {row['objects']:7} {row['predictions']:9}"
+        )
+    means = summarize(counts, categories)
+    with_objects = sum(row["objects"] > 0 for row in rows)
+    lines += [
+        "",
+        f"{head(precision)}  classes",
+        f"{line('All', means, precision)}  {with_objects:7}",
+    ]
+    lines += ["", head(recall), line("All", means, recall)]
+    return "\n".join(lines)
+
+
+def _check(truth: Sequence[Instance], prediction: Sequence[Instance], num_classes: int) -> None:
+    size = None
+    for name, given in (("true", truth), ("predicted", prediction)):
+        for i, instance in enumerate(given):
+            if not 0 <= instance.label < num_classes:
+                raise ValueError(
+                    f"{name} instance {i} has label {instance.label}, not one of 0 … {num_classes - 1}"
+                )
+            if not np.isfinite(instance.score):
+                raise ValueError(f"{name} instance {i} has score {instance.score}")
+            mask = instance.rle
+            if not rle.is_compressed(mask):
+                raise ValueError(
+                    f"{name} instance {i} has mask {str(mask)[:60]}; accepted: "
+                    "{'size': [height, width], 'counts': bytes}"
+                )
+            size = size or tuple(mask["size"])
+            if tuple(mask["size"]) != size:
+                sizes = (" x ".join(map(str, each)) for each in (mask["size"], size))
+                raise ValueError("{} instance {} has {} pixels, others {}".format(name, i, *sizes))
+
+
+def _is_outside(areas: np.ndarray) -> np.ndarray:
+    """Whether areas [i] are not in a range of sizes, bool [i, 4]."""
+    low, high = np.array(list(SIZES.values())).T
+    return (areas[:, None] < low) | (areas[:, None] > high)
+
+
+def _match(
+    iou: np.ndarray, iscrowd: np.ndarray, ignored: np.ndarray, outside: np.ndarray
+) -> np.ndarray:
+    """What becomes of the predictions of one class in one picture.
+
+    Each takes, of the instances that are left and that it overlaps enough, the one of the largest
+    IoU, the last of equals; one that is to be ignored only if there is no other.
+
+    Args:
+        iou: [p, i], predictions in descending order of score.
+        iscrowd: bool [i].
+        ignored: bool [i, 4], by range of sizes.
+        outside: bool [p, 4], predictions whose own size is not in the range.
+
+    Returns:
+        int8 [p, 4, 10].
+    """
+    shape = (len(iou), len(SIZES), len(THRESHOLDS))
+    outcome = np.broadcast_to(np.where(outside, IGNORED, WRONG)[:, :, None], shape).astype(np.int8)
+    taken = np.zeros((*shape[1:], len(iscrowd)), bool)
+    preferred = len(iscrowd) * ~ignored.T[:, None, :]
+    for p in np.flatnonzero(iou.max(1, initial=0) >= THRESHOLDS[0]):
+        place = np.argsort(np.argsort(iou[p], kind="stable"))
+        can_take = (iou[p] >= THRESHOLDS[:, None]) & ~taken
+        value = np.where(can_take, 1 + place + preferred, 0)
+        size, threshold = np.nonzero(value.any(-1))
+        best = value.argmax(-1)[size, threshold]
+        outcome[p, size, threshold] = np.where(ignored[best, size], IGNORED, RIGHT)
+        taken[size, threshold, best] = ~iscrowd[best]
+    return outcome
+
+
+def _boundary(mask: dict) -> dict:
+    """The part of a mask near its outline, to which the picture's border belongs."""
+    pixels = rle.decode(mask)
+    width = max(1, round(0.02 * float(np.hypot(*pixels.shape))))
+    inner = cv2.erode(
+        pixels,
+        np.ones((3, 3), np.uint8),
+        iterations=width,
+        borderType=cv2.BORDER_CONSTANT,
+        borderValue=0,
+    )
+    return rle.encode(pixels - inner)
+
+
+def _quality(counts: InstanceCounts) -> dict[str, np.ndarray]:
+    """The twelve numbers of every class in percent, [k]; NaN where it has no instance."""
+    k = len(counts.objects)
+    precision = np.full((k, len(SIZES), len(THRESHOLDS)), np.nan)
+    recall = {limit: precision.copy() for limit in (1, 10, MAX_PREDICTIONS)}
+    order = np.lexsort((counts.rank, counts.image, -counts.score, counts.label))
+    ends = np.searchsorted(counts.label[order], np.arange(k + 1))
+    for label in range(k):
+        of_class = order[ends[label] : ends[label + 1]]
+        outcome, rank = counts.outcome[of_class], counts.rank[of_class]
+        for size in np.flatnonzero(counts.objects[label]):
+            num_objects = counts.objects[label, size]
+            precision[label, size] = _average_precision(outcome[:, size], num_objects)
+            for limit, values in recall.items():
+                found = (outcome[rank < limit, size] == RIGHT).sum(0)
+                values[label, size] = found / num_objects
+    columns = (
+        *(precision[:, 0].mean(1), precision[:, 0, 0], precision[:, 0, 5]),
+        *(precision[:, size].mean(1) for size in (1, 2, 3)),
+        *(values[:, 0].mean(1) for values in recall.values()),
+        *(recall[MAX_PREDICTIONS][:, size].mean(1) for size in (1, 2, 3)),
+    )
+    return {name: 100 * column for name, column in zip(NUMBERS, columns, strict=True)}
+
+
+def _average_precision(outcome: np.ndarray, num_objects: int) -> np.ndarray:
+    """AP at every threshold, [10], of predictions [p, 10] in descending order of score."""
+    right, wrong = np.cumsum(outcome == RIGHT, 0), np.cumsum(outcome == WRONG, 0)
+    recall = right / num_objects
+    # The tiny summand is COCOeval's: nothing has been right or wrong yet.
+    precision = right / (right + wrong + np.spacing(1))
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    # Recall that is never reached has no precision.
+    precision = np.concatenate([precision, np.zeros((1, len(THRESHOLDS)))])
+    index = [np.searchsorted(column, RECALLS) for column in recall.T]
+    return np.array([column[i].mean() for column, i in zip(precision.T, index)])

@@ -1,0 +1,129 @@
+"""Intersection over union of classes, the measure of semantic segmentation.
+
+For each class, over all pixels of all pictures that the truth labels,
+
+    IoU = |truth ∩ prediction| / |truth ∪ prediction|,   Acc = |truth ∩ prediction| / |truth|;
+
+mIoU and mAcc are means over the classes for which they are defined, aAcc is the share of pixels that
+are right. Pixels that the truth leaves unlabelled count for nobody.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from knet_jax.structs import Categories
+
+HEADLINE = ("mIoU", "mAcc", "aAcc")
+"""The numbers that say the most; the first one decides which step of a run is the best."""
+
+
+class PixelCounts(NamedTuple):
+    """What IoU needs of any number of pictures: three arrays int64 [k] that add up."""
+
+    intersection: np.ndarray
+    """Pixels of a class that are predicted as such."""
+    truth: np.ndarray
+    """Pixels of a class."""
+    prediction: np.ndarray
+    """Pixels that are predicted as a class, where the truth has any."""
+
+
+def no_counts(num_classes: int) -> PixelCounts:
+    """The counts of no picture at all."""
+    return PixelCounts(*np.zeros((3, num_classes), np.int64))
+
+
+def merge(*counts: PixelCounts) -> PixelCounts:
+    """The counts of the pictures of all."""
+    return PixelCounts(*(sum(arrays) for arrays in zip(*counts)))
+
+
+def count(
+    truth: np.ndarray, prediction: np.ndarray, num_classes: int, image_id: int = 0
+) -> PixelCounts:
+    """Compare two label maps of one picture, whose id does not matter here.
+
+    Args:
+        truth: integers [H, W], 1 + class, 0 = unlabelled.
+        prediction: the same; 0 = none of the classes, which is right nowhere.
+        num_classes: k.
+
+    Raises:
+        ValueError: the maps differ in size, or a label is out of range.
+    """
+    del image_id
+    if truth.shape != prediction.shape:
+        sizes = (" x ".join(map(str, labels.shape)) for labels in (prediction, truth))
+        raise ValueError("the prediction has {} pixels and the truth {}".format(*sizes))
+    for name, labels in (("truth", truth), ("prediction", prediction)):
+        if labels.size and (labels.max() > num_classes or labels.min() < 0):
+            wrong = labels.max() if labels.max() > num_classes else labels.min()
+            raise ValueError(f"the {name} has label {wrong}, not one of 0 … {num_classes}")
+    side = num_classes + 1
+    pairs = truth.astype(np.int64) * side + prediction
+    pixels = np.bincount(pairs.ravel(), minlength=side * side).reshape(side, side)[1:]
+    return PixelCounts(
+        intersection=pixels[:, 1:].diagonal().copy(),
+        truth=pixels.sum(1),
+        prediction=pixels[:, 1:].sum(0),
+    )
+
+
+def summarize(counts: PixelCounts, categories: Categories) -> dict[str, float]:
+    """mIoU, mAcc and aAcc in percent.
+
+    Classes that occur neither in the truth nor in a prediction stay out of mIoU, classes without a
+    pixel of truth out of mAcc; the mean of nothing is 0.
+    """
+    quality = _quality(counts, categories)
+    means = {
+        f"m{name}": float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else 0.0
+        for name, values in quality.items()
+    }
+    right, pixels = counts.intersection.sum(), counts.truth.sum()
+    return means | {"aAcc": float(100 * right / max(pixels, 1))}
+
+
+def per_class(counts: PixelCounts, categories: Categories) -> list[dict]:
+    """A row for every class: name, the dataset's id, IoU and Acc in percent, and its pixels.
+
+    IoU and Acc are None where they are not defined.
+    """
+    quality = _quality(counts, categories)
+    rows = []
+    for i, (name, id) in enumerate(zip(categories.names, categories.dataset_ids, strict=True)):
+        values = {key: None if np.isnan(v[i]) else v[i].item() for key, v in quality.items()}
+        pixels = {key: column[i].item() for key, column in counts._asdict().items()}
+        rows.append({"name": name, "id": id} | values | pixels)
+    return rows
+
+
+def table(counts: PixelCounts, categories: Categories) -> str:
+    """The classes that occur, and the means, as text; pixels in thousands."""
+    rows = [row for row in per_class(counts, categories) if row["truth"] or row["prediction"]]
+    width = max(len(name) for name in ("All", *categories.names))
+    lines = [f"{'':{width}}    IoU    Acc   truth k  predicted k"]
+    for row in rows:
+        accuracy = "     -" if row["Acc"] is None else f"{row['Acc']:6.1f}"
+        lines.append(
+            f"{row['name']:{width}} {row['IoU']:6.1f} {accuracy}"
+            f" {row['truth'] / 1000:9.1f} {row['prediction'] / 1000:12.1f}"
+        )
+    means = summarize(counts, categories)
+    lines += ["", f"{'':{width}}   mIoU   mAcc   aAcc classes"]
+    values = " ".join(f"{means[name]:6.1f}" for name in ("mIoU", "mAcc", "aAcc"))
+    lines.append(f"{'All':{width}} {values}  {len(rows):6}")
+    return "\n".join(lines)
+
+
+def _quality(counts: PixelCounts, categories: Categories) -> dict[str, np.ndarray]:
+    """IoU and Acc of every class in percent, [k]; NaN where not defined."""
+    union = counts.truth + counts.prediction - counts.intersection
+    with np.errstate(invalid="ignore"):
+        return {
+            "IoU": 100 * (counts.intersection / union),
+            "Acc": 100 * (counts.intersection / counts.truth),
+        }

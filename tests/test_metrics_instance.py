@@ -1,0 +1,420 @@
+"""Average precision: the reference's numbers, COCOeval's on random scenes, and rules one by one."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from knet_jax import rle
+from knet_jax.metrics.coco_files import InstanceFile, InstanceResults, score_instance_files
+from knet_jax.metrics.instance import (
+    NUMBERS,
+    boundary_iou,
+    count,
+    mask_iou,
+    merge,
+    no_counts,
+    per_class,
+    summarize,
+    table,
+)
+from knet_jax.structs import Categories, Instance
+
+CATEGORIES = Categories(("cat", "dog", "cow"), dataset_ids=(17, 18, 21), num_things=3)
+CAT, DOG, COW = range(3)
+SIZE = (140, 150)
+
+
+def box(top, left, height, width, size=SIZE) -> dict:
+    mask = np.zeros(size, np.uint8)
+    mask[top : top + height, left : left + width] = 1
+    return rle.encode(mask)
+
+
+def strip(start: int, stop: int) -> dict:
+    """Pixels of a picture of one row of 20."""
+    return box(0, start, 1, stop - start, (1, 20))
+
+
+def random_boxes(rng, num: int) -> np.ndarray:
+    """Top, left, height, width; of all three ranges of sizes."""
+    sides = rng.choice([10, 25, 40, 70, 110], (num, 2)) + rng.integers(-4, 5, (num, 2))
+    return np.concatenate([rng.integers(0, 60, (num, 2)), sides], axis=1)
+
+
+def scene(seed: int) -> tuple[tuple[Instance, ...], tuple[Instance, ...]]:
+    """Truth and predictions of a picture: shifted, doubled, mislabelled, of equal scores."""
+    rng = np.random.default_rng(seed)
+    truth, prediction = [], []
+    for place in random_boxes(rng, rng.integers(0, 9)):
+        label, area = int(rng.integers(3)), float(place[2] * place[3] * rng.uniform(0.6, 1))
+        truth.append(Instance(box(*place), label, iscrowd=bool(rng.random() < 0.15), area=area))
+        for _ in range(rng.integers(0, 4)):
+            shift = rng.integers(0, 1 + place[2:].min() // 6, 4)
+            label = label if rng.random() < 0.8 else int(rng.integers(3))
+            score = round(float(rng.random()), 1)
+            prediction.append(Instance(box(*(place + shift)), label, score))
+    for place in random_boxes(rng, rng.integers(0, 5)):
+        prediction.append(Instance(box(*place), int(rng.integers(3)), round(rng.random(), 1)))
+    return tuple(truth), tuple(prediction)
+
+
+def counted(scenes, overlap=mask_iou):
+    ids = range(1, len(scenes) + 1)
+    return merge(*(count(*pair, 3, id, overlap) for id, pair in zip(ids, scenes)))
+
+
+def oracle(scenes, coco_class, eval_class, **arguments):
+    """COCOeval's own objects for the same pictures. -> the twelve numbers, and AP of each class."""
+    truths, results = [], []
+    for image_id, (truth, prediction) in enumerate(scenes, 1):
+        for instance in truth:
+            truths.append(
+                {
+                    "id": len(truths) + 1,
+                    "image_id": image_id,
+                    "category_id": CATEGORIES.dataset_ids[instance.label],
+                    "segmentation": instance.rle,
+                    "area": instance.area,
+                    "bbox": [0, 0, 1, 1],
+                    "iscrowd": int(instance.iscrowd),
+                }
+            )
+        for instance in prediction:
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": CATEGORIES.dataset_ids[instance.label],
+                    "segmentation": instance.rle,
+                    "score": instance.score,
+                }
+            )
+    truth = coco_class()
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": i + 1, "height": SIZE[0], "width": SIZE[1]} for i in range(len(scenes))],
+        "categories": [
+            {"id": id, "name": name} for id, name in zip(CATEGORIES.dataset_ids, CATEGORIES.names)
+        ],
+        "annotations": copy.deepcopy(truths),
+    }
+    truth.createIndex()
+    evaluation = eval_class(truth, truth.loadRes(copy.deepcopy(results)), **arguments)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    precision = evaluation.eval["precision"][:, :, :, 0, 2]
+    return evaluation.stats[:12], precision.mean((0, 1))
+
+
+def assert_equal(counts, stats, of_class):
+    summary = summarize(counts, CATEGORIES)
+    assert tuple(summary) == NUMBERS
+    # Where there is no instance of a size, -1 there is 0 here.
+    np.testing.assert_allclose(list(summary.values()), 100 * stats.clip(0), rtol=0, atol=1e-10)
+    for row, ap in zip(per_class(counts, CATEGORIES), of_class, strict=True):
+        assert (row["AP"] is None) == (ap == -1)
+        assert row["AP"] is None or row["AP"] == pytest.approx(100 * ap, rel=0, abs=1e-10)
+
+
+def test_equals_the_reference_on_its_files(fixtures):
+    folder = fixtures / "ap"
+    expected = json.loads((folder / "expected.json").read_text())
+    assert expected["names"] == "AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl"
+    assert expected["names"].split(", ") == list(NUMBERS)
+    counts, categories = score_instance_files(folder / "gt.json", folder / "dets.json")
+    summary = summarize(counts, categories)
+    for name, want in zip(NUMBERS, expected["stats"], strict=True):
+        assert summary[name] == pytest.approx(100 * want, rel=0, abs=1e-9)
+    rows = per_class(counts, categories)
+    assert {str(row["id"]) for row in rows} == set(expected["per_class_AP"])
+    for row in rows:
+        want = expected["per_class_AP"][str(row["id"])]
+        assert (row["AP"] is None) == (want == -1)
+        assert want == -1 or row["AP"] == pytest.approx(100 * want, rel=0, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_equals_cocoeval_on_random_scenes(seed):
+    """With crowds, three ranges of sizes, scores that tie, and more predictions than count."""
+    scenes = [scene(100 * seed + i) for i in range(12)]
+    many = tuple(Instance(box(i % 30, 5, 30, 30), CAT, 0.5) for i in range(120))
+    scenes[3] = (scenes[3][0], many)
+    counts = counted(scenes)
+    stats, of_class = oracle(scenes, COCO, COCOeval, iouType="segm")
+    assert (stats[:5] > -1).all() and 0.05 < stats[0] < 0.95
+    assert_equal(counts, stats, of_class)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind, overlap", [("segm", mask_iou), ("boundary", boundary_iou)])
+def test_equals_faster_coco_eval(seed, kind, overlap):
+    """The other implementation, which also knows boundary AP."""
+    faster = pytest.importorskip("faster_coco_eval")
+    scenes = [scene(100 * seed + i) for i in range(12)]
+    stats, of_class = oracle(
+        scenes, faster.COCO, faster.COCOeval_faster, iouType=kind, print_function=lambda *_: None
+    )
+    assert_equal(counted(scenes, overlap), stats, of_class)
+
+
+def test_boundaries_of_large_masks_are_compared():
+    """Frames of four pixels, 2 % of the diagonal; the border of the picture is an outline."""
+    ious = boundary_iou([box(0, 0, 140, 100)], [box(0, 0, 140, 110)], np.array([False]))
+    frame = 140 * 100 - 132 * 92, 140 * 110 - 132 * 102
+    shared = 2 * 4 * 100 + 132 * 4
+    np.testing.assert_allclose(ious, [[shared / (sum(frame) - shared)]])
+    small = [box(5, 5, 7, 7)], [box(6, 5, 7, 7)], np.array([False])
+    np.testing.assert_allclose(boundary_iou(*small), mask_iou(*small))
+    crowd = [box(0, 0, 50, 50)], [box(0, 0, 100, 100)], np.array([True])
+    np.testing.assert_allclose(boundary_iou(*crowd), [[1]])
+
+
+def test_perfect_predictions_score_100():
+    truth = (
+        *(Instance(box(0, 0, 20, 20), CAT, area=400), Instance(box(50, 0, 50, 50), CAT)),
+        Instance(box(0, 0, 120, 120), DOG, area=14400),
+        Instance(box(30, 30, 90, 90), DOG, iscrowd=True),
+    )
+    predicted = tuple(one._replace(score=0.9) for one in truth if not one.iscrowd)
+    counts = count(truth, predicted, 3)
+    summary = summarize(counts, CATEGORIES)
+    assert summary.pop("AR1") == pytest.approx(75)  # one of two cats
+    assert summary == pytest.approx(dict.fromkeys(summary, 100))
+    assert counts.objects.tolist() == [[2, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0]]
+
+
+def ap(truth, *predictions) -> list:
+    """AP and AP50 of cats in a picture of 20 pixels."""
+    truth = tuple(Instance(strip(*place), CAT) for place in truth)
+    predicted = tuple(Instance(strip(*place), CAT, score) for place, score in predictions)
+    (cat, *_) = per_class(count(truth, predicted, 3), CATEGORIES)
+    return [round(cat[name], 6) for name in ("AP", "AP50")]
+
+
+def test_known_values():
+    assert ap([(0, 10)], ((0, 10), 0.5)) == [100, 100]
+    assert ap([(0, 10)]) == [0, 0]
+    # IoU 0.7: the thresholds 0.50, 0.55 … 0.70 are reached, the last one exactly.
+    assert ap([(0, 10)], ((0, 7), 0.5)) == [50, 100]
+    # A second prediction of the same instance is wrong, but comes after all recall.
+    assert ap([(0, 10)], ((0, 10), 0.5), ((0, 10), 0.4)) == [100, 100]
+    assert ap([(0, 10)], ((0, 7), 0.5), ((0, 10), 0.4)) == [50 + 25, 100]
+    # A wrong one that comes first halves precision everywhere.
+    assert ap([(0, 10)], ((10, 20), 0.9), ((0, 10), 0.5)) == [50, 50]
+    # Half of the recall: 51 of the 101 values 0, 0.01, …
+    half = round(100 * 51 / 101, 6)
+    assert ap([(0, 10), (10, 20)], ((0, 10), 0.5)) == [half, half]
+
+
+def test_the_best_free_instance_is_taken():
+    """The second prediction would rather have the instance that the first has."""
+    assert ap([(0, 10), (4, 14)], ((0, 10), 0.9), ((2, 12), 0.8))[1] == 100
+    assert ap([(0, 10), (12, 20)], ((0, 10), 0.9), ((2, 12), 0.8))[1] < 100
+
+
+def test_crowds_neither_count_nor_punish():
+    def numbers(*predictions):
+        truth = Instance(strip(0, 4), CAT), Instance(strip(10, 20), CAT, iscrowd=True)
+        found = tuple(Instance(strip(*place), CAT, 0.5) for place in ((0, 4), *predictions))
+        return count(truth, found, 3)
+
+    counts = numbers((10, 14), (13, 19), (10, 20))
+    assert counts.objects[CAT, 0] == 1
+    assert summarize(counts, CATEGORIES)["AP"] == pytest.approx(100)
+    assert (counts.outcome[:, 0] == -1).all(1).tolist() == [False, True, True, True]
+    # Half of it must lie on the crowd.
+    assert (numbers((5, 12)).outcome[1, 0] == 0).all()
+
+
+def test_sizes_are_as_annotated_or_else_as_drawn():
+    mask = box(0, 0, 40, 40)
+
+    def objects(area):
+        return count((Instance(mask, CAT, area=area),), (), 3).objects[CAT].tolist()
+
+    assert objects(1600) == objects(0) == [1, 0, 1, 0]
+    assert objects(1023) == [1, 1, 0, 0]
+    assert objects(1024) == [1, 1, 1, 0]  # the ranges include their ends
+    assert objects(9217) == [1, 0, 0, 1]
+
+
+def test_counts_of_a_dataset_do_not_depend_on_the_order():
+    """Not even where scores tie: the ids of the pictures decide."""
+    counts = [count(*scene(i), 3, i) for i in range(10)]
+    there, back = merge(*counts), no_counts(3)
+    for one in reversed(counts):
+        back = merge(back, one)
+    assert summarize(there, CATEGORIES) == summarize(back, CATEGORIES)
+    assert len(there.score) == sum(len(one.score) for one in counts) > 50
+    assert len(np.unique(there.score)) <= 11
+
+
+def test_nothing_at_all():
+    for counts in (no_counts(3), count((), (), 3)):
+        assert set(summarize(counts, CATEGORIES).values()) == {0.0}
+        assert [row["AP"] for row in per_class(counts, CATEGORIES)] == [None] * 3
+    counts = count((), (Instance(strip(0, 5), CAT, 0.9),), 3)
+    assert set(summarize(counts, CATEGORIES).values()) == {0.0}
+    assert per_class(counts, CATEGORIES)[CAT]["predictions"] == 1
+    empty = Instance(strip(0, 0), CAT, 0.9)
+    assert summarize(count((), (empty,), 3), CATEGORIES)["AP"] == 0
+    assert summarize(count((Instance(strip(0, 5), CAT),), (empty,), 3), CATEGORIES)["AP"] == 0
+
+
+def test_table_lists_what_occurs():
+    truth = Instance(box(0, 0, 40, 40), CAT), Instance(box(0, 0, 10, 10), CAT)
+    counts = count(truth, (Instance(box(0, 0, 40, 40), CAT, 0.5), truth[1]._replace(label=COW)), 3)
+    text = table(counts, CATEGORIES)
+    assert [line.split() for line in text.splitlines() if line.strip()] == [
+        [*NUMBERS[:6], "objects", "predicted"],
+        ["cat", "50.5", "50.5", "50.5", "0.0", "100.0", "-", "2", "1"],
+        ["cow", "-", "-", "-", "-", "-", "-", "0", "1"],
+        [*NUMBERS[:6], "classes"],
+        ["All", "50.5", "50.5", "50.5", "0.0", "100.0", "0.0", "1"],
+        [*NUMBERS[6:]],
+        ["All", "50.0", "50.0", "50.0", "0.0", "100.0", "0.0"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "truth, prediction, message",
+    [
+        ((strip(0, 1), 3), (strip(0, 1), 0), "true instance 0 has label 3, not one of 0 … 2"),
+        ((strip(0, 1), 0), (strip(0, 1), -1), "predicted instance 0 has label -1"),
+        (
+            (strip(0, 1), 0),
+            (box(0, 0, 1, 1), 0),
+            "predicted instance 0 has 140 x 150 pixels, others 1 x 20",
+        ),
+        ((strip(0, 1), 0), (strip(0, 1), 0, np.nan), "predicted instance 0 has score nan"),
+        (([[0, 0, 1, 0, 1, 1]], 0), (strip(0, 1), 0), r"mask \[\[0, 0, 1.*; accepted: {'size'"),
+        (({"size": [1, 2], "counts": [2]}, 0), (strip(0, 1), 0), "true instance 0 has mask"),
+    ],
+)
+def test_errors_name_the_value(truth, prediction, message):
+    with pytest.raises(ValueError, match=message):
+        count((Instance(*truth),), (Instance(*prediction),), 3)
+
+
+def write_truth(path, truths: dict[int, tuple[Instance, ...]]) -> None:
+    annotations = [
+        {
+            "id": 1,
+            "image_id": image_id,
+            "category_id": CATEGORIES.dataset_ids[one.label],
+            "segmentation": one.rle | {"counts": one.rle["counts"].decode()},
+            "area": one.area,
+            "iscrowd": int(one.iscrowd),
+        }
+        for image_id, truth in truths.items()
+        for one in truth
+    ]
+    content = {
+        "images": [{"id": id, "height": SIZE[0], "width": SIZE[1]} for id in truths],
+        "categories": [
+            {"id": id, "name": name} for id, name in zip(CATEGORIES.dataset_ids, CATEGORIES.names)
+        ],
+        "annotations": annotations,
+    }
+    path.write_text(json.dumps(content))
+
+
+def test_files_round_trip(tmp_path):
+    scenes = {seed: scene(seed) for seed in (3, 1, 2)}
+    write_truth(tmp_path / "truth.json", {id: truth for id, (truth, _) in scenes.items()})
+    results = InstanceResults(tmp_path / "out" / "instances.json", CATEGORIES)
+    for image_id, (_, prediction) in scenes.items():
+        results.add(image_id, f"{image_id}.jpg", prediction)
+    assert not (tmp_path / "out" / "instances.json").exists()
+    results.close()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["instances.json"]
+
+    truth = InstanceFile(tmp_path / "truth.json")
+    assert list(truth) == [1, 2, 3] and len(truth) == 3
+    assert truth.categories == CATEGORIES
+    read = InstanceFile(tmp_path / "out" / "instances.json", truth)
+    for image_id, (true, prediction) in scenes.items():
+        assert truth[image_id] == true
+        assert read[image_id] == prediction
+    counts, _ = score_instance_files(tmp_path / "truth.json", tmp_path / "out" / "instances.json")
+    direct = merge(*(count(*scenes[id], 3, id) for id in scenes))
+    assert summarize(counts, CATEGORIES) == summarize(direct, CATEGORIES)
+
+
+def test_files_are_what_the_test_server_takes(tmp_path):
+    results = InstanceResults(tmp_path / "instances.json", CATEGORIES)
+    results.add(139, "139.jpg", (Instance(strip(0, 5), DOG, np.float32(0.5)),))
+    results.close()
+    counts = strip(0, 5)["counts"].decode()
+    assert json.loads((tmp_path / "instances.json").read_text()) == [
+        {
+            "image_id": 139,
+            "category_id": 18,
+            "segmentation": {"size": [1, 20], "counts": counts},
+            "score": 0.5,
+        }
+    ]
+    empty = InstanceResults(tmp_path / "empty.json", CATEGORIES)
+    empty.add(1, "1.jpg", ())
+    empty.close()
+    assert json.loads((tmp_path / "empty.json").read_text()) == []
+
+
+def test_writer_refuses_what_cannot_be_meant(tmp_path):
+    results = InstanceResults(tmp_path / "instances.json", CATEGORIES)
+    results.add(1, "a.jpg", ())
+    with pytest.raises(ValueError, match="b.jpg has id 1, as has a.jpg"):
+        results.add(1, "b.jpg", ())
+    for label in (-1, 3):
+        with pytest.raises(ValueError, match=f"c.jpg: label {label} is not one of 0 … 2"):
+            results.add(2, "c.jpg", (Instance(strip(0, 1), label),))
+
+
+def test_truth_scores_itself_perfectly(coco_mini):
+    """COCO's own form: polygons, run lengths, crowds."""
+    truth = InstanceFile(coco_mini / "annotations" / "instances_val2017.json")
+    k = len(truth.categories.names)
+    assert len(truth) == 60 and k == 80 == truth.categories.num_things
+    counts = merge(
+        *(count(truth[id], [one for one in truth[id] if not one.iscrowd], k, id) for id in truth)
+    )
+    summary = summarize(counts, truth.categories)
+    names = ("AP", "APs", "APm", "APl", "AR100")
+    assert [summary[name] for name in names] == pytest.approx([100] * len(names))
+    assert sum(one.iscrowd for id in truth for one in truth[id]) > 0
+
+
+def test_reader_names_what_is_wrong(tmp_path):
+    path = tmp_path / "truth.json"
+    with pytest.raises(ValueError, match="truth.json: No such file"):
+        InstanceFile(path)
+    path.write_text('{"images": [')
+    with pytest.raises(ValueError, match="truth.json: Expecting value"):
+        InstanceFile(path)
+    path.write_text('{"images": []}')
+    with pytest.raises(ValueError, match="not a COCO instance file: KeyError.'categories'"):
+        InstanceFile(path)
+    write_truth(path, {7: (Instance(box(0, 0, 9, 9), CAT),), 8: ()})
+    truth, content = InstanceFile(path), path.read_text()
+    with pytest.raises(ValueError, match="truth.json has no picture 9"):
+        truth[9]
+    results = tmp_path / "results.json"
+    results.write_text(content)
+    with pytest.raises(ValueError, match="results.json is not a COCO instance file: TypeError"):
+        InstanceFile(results, truth)
+    results.write_text('[{"image_id": 9}]')
+    with pytest.raises(ValueError, match="results.json: picture 9 is annotated but not listed"):
+        InstanceFile(results, truth)
+    results.write_text('[{"image_id": 7}]')
+    with pytest.raises(ValueError, match="results.json: picture 7: has no segmentation"):
+        InstanceFile(results, truth)[7]
+    path.write_text(content.replace('"category_id": 17', '"category_id": 99'))
+    with pytest.raises(ValueError, match="truth.json: picture 7: no category 99"):
+        InstanceFile(path)[7]
+    path.write_text(content.replace('"size": [140', '"size": [141'))
+    with pytest.raises(ValueError, match="picture 7: segmentation of 141 x 150 pixels, expected"):
+        InstanceFile(path)[7]

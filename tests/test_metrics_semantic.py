@@ -1,0 +1,174 @@
+"""IoU of classes: the reference's numbers, rules one by one, and the files."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from knet_jax.metrics.semantic import count, merge, no_counts, per_class, summarize, table
+from knet_jax.metrics.semantic_files import SemanticResults
+from knet_jax.structs import Categories
+
+CATEGORIES = Categories(("cat", "dog", "sky"), dataset_ids=(17, 18, 187), num_things=2)
+
+
+def labels(text: str, dtype=np.uint8) -> np.ndarray:
+    """A map of one row of digits, 0 = none."""
+    return np.array([[int(digit) for digit in text]], dtype)
+
+
+def counted(truth: str, prediction: str):
+    return count(labels(truth), labels(prediction), len(CATEGORIES.names))
+
+
+@pytest.mark.parametrize("variant", ["plain", "reduce_zero_label"])
+def test_equals_the_reference_on_its_maps(fixtures, variant):
+    stored = json.loads((fixtures / "miou" / "expected.json").read_text())
+    expected, k = stored["expected"][variant], stored["num_classes"]
+    maps = np.load(fixtures / "miou" / "maps.npz")
+    counts = no_counts(k)
+    for i in range(len(maps.files) // 2):
+        truth, prediction = maps[f"gt_{i}"].astype(np.int64), maps[f"pred_{i}"]
+        if variant == "plain":
+            truth = np.where(truth == stored["ignore_index"], 0, truth + 1)
+        else:
+            # ADE20K's files: 0 is void, a class is its number plus one.
+            truth = (truth + 1).astype(np.uint8)
+        counts = merge(counts, count(truth, prediction + 1, k))
+
+    categories = Categories(tuple(map(str, range(k))), tuple(stored["class_order"]), 80)
+    summary = summarize(counts, categories)
+    assert summary.keys() == {"mIoU", "mAcc", "aAcc"}
+    for name, value in summary.items():
+        assert value == pytest.approx(100 * expected[name], rel=0, abs=1e-9)
+    rows = per_class(counts, categories)
+    assert [row["id"] for row in rows] == stored["class_order"]
+    for name in ("IoU", "Acc"):
+        assert sum(row[name] is None for row in rows) > 0
+        for row, want in zip(rows, expected[name], strict=True):
+            assert (row[name] is None) == (want is None)
+            assert want is None or row[name] == pytest.approx(100 * want, rel=0, abs=1e-9)
+
+
+def test_equals_sets_of_pixels():
+    """Against the definition, on random maps with unlabelled pixels."""
+    rng = np.random.default_rng(0)
+    truth, prediction = rng.integers(0, 4, (2, 31, 17))
+    counts = count(truth, prediction, 3)
+    for k in range(3):
+        a = set(np.flatnonzero(truth == 1 + k))
+        b = set(np.flatnonzero((prediction == 1 + k) & (truth > 0)))
+        assert [column[k] for column in counts] == [len(a & b), len(a), len(b)]
+        assert per_class(counts, CATEGORIES)[k]["IoU"] == pytest.approx(
+            100 * len(a & b) / len(a | b)
+        )
+
+
+def test_unlabelled_pixels_count_for_nobody():
+    with_void, without = counted("110022", "123311"), counted("1122", "1211")
+    for a, b in zip(with_void, without):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_pixel_without_prediction_is_wrong():
+    counts = counted("1122", "1022")
+    assert [column.tolist() for column in counts] == [[1, 2, 0], [2, 2, 0], [1, 2, 0]]
+    assert summarize(counts, CATEGORIES)["aAcc"] == 75
+
+
+def test_known_values_and_undefined_classes():
+    """A class of neither map is in no mean, a class that is only predicted not in mAcc."""
+    counts = counted("1111", "1113")
+    summary = summarize(counts, CATEGORIES)
+    assert summary == {"mIoU": 37.5, "mAcc": 75.0, "aAcc": 75.0}
+    cat, dog, sky = per_class(counts, CATEGORIES)
+    assert (cat["IoU"], cat["Acc"]) == (75, 75)
+    assert (dog["IoU"], dog["Acc"]) == (None, None)
+    assert (sky["IoU"], sky["Acc"]) == (0, None)
+    assert sky["prediction"] == 1 and sky["id"] == 187
+    assert set(summarize(no_counts(3), CATEGORIES).values()) == {0.0}
+    assert summarize(counted("1233", "1233"), CATEGORIES) == dict.fromkeys(summary, 100.0)
+
+
+def test_counts_of_a_dataset_do_not_depend_on_the_order():
+    rng = np.random.default_rng(1)
+    counts = [count(*rng.integers(0, 4, (2, 9, 7), np.uint16), 3) for _ in range(5)]
+    total = merge(*counts)
+    pairwise = no_counts(3)
+    for one in reversed(counts):
+        pairwise = merge(one, pairwise)
+    for a, b in zip(total, pairwise):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype == np.int64
+    assert total.truth.sum() > 5 * 40
+
+
+def test_table_lists_what_occurs():
+    text = table(counted("1111", "1113"), CATEGORIES)
+    assert [line.split() for line in text.splitlines() if line.strip()] == [
+        ["IoU", "Acc", "truth", "k", "predicted", "k"],
+        ["cat", "75.0", "75.0", "0.0", "0.0"],
+        ["sky", "0.0", "-", "0.0", "0.0"],
+        ["mIoU", "mAcc", "aAcc", "classes"],
+        ["All", "37.5", "75.0", "75.0", "2"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "truth, prediction, message",
+    [
+        ("111", "11", "the prediction has 1 x 2 pixels and the truth 1 x 3"),
+        ("14", "11", "the truth has label 4, not one of 0 … 3"),
+        ("11", "19", "the prediction has label 9, not one of 0 … 3"),
+    ],
+)
+def test_errors_name_the_value(truth, prediction, message):
+    with pytest.raises(ValueError, match=message):
+        counted(truth, prediction)
+    with pytest.raises(ValueError, match="label -1, not one of 0 … 3"):
+        count(labels("1"), -labels("1", np.int32), 3)
+
+
+def test_files_hold_the_datasets_ids(tmp_path):
+    results = SemanticResults(tmp_path / "out" / "semantic.json", CATEGORIES)
+    results.add(7, "val/7.jpg", labels("01233", np.uint16))
+    results.close()
+    png = cv2.imread(str(tmp_path / "out" / "semantic" / "7.png"), cv2.IMREAD_UNCHANGED)
+    assert png.dtype == np.uint8 and png.tolist() == [[0, 17, 18, 187, 187]]
+    assert json.loads((tmp_path / "out" / "semantic.json").read_text()) == {
+        "images": [{"id": 7, "file_name": "val/7.jpg", "height": 1, "width": 5}],
+        "categories": [
+            {"id": 17, "name": "cat"},
+            {"id": 18, "name": "dog"},
+            {"id": 187, "name": "sky"},
+        ],
+    }
+    assert [path.name for path in (tmp_path / "out" / "semantic").iterdir()] == ["7.png"]
+
+
+def test_pixels_without_a_class_get_an_id_that_no_class_has(tmp_path):
+    def written(ids):
+        results = SemanticResults(tmp_path / f"{ids[0]}.json", Categories(("a", "b"), ids, 0))
+        results.add(1, "1.jpg", labels("012"))
+        return cv2.imread(str(tmp_path / f"{ids[0]}" / "1.png"), cv2.IMREAD_UNCHANGED).tolist()
+
+    assert written((1, 255)) == [[0, 1, 255]]
+    assert written((0, 1)) == [[255, 0, 1]]
+    results = SemanticResults(tmp_path / "both.json", Categories(("a", "b"), (0, 255), 0))
+    results.add(1, "1.jpg", labels("12"))
+    with pytest.raises(ValueError, match="2.png: a pixel without a class"):
+        results.add(2, "2.jpg", labels("012"))
+
+
+def test_writer_refuses_what_the_format_cannot_say(tmp_path):
+    with pytest.raises(ValueError, match="category id 256 is not one of 0 … 255"):
+        SemanticResults(tmp_path / "a.json", CATEGORIES._replace(dataset_ids=(1, 2, 256)))
+    results = SemanticResults(tmp_path / "a.json", CATEGORIES)
+    results.add(1, "1.jpg", labels("1"))
+    with pytest.raises(ValueError, match="1.png was added before"):
+        results.add(2, "1.png", labels("1"))
+    with pytest.raises(ValueError, match="2.png: label 4 is not one of 0 … 3"):
+        results.add(2, "2.jpg", labels("14"))
+    with pytest.raises(ValueError, match="2.png: label -1 is not one of 0 … 3"):
+        results.add(2, "2.jpg", -labels("1", np.int32))
