@@ -216,6 +216,13 @@ def test_the_best_free_instance_is_taken():
     assert ap([(0, 10), (12, 20)], ((0, 10), 0.9), ((2, 12), 0.8))[1] < 100
 
 
+def test_of_equal_instances_the_last_is_taken():
+    """The first prediction fits both equally well, the second only what begins at 2."""
+    predictions = ((1, 11), 0.9), ((6, 12), 0.8)
+    assert ap([(2, 12), (0, 10)], *predictions)[1] == 100
+    assert ap([(0, 10), (2, 12)], *predictions)[1] < 100
+
+
 def test_crowds_neither_count_nor_punish():
     def numbers(*predictions):
         truth = Instance(strip(0, 4), CAT), Instance(strip(10, 20), CAT, iscrowd=True)

@@ -114,7 +114,8 @@ def count(
         truth: crowds included.
         prediction: in any order; of equal scores, the first comes first.
         num_classes: k.
-        image_id: of predictions of equal score in several pictures, the smaller id comes first.
+        image_id: of predictions of equal score, those of the smaller id come first, as in COCOeval;
+            of equal ids, those that are merged first.
         overlap: `mask_iou` or `boundary_iou`.
 
     Raises:
@@ -286,7 +287,7 @@ def _quality(counts: InstanceCounts) -> dict[str, np.ndarray]:
     k = len(counts.objects)
     precision = np.full((k, len(SIZES), len(THRESHOLDS)), np.nan)
     recall = {limit: precision.copy() for limit in (1, 10, MAX_PREDICTIONS)}
-    order = np.lexsort((counts.rank, counts.image, -counts.score, counts.label))
+    order = np.lexsort((counts.image, -counts.score, counts.label))
     ends = np.searchsorted(counts.label[order], np.arange(k + 1))
     for label in range(k):
         of_class = order[ends[label] : ends[label + 1]]
