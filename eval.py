@@ -1,14 +1,17 @@
-"""Evaluates a run: PQ of its best checkpoint on the validation split, from the workdir alone.
+"""Evaluates a run: PQ, AP or mIoU of its best checkpoint on the validation split.
 
 python eval.py --workdir runs/coco_panoptic
 python eval.py --workdir runs/coco_panoptic --checkpoint latest --limit 500 --results
+python eval.py --workdir runs/coco_panoptic --rounds
 
-Prints the tables, and writes metrics.json and pictures/ to the workdir (or to --output).
+Reads everything from the workdir, prints the tables, and writes metrics.json and pictures/ to the
+workdir (or to --output).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -20,8 +23,7 @@ from knet_jax.configuration import ConfigError, load_saved_config
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator, Gallery, Prediction
 from knet_jax.knet import make_model
-from knet_jax.metrics import panoptic
-from knet_jax.metrics.coco_files import PanopticResults
+from knet_jax.tasks import TASKS
 from knet_jax.training import check_categories, check_same_categories, init_variables
 from knet_jax.validation import validate
 from knet_jax.visualize import panel, save_picture
@@ -31,8 +33,9 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest, or the num
 LIMIT = flags.DEFINE_integer("limit", None, "evaluate only the first so many pictures", 1)
 OUTPUT = flags.DEFINE_string("output", None, "where results go; default: the workdir")
 RESULTS = flags.DEFINE_boolean(
-    "results", False, "write panoptic.json and panoptic/*.png, as COCO's test server takes them"
+    "results", False, "write the results in files, as the test servers of COCO and ADE20K take them"
 )
+ROUNDS = flags.DEFINE_boolean("rounds", False, "also evaluate the masks of every earlier update")
 
 
 def main(command: CommandLine) -> None:
@@ -45,11 +48,18 @@ def main(command: CommandLine) -> None:
     jax.config.update("jax_default_matmul_precision", config.precision)
     check_writable(output)
 
-    split = pipeline.load_split(config.data, config.data.val_split)
+    task = TASKS[config.task]
+    metric = task.metric
+    split = pipeline.load_split(config.data, config.data.val_split, config.task)
     check_categories(config, split.categories)
     model = make_model(**config.model)
     template = jax.eval_shape(lambda: init_variables(model, config.seed))
-    checkpoints = Checkpoints(workdir / "checkpoints", model=config.model.to_dict(), read_only=True)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        metric=f"val/{metric.HEADLINE[0]}",
+        model=config.model.to_dict(),
+        read_only=True,
+    )
     step = choose_step(checkpoints, CHECKPOINT.value)
     variables, record = checkpoints.restore(template, step)
     check_same_categories(record["progress"]["categories"], split.categories)
@@ -61,7 +71,9 @@ def main(command: CommandLine) -> None:
     )
     evaluator = Evaluator(model, split, config, devices, LIMIT.value)
     gallery = Gallery(split, config.eval.num_pictures)
-    results = PanopticResults(output / "panoptic.json", split.categories) if RESULTS.value else None
+    results = None
+    if RESULTS.value:
+        results = task.results(output / f"{config.task}.json", split.categories)
 
     def visit(prediction: Prediction) -> None:
         gallery.add(prediction)
@@ -71,14 +83,24 @@ def main(command: CommandLine) -> None:
 
     counts = evaluator.evaluate(variables, visit)
 
-    print(panoptic.table(counts, split.categories))
+    print(metric.table(counts, split.categories))
     metrics = {
-        **panoptic.summarize(counts, split.categories),
+        **metric.summarize(counts, split.categories),
         "step": step,
         "split": config.data.val_split,
         "num_images": num_images,
-        "per_class": panoptic.per_class(counts, split.categories),
+        "per_class": metric.per_class(counts, split.categories),
     }
+    if ROUNDS.value:
+        metrics["rounds"] = rounds = []
+        for stage in range(task.first_stage, config.model.num_stages):
+            evaluator = Evaluator(model, split, config, devices, LIMIT.value, stage)
+            summary = metric.summarize(evaluator.evaluate(variables), split.categories)
+            rounds.append({"updates": stage, **summary})
+        rounds.append(
+            {"updates": config.model.num_stages, **metric.summarize(counts, split.categories)}
+        )
+        print_rounds(rounds, metric.HEADLINE)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     folder = output / "pictures"
     folder.mkdir(exist_ok=True)
@@ -87,6 +109,13 @@ def main(command: CommandLine) -> None:
     if results:
         results.close()
     print(f"wrote {output / 'metrics.json'} and {folder}/")
+
+
+def print_rounds(rounds: Sequence[Mapping[str, float]], names: Sequence[str]) -> None:
+    """A line for the masks after every update."""
+    print(f"\n{'updates':>7} " + " ".join(f"{name:>10}" for name in names))
+    for row in rounds:
+        print(f"{row['updates']:7} " + " ".join(f"{row[name]:10.1f}" for name in names))
 
 
 def choose_step(checkpoints: Checkpoints, name: str) -> int:

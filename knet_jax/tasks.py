@@ -18,6 +18,8 @@ from knet_jax.fusion import Fused, fuse
 from knet_jax.layers import resize, upsample2x
 from knet_jax.matching import Weights, match, matching_cost
 from knet_jax.metrics import instance, panoptic, semantic
+from knet_jax.metrics.coco_files import InstanceResults, PanopticResults
+from knet_jax.metrics.semantic_files import SemanticResults
 from knet_jax.postprocess import Instances, best_instances, label_maps
 from knet_jax.resampling import Canvas
 from knet_jax.structs import (
@@ -318,6 +320,10 @@ class Task(NamedTuple):
     """(results of one picture, original_size) -> the same as people and metrics take it."""
     metric: ModuleType
     """Counts pictures and summarizes the counts."""
+    results: Callable[..., Any]
+    """(path, categories) -> a writer of the files that the test servers take."""
+    first_stage: int
+    """After how many updates there is a result: classes of proposals come with the first."""
 
 
 TASKS = {
@@ -328,6 +334,8 @@ TASKS = {
         predict_panoptic,
         read_panoptic,
         panoptic,
+        PanopticResults,
+        first_stage=1,
     ),
     "instance": Task(
         unpack_instances,
@@ -336,8 +344,17 @@ TASKS = {
         predict_instances,
         read_instances,
         instance,
+        InstanceResults,
+        first_stage=1,
     ),
     "semantic": Task(
-        unpack_semantic, count_labels, semantic_loss, predict_labels, read_labels, semantic
+        unpack_semantic,
+        count_labels,
+        semantic_loss,
+        predict_labels,
+        read_labels,
+        semantic,
+        SemanticResults,
+        first_stage=0,
     ),
 }
