@@ -5,6 +5,9 @@ VENV ?= .venv
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
 	done)
+# What the demo trains: panoptic, instance or semantic.
+TASK ?= panoptic
+DEMO = runs/demo$(if $(filter-out panoptic,$(TASK)),_$(TASK))
 # How many test processes, which tests (`make test MARK="not slow"`), and the fixtures of `parity`.
 WORKERS ?= 2
 MARK ?=
@@ -14,10 +17,10 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint format parity clean
 
-demo: $(INSTALLED)  ## Train a small K-Net on drawn pictures, evaluate it, draw what it sees.
-	rm -rf runs/demo
-	$(VENV)/bin/python train.py --config configs/shapes_panoptic.py --workdir runs/demo
-	$(VENV)/bin/python eval.py --workdir runs/demo
+demo: $(INSTALLED)  ## Train a small K-Net on drawn pictures, evaluate it, draw: make demo TASK=instance
+	rm -rf $(DEMO)
+	$(VENV)/bin/python train.py --config configs/shapes_$(TASK).py --workdir $(DEMO)
+	$(VENV)/bin/python eval.py --workdir $(DEMO)
 
 test: $(INSTALLED)  ## Run the tests.
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "$(MARK)"
@@ -35,7 +38,7 @@ parity: $(INSTALLED)  ## Compare with the PyTorch reference in both precisions: 
 	$(VENV)/bin/python tests/parity.py --quiet --x64 $(FIXTURES)
 
 clean:  ## Remove caches and the demo's run; the environment stays.
-	rm -rf runs/demo .jax_cache .pytest_cache .ruff_cache build dist
+	rm -rf runs/demo* .jax_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml
