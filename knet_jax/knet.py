@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax.backbones.resnet import ResNet
+from knet_jax.backbones.swin import Swin
 from knet_jax.kernels import InitialKernels, KernelUpdate
 from knet_jax.necks import SemanticFPN
 from knet_jax.structs import Output
@@ -18,6 +19,8 @@ from knet_jax.structs import Output
 # RGB, the ImageNet statistics of the reference.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
+
+BACKBONES = {"resnet": ResNet, "swin": Swin}
 
 
 def normalize(image: jax.Array, size: jax.Array, dtype) -> jax.Array:
@@ -53,6 +56,21 @@ class KNet(nn.Module):
         return Output(tuple(stages), dense)
 
 
+def make_backbone(backbone: Mapping[str, Any], dtype: str) -> nn.Module:
+    """Builds a backbone from `config.model.backbone`: a name of `BACKBONES` and its arguments.
+
+    Raises:
+      ValueError: there is no backbone of that name.
+    """
+    arguments = dict(backbone)
+    name = arguments.pop("name", "resnet")
+    if name not in BACKBONES:
+        raise ValueError(
+            f"config.model.backbone.name is {name!r}; accepted: {', '.join(BACKBONES)}"
+        )
+    return BACKBONES[name](**arguments, dtype=dtype)
+
+
 def make_model(
     num_proposals: int,
     num_things: int,
@@ -70,7 +88,7 @@ def make_model(
       num_proposals: kernels that look for things (N in the paper).
       num_things: thing classes.
       num_stuff: stuff classes, each with a kernel of its own.
-      backbone: arguments of `ResNet`.
+      backbone: a name, `resnet` or `swin`, and arguments of `ResNet` or `Swin`.
       num_stages: kernel updates (S in the paper).
       channels: of features and kernels.
       num_heads: of the attention between kernels.
@@ -78,7 +96,7 @@ def make_model(
       dtype: of the feature maps, `float32` or `bfloat16`; parameters stay float32.
     """
     return KNet(
-        backbone=ResNet(**backbone, dtype=dtype),
+        backbone=make_backbone(backbone, dtype),
         neck=SemanticFPN(channels, dtype),
         initial=InitialKernels(num_proposals, num_things, num_stuff, channels, dtype),
         update=partial(KernelUpdate, num_things + num_stuff, channels, num_heads, ffn_channels),

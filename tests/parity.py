@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,7 @@ from ml_collections import ConfigDict
 
 from knet_jax import losses
 from knet_jax.convert import from_reference, to_reference
+from knet_jax.deformable import deform_conv
 from knet_jax.knet import KNet, make_model
 from knet_jax.matching import Weights
 from knet_jax.metrics.coco_files import score_files
@@ -92,6 +95,8 @@ def rule_weight(name: str, shape: list[int], seed: int) -> np.ndarray:
         return tenth * z
     if name.endswith("running_var"):
         return 1 + tenth * abs(z)
+    if name.endswith("relative_position_bias_table"):
+        return np.float32(0.02) * z
     if len(shape) >= 2:
         mean = z.mean(axis=tuple(range(1, len(shape))), dtype=np.float64, keepdims=True)
         return (z - mean.astype(np.float32)) / np.float32(np.sqrt(np.prod(shape[1:])))
@@ -101,11 +106,36 @@ def rule_weight(name: str, shape: list[int], seed: int) -> np.ndarray:
 
 
 def rule_weights(manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The state dict of a fixture, without counters of batches."""
+    """The state dict of a fixture, without counters of batches and what the model derives."""
     return {
         name: rule_weight(name, shape, manifest["seed"])
-        for name, shape, _ in manifest["params"]
-        if not name.endswith("num_batches_tracked")
+        for name, shape, derived in manifest["params"]
+        if not derived and not name.endswith("num_batches_tracked")
+    }
+
+
+def backbone(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
+    """`config.model.backbone` of a network with the given tensors."""
+
+    def blocks(prefix: str) -> int:
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+        return 1 + max(int(m[1]) for m in map(pattern.match, shapes) if m)
+
+    if "backbone.patch_embed.projection.weight" in shapes:
+        table = "backbone.stages.{}.blocks.0.attn.w_msa.relative_position_bias_table"
+        tables = [shapes[table.format(i)] for i in range(4)]
+        return {
+            "name": "swin",
+            "channels": shapes["backbone.norm0.weight"][0],
+            "depths": tuple(blocks(f"backbone.stages.{i}.blocks.") for i in range(4)),
+            "num_heads": tuple(heads for _, heads in tables),
+            "window": (math.isqrt(tables[0][0]) + 1) // 2,
+        }
+    offset = "backbone.layer{}.0.conv2.conv_offset.weight"
+    return {
+        "depths": tuple(blocks(f"backbone.layer{layer}.") for layer in (1, 2, 3, 4)),
+        "deep_stem": "backbone.stem.0.weight" in shapes,
+        "num_deformable": sum(offset.format(layer) in shapes for layer in (1, 2, 3, 4)),
     }
 
 
@@ -115,16 +145,12 @@ def network(fixture: Fixture) -> tuple[KNet, dict[str, Any]]:
     num_classes = shapes["rpn_head.conv_seg.weight"][0]
     num_stuff = 53 if fixture.manifest["model"].endswith("panoptic") else 0
 
-    def blocks(layer: int) -> int:
-        prefix = f"backbone.layer{layer}."
-        return 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith(prefix))
-
     model = make_model(
         num_proposals=shapes["rpn_head.init_kernels.weight"][0],
         num_things=num_classes - num_stuff,
         num_stuff=num_stuff,
         num_stages=sum(name.endswith("fc_mask.bias") for name in shapes),
-        backbone={"depths": tuple(map(blocks, (1, 2, 3, 4)))},
+        backbone=backbone(shapes),
         dtype=fixture.dtype,
     )
     template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
@@ -254,6 +280,20 @@ def postprocessing(fixture: Fixture) -> Iterator[Row]:
     logits = jnp.asarray(fixture.arrays["cls_logits"], fixture.dtype)
     output = Output((Stage(None, masks, logits),), None)
     yield from maps(fixture, output, fixture.manifest["variants"], 1e-4)
+
+
+def deformable_convolution(fixture: Fixture) -> Iterator[Row]:
+    arguments = {"op0": (1, 1, 1), "op1": (2, 1, 1), "op2": (1, 2, 2)}
+    for case in fixture.manifest["cases"]:
+        x, offset, weight, out = (
+            jnp.asarray(fixture.arrays[f"{case}_{name}"], fixture.dtype)
+            for name in ("x", "offset", "weight", "out")
+        )
+        x, offset = x.transpose(0, 2, 3, 1), offset.transpose(0, 2, 3, 1)
+        y = deform_conv(x, offset, weight.transpose(2, 3, 1, 0), *arguments[case])
+        # The reference's numbers are stored in float32.
+        tolerance = 1e-6 if fixture.exact else 1e-5
+        yield Row(f"{case}_out", relative(y.transpose(0, 3, 1, 2), out), tolerance)
 
 
 # Training.
@@ -461,17 +501,13 @@ KINDS = {
     "panoptic post-processing only (no network)": postprocessing,
     "det train": training,
     "training trajectory": trajectory,
+    "deformable convolution v1 operator alone": deformable_convolution,
 }
 
 
 def is_supported(manifest: Mapping[str, Any]) -> bool:
-    """Whether the network of a fixture is one that is built here: panoptic, ResNet, plain."""
-    names = [name for name, _, _ in manifest.get("params", [])]
-    return (
-        manifest["kind"] in KINDS
-        and manifest.get("model", "").endswith("panoptic")
-        and not any("conv_offset" in name or "patch_embed" in name for name in names)
-    )
+    """Whether a fixture is of a kind that is compared here, and its network, if any, panoptic."""
+    return manifest["kind"] in KINDS and manifest.get("model", "panoptic").endswith("panoptic")
 
 
 def find(path: Path) -> list[Path]:
