@@ -7,6 +7,7 @@ arrays, or to three in the case of the packed query, key and value matrices of a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import load_file
 
+from knet_jax.backbones.swin import resize_position_bias
 from knet_jax.configuration import one_line
 
 Variables = dict[str, Any]
@@ -34,9 +36,32 @@ MODULES = (
     (r"backbone/stem_conv3", r"backbone.stem.6"),
     (r"backbone/stem_norm3", r"backbone.stem.7"),
     (r"backbone/layer(\d)_block(\d+)/conv(\d)", r"backbone.layer\1.\2.conv\3"),
+    (
+        r"backbone/layer(\d)_block(\d+)/conv2/conv_offset",
+        r"backbone.layer\1.\2.conv2.conv_offset",
+    ),
     (r"backbone/layer(\d)_block(\d+)/norm(\d)", r"backbone.layer\1.\2.bn\3"),
     (r"backbone/layer(\d)_block(\d+)/shortcut_conv", r"backbone.layer\1.\2.downsample.0"),
     (r"backbone/layer(\d)_block(\d+)/shortcut_norm", r"backbone.layer\1.\2.downsample.1"),
+    (r"backbone/patches", r"backbone.patch_embed.projection"),
+    (r"backbone/patches_norm", r"backbone.patch_embed.norm"),
+    (r"backbone/stage(\d)_block(\d+)/norm(\d)", r"backbone.stages.\1.blocks.\2.norm\3"),
+    (r"backbone/stage(\d)_block(\d+)/attention", r"backbone.stages.\1.blocks.\2.attn.w_msa"),
+    (
+        r"backbone/stage(\d)_block(\d+)/attention/qkv",
+        r"backbone.stages.\1.blocks.\2.attn.w_msa.qkv",
+    ),
+    (
+        r"backbone/stage(\d)_block(\d+)/attention/output",
+        r"backbone.stages.\1.blocks.\2.attn.w_msa.proj",
+    ),
+    (
+        r"backbone/stage(\d)_block(\d+)/ffn_hidden",
+        r"backbone.stages.\1.blocks.\2.ffn.layers.0.0",
+    ),
+    (r"backbone/stage(\d)_block(\d+)/ffn_output", r"backbone.stages.\1.blocks.\2.ffn.layers.1"),
+    (r"backbone/stage(\d)_merge/(norm|reduction)", r"backbone.stages.\1.downsample.\2"),
+    (r"backbone/norm(\d)", r"backbone.norm\1"),
     (r"neck/fpn/lateral(\d)", r"neck.lateral_convs.\1.conv"),
     (r"neck/fpn/output(\d)", r"neck.fpn_convs.\1.conv"),
     (
@@ -93,7 +118,11 @@ LEAVES = {
     "var": "running_var",
     "kernels": "weight",
     "proposals": "weight",
+    "position_bias": "relative_position_bias_table",
 }
+
+DERIVED = ("num_batches_tracked", "relative_position_index")
+"""Tensors of the reference that are no weights: counters, and what follows from the architecture."""
 
 PACKED = ("query", "key", "value")
 
@@ -157,6 +186,8 @@ def to_reference_layout(path: str, array: np.ndarray) -> np.ndarray:
         return array[:, :, None, None]
     if leaf == "transform_kernel":
         return array.T[:, :, None, None]
+    if leaf == "position_bias":  # [relative positions, heads], as theirs
+        return array
     if leaf != "kernel":
         return array.reshape(-1)
     if array.ndim == 4:
@@ -192,13 +223,14 @@ def from_reference(state: Mapping[str, np.ndarray], template: Variables) -> Vari
     """Variables from a state dict in the reference's names. Every tensor is used exactly once.
 
     Args:
-      state: {name: tensor}; PyTorch's counters of batches are ignored.
+      state: {name: tensor}; those of `DERIVED` are ignored. Position biases of Swin for another
+        window are interpolated.
       template: variables of the network, arrays or shapes (`jax.eval_shape` of `init` will do).
 
     Raises:
       ValueError: a tensor is missing, of another shape, or belongs to nothing in the network.
     """
-    unused = {name for name in state if not name.endswith("num_batches_tracked")}
+    unused = {name for name in state if not name.endswith(DERIVED)}
     flat, places = {}, Places.of(template)
     for key, leaf in traverse_util.flatten_dict(template, sep="/").items():
         path = key.partition("/")[2]
@@ -209,6 +241,8 @@ def from_reference(state: Mapping[str, np.ndarray], template: Variables) -> Vari
         expected = to_reference_layout(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
         if part is not None:
             expected = (len(PACKED) * expected[0], *expected[1:])
+        if path.endswith("position_bias") and tensor.shape[1:] == expected[1:]:
+            tensor = resize_position_bias(tensor, window=(math.isqrt(expected[0]) + 1) // 2)
         if tensor.shape != expected:
             raise ValueError(
                 f"the tensor {name} has shape {list(tensor.shape)}; "

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax.backbones.resnet import ResNet
+from knet_jax.backbones.swin import Swin
 from knet_jax.kernels import (
     AdaptiveUpdate,
     ClassKernels,
@@ -71,8 +72,22 @@ class KNet(nn.Module):
 UPDATE_CHANNELS = 256
 """Of the adaptive update. Wider kernels are updated in parts, as the published networks do."""
 
-BACKBONES = {"resnet": ResNet}
+# The first is the default.
+BACKBONES = {"resnet": ResNet, "swin": Swin}
 NECKS = {"semantic_fpn": SemanticFPN, "fcn": FCN, "psp": PSP, "aspp": ASPP, "uper": UPer}
+
+
+def make_part(kind: str, table: Mapping[str, Any], part: Mapping[str, Any]) -> Callable[..., Any]:
+    """The class of a backbone or neck, with its arguments: `part` has these and its name.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    arguments = dict(part)
+    name = arguments.pop("name", next(iter(table)))
+    if name not in table:
+        raise ValueError(f"config.model.{kind}.name is {name!r}; accepted: {', '.join(table)}")
+    return partial(table[name], **arguments)
 
 
 def make_model(
@@ -80,7 +95,7 @@ def make_model(
     num_things: int,
     num_stuff: int,
     backbone: Mapping[str, Any],
-    neck: Mapping[str, Any] = MappingProxyType({"name": "semantic_fpn"}),
+    neck: Mapping[str, Any] = MappingProxyType({}),
     num_stages: int = 3,
     channels: int = 256,
     num_heads: int = 8,
@@ -109,7 +124,6 @@ def make_model(
       kernel_interaction: without it, kernels do not attend to each other (Table 4a).
       dtype: of the feature maps, `float32` or `bfloat16`; parameters stay float32.
     """
-    neck, backbone = dict(neck), dict(backbone)
     num_classes = num_things + num_stuff
     interaction = partial(Interaction, num_heads, ffn_channels) if kernel_interaction else None
     update = partial(
@@ -123,8 +137,8 @@ def make_model(
     )
     norm = {"norm": neck["norm"]} if "norm" in neck else {}
     return KNet(
-        backbone=BACKBONES[backbone.pop("name", "resnet")](**backbone, dtype=dtype),
-        neck=NECKS[neck.pop("name")](channels, **neck, dtype=dtype),
+        backbone=make_part("backbone", BACKBONES, backbone)(dtype=dtype),
+        neck=make_part("neck", NECKS, neck)(channels=channels, dtype=dtype),
         initial=InitialKernels(num_proposals, num_things, num_stuff, channels, dtype)
         if num_proposals
         else ClassKernels(num_classes, dropout),

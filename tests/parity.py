@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,7 @@ import optax
 from ml_collections import ConfigDict
 
 from knet_jax.convert import from_reference, to_reference
+from knet_jax.deformable import deform_conv
 from knet_jax.fusion import Fused, fuse
 from knet_jax.knet import KNet, make_model
 from knet_jax.layers import AXIS
@@ -96,6 +99,8 @@ def rule_weight(name: str, shape: list[int], seed: int) -> np.ndarray:
         return tenth * z
     if name.endswith("running_var"):
         return 1 + tenth * abs(z)
+    if name.endswith("relative_position_bias_table"):
+        return np.float32(0.02) * z
     if len(shape) >= 2:
         mean = z.mean(axis=tuple(range(1, len(shape))), dtype=np.float64, keepdims=True)
         return (z - mean.astype(np.float32)) / np.float32(np.sqrt(np.prod(shape[1:])))
@@ -105,11 +110,36 @@ def rule_weight(name: str, shape: list[int], seed: int) -> np.ndarray:
 
 
 def rule_weights(manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The state dict of a fixture, without counters of batches."""
+    """The state dict of a fixture, without counters of batches and what the model derives."""
     return {
         name: rule_weight(name, shape, manifest["seed"])
-        for name, shape, _ in manifest["params"]
-        if not name.endswith("num_batches_tracked")
+        for name, shape, derived in manifest["params"]
+        if not derived and not name.endswith("num_batches_tracked")
+    }
+
+
+def backbone(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
+    """`config.model.backbone` of a network with the given tensors."""
+
+    def blocks(prefix: str) -> int:
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+        return 1 + max(int(m[1]) for m in map(pattern.match, shapes) if m)
+
+    if "backbone.patch_embed.projection.weight" in shapes:
+        table = "backbone.stages.{}.blocks.0.attn.w_msa.relative_position_bias_table"
+        tables = [shapes[table.format(i)] for i in range(4)]
+        return {
+            "name": "swin",
+            "channels": shapes["backbone.norm0.weight"][0],
+            "depths": tuple(blocks(f"backbone.stages.{i}.blocks.") for i in range(4)),
+            "num_heads": tuple(heads for _, heads in tables),
+            "window": (math.isqrt(tables[0][0]) + 1) // 2,
+        }
+    offset = "backbone.layer{}.0.conv2.conv_offset.weight"
+    return {
+        "depths": tuple(blocks(f"backbone.layer{layer}.") for layer in (1, 2, 3, 4)),
+        "deep_stem": "backbone.stem.0.weight" in shapes,
+        "num_deformable": sum(offset.format(layer) in shapes for layer in (1, 2, 3, 4)),
     }
 
 
@@ -154,9 +184,9 @@ def segmentation(manifest: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict
     }
     neck = next(n for mark, n in marks.items() if any(head + mark in name for name in shapes))
     norm = "frozen_batch" if "BN frozen" in manifest["kind"] else "batch"
-    changes = {"deep_stem": "backbone.stem.0.weight" in shapes}
+    changes = {}
     if "backbone.conv1.weight" in shapes or "backbone.stem.0.weight" in shapes:
-        changes |= {"norm": norm, "frozen_stages": 0, "output_stride": 32 if neck == "uper" else 8}
+        changes = {"norm": norm, "frozen_stages": 0, "output_stride": 32 if neck == "uper" else 8}
     num_classes, channels = shapes[head + "conv_seg.weight"][:2]
     return {
         "num_proposals": 0,
@@ -167,16 +197,6 @@ def segmentation(manifest: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict
         "neck": {"name": neck, "norm": norm},
         "backbone": backbone(shapes) | changes,
     }
-
-
-def backbone(shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a backbone."""
-
-    def blocks(layer: int) -> int:
-        prefix = f"backbone.layer{layer}."
-        return 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith(prefix))
-
-    return {"depths": tuple(map(blocks, (1, 2, 3, 4)))}
 
 
 def images(fixture: Fixture) -> jax.Array:
@@ -368,6 +388,20 @@ def segmentation_forward(fixture: Fixture) -> Iterator[Row]:
     )[:, : size[0, 0], : size[0, 1]]
     wrong = np.asarray(maps) != fixture.arrays["pred_labels"] + 1
     yield Row("pred_labels", float(wrong.mean()), 1e-3)
+
+
+def deformable_convolution(fixture: Fixture) -> Iterator[Row]:
+    arguments = {"op0": (1, 1, 1), "op1": (2, 1, 1), "op2": (1, 2, 2)}
+    for case in fixture.manifest["cases"]:
+        x, offset, weight, out = (
+            jnp.asarray(fixture.arrays[f"{case}_{name}"], fixture.dtype)
+            for name in ("x", "offset", "weight", "out")
+        )
+        x, offset = x.transpose(0, 2, 3, 1), offset.transpose(0, 2, 3, 1)
+        y = deform_conv(x, offset, weight.transpose(2, 3, 1, 0), *arguments[case])
+        # The reference's numbers are stored in float32.
+        tolerance = 1e-6 if fixture.exact else 1e-5
+        yield Row(f"{case}_out", relative(y.transpose(0, 3, 1, 2), out), tolerance)
 
 
 # Training.
@@ -698,6 +732,7 @@ KINDS = {
     "training trajectory": trajectory,
     "seg forward": segmentation_forward,
     "seg train": segmentation_training,
+    "deformable convolution v1 operator": deformable_convolution,
 }
 
 

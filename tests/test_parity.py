@@ -28,7 +28,8 @@ def post(fixtures, tmp_path):
 
 
 def test_maps_and_quality_equal_the_references(fixtures, monkeypatch, capsys):
-    paths = [fixtures / name for name in ("det_panoptic_post.npz", "pq", "ap", "miou")]
+    names = ("det_panoptic_post.npz", "dcn_op.json", "pq", "ap", "miou")
+    paths = [fixtures / name for name in names]
     status, lines = run(monkeypatch, capsys, *paths)
     assert status == 0
     assert lines[-1].endswith(" passed, 0 failed, 0 skipped")
@@ -36,11 +37,14 @@ def test_maps_and_quality_equal_the_references(fixtures, monkeypatch, capsys):
     assert any("pan_cfg_0" in line and line.endswith("pass") for line in lines)
     names = {line.split()[0] for line in lines}
     assert {"All/pq", "AP", "ARl", "90/AP", "plain/mIoU", "reduce_zero_label/200/Acc"} <= names
+    assert any("All/pq" in line for line in lines)
+    assert sum(line.split()[0] in ("op0_out", "op1_out", "op2_out") for line in lines) == 3
 
 
 @pytest.mark.slow
-def test_the_network_equals_the_references(fixtures, monkeypatch, capsys):
-    status, lines = run(monkeypatch, capsys, fixtures / "det_panoptic_r50_fwd.json")
+@pytest.mark.parametrize("backbone", ["r50", "r101dcn", "swint"])
+def test_the_network_equals_the_references(fixtures, monkeypatch, capsys, backbone):
+    status, lines = run(monkeypatch, capsys, fixtures / f"det_panoptic_{backbone}_fwd.json")
     assert status == 0 and not any("FAIL" in line for line in lines)
     for name in ("fpn3_mean", "x_feats_every8", "mask_init", "s2_mask", "s2_cls", "pan_cfg_0"):
         assert any(line.split()[0] == name for line in lines)
@@ -72,7 +76,7 @@ def test_an_array_of_another_shape_fails(post, monkeypatch, capsys):
 
 
 def test_unknown_kinds_are_skipped_by_name(fixtures, tmp_path, monkeypatch, capsys):
-    names = ["dcn_op", "seg_fcn_fwd", "det_instance_r50_fwd", "model_sizes", "transforms_resize"]
+    names = ["seg_fcn_fwd", "det_instance_r50_fwd", "model_sizes", "transforms_resize"]
     for name in names:
         shutil.copyfile(fixtures / f"{name}.json", tmp_path / f"{name}.json")
     new = {"kind": "something new", "model": "knet_panoptic", "params": []}
@@ -118,6 +122,8 @@ def test_weights_follow_the_rule():
     assert (kernel != parity.rule_weight("b.weight", [8, 4, 3, 3], 1)).any()
     assert abs(parity.rule_weight("bn.weight", [900], 1).mean() - 1) < 0.02
     assert abs(parity.rule_weight("head.fc_cls.bias", [900], 1).mean() + 2) < 0.02
+    table = parity.rule_weight("attn.relative_position_bias_table", [169, 6], 1)
+    np.testing.assert_allclose(table.std(), 0.02, rtol=0.1)
     assert abs(parity.rule_weight("bias", [900], 1).mean()) < 0.02
     assert (parity.rule_weight("bn.running_var", [900], 1) >= 1).all()
 
