@@ -33,11 +33,9 @@ class Categories(NamedTuple):
         return len(self.names) - self.num_things
 
 
-class Batch(NamedTuple):
-    """Images and targets as they cross to the device: small, and padded to static shapes."""
+class PanopticTargets(NamedTuple):
+    """Segments that share the pixels of a picture."""
 
-    image: Array
-    """uint8 [b, H, W, 3], RGB, zero beyond `size`."""
     segment_map: Array
     """uint8 or uint16 [b, H/2, W/2]: the segment at the pixels that stride-4 targets average.
 
@@ -47,8 +45,36 @@ class Batch(NamedTuple):
     """
     labels: Array
     """int32 [b, m + num_stuff]: class of each segment, `EMPTY` where the picture has none."""
+
+
+class InstanceTargets(NamedTuple):
+    """Things whose masks may overlap."""
+
+    masks: Array
+    """uint8 [b, m, H/2, W/16]: one bit for each of the pixels that stride-4 targets average.
+
+    The pixels are those of `PanopticTargets.segment_map`; eight neighbours of a row are a byte, the
+    first one its highest bit, as `numpy.packbits` does along the last axis.
+    """
+    labels: Array
+    """int32 [b, m]: class, `EMPTY` for an empty slot."""
+
+
+class SemanticTargets(NamedTuple):
+    """One class for every pixel."""
+
+    label_map: Array
+    """uint8 (uint16 above 255 classes) [b, H, W]: 0 is ignored (void, padding), 1 + k is class k."""
+
+
+class Batch(NamedTuple):
+    """Images and targets as they cross to the device: small, and padded to static shapes."""
+
+    image: Array
+    """uint8 [b, H, W, 3], RGB, zero beyond `size`."""
+    targets: PanopticTargets | InstanceTargets | SemanticTargets
     size: Array
-    """int32 [b, 2]: height and width of the resized picture inside the canvas."""
+    """int32 [b, 2]: height and width of the picture (or the part of it) inside the canvas."""
     original_size: Array
     """int32 [b, 2]: height and width of the picture on disk."""
     id: Array
@@ -106,3 +132,15 @@ class PanopticMap(NamedTuple):
     ids: np.ndarray
     """int32 [H, W]: the id of the segment that owns each pixel, 0 = void."""
     segments: tuple[SegmentInfo, ...]
+
+
+class Instance(NamedTuple):
+    """One thing of a picture, predicted or true, on the host."""
+
+    rle: dict
+    """Its mask as COCO's compressed run lengths: {"size": [H, W], "counts": bytes}."""
+    label: int
+    score: float = 1.0
+    iscrowd: bool = False
+    area: float = 0.0
+    """As annotated, in pixels; average precision sorts things into sizes by it."""

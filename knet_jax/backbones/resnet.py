@@ -11,6 +11,8 @@ import jax
 from knet_jax.layers import conv, he_init, make_norm
 
 EXPANSION = 4
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut. [b, h, w, c'] -> [b, h/s, w/s, 4 width]."""
 

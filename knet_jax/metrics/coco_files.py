@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from knet_jax.data.coco import read_categories
+from knet_jax.data.coco_json import read_categories
 from knet_jax.data.transforms import NUM_IDS, load_panoptic, segment_colors, segment_ids
 from knet_jax.metrics.panoptic import PQCounts, count, merge, no_counts, segment_index
 from knet_jax.structs import Categories, PanopticMap, SegmentInfo
