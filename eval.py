@@ -45,7 +45,7 @@ def main(command: CommandLine) -> None:
     jax.config.update("jax_default_matmul_precision", config.precision)
     check_writable(output)
 
-    split = pipeline.load_split(config.data, config.data.val_split)
+    split = pipeline.load_split(config.data, config.data.val_split, config.task)
     check_categories(config, split.categories)
     model = make_model(**config.model)
     template = jax.eval_shape(lambda: init_variables(model, config.seed))

@@ -64,12 +64,12 @@ def main(command: CommandLine) -> None:
             print(difference)
 
     # The data.
-    split = pipeline.load_split(config.data, config.data.train_split)
-    val_split = pipeline.load_split(config.data, config.data.val_split)
+    split = pipeline.load_split(config.data, config.data.train_split, config.task)
+    val_split = pipeline.load_split(config.data, config.data.val_split, config.task)
     pipeline.check_same_categories(split.categories, val_split.categories)
     training.check_categories(config, split.categories)
     batch_size = config.train.batch_size
-    steps_per_epoch = pipeline.steps_per_epoch(split, batch_size)
+    steps_per_epoch = pipeline.steps_per_epoch(split, config.data, batch_size)
     total_steps = config.train.steps or round(config.train.epochs * steps_per_epoch)
     if total_steps < 1:
         raise ConfigError(

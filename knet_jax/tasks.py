@@ -24,15 +24,17 @@ class Matching(NamedTuple):
 
 def segments(batch: Batch, num_stuff: int, dtype="float32") -> tuple[Segments, Segments]:
     """The segments that a batch carries, things and stuff, unpacked on the device."""
-    b, rows, columns = batch.segment_map.shape
-    count = batch.labels.shape[1]
-    index = jnp.arange(1, count + 1, dtype=batch.segment_map.dtype)[:, None, None, None, None]
-    sampled = batch.segment_map.reshape(b, 1, rows // 2, 2, columns // 2, 2)
+    b, rows, columns = batch.targets.segment_map.shape
+    count = batch.targets.labels.shape[1]
+    index = jnp.arange(1, count + 1, dtype=batch.targets.segment_map.dtype)[
+        :, None, None, None, None
+    ]
+    sampled = batch.targets.segment_map.reshape(b, 1, rows // 2, 2, columns // 2, 2)
     masks = (sampled == index).mean((3, 5), dtype=dtype)
     m = count - num_stuff
     return (
-        Segments(masks[:, :m], batch.labels[:, :m]),
-        Segments(masks[:, m:], batch.labels[:, m:]),
+        Segments(masks[:, :m], batch.targets.labels[:, :m]),
+        Segments(masks[:, m:], batch.targets.labels[:, m:]),
     )
 
 
