@@ -251,7 +251,7 @@ def loader(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     data = config.data
     data.num_workers = case.workers
     with contextlib.redirect_stdout(io.StringIO()):
-        split = pipeline.load_split(data, data.train_split)
+        split = pipeline.load_split(data, data.train_split, "panoptic")
     batches = pipeline.train_batches(split, data, case.batch, config.seed, start=0)
     # What the workers have ready when the clock starts would count as fast.
     for _ in range(2 * case.workers + 2):

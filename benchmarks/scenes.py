@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from knet_jax.evaluation import last_stage
 from knet_jax.knet import make_model
-from knet_jax.structs import EMPTY, Batch
+from knet_jax.structs import EMPTY, Batch, PanopticTargets
 from knet_jax.training import init_variables
 
 SCENES = ("random", "objects")
@@ -56,7 +56,8 @@ def batch(count: int, size: tuple[int, int], config: ConfigDict, seed: int) -> B
     dtype = np.uint8 if labels.shape[1] < 256 else np.uint16
     sizes = np.array([size] * count, np.int32)
     ids = np.arange(count, dtype=np.int32)
-    return Batch(np.stack(images), np.stack(maps).astype(dtype), labels, sizes, sizes, ids)
+    targets = PanopticTargets(np.stack(maps).astype(dtype), labels)
+    return Batch(np.stack(images), targets, sizes, sizes, ids)
 
 
 def logits(scene: str, count: int, size: tuple[int, int], config: ConfigDict):

@@ -80,7 +80,7 @@ class Batch(NamedTuple):
     """uint8 [b, H, W, 3], RGB, zero beyond `size`."""
     targets: PanopticTargets | InstanceTargets | SemanticTargets
     size: Array
-    """int32 [b, 2]: height and width of the resized picture inside the canvas."""
+    """int32 [b, 2]: height and width of the picture (or the part of it) inside the canvas."""
     original_size: Array
     """int32 [b, 2]: height and width of the picture on disk."""
     id: Array

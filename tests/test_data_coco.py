@@ -8,7 +8,7 @@ import pytest
 import tiny_coco
 from PIL import Image
 
-from knet_jax.data import coco, transforms
+from knet_jax.data import coco, files, transforms
 
 
 @pytest.fixture
@@ -16,8 +16,9 @@ def root(tmp_path):
     return tiny_coco.write(tmp_path / "coco")
 
 
-def scan(root, split="train"):
-    return coco.scan(coco.find_annotations(str(root), split))
+def scan(root, split="train", task="panoptic"):
+    source = coco.SOURCES[task]
+    return source.scan(coco.find_annotations(str(root), split, source.prefix))
 
 
 def png(root, index):
@@ -39,11 +40,13 @@ def test_sound_dataset(root):
         _, ids, segments = tiny_coco.draw(index, height, width)
         assert record.image_id == 100 + index and record.file_name == f"train_{index}.jpg"
         assert record.image == (root / "train2017" / record.file_name).read_bytes()
-        assert record.panoptic == png(root, index).read_bytes()
-        assert [s.id for s in record.segments] == [s["id"] for s in segments]
-        assert [s.label for s in record.segments] == [3, 2, 0, 1, 1]
-        assert [s.iscrowd for s in record.segments] == [False] * 4 + [True]
-        assert [s.area for s in record.segments] == [(ids == s["id"]).sum() for s in segments]
+        assert record.annotation.png == png(root, index).read_bytes()
+        assert [s.id for s in record.annotation.segments] == [s["id"] for s in segments]
+        assert [s.label for s in record.annotation.segments] == [3, 2, 0, 1, 1]
+        assert [s.iscrowd for s in record.annotation.segments] == [False] * 4 + [True]
+        assert [s.area for s in record.annotation.segments] == [
+            (ids == s["id"]).sum() for s in segments
+        ]
 
 
 def test_coco_itself(coco_mini):
@@ -67,7 +70,7 @@ def test_areas_equal_the_ones_of_coco(coco_mini):
     counted = {
         (record.image_id, segment.id): segment.area
         for record in scan(coco_mini, "val").records
-        for segment in record.segments
+        for segment in record.annotation.segments
     }
     assert counted == areas
 
@@ -80,22 +83,26 @@ def test_no_dataset_at_root(tmp_path, where):
     with pytest.raises(
         ValueError, match=r"config\.data\.root: no dataset .* annotations/panoptic_"
     ):
-        coco.split_config(where and str(tmp_path / where), "train")
+        coco.split_config(where and str(tmp_path / where), "train", "panoptic")
 
 
 def test_no_such_split(root):
     with pytest.raises(ValueError, match=r"panoptic_test\*\.json for split 'test', found none"):
-        coco.split_config(str(root), "test")
+        coco.split_config(str(root), "test", "panoptic")
 
 
 def test_ambiguous_split(root):
     annotations = root / "annotations"
     shutil.copy(annotations / "panoptic_train2017.json", annotations / "panoptic_train_b.json")
     with pytest.raises(ValueError, match="found panoptic_train2017.json, panoptic_train_b.json"):
-        coco.split_config(str(root), "train")
-    assert coco.split_config(str(root), "train2017").annotations.endswith("train2017.json")
+        coco.split_config(str(root), "train", "panoptic")
+    assert coco.split_config(str(root), "train2017", "panoptic").annotations.endswith(
+        "train2017.json"
+    )
     shutil.copy(annotations / "panoptic_train2017.json", annotations / "panoptic_train.json")
-    assert coco.split_config(str(root), "train").annotations.endswith("panoptic_train.json")
+    assert coco.split_config(str(root), "train", "panoptic").annotations.endswith(
+        "panoptic_train.json"
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", "{}", "null", '{"images": 3}', "\xff"])
@@ -197,13 +204,13 @@ def test_segment_that_the_png_does_not_show(root):
 
     tiny_coco.edit(root, change)
     records = check_problem(root, r"train_1\.jpg: segments \[5\] are not in its PNG, dropped", ALL)
-    assert len(records[1].segments) == 5
+    assert len(records[1].annotation.segments) == 5
 
 
 def test_id_that_the_json_does_not_list(root):
     tiny_coco.edit(root, lambda c: c["annotations"][1]["segments_info"].pop(0))
     records = check_problem(root, r"train_1\.jpg: ids \[140256\] of its PNG are not listed", ALL)
-    assert len(records[1].segments) == 4
+    assert len(records[1].annotation.segments) == 4
 
 
 def test_overlap(root):
@@ -233,7 +240,7 @@ def test_annotation_without_image(root):
 def test_picture_turned_by_exif(root):
     path = root / "train2017" / "train_1.jpg"
     picture, exif = Image.open(path), Image.Exif()
-    exif[coco.EXIF_ORIENTATION] = 6
+    exif[files.EXIF_ORIENTATION] = 6
     # The annotation is drawn on the upright picture, or on the stored one: both are right.
     picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
     assert scan(root).problems == []
@@ -245,12 +252,12 @@ def test_picture_turned_by_exif(root):
 
 
 def test_config_name_follows_root_and_content(root, tmp_path):
-    name = coco.split_config(str(root), "train").name
-    assert coco.split_config(str(root), "train").name == name
+    name = coco.split_config(str(root), "train", "panoptic").name
+    assert coco.split_config(str(root), "train", "panoptic").name == name
     copy = shutil.copytree(root, tmp_path / "copy")
-    assert coco.split_config(str(copy), "train").name != name
+    assert coco.split_config(str(copy), "train", "panoptic").name != name
     tiny_coco.edit(root, lambda c: c["images"].reverse())
-    assert coco.split_config(str(root), "train").name != name
+    assert coco.split_config(str(root), "train", "panoptic").name != name
 
 
 def test_png_is_rgb(root):
@@ -259,5 +266,5 @@ def test_png_is_rgb(root):
     _, ids, _ = tiny_coco.draw(0, *record.size)
     pixels = np.array(Image.open(png(root, 0))).astype(int)
     np.testing.assert_array_equal(pixels @ [1, 256, 65536], ids)
-    loaded = transforms.load_panoptic(record.panoptic, record.size)
+    loaded = transforms.load_panoptic(record.annotation.png, record.size)
     np.testing.assert_array_equal(transforms.segment_ids(loaded), ids)

@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 import tiny_coco
 
-from knet_jax.data import batches, pipeline, records, transforms
+from knet_jax.data import batches, pipeline, recipes, records, transforms
 from knet_jax.data import shapes as shapes_module
 from knet_jax.structs import EMPTY, Categories, PanopticMap
 
@@ -19,7 +20,7 @@ from knet_jax.structs import EMPTY, Categories, PanopticMap
 def shapes(tmp_path_factory):
     """A config and its prepared training split."""
     config = tiny_coco.data_config(tmp_path_factory.mktemp("shapes"))
-    return config, pipeline.load_split(config, "train")
+    return config, pipeline.load_split(config, "train", "panoptic")
 
 
 @pytest.fixture
@@ -33,13 +34,18 @@ def take(count, *args, **kwargs):
     return list(itertools.islice(pipeline.train_batches(*args, **kwargs), count))
 
 
+def part_of(batch, rows):
+    return jax.tree.map(lambda x: x[rows], batch)
+
+
 def assert_equal(a, b):
     assert len(a) == len(b)
     for (batch_a, skipped_a), (batch_b, skipped_b) in zip(a, b):
         assert skipped_a == skipped_b
-        for field, x, y in zip(batch_a._fields, batch_a, batch_b):
+        leaves = zip(jax.tree.leaves_with_path(batch_a), jax.tree.leaves(batch_b), strict=True)
+        for (path, x), y in leaves:
             assert x.dtype == y.dtype
-            np.testing.assert_array_equal(x, y, err_msg=field)
+            np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
 # Preparation.
@@ -47,7 +53,7 @@ def assert_equal(a, b):
 
 def test_coco_survives_preparation(coco_mini, tmp_path, capsys):
     config = tiny_coco.data_config(tmp_path, coco_mini)
-    split = pipeline.load_split(config, "val")
+    split = pipeline.load_split(config, "val", "panoptic")
     assert len(split) == 60
     out = capsys.readouterr().out
     assert "60 images" in out and "0 problems" in out
@@ -63,7 +69,7 @@ def test_coco_survives_preparation(coco_mini, tmp_path, capsys):
         assert {segment.id for segment in truth.segments} == set(np.unique(truth.ids)) - {0}
         assert tuple(split.sizes[index]) == truth.ids.shape
 
-    pipeline.load_split(config, "val")
+    pipeline.load_split(config, "val", "panoptic")
     assert "prepared already" in capsys.readouterr().out
 
 
@@ -72,14 +78,14 @@ def test_unlisted_ids_are_void_in_truth(tiny):
         content["annotations"][0]["segments_info"].pop(1)
 
     tiny_coco.edit(Path(tiny.root), change)
-    truth = pipeline.load_split(tiny, "train").truth(0)
+    truth = pipeline.load_split(tiny, "train", "panoptic").truth(0)
     _, ids, segments = tiny_coco.draw(0, 60, 80)
     np.testing.assert_array_equal(truth.ids, np.where(ids == segments[1]["id"], 0, ids))
 
 
 def test_report_counts_classes_crowds_and_problems(tiny, capsys):
     (Path(tiny.root) / "train2017" / "train_1.jpg").unlink()
-    pipeline.prepare(tiny, "train")
+    pipeline.prepare(tiny, "train", "panoptic")
     out = capsys.readouterr().out
     assert "4 images, 16 segments, 4 crowds" in out
     assert "cat    thing         4 + 4 crowd" in out
@@ -88,7 +94,7 @@ def test_report_counts_classes_crowds_and_problems(tiny, capsys):
 
 def test_slices(shapes):
     config, whole = shapes
-    part = pipeline.load_split(config, "train[4:7]")
+    part = pipeline.load_split(config, "train[4:7]", "panoptic")
     assert len(part) == 3
     np.testing.assert_array_equal(part.sizes, whole.sizes[4:7])
     np.testing.assert_array_equal(part.num_things, whole.num_things[4:7])
@@ -100,14 +106,14 @@ def test_slices(shapes):
 )
 def test_bad_splits_are_named(shapes, spec):
     with pytest.raises(ValueError, match="config.data"):
-        pipeline.load_split(shapes[0], spec)
+        pipeline.load_split(shapes[0], spec, "panoptic")
 
 
 def test_bad_dataset_is_named(shapes):
     config = shapes[0].copy_and_resolve_references()
     config.dataset = "voc"
-    with pytest.raises(ValueError, match="config.data.dataset 'voc' must be 'coco' or 'shapes'"):
-        pipeline.prepare(config, "train")
+    with pytest.raises(ValueError, match="config.data.dataset 'voc' must be one of .*shapes"):
+        pipeline.prepare(config, "train", "panoptic")
 
 
 def test_roots_do_not_collide(tmp_path):
@@ -115,9 +121,9 @@ def test_roots_do_not_collide(tmp_path):
     for name, sizes in (("a", [(60, 80)]), ("b", [(60, 80), (80, 60)])):
         root = tiny_coco.write(tmp_path / name, sizes)
         config = tiny_coco.data_config(tmp_path / "prepared", root)
-        assert len(pipeline.load_split(config, "train")) == len(sizes)
-        prepared.add(pipeline.prepare(config, "train"))
-        prepared.add(pipeline.prepare(config, "val"))
+        assert len(pipeline.load_split(config, "train", "panoptic")) == len(sizes)
+        prepared.add(pipeline.prepare(config, "train", "panoptic"))
+        prepared.add(pipeline.prepare(config, "val", "panoptic"))
     assert len(prepared) == 4
 
 
@@ -136,9 +142,9 @@ def test_different_categories_are_named():
 def test_records_are_written_in_order_to_several_files(tmp_path, monkeypatch, records_per_file):
     monkeypatch.setattr(records, "RECORDS_PER_FILE", records_per_file)
     config = tiny_coco.data_config(tmp_path)
-    files = list(pipeline.prepare(config, "train").glob("*array_record*"))
+    files = list(pipeline.prepare(config, "train", "panoptic").glob("*array_record*"))
     assert len(files) == -(-24 // records_per_file)
-    split = pipeline.load_split(config, "train")
+    split = pipeline.load_split(config, "train", "panoptic")
     names = [split.file_name(i) for i in range(len(split))]
     assert names == [f"train_{i:06d}.png" for i in range(24)]
     assert "tensorflow" not in sys.modules
@@ -150,7 +156,7 @@ def _prepare_slowly(config):
         return draw(*args)
 
     shapes_module.draw = draw
-    pipeline.prepare(config, "train")
+    pipeline.prepare(config, "train", "panoptic")
 
 
 def test_killed_preparation_starts_anew(tmp_path):
@@ -166,7 +172,7 @@ def test_killed_preparation_starts_anew(tmp_path):
     process.join()
     assert list(tmp_path.glob("shapes/*/incomplete*/*"))
     assert not list(tmp_path.glob("shapes/*/1.0.0"))
-    assert len(pipeline.load_split(config, "train")) == 24
+    assert len(pipeline.load_split(config, "train", "panoptic")) == 24
 
 
 def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
@@ -176,19 +182,19 @@ def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
     def draw_late(*args):
         # While this process still draws, another one finishes.
         monkeypatch.setattr(shapes_module, "draw", draw)
-        assert len(pipeline.load_split(config, "train")) == 24
+        assert len(pipeline.load_split(config, "train", "panoptic")) == 24
         return draw(*args)
 
     monkeypatch.setattr(shapes_module, "draw", draw_late)
-    assert len(pipeline.load_split(config, "train")) == 24
+    assert len(pipeline.load_split(config, "train", "panoptic")) == 24
 
 
 def test_deleted_files_are_named(tmp_path):
     config = tiny_coco.data_config(tmp_path)
-    [file] = pipeline.prepare(config, "train").glob("*array_record*")
+    [file] = pipeline.prepare(config, "train", "panoptic").glob("*array_record*")
     file.unlink()
     with pytest.raises(ValueError, match=r"config\.data\.data_dir: .* is missing, remove"):
-        pipeline.load_split(config, "train")
+        pipeline.load_split(config, "train", "panoptic")
 
 
 def test_data_dir_that_cannot_be_written_is_named(tmp_path):
@@ -196,12 +202,12 @@ def test_data_dir_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"config\.data\.data_dir: split 'train' cannot be written"
     ):
-        pipeline.prepare(tiny_coco.data_config(tmp_path / "file"), "train")
+        pipeline.prepare(tiny_coco.data_config(tmp_path / "file"), "train", "panoptic")
 
 
 def test_data_dir_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
-    directory = pipeline.prepare(tiny_coco.data_config(""), "train")
+    directory = pipeline.prepare(tiny_coco.data_config(""), "train", "panoptic")
     assert directory.is_relative_to(tmp_path / "elsewhere") and directory.is_dir()
 
 
@@ -210,15 +216,15 @@ def test_data_dir_from_the_environment(tmp_path, monkeypatch):
 
 def test_batch_holds_what_structs_say(tiny):
     tiny.flip = 0.0
-    split = pipeline.load_split(tiny, "train")
+    split = pipeline.load_split(tiny, "train", "panoptic")
     (batch, skipped), *_ = take(1, split, tiny, 2, seed=0, start=0)
     assert skipped == ()
     portrait = batch.original_size[0, 0] > batch.original_size[0, 1]
     canvas = (128, 96) if portrait else (96, 128)
     assert batch.image.shape == (2, *canvas, 3) and batch.image.dtype == np.uint8
-    assert batch.segment_map.shape == (2, canvas[0] // 2, canvas[1] // 2)
-    assert batch.segment_map.dtype == np.uint8
-    assert batch.labels.shape == (2, 8 + 2) and batch.labels.dtype == np.int32
+    assert batch.targets.segment_map.shape == (2, canvas[0] // 2, canvas[1] // 2)
+    assert batch.targets.segment_map.dtype == np.uint8
+    assert batch.targets.labels.shape == (2, 8 + 2) and batch.targets.labels.dtype == np.int32
     for place, index in enumerate(batch.id):
         height, width = batch.size[place]
         assert tuple(batch.original_size[place]) == tuple(split.sizes[index])
@@ -229,32 +235,33 @@ def test_batch_holds_what_structs_say(tiny):
         dog, cat = truth.segments[2:4]
         areas = [np.sum(truth.ids == s.id) for s in (dog, cat)]
         order = [dog, cat] if areas[0] >= areas[1] else [cat, dog]
-        assert batch.labels[place].tolist() == [s.label for s in order] + [EMPTY] * 6 + [2, 3]
+        labels = [s.label for s in order] + [EMPTY] * 6 + [2, 3]
+        assert batch.targets.labels[place].tolist() == labels
         # Slots 1 and 2, grass is the first and sky the second stuff class; the crowd is nothing.
         values = {order[0].id: 1, order[1].id: 2}
         values |= {truth.segments[0].id: 1 + 8 + 1, truth.segments[1].id: 1 + 8}
         sampled = transforms.sample_segments(
             transforms.segment_colors(truth.ids),
-            (int(height), int(width)),
-            False,
+            transforms.whole((int(height), int(width))),
             canvas,
             list(values),
             list(values.values()),
             np.uint8,
         )
-        np.testing.assert_array_equal(batch.segment_map[place], sampled)
+        np.testing.assert_array_equal(batch.targets.segment_map[place], sampled)
 
 
 def test_many_slots_need_sixteen_bits(tiny):
     tiny.max_things = 300
-    split = pipeline.load_split(tiny, "train")
+    split = pipeline.load_split(tiny, "train", "panoptic")
     [(batch, _)] = take(1, split, tiny, 1, seed=0, start=0)
-    assert batch.segment_map.dtype == np.uint16 and batch.segment_map.max() == 1 + 300 + 1
+    segment_map = batch.targets.segment_map
+    assert segment_map.dtype == np.uint16 and segment_map.max() == 1 + 300 + 1
 
 
 def test_more_things_than_slots(tiny, caplog):
     tiny.max_things = 1
-    split = pipeline.load_split(tiny, "train")
+    split = pipeline.load_split(tiny, "train", "panoptic")
     with caplog.at_level(logging.WARNING, "knet_jax"):
         result = take(6, split, tiny, 1, seed=0, start=0)
     [warning] = [r.message for r in caplog.records if r.name.startswith("knet_jax")]
@@ -262,8 +269,8 @@ def test_more_things_than_slots(tiny, caplog):
     for batch, _ in result:
         truth = split.truth(int(batch.id[0]))
         largest = max(truth.segments[2:4], key=lambda s: np.sum(truth.ids == s.id))
-        assert batch.labels[0].tolist() == [largest.label, 2, 3]
-        assert set(np.unique(batch.segment_map)) <= {0, 1, 2, 3}
+        assert batch.targets.labels[0].tolist() == [largest.label, 2, 3]
+        assert set(np.unique(batch.targets.segment_map)) <= {0, 1, 2, 3}
 
 
 def test_picture_without_things(tmp_path):
@@ -274,9 +281,11 @@ def test_picture_without_things(tmp_path):
     root = tiny_coco.write(tmp_path / "coco")
     tiny_coco.edit(root, change)
     config = tiny_coco.data_config(tmp_path / "prepared", root)
-    [(batch, _)] = take(1, pipeline.load_split(config, "train"), config, 2, seed=0, start=0)
-    assert np.all(batch.labels == [EMPTY] * 8 + [2, 3])
-    assert set(np.unique(batch.segment_map)) == {0, 9, 10}
+    [(batch, _)] = take(
+        1, pipeline.load_split(config, "train", "panoptic"), config, 2, seed=0, start=0
+    )
+    assert np.all(batch.targets.labels == [EMPTY] * 8 + [2, 3])
+    assert set(np.unique(batch.targets.segment_map)) == {0, 9, 10}
 
 
 def test_flip_and_scales_are_used(shapes):
@@ -311,7 +320,7 @@ def test_seed_changes_the_order(shapes):
 
 def test_resuming_anywhere_equals_going_on(shapes):
     config, split = shapes
-    steps = 2 * pipeline.steps_per_epoch(split, 4) + 3
+    steps = 2 * pipeline.steps_per_epoch(split, config, 4) + 3
     whole = take(steps, split, config, 4, seed=2, start=0)
     for step in (1, 5, steps - 2):
         assert_equal(take(steps - step, split, config, 4, seed=2, start=4 * step), whole[step:])
@@ -326,7 +335,7 @@ def test_negative_seed_is_named(shapes):
 
 def test_epoch_length(shapes):
     config, split = shapes
-    steps = pipeline.steps_per_epoch(split, 1)
+    steps = pipeline.steps_per_epoch(split, config, 1)
     assert steps == len(split)
     ids = [int(batch.id[0]) for batch, _ in take(steps, split, config, 1, seed=0, start=0)]
     assert sorted(ids) == list(range(len(split)))
@@ -338,7 +347,7 @@ def test_processes_share_a_batch(shapes):
     for index in range(2):
         part = take(5, split, config, 4, seed=3, start=4, process_index=index, process_count=2)
         rows = slice(2 * index, 2 * index + 2)
-        expected = [(type(b)(*(field[rows] for field in b)), skipped) for b, skipped in whole]
+        expected = [(part_of(batch, rows), skipped) for batch, skipped in whole]
         assert_equal(part, expected)
     with pytest.raises(ValueError, match="config.train.batch_size 4 .* 3 processes"):
         pipeline.train_batches(split, config, 4, seed=3, start=0, process_count=3)
@@ -354,7 +363,7 @@ def test_evaluation_shows_everything_once(shapes, num_workers):
         real = batch.id[batch.id != EMPTY]
         assert [id for id, _ in truths] == real.tolist()
         assert not batch.image[batch.id == EMPTY].any()
-        assert np.all(batch.labels[batch.id == EMPTY] == EMPTY)
+        assert np.all(batch.targets.labels[batch.id == EMPTY] == EMPTY)
         tall.append(batch.image.shape[1] > batch.image.shape[2])
         for place, (id, truth) in enumerate(truths):
             assert isinstance(truth, PanopticMap)
@@ -395,21 +404,21 @@ def test_processes_share_an_evaluation(shapes):
 
 def break_pictures(monkeypatch, names):
     """Lets the pictures of these names turn out to be broken when they are decoded."""
-    sound = batches._fill
+    sound = batches._load
 
-    def fill(batch, place, position, record, *rest):
+    def load(split, record):
         if record.file_name in names:
             record = record._replace(image=record.image[:200])
-        sound(batch, place, position, record, *rest)
+        return sound(split, record)
 
-    monkeypatch.setattr(batches, "_fill", fill)
+    monkeypatch.setattr(batches, "_load", load)
 
 
 def test_broken_picture_is_replaced_and_named(shapes, monkeypatch, caplog):
     config, split = shapes
     landscape = np.flatnonzero(split.sizes[:, 1] >= split.sizes[:, 0])
     broken, successor = int(landscape[-1]), int(landscape[0])
-    steps = 3 * pipeline.steps_per_epoch(split, 4)
+    steps = 3 * pipeline.steps_per_epoch(split, config, 4)
     sound = take(steps, split, config, 4, seed=0, start=0)
     name = split.file_name(broken)
     break_pictures(monkeypatch, {name})
@@ -464,7 +473,7 @@ def test_truncated_file_on_disk(tmp_path):
     path = root / "train2017" / "train_1.jpg"
     path.write_bytes(path.read_bytes()[:-300])
     config = tiny_coco.data_config(tmp_path / "prepared", root, num_workers=2)
-    result = take(10, pipeline.load_split(config, "train"), config, 1, seed=0, start=0)
+    result = take(10, pipeline.load_split(config, "train", "panoptic"), config, 1, seed=0, start=0)
     assert {name for _, skipped in result for name in skipped} == {"train_1.jpg"}
     assert all(batch.id[0] != 1 for batch, _ in result)
 
@@ -489,7 +498,7 @@ def test_truncated_file_on_disk(tmp_path):
 def test_bad_recipes_are_named(changes):
     [key] = changes
     with pytest.raises(ValueError, match=rf"config\.data\..*{key}"):
-        batches.make_recipe(tiny_coco.data_config("", **changes))
+        recipes.whole_picture(tiny_coco.data_config("", **changes))
 
 
 def test_small_shared_memory_is_named(shapes, monkeypatch):

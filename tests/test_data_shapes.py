@@ -1,5 +1,7 @@
+import cv2
 import numpy as np
 import pytest
+from pycocotools import mask as run_lengths
 
 from knet_jax.data import shapes, transforms
 
@@ -11,61 +13,93 @@ def drawn():
     return [shapes.draw("train", i, SIDES) for i in range(150)]
 
 
-def ids_of(record):
-    return transforms.segment_ids(transforms.load_panoptic(record.panoptic, record.size))
+def ids_of(annotation, drawing):
+    return transforms.segment_ids(transforms.load_panoptic(annotation.png, drawing.slots.shape))
 
 
-def test_same_arguments_same_record(drawn):
-    assert shapes.draw("train", 3, SIDES) == drawn[3]
-    assert shapes.draw("val", 3, SIDES).image != drawn[3].image
-    assert drawn[4].image != drawn[3].image
+def test_same_arguments_same_picture(drawn):
+    again, other = shapes.draw("train", 3, SIDES), shapes.draw("val", 3, SIDES)
+    for a, b in zip(again, drawn[3]):
+        np.testing.assert_array_equal(list(a), list(b))
+    for different in (other, drawn[4]):
+        same_size = different.image.shape == drawn[3].image.shape
+        assert not same_size or (different.image != drawn[3].image).any()
 
 
-def test_annotation_describes_the_pictures(drawn):
-    for record in drawn[:50]:
-        ids, counts = np.unique(ids_of(record), return_counts=True)
+def test_panoptic_annotation_describes_the_pictures(drawn):
+    for drawing in drawn[:50]:
+        annotation = shapes.annotate_panoptic(drawing)
+        ids, counts = np.unique(ids_of(annotation, drawing), return_counts=True)
         found = {int(id): int(count) for id, count in zip(ids, counts) if id}
-        assert found == {segment.id: segment.area for segment in record.segments}
-        assert transforms.load_image(record.image, record.size).shape == (*record.size, 3)
+        assert found == {segment.id: segment.area for segment in annotation.segments}
+        assert drawing.image.shape == (*drawing.slots.shape, 3)
 
 
 def test_everything_occurs(drawn):
     num_things = shapes.CATEGORIES.num_things
-    segments = [segment for record in drawn for segment in record.segments]
+    listed = [shapes.annotate_panoptic(drawing).segments for drawing in drawn]
+    segments = [segment for of_one in listed for segment in of_one]
     assert {s.label for s in segments} == set(range(len(shapes.CATEGORIES.names)))
     assert any(s.iscrowd and s.label < num_things for s in segments)
     assert not any(s.iscrowd and s.label >= num_things for s in segments)
-    assert any(all(s.label >= num_things for s in record.segments) for record in drawn)
-    assert any(np.any(ids_of(record) == 0) for record in drawn)
-    sizes = np.array([record.size for record in drawn])
+    assert any(all(s.label >= num_things for s in of_one) for of_one in listed)
+    assert any(np.any(drawing.slots == 0) for drawing in drawn)
+    sizes = np.array([drawing.slots.shape for drawing in drawn])
     assert sizes.min() >= SIDES[0] and sizes.max() <= SIDES[1]
     assert np.any(sizes[:, 0] > sizes[:, 1]) and np.any(sizes[:, 0] < sizes[:, 1])
 
 
 def test_things_overlap_but_stay_visible(drawn):
     num_things = shapes.CATEGORIES.num_things
-    things = [s for r in drawn for s in r.segments if s.label < num_things and not s.iscrowd]
-    assert min(thing.area for thing in things) > 40
     touching = 0
-    for record in drawn:
-        ids = ids_of(record)
-        of = [s.id for s in record.segments if s.label < num_things]
+    for drawing in drawn:
+        annotation = shapes.annotate_panoptic(drawing)
+        ids = ids_of(annotation, drawing)
+        things = [s for s in annotation.segments if s.label < num_things]
+        assert all(thing.area > 40 for thing in things if not thing.iscrowd)
         pairs = np.stack([ids[:, 1:], ids[:, :-1]], -1)[ids[:, 1:] != ids[:, :-1]]
-        touching += bool(np.any(np.isin(pairs, of).all(-1)))
+        touching += bool(np.any(np.isin(pairs, [s.id for s in things]).all(-1)))
     assert touching > 30
+
+
+def test_instances_are_the_things_of_the_panoptic_annotation(drawn):
+    for drawing in drawn[:50]:
+        annotation = shapes.annotate_panoptic(drawing)
+        ids = ids_of(annotation, drawing)
+        things = [s for s in annotation.segments if s.label < shapes.CATEGORIES.num_things]
+        instances = shapes.annotate_instances(drawing)
+        assert len(instances) == len(things)
+        for thing, instance in zip(things, instances):
+            rle = {"size": list(ids.shape), "counts": instance.counts}
+            np.testing.assert_array_equal(run_lengths.decode(rle), ids == thing.id)
+            assert (instance.label, instance.iscrowd) == (thing.label, thing.iscrowd)
+            assert instance.area == thing.area
+
+
+def test_labels_are_the_classes_of_the_panoptic_annotation(drawn):
+    for drawing in drawn[:50]:
+        annotation = shapes.annotate_panoptic(drawing)
+        ids = ids_of(annotation, drawing)
+        expected = np.zeros(ids.shape, int)
+        for segment in annotation.segments:
+            if not segment.iscrowd:
+                expected[ids == segment.id] = 1 + segment.label
+        png = np.frombuffer(shapes.annotate_semantic(drawing), np.uint8)
+        np.testing.assert_array_equal(cv2.imdecode(png, cv2.IMREAD_UNCHANGED), expected)
 
 
 def test_config_name_holds_everything_that_matters():
     names = {
-        shapes.split_config("train", 10, (96, 128)).name,
-        shapes.split_config("val", 10, (96, 128)).name,
-        shapes.split_config("train", 11, (96, 128)).name,
-        shapes.split_config("train", 10, (64, 128)).name,
+        shapes.split_config("train", 10, (96, 128), "panoptic").name,
+        shapes.split_config("val", 10, (96, 128), "panoptic").name,
+        shapes.split_config("train", 11, (96, 128), "panoptic").name,
+        shapes.split_config("train", 10, (64, 128), "panoptic").name,
+        shapes.split_config("train", 10, (96, 128), "semantic").name,
     }
-    assert len(names) == 4
+    assert len(names) == 5
 
 
 @pytest.mark.parametrize("count, sides", [(0, (96, 128)), (5, (128, 96)), (5, (8, 128))])
 def test_bad_configs_are_named(count, sides):
     with pytest.raises(ValueError, match=r"config\.data\.(num_train|image_side)"):
-        shapes.split_config("train", count, sides)
+        shapes.split_config("train", count, sides, "panoptic")

@@ -127,7 +127,7 @@ def test_resized_size_never_vanishes():
 def test_place_image(flip):
     image = smooth(30, 40)
     canvas = np.full((64, 96, 3), 9, np.uint8)
-    transforms.place_image(image, (48, 64), flip, canvas)
+    transforms.place_image(image, transforms.whole((48, 64), flip), canvas)
     expected = cv2.resize(image, (64, 48), interpolation=cv2.INTER_LINEAR)
     expected = expected[:, ::-1] if flip else expected
     np.testing.assert_array_equal(canvas[:48, :64], expected)
@@ -142,7 +142,12 @@ def test_sampling_equals_resizing_everything(flip, size):
     known = np.array([5, 300, 70_000, 12_000_000])
     ids = rng.choice([0, 5, 300, 70_000, 12_000_000, 999], (height, width)).astype(np.int32)
     sampled = transforms.sample_segments(
-        transforms.segment_colors(ids), size, flip, canvas, known, [1, 2, 3, 200], np.uint8
+        transforms.segment_colors(ids),
+        transforms.whole(size, flip),
+        canvas,
+        known,
+        [1, 2, 3, 200],
+        np.uint8,
     )
 
     values = np.select([ids == id for id in known], [1, 2, 3, 200], 0)
@@ -161,7 +166,7 @@ def test_sampled_pixels_average_to_the_bilinear_quarter():
     ids = np.kron(np.arange(48).reshape(6, 8) % 3, np.ones((5, 7), int)).astype(np.int32)
     mask = np.pad(ids == 1, ((0, 2), (0, 0)))
     sampled = transforms.sample_segments(
-        transforms.segment_colors(ids), (30, 56), False, mask.shape, [1], [1], np.uint8
+        transforms.segment_colors(ids), transforms.whole((30, 56)), mask.shape, [1], [1], np.uint8
     )
     quarter = cv2.resize(mask.astype(np.float32), (14, 8), interpolation=cv2.INTER_LINEAR)
     np.testing.assert_array_equal(sampled.reshape(8, 2, 14, 2).mean((1, 3)), quarter)

@@ -44,7 +44,7 @@ def make_config(data_dir):
 def data(tmp_path_factory):
     """The config and the validation split of eight shapes."""
     config = make_config(tmp_path_factory.mktemp("data"))
-    return config, pipeline.load_split(config.data, "val")
+    return config, pipeline.load_split(config.data, "val", "panoptic")
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_lookahead_is_one_item_ahead():
 def worker(data_dir, out):
     """Predictions of a network on one and on two devices."""
     config = make_config(data_dir)
-    split = pipeline.load_split(config.data, "val")
+    split = pipeline.load_split(config.data, "val", "panoptic")
     model = make_model(**config.model)
     rng = np.random.default_rng(0)
     variables = jax.tree.map(

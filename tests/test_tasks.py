@@ -6,7 +6,7 @@ from tiny_model import NUM_PROPOSALS, NUM_STUFF, NUM_THINGS, make_batch, random
 
 from knet_jax import losses
 from knet_jax.matching import Weights, match, matching_cost
-from knet_jax.structs import EMPTY, Batch, Output, Stage
+from knet_jax.structs import EMPTY, Batch, Output, PanopticTargets, Stage
 from knet_jax.tasks import panoptic_loss, segments
 
 N, K = NUM_PROPOSALS + NUM_STUFF, NUM_THINGS + NUM_STUFF
@@ -20,15 +20,17 @@ B, H, W = 4, 8, 8  # stride 8 of the pictures of `make_batch`
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_segments_are_the_mean_of_the_sampled_pixels(dtype):
     batch = make_batch(seed=3)
-    batch = batch._replace(segment_map=batch.segment_map.astype(dtype))
+    targets = batch.targets
+    targets = targets._replace(segment_map=targets.segment_map.astype(dtype))
+    batch = batch._replace(targets=targets)
     things, stuff = jax.jit(segments, static_argnums=1)(batch, NUM_STUFF)
-    m = batch.labels.shape[1] - NUM_STUFF
+    m = batch.targets.labels.shape[1] - NUM_STUFF
     assert things.masks.shape == (4, m, 16, 16) and stuff.masks.shape == (4, NUM_STUFF, 16, 16)
-    np.testing.assert_array_equal(things.labels, batch.labels[:, :m])
-    np.testing.assert_array_equal(stuff.labels, batch.labels[:, m:])
+    np.testing.assert_array_equal(things.labels, batch.targets.labels[:, :m])
+    np.testing.assert_array_equal(stuff.labels, batch.targets.labels[:, m:])
     masks = np.concatenate([things.masks, stuff.masks], axis=1)
     for i, s, y, x in np.ndindex(masks.shape):
-        pixels = batch.segment_map[i, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+        pixels = batch.targets.segment_map[i, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
         assert masks[i, s, y, x] == (pixels == 1 + s).mean()
     assert set(np.unique(masks)) > {0, 0.25, 0.5, 1}
 
@@ -40,7 +42,7 @@ def test_segments_read_rows_and_columns_as_the_batch_says():
     sampled = np.zeros((16, 32), np.uint8)
     for i, a, j, e in np.ndindex(8, 2, 16, 2):
         sampled[2 * i + a, 2 * j + e] = owner[4 * i + 1 + a, 4 * j + 1 + e]
-    batch = Batch(None, sampled[None], np.array([[0, 1, 2]]), None, None, None)
+    batch = Batch(None, PanopticTargets(sampled[None], np.array([[0, 1, 2]])), None, None, None)
     things, stuff = segments(batch, 1)
     for s, mask in enumerate([*things.masks[0], *stuff.masks[0]]):
         image = jnp.asarray(owner == 1 + s, jnp.float32)
@@ -50,7 +52,9 @@ def test_segments_read_rows_and_columns_as_the_batch_says():
 
 def test_more_than_255_segments_fit():
     segment_map = np.full((1, 4, 4), 299, np.uint16)
-    batch = Batch(None, segment_map, np.zeros((1, 300), np.int32), None, None, None)
+    batch = Batch(
+        None, PanopticTargets(segment_map, np.zeros((1, 300), np.int32)), None, None, None
+    )
     things, _ = segments(batch, 0)
     assert np.flatnonzero(things.masks.sum((0, 2, 3))).tolist() == [298]
 
@@ -134,9 +138,9 @@ def test_stage_1_takes_the_matching_of_the_initial_masks(batch):
     terms, _ = loss_of(output, batch)
     # Equal masks and equal matching; the stage has stuff besides.
     assert terms["loss/stage1/mask"] != terms["loss/initial/mask"]
-    no_stuff = np.array(batch.labels)
+    no_stuff = np.array(batch.targets.labels)
     no_stuff[:, -NUM_STUFF:] = EMPTY
-    terms, _ = loss_of(output, batch._replace(labels=no_stuff))
+    terms, _ = loss_of(output, batch._replace(targets=batch.targets._replace(labels=no_stuff)))
     for term in ("mask", "dice"):
         np.testing.assert_allclose(
             terms[f"loss/stage1/{term}"], terms[f"loss/initial/{term}"], rtol=1e-5
@@ -184,7 +188,9 @@ def test_found_counts_things_that_are_drawn(batch):
 
 def test_a_batch_without_any_segment_is_finite(batch):
     empty = batch._replace(
-        labels=np.full_like(batch.labels, EMPTY), segment_map=np.zeros_like(batch.segment_map)
+        targets=PanopticTargets(
+            np.zeros_like(batch.targets.segment_map), np.full_like(batch.targets.labels, EMPTY)
+        )
     )
     terms, matching = loss_of(make_output(2), empty)
     assert all(np.isfinite(value) for value in terms.values())

@@ -11,7 +11,7 @@ from tiny_model import MODEL, make_batch
 from knet_jax import optim, training
 from knet_jax.knet import make_model
 from knet_jax.matching import Weights
-from knet_jax.structs import EMPTY, Categories
+from knet_jax.structs import EMPTY, Categories, PanopticTargets
 
 SMALL = MODEL | {"num_stages": 1}
 
@@ -172,8 +172,9 @@ def test_pictures_without_targets_and_padding_give_finite_steps(step, variables)
     batch = make_batch(4)
     empty = batch._replace(
         image=np.zeros_like(batch.image),
-        segment_map=np.zeros_like(batch.segment_map),
-        labels=np.full_like(batch.labels, EMPTY),
+        targets=PanopticTargets(
+            np.zeros_like(batch.targets.segment_map), np.full_like(batch.targets.labels, EMPTY)
+        ),
         size=np.zeros_like(batch.size),
         id=np.full_like(batch.id, EMPTY),
     )
@@ -206,7 +207,7 @@ def test_parts_hold_every_picture_once():
     for part in parts:
         for row, index in enumerate(np.asarray(part.id[0])):
             np.testing.assert_array_equal(part.image[0, row], batch.image[index])
-            np.testing.assert_array_equal(part.labels[0, row], batch.labels[index])
+            np.testing.assert_array_equal(part.targets.labels[0, row], batch.targets.labels[index])
 
 
 def test_other_class_counts_are_told_with_the_key_and_the_remedy():

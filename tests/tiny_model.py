@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from knet_jax.structs import EMPTY, Batch, Segments
+from knet_jax.structs import EMPTY, Batch, PanopticTargets, Segments
 
 NUM_PROPOSALS, NUM_THINGS, NUM_STUFF = 6, 3, 2
 
@@ -42,7 +42,8 @@ def make_batch(b=4, height=64, width=64, slots=4, seed=0) -> Batch:
                 segment_map[i, y : y + 9, x : x + 7] = 1 + slot
                 labels[i, slot] = rng.integers(NUM_THINGS)
     size = np.tile(np.int32([height - 8, width]), (b, 1))
-    return Batch(image, segment_map, labels, size, size * 2, np.arange(b, dtype=np.int32))
+    targets = PanopticTargets(segment_map, labels)
+    return Batch(image, targets, size, size * 2, np.arange(b, dtype=np.int32))
 
 
 def make_segments(b, m, h, w, labels, seed=0) -> Segments:

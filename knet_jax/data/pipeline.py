@@ -12,29 +12,33 @@ import io
 import itertools
 import logging
 import math
-import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import grain
+import jax
 import numpy as np
 from absl import flags
 
-from knet_jax.data import batches, coco, records, sampler, shapes, splits
-from knet_jax.structs import EMPTY, Batch, Categories, PanopticMap
+from knet_jax.data import batches, datasets, records, sampler, splits
+from knet_jax.structs import EMPTY, Batch, Categories
 
 LEAST_SEEN = 500
 """A share of broken pictures is judged as if at least so many had been seen."""
 ENDLESS = 1 << 48
 """More batches than any training takes."""
 
+BYTES_PER_PIXEL = 4
+"""Of a picture and its targets."""
+
 log = logging.getLogger(__name__)
 
 
-def prepare(config_data, split: str) -> Path:
+def prepare(config_data, split: str, task: str) -> Path:
     """Converts a split to ArrayRecord, unless that has been done, and prints what it holds.
 
     A split that is interrupted half-way is never taken for whole: TFDS writes to a directory of
@@ -43,6 +47,7 @@ def prepare(config_data, split: str) -> Path:
     Args:
         config_data: `config.data`.
         split: a name, or a slice of one.
+        task: `config.task`, which decides the kind of annotation.
 
     Returns:
         the directory of the prepared split.
@@ -51,9 +56,8 @@ def prepare(config_data, split: str) -> Path:
         ValueError: the dataset cannot be found or understood.
     """
     name = splits.split_name(split)
-    builder_class, builder_config = _find_dataset(config_data, name)
-    data_dir = config_data.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    data_dir = Path(data_dir).expanduser()
+    builder_class, builder_config = datasets.find(config_data, name, task)
+    data_dir = datasets.data_dir(config_data)
     version = str(builder_class.VERSION)
     directory = data_dir / builder_class.name / builder_config.name / version
     if directory.exists():
@@ -91,25 +95,9 @@ def _quiet() -> Iterator[None]:
         logger.removeFilter(is_ours)
 
 
-def _find_dataset(
-    config_data, name: str
-) -> tuple[type[records.RecordBuilder], records.SplitConfig]:
-    if config_data.dataset == "coco":
-        return coco.Coco, coco.split_config(config_data.root, name)
-    if config_data.dataset == "shapes":
-        counts = {
-            splits.split_name(config_data.val_split): config_data.num_val,
-            splits.split_name(config_data.train_split): config_data.num_train,
-        }
-        if name not in counts:
-            raise ValueError(f"config.data: split '{name}' must be one of {sorted(counts)}")
-        return shapes.Shapes, shapes.split_config(name, counts[name], config_data.image_side)
-    raise ValueError(f"config.data.dataset '{config_data.dataset}' must be 'coco' or 'shapes'")
-
-
-def load_split(config_data, split: str) -> splits.Split:
+def load_split(config_data, split: str, task: str) -> splits.Split:
     """Opens a split, prepared if need be. Raises ValueError as `prepare` does."""
-    return splits.Split(prepare(config_data, split), split)
+    return splits.Split(prepare(config_data, split, task), split)
 
 
 def check_same_categories(train: Categories, val: Categories) -> None:
@@ -123,9 +111,9 @@ def check_same_categories(train: Categories, val: Categories) -> None:
         )
 
 
-def steps_per_epoch(split: splits.Split, batch_size: int) -> int:
+def steps_per_epoch(split: splits.Split, config_data, batch_size: int) -> int:
     """How many training batches show every picture of a split once."""
-    groups = sampler.orientation_groups(split.sizes)
+    groups = split.kind.recipe(config_data).groups(split.sizes)
     return sampler.EpochSampler(groups, batch_size, seed=0).batches_per_epoch
 
 
@@ -138,7 +126,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[tuple[Batch, tuple[str, ...]]]:
-    """Batches without end, augmented, each of one orientation.
+    """Batches without end, augmented, each on one canvas.
 
     Args:
         split: what to train on.
@@ -156,7 +144,7 @@ def train_batches(
     Raises:
         ValueError: the sizes do not agree, or too many pictures are broken.
     """
-    recipe = batches.make_recipe(config_data)
+    recipe = split.kind.recipe(config_data)
     rows = _process_rows(batch_size, process_index, process_count)
     if start % batch_size:
         raise ValueError(
@@ -175,10 +163,12 @@ def train_batches(
             recipe.max_things,
             split.num_things.max(),
         )
-    epochs = sampler.EpochSampler(sampler.orientation_groups(split.sizes), batch_size, seed)
+    groups = recipe.groups(split.sizes)
+    epochs = sampler.EpochSampler(groups, batch_size, seed)
     make = functools.partial(batches.train_batch, split, recipe, epochs, rows)
     dataset = grain.MapDataset.range(start // batch_size, ENDLESS).map(make)
-    results = _results(dataset, recipe, rows)
+    canvases = map(recipe.train_canvas, range(len(groups)))
+    results = _results(dataset, recipe, rows, max(map(math.prod, canvases)))
     return ((batch, tuple(f.file_name for f in failures)) for batch, _, failures in results)
 
 
@@ -189,11 +179,13 @@ def eval_batches(
     limit: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[tuple[Batch, list[tuple[int, PanopticMap]]]]:
-    """Every picture once, not augmented, landscape first, then portrait.
+    ratio: float = 1.0,
+) -> Iterator[tuple[Batch, list[tuple[int, Any]]]]:
+    """Every picture once, not augmented, grouped by the canvas, landscape first.
 
-    The last batch of an orientation is filled up with empty images, id `EMPTY`; a broken picture
-    becomes one, too.
+    The last batch of a canvas is filled up with empty images, id `EMPTY`; a broken picture becomes
+    one, too. The order does not depend on `ratio`: batches of several ratios show the same
+    pictures.
 
     Args:
         split: what to evaluate on.
@@ -202,29 +194,39 @@ def eval_batches(
         limit: only the first so many pictures of the split.
         process_index: which rows of every batch are wanted.
         process_count: how many processes share a batch.
+        ratio: pictures are so many times as large.
 
     Yields:
         (batch with batch_size / process_count rows, [(id, truth at original size)] of the images
-        that are not empty).
+        that are not empty; the truth is what `Split.truth` returns).
 
     Raises:
         ValueError: the sizes do not agree, or too many pictures are broken.
     """
-    recipe = batches.make_recipe(config_data)
+    recipe = split.kind.recipe(config_data)
     rows = _process_rows(batch_size, process_index, process_count)
+    scaled = recipe.scaled(ratio) if ratio != 1 else recipe
+    sizes = [tuple(size) for size in split.sizes[:limit].tolist()]
+    canvases = np.array([recipe.eval_canvas(size) for size in sizes])
     chunks = []
-    for number, group in enumerate(sampler.orientation_groups(split.sizes[:limit])):
+    for canvas in np.unique(canvases, axis=0):
+        [group] = np.nonzero((canvases == canvas).all(1))
         padded = np.pad(group, (0, -len(group) % batch_size), constant_values=EMPTY)
-        chunks += [(number, chunk[rows]) for chunk in padded.reshape(-1, batch_size)]
-    make = functools.partial(batches.eval_batch, split, recipe)
-    results = _results(grain.MapDataset.source(chunks).map(make), recipe, rows)
+        for positions in padded.reshape(-1, batch_size):
+            fits = [scaled.eval_canvas(sizes[i]) for i in positions if i != EMPTY]
+            chunks.append(batches.Chunk(positions[rows], tuple(np.max(fits, axis=0).tolist())))
+    make = functools.partial(batches.eval_batch, split, scaled)
+    most = max(math.prod(chunk.canvas) for chunk in chunks)
+    results = _results(grain.MapDataset.source(chunks).map(make), recipe, rows, most)
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
     # may be kept for long. (A pipe is no way out: Grain waits 25 s for a worker that is stopped
     # while it writes something large.)
-    return (
-        (batch, [(id, truth._replace(ids=np.array(truth.ids))) for id, truth in truths])
-        for batch, truths, _ in results
-    )
+    return ((batch, jax.tree.map(_own, truths)) for batch, truths, _ in results)
+
+
+def _own(leaf: Any) -> Any:
+    """A leaf of a truth, in memory of this process."""
+    return np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -238,14 +240,17 @@ def _process_rows(batch_size: int, process_index: int, process_count: int) -> sl
 
 
 def _results(
-    dataset: grain.MapDataset, recipe: batches.Recipe, rows: slice
+    dataset: grain.MapDataset, recipe: Any, rows: slice, num_pixels: int
 ) -> Iterator[tuple[Batch, list, list[batches.Failure]]]:
-    """Computes the elements of a dataset in the workers, in order, and watches for failures."""
+    """Computes the elements of a dataset in the workers, in order, and watches for failures.
+
+    num_pixels: of the largest canvas.
+    """
     if not flags.FLAGS.is_parsed():
         # Grain reads flags of its own; without absl's `app.run` nobody has parsed them.
         flags.FLAGS.mark_as_parsed()
     # Grain's default would hold 500 batches.
-    _check_shared_memory(recipe, rows)
+    _check_shared_memory(recipe, rows, num_pixels)
     elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     workers = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
     iterator = iter(elements.mp_prefetch(workers, worker_init_fn=_start_worker))
@@ -278,14 +283,14 @@ def _start_worker(index: int, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _check_shared_memory(recipe: batches.Recipe, rows: slice) -> None:
+def _check_shared_memory(recipe: Any, rows: slice, num_pixels: int) -> None:
     """Raises ValueError where the workers' pictures would not fit; Linux would kill them."""
     folder = Path("/dev/shm")
     if not recipe.num_workers or not folder.is_dir():
         return
     # Each worker fills one batch while another waits; two more are in use at the other end.
     held = 2 * recipe.num_workers + 2
-    needed = held * (rows.stop - rows.start) * math.prod(recipe.canvas) * 3
+    needed = held * (rows.stop - rows.start) * num_pixels * BYTES_PER_PIXEL
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The one form in which every dataset is stored: panoptic records in ArrayRecord, written by TFDS.
+"""The one form in which every dataset is stored: pictures with annotations in ArrayRecord, by TFDS.
 
 A dataset says what it holds (`Examples`); `RecordBuilder` writes it, once, without TensorFlow. What
 the loader must know without reading a picture (sizes, number of things) stands in the metadata, so
@@ -10,45 +10,34 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
+from knet_jax.data import kinds
 from knet_jax.structs import Categories
 
 RECORDS_PER_FILE = 1000
 """TFDS keeps the records of a file in memory while it writes the file."""
 
 
-class RecordSegment(NamedTuple):
-    """One segment of a stored picture."""
-
-    id: int
-    """What the panoptic PNG holds at its pixels: R + 256 G + 65536 B, never 0."""
-    label: int
-    """Class, things first."""
-    iscrowd: bool
-    area: int
-    """Number of its pixels, always positive."""
-
-
 class Record(NamedTuple):
-    """A picture with its panoptic annotation, as stored."""
+    """A picture with its annotation, as stored."""
 
     image: bytes
     """The encoded picture."""
     image_id: int
-    """The id that the dataset's own files use."""
+    """The id that the dataset's own files use, or a position."""
     file_name: str
-    panoptic: bytes
-    """PNG whose pixels hold segment ids in COCO's way: R + 256 G + 65536 B, 0 = void."""
     size: tuple[int, int]
     """Height and width."""
-    segments: Sequence[RecordSegment]
+    annotation: Any
+    """Of the kind that the task needs, see `kinds`."""
 
 
 class Examples(NamedTuple):
@@ -67,6 +56,14 @@ class SplitConfig(tfds.core.BuilderConfig):
     """Which split a builder writes; `name` tells apart splits that differ in anything."""
 
     split: str = ""
+    task: str = ""
+    """What the annotations are for, a key of `kinds.KINDS`."""
+
+
+def config_name(task: str, split: str, *facts: object) -> str:
+    """A name for a split that changes with the task and with any of some facts."""
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:10]
+    return f"{task}-{split}-{digest}"
 
 
 class RecordBuilder(tfds.core.ShardBasedBuilder, abc.ABC, skip_registration=True):
@@ -91,10 +88,7 @@ class RecordBuilder(tfds.core.ShardBasedBuilder, abc.ABC, skip_registration=True
                     "image": tfds.features.Image(shape=(None, None, 3)),
                     "image_id": np.int64,
                     "file_name": tfds.features.Text(),
-                    "panoptic": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                    "segments": tfds.features.Sequence(
-                        {"id": np.int64, "label": np.int64, "iscrowd": np.bool_, "area": np.int64}
-                    ),
+                    **kinds.find(self.builder_config.task).features(),
                 }
             ),
             disable_shuffling=True,
@@ -111,40 +105,37 @@ class RecordBuilder(tfds.core.ShardBasedBuilder, abc.ABC, skip_registration=True
         return {self.builder_config.split: [*files, functools.partial(iter, encoded)]}
 
     def _encode(self, examples: Examples) -> Iterator[tuple[int, dict]]:
-        sizes, segments = [], []
+        kind = kinds.find(self.builder_config.task)
+        sizes, things = [], []
+        columns: dict[str, np.ndarray] = {}
         progress = tqdm.tqdm(
             examples.records, f"Writing {self.builder_config.split}", examples.count, unit="img"
         )
         for i, record in enumerate(progress):
-            sizes.append(record.size)
-            segments.append(record.segments)
-            features = record._asdict()
-            del features["size"]
-            features["segments"] = [segment._asdict() for segment in record.segments]
-            yield i, features
-        self.info.metadata.update(_metadata(examples, sizes, segments))
-
-
-def _metadata(
-    examples: Examples,
-    sizes: Sequence[tuple[int, int]],
-    segments: Sequence[Sequence[RecordSegment]],
-) -> dict:
-    """What is kept beside the records: small, and readable as JSON."""
-    num_things = examples.categories.num_things
-    counts = np.zeros((2, len(examples.categories.names)), int)
-    for segment in itertools.chain.from_iterable(segments):
-        counts[int(segment.iscrowd), segment.label] += 1
-    return {
-        "categories": examples.categories._asdict(),
-        "sizes": [list(size) for size in sizes],
-        "things": [
-            sum(s.label < num_things and not s.iscrowd for s in listed) for listed in segments
-        ],
-        "segments_per_class": counts[0].tolist(),
-        "crowds_per_class": counts[1].tolist(),
-        "problems": list(examples.problems),
-    }
+            num_things, tallied = kind.tally(record.annotation, record.size, examples.categories)
+            columns = {name: columns.get(name, 0) + values for name, values in tallied.items()}
+            sizes.append(list(record.size))
+            things.append(num_things)
+            yield (
+                i,
+                {
+                    "image": record.image,
+                    "image_id": record.image_id,
+                    "file_name": record.file_name,
+                    **kind.encode(record.annotation),
+                },
+            )
+        # Small, and readable as JSON.
+        self.info.metadata.update(
+            {
+                "task": self.builder_config.task,
+                "categories": examples.categories._asdict(),
+                "sizes": sizes,
+                "things": things,
+                "columns": {name: values.tolist() for name, values in columns.items()},
+                "problems": list(examples.problems),
+            }
+        )
 
 
 def read_categories(metadata: dict) -> Categories:
@@ -158,16 +149,17 @@ def read_categories(metadata: dict) -> Categories:
 def describe(metadata: dict, max_problems: int = 20) -> str:
     """What a prepared split holds, as a text for people: counts, classes, problems."""
     categories = read_categories(metadata)
-    segments, crowds = metadata["segments_per_class"], metadata["crowds_per_class"]
+    num_pixels = sum(height * width for height, width in metadata["sizes"])
+    describe_ = kinds.find(metadata["task"]).describe
+    headline, texts = describe_(metadata["columns"], num_pixels)
     lines = [
-        f"{len(metadata['sizes'])} images, {sum(segments)} segments, {sum(crowds)} crowds",
+        f"{len(metadata['sizes'])} images, {headline}",
         f"{categories.num_things} thing and {categories.num_stuff} stuff classes",
     ]
     width = max(len(name) for name in categories.names)
-    for label, name in enumerate(categories.names):
+    for label, (name, text) in enumerate(zip(categories.names, texts)):
         kind = "thing" if label < categories.num_things else "stuff"
-        crowd = f" + {crowds[label]} crowd" if crowds[label] else ""
-        lines.append(f"  {name:<{width}}  {kind}  {segments[label]:>8}{crowd}")
+        lines.append(f"  {name:<{width}}  {kind}  {text}")
     problems = metadata["problems"]
     lines.append(f"{len(problems)} problems" + (":" if problems else ""))
     lines += [f"  {problem}" for problem in problems[:max_problems]]

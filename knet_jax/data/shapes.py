@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+from pycocotools import mask as run_lengths
 
-from knet_jax.data import records, transforms
+from knet_jax.data import instance, panoptic, records, semantic, transforms
 from knet_jax.structs import Categories
 
 THINGS = ("circle", "square", "triangle", "star", "cross")
@@ -55,11 +57,22 @@ class Shapes(records.RecordBuilder, skip_registration=True):
     def examples(self) -> records.Examples:
         """See the base class."""
         config = self.builder_config
-        drawn = (draw(config.split, i, config.image_side) for i in range(config.num_images))
-        return records.Examples(CATEGORIES, config.num_images, drawn, problems=())
+        drawings = (draw(config.split, i, config.image_side) for i in range(config.num_images))
+        categories, annotate = ANNOTATIONS[config.task]
+        drawn = (
+            records.Record(
+                image=_encode(drawing.image),
+                image_id=i,
+                file_name=f"{config.split}_{i:06d}.png",
+                size=drawing.slots.shape,
+                annotation=annotate(drawing),
+            )
+            for i, drawing in enumerate(drawings)
+        )
+        return records.Examples(categories, config.num_images, drawn, problems=())
 
 
-def split_config(split: str, num_images: int, image_side: Sequence[int]) -> ShapesConfig:
+def split_config(split: str, num_images: int, image_side: Sequence[int], task: str) -> ShapesConfig:
     """The config of a split, named after everything it depends on.
 
     Raises:
@@ -74,15 +87,30 @@ def split_config(split: str, num_images: int, image_side: Sequence[int]) -> Shap
             f"got ({low}, {high})"
         )
     return ShapesConfig(
-        name=f"{split}-{num_images}-{low}-{high}",
+        name=f"{task}-{split}-{num_images}-{low}-{high}",
         split=split,
+        task=task,
         num_images=num_images,
         image_side=(low, high),
     )
 
 
-def draw(split: str, index: int, image_side: tuple[int, int]) -> records.Record:
-    """Draws a picture; the same arguments give the same record."""
+class Drawing(NamedTuple):
+    """A picture that was drawn, and what belongs to what in it."""
+
+    image: np.ndarray
+    """uint8 [H, W, 3], RGB."""
+    slots: np.ndarray
+    """int [H, W]: a position in `labels`; position 0 is void."""
+    labels: list[int]
+    crowds: set[int]
+    """Positions in `labels`."""
+    ids: np.ndarray
+    """int [number of labels]: what stands for each position in a panoptic PNG."""
+
+
+def draw(split: str, index: int, image_side: tuple[int, int]) -> Drawing:
+    """Draws a picture; the same arguments give the same drawing."""
     rng = np.random.default_rng((zlib.crc32(split.encode()), index))
     height, width = (int(side) for side in rng.integers(*image_side, size=2, endpoint=True))
     image, slots, labels = _draw_stuff(rng, height, width)
@@ -97,30 +125,67 @@ def draw(split: str, index: int, image_side: tuple[int, int]) -> records.Record:
         _draw_void(rng, image, slots)
     noisy = image + rng.normal(0, 6, image.shape)
     image = np.clip(cv2.GaussianBlur(noisy, (3, 3), 0.6), 0, 255).astype(np.uint8)
-
-    areas = np.bincount(slots.ravel(), minlength=len(labels))
     # Any distinct ids would do; random ones use all three channels of the PNG.
     ids = rng.choice(np.arange(1, 1 << 24, 997), len(labels), replace=False)
     ids[0] = 0
-    return records.Record(
-        image=_encode(image),
-        image_id=index,
-        file_name=f"{split}_{index:06d}.png",
-        panoptic=_encode(transforms.segment_colors(ids[slots])),
-        size=(height, width),
+    return Drawing(image, slots, labels, crowds, ids)
+
+
+def annotate_panoptic(drawing: Drawing) -> panoptic.Annotation:
+    """What covers what, things and stuff."""
+    slots, labels, ids = drawing.slots, drawing.labels, drawing.ids
+    areas = np.bincount(slots.ravel(), minlength=len(labels))
+    return panoptic.Annotation(
+        png=_encode(transforms.segment_colors(ids[slots])),
         segments=tuple(
-            records.RecordSegment(int(ids[slot]), labels[slot], slot in crowds, int(areas[slot]))
+            panoptic.StoredSegment(
+                int(ids[slot]), labels[slot], slot in drawing.crowds, int(areas[slot])
+            )
             for slot in range(1, len(labels))
             if areas[slot]
         ),
     )
 
 
+def annotate_instances(drawing: Drawing) -> tuple[instance.StoredInstance, ...]:
+    """What can be seen of every thing, and of crowds."""
+    masks = {
+        slot: np.asfortranarray(drawing.slots == slot, np.uint8)
+        for slot, label in enumerate(drawing.labels)
+        if 0 <= label < len(THINGS)
+    }
+    return tuple(
+        instance.StoredInstance(
+            run_lengths.encode(mask)["counts"],
+            drawing.labels[slot],
+            slot in drawing.crowds,
+            float(mask.sum()),
+        )
+        for slot, mask in masks.items()
+        if mask.any()
+    )
+
+
+def annotate_semantic(drawing: Drawing) -> bytes:
+    """The class of every pixel; crowds and void are ignored."""
+    table = 1 + np.array(drawing.labels)
+    table[[0, *drawing.crowds]] = 0
+    return semantic.encode_map(table[drawing.slots])
+
+
+ANNOTATIONS = {
+    "panoptic": (CATEGORIES, annotate_panoptic),
+    "instance": (
+        Categories(THINGS, CATEGORIES.dataset_ids[: len(THINGS)], len(THINGS)),
+        annotate_instances,
+    ),
+    "semantic": (CATEGORIES._replace(num_things=0), annotate_semantic),
+}
+"""The classes of each task, and how a drawing is annotated for it."""
+
+
 def _encode(rgb: np.ndarray) -> bytes:
     return cv2.imencode(".png", rgb[..., ::-1])[1].tobytes()
-
-
-# While a picture grows, `slots` holds at each pixel a position in `labels`; position 0 is void.
 
 
 def _draw_stuff(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from knet_jax.data import records, transforms
-from knet_jax.structs import PanopticMap, SegmentInfo
+from knet_jax.data import kinds, records, transforms
 
 SPEC = re.compile(r"(\w+)(\[.+\])?")
 
@@ -52,12 +52,13 @@ class Split:
                 f"the prepared split in {directory} is damaged; remove it to prepare anew"
             ) from error
         metadata = builder.info.metadata
+        self.kind = kinds.find(metadata["task"])
         try:
             [chosen] = tfds.core.ReadInstruction.from_spec(spec).to_absolute(builder.info.splits)
             positions = slice(chosen.from_, chosen.to)
             # Encoded bytes are kept: decoding is ours.
             skip = tfds.decode.SkipDecoding()
-            decoders = {"image": skip, "panoptic": skip}
+            decoders = dict.fromkeys(("image", *self.kind.encoded), skip)
             self._source = builder.as_data_source(spec, decoders=decoders)
             files = builder.info.splits[split_name(spec)].filepaths
         except (ValueError, AssertionError) as error:
@@ -73,6 +74,8 @@ class Split:
         """int32 [n, 2]: height and width of the pictures."""
         self.num_things = np.array(metadata["things"], np.int32)[positions]
         """int32 [n]: how many things, crowds not counted, each picture shows."""
+        self.metadata = metadata
+        """What was noted of the whole prepared split, see `records.describe`."""
         if not len(self):
             raise ValueError(f"config.data: split '{spec}' holds no picture")
 
@@ -82,18 +85,12 @@ class Split:
     def record(self, index: int) -> records.Record:
         """The encoded record at a position."""
         stored = self._source[int(index)]
-        columns = (stored["segments"][field] for field in records.RecordSegment._fields)
-        segments = [
-            records.RecordSegment(int(id), int(label), bool(crowd), int(area))
-            for id, label, crowd, area in zip(*columns)
-        ]
         return records.Record(
             image=stored["image"],
             image_id=int(stored["image_id"]),
             file_name=stored["file_name"].decode(),
-            panoptic=stored["panoptic"],
             size=tuple(self.sizes[index].tolist()),
-            segments=segments,
+            annotation=self.kind.decode(stored),
         )
 
     def image_id(self, index: int) -> int:
@@ -109,14 +106,12 @@ class Split:
         record = self.record(index)
         return transforms.load_image(record.image, record.size)
 
-    def truth(self, index: int) -> PanopticMap:
-        """The annotation at original size. Raises ValueError where its PNG is broken."""
-        return panoptic_truth(self.record(index))
+    def truth(self, index: int) -> Any:
+        """The annotation at original size, of the type that the task is evaluated with: a
+        `PanopticMap`, a tuple of `Instance`, or a map of labels [H, W] (0 ignored, 1 + k class k).
 
-
-def panoptic_truth(record: records.Record) -> PanopticMap:
-    """Decodes a record's annotation; ids that it does not list become void (0)."""
-    ids = transforms.segment_ids(transforms.load_panoptic(record.panoptic, record.size))
-    listed = np.array([segment.id for segment in record.segments], np.int32)
-    infos = tuple(SegmentInfo(s.id, s.label, s.iscrowd) for s in record.segments)
-    return PanopticMap(transforms.lookup(ids, listed, listed), infos)
+        Raises ValueError where it is broken.
+        """
+        record = self.record(index)
+        loaded = self.kind.load(record.annotation, record.size, self.categories)
+        return self.kind.truth(loaded, self.categories)

@@ -1,13 +1,16 @@
-"""Pixels on the host: decoding, resizing, flipping, and sampling of segment ids. numpy and cv2 only."""
+"""Pixels on the host: decoding, resizing, cropping, flipping, and sampling of annotations."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
+
+from knet_jax.data import photometric
 
 TARGET_STRIDE = 4
 NUM_IDS = 1 << 24
@@ -61,6 +64,26 @@ def load_panoptic(data: bytes, size: tuple[int, int]) -> np.ndarray:
     return rgb
 
 
+def load_label_map(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Decodes a grey PNG whose pixels are numbers.
+
+    Args:
+        data: encoded PNG.
+        size: expected height and width.
+
+    Returns:
+        uint8 or uint16 [height, width].
+
+    Raises:
+        ValueError: the PNG is damaged, in color, or of another size.
+    """
+    label_map = _decode(data, cv2.IMREAD_UNCHANGED)
+    if label_map.ndim != 2:
+        raise ValueError(f"has {label_map.shape[2]} channels where one is expected")
+    _check_size(label_map, size)
+    return label_map
+
+
 def segment_ids(rgb: np.ndarray) -> np.ndarray:
     """R + 256 G + 65536 B of a uint8 [h, w, 3] array, int32 [h, w]."""
     if not rgb.size:
@@ -108,19 +131,48 @@ def resized_size(size: tuple[int, int], short_side: float, long_side: float) -> 
     return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
 
 
-def place_image(image: np.ndarray, size: tuple[int, int], flip: bool, canvas: np.ndarray) -> None:
-    """Resizes (bilinear) and flips a picture into the top left corner of a canvas.
+class View(NamedTuple):
+    """What is seen of a picture: a window of it after a resize."""
+
+    size: tuple[int, int]
+    """Height and width of the whole picture after the resize."""
+    corner: tuple[int, int]
+    """Top row and left column of the window."""
+    shown: tuple[int, int]
+    """Height and width of the window, which lies inside the picture."""
+    flip: bool = False
+    """Whether the window is mirrored left and right."""
+    distortion: photometric.Distortion = photometric.Distortion()
+
+    def rows(self, positions: np.ndarray, length: int) -> np.ndarray:
+        """The rows of a picture of `length` rows that are nearest to those of the window."""
+        return _nearest(self.corner[0] + positions, self.size[0], length)
+
+    def columns(self, positions: np.ndarray, length: int) -> np.ndarray:
+        """The columns of a picture that are nearest to those of the window, mirrored or not."""
+        unflipped = self.shown[1] - 1 - positions if self.flip else positions
+        return _nearest(self.corner[1] + unflipped, self.size[1], length)
+
+
+def whole(size: tuple[int, int], flip: bool = False) -> View:
+    """The view of all of a picture, resized to a height and width."""
+    return View(size, (0, 0), size, flip)
+
+
+def place_image(image: np.ndarray, view: View, canvas: np.ndarray) -> None:
+    """Puts a view of a picture into the top left corner of a canvas; the resize is bilinear.
 
     Args:
         image: uint8 [h, w, 3].
-        size: height and width after the resize.
-        flip: whether to mirror left and right.
-        canvas: uint8 [H, W, 3], written in place; beyond `size` it stays as it is.
+        view: what is seen of it.
+        canvas: uint8 [H, W, 3], written in place; beyond the view it stays as it is.
     """
-    target = canvas[: size[0], : size[1]]
-    resized = cv2.resize(image, (size[1], size[0]), dst=None if flip else target)
-    if flip:
-        cv2.flip(resized, 1, dst=target)
+    (top, left), (height, width) = view.corner, view.shown
+    resized = cv2.resize(image, view.size[::-1])[top : top + height, left : left + width]
+    target = canvas[:height, :width]
+    target[:] = resized[:, ::-1] if view.flip else resized
+    if view.distortion != photometric.Distortion():
+        target[:] = photometric.apply(np.ascontiguousarray(target), view.distortion)
 
 
 def sampled_positions(length: int, limit: int) -> np.ndarray:
@@ -143,8 +195,7 @@ def sampled_positions(length: int, limit: int) -> np.ndarray:
 
 def sample_segments(
     panoptic: np.ndarray,
-    size: tuple[int, int],
-    flip: bool,
+    view: View,
     canvas: tuple[int, int],
     ids: Sequence[int],
     values: Sequence[int],
@@ -152,14 +203,13 @@ def sample_segments(
 ) -> np.ndarray:
     """The segments at the pixels that stride-4 targets average, without resizing any map.
 
-    Equals a centre-aligned nearest resize of the whole map to `size`, a flip, a padding to
-    `canvas` and a choice of rows and columns {4i + 1, 4i + 2}, but reads only the pixels that are
-    chosen (test_sampling_equals_resizing_everything).
+    Equals a centre-aligned nearest resize of the whole map, a crop and a flip as the view says, a
+    padding to `canvas` and a choice of rows and columns {4i + 1, 4i + 2}, but reads only the pixels
+    that are chosen (test_sampling_equals_resizing_everything).
 
     Args:
         panoptic: uint8 [h, w, 3], ids as colors.
-        size: height and width after the resize.
-        flip: whether to mirror left and right.
+        view: what is seen of the picture.
         canvas: height and width of the padded picture, multiples of 4.
         ids: ids of the segments to keep.
         values: what stands for each of them in the result.
@@ -168,15 +218,21 @@ def sample_segments(
     Returns:
         [canvas height / 2, canvas width / 2]: `values`, 0 for everything else.
     """
-    rows = sampled_positions(canvas[0], size[0])
-    columns = sampled_positions(canvas[1], size[1])
-    unflipped = size[1] - 1 - columns if flip else columns
-    source_rows = _nearest(rows, size[0], panoptic.shape[0])
-    source_columns = _nearest(unflipped, size[1], panoptic.shape[1])
-    sampled = segment_ids(panoptic[source_rows].take(source_columns, axis=1))
+    rows, columns = sampled_source(view, canvas, panoptic.shape[:2])
+    sampled = segment_ids(panoptic[rows].take(columns, axis=1))
     segments = np.zeros((canvas[0] // 2, canvas[1] // 2), dtype)
     segments[: len(rows), : len(columns)] = lookup(sampled, ids, np.asarray(values, dtype))
     return segments
+
+
+def sampled_source(
+    view: View, canvas: tuple[int, int], size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of a picture of some size that stride-4 targets of a canvas average."""
+    return (
+        view.rows(sampled_positions(canvas[0], view.shown[0]), size[0]),
+        view.columns(sampled_positions(canvas[1], view.shown[1]), size[1]),
+    )
 
 
 def lookup(id_map: np.ndarray, ids: Sequence[int], values: np.ndarray) -> np.ndarray:

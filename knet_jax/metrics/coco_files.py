@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from knet_jax import rle
-from knet_jax.data.coco import read_categories
+from knet_jax.data.coco_json import read_categories
 from knet_jax.data.transforms import NUM_IDS, load_panoptic, segment_colors, segment_ids
 from knet_jax.metrics import instance
 from knet_jax.metrics.panoptic import PQCounts, count, merge, no_counts, segment_index

@@ -1,0 +1,87 @@
+"""COCO's annotation files: where they are, and what all kinds of them have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from knet_jax.structs import Categories
+
+
+def find_annotations(root: str, split: str, prefix: str) -> Path:
+    """The JSON of a split under a root.
+
+    Raises:
+        ValueError: there is no such directory, or not exactly one annotation file for the split.
+    """
+    folder = Path(root).expanduser() / "annotations"
+    wanted = f"annotations/{prefix}{split}*.json"
+    if not root or not folder.is_dir():
+        raise ValueError(
+            f"config.data.root: no dataset in COCO's layout at '{root}', expected {wanted} in it"
+        )
+    exact = folder / f"{prefix}{split}.json"
+    found = [exact] if exact.is_file() else sorted(folder.glob(f"{prefix}{split}*.json"))
+    if len(found) != 1:
+        what = ", ".join(path.name for path in found) or "none"
+        raise ValueError(
+            f"config.data.root: '{root}' must hold one {wanted} for split '{split}', found {what}"
+        )
+    return found[0]
+
+
+def pictures_folder(annotations: Path, prefix: str) -> Path:
+    """Where the pictures of an annotation file are."""
+    return annotations.parent.parent / annotations.stem.removeprefix(prefix)
+
+
+def read(
+    path: Path, understand: Callable[[Mapping], Any], what: str
+) -> tuple[Categories, dict[int, Mapping], Any]:
+    """Reads an annotation file.
+
+    Args:
+        path: of the JSON.
+        understand: takes what it needs from the whole content; may raise whatever a content of
+            another form leads it to.
+        what: such a file is called.
+
+    Returns:
+        the classes, the images by id, and what `understand` returned.
+
+    Raises:
+        ValueError: the file is not what it should be.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.data.root: {path} is not readable JSON: {error}") from error
+    try:
+        categories = read_categories(content["categories"])
+        images = {int(image["id"]): image for image in content["images"]}
+        for image in images.values():
+            str(image["file_name"])
+        return categories, images, understand(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"config.data.root: {path} is not COCO {what} JSON: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"config.data.root: {path}: {error}") from error
+
+
+def read_categories(listed: Sequence[Mapping]) -> Categories:
+    """Orders a file's category list things first, else as it stands.
+
+    A category that does not say whether it is a thing is one, as in files of instances.
+
+    Raises:
+        ValueError: an id occurs twice, or there is none.
+    """
+    ordered = sorted(listed, key=lambda category: not category.get("isthing", True))
+    ids = [int(category["id"]) for category in ordered]
+    if not ids or len(set(ids)) != len(ids):
+        raise ValueError(f"category ids must differ from each other, got {ids}")
+    names = tuple(str(category["name"]) for category in ordered)
+    num_things = sum(bool(category.get("isthing", True)) for category in ordered)
+    return Categories(names, tuple(ids), num_things)

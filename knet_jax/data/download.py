@@ -1,0 +1,143 @@
+"""Fetching the official archives of COCO and ADE20K, on request.
+
+TFDS' download manager fetches them: archives that are whole are not fetched again, and those whose
+checksum it knows (COCO's) are compared with it. Its extraction needs TensorFlow, so unpacking is
+done here; what is unpacked already is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import requests
+import tensorflow_datasets as tfds
+import tqdm
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+from tensorflow_datasets.core.download.util import DownloadError
+
+COCO = "http://images.cocodataset.org"
+ADE20K = "http://data.csail.mit.edu/places/ADEchallenge"
+FOLDER = "downloads"
+"""Of the archives, below the root; it may be removed once all is unpacked."""
+
+
+class Archive(NamedTuple):
+    """A zip file."""
+
+    url: str
+    inner: tuple[str, ...] = ()
+    """Archives in it, which are unpacked beside themselves."""
+    sha1: str = ""
+    """Where it is known and TFDS does not know another checksum."""
+
+
+_PICTURES = (Archive(f"{COCO}/zips/train2017.zip"), Archive(f"{COCO}/zips/val2017.zip"))
+_PANOPTIC = Archive(
+    f"{COCO}/annotations/panoptic_annotations_trainval2017.zip",
+    ("annotations/panoptic_train2017.zip", "annotations/panoptic_val2017.zip"),
+)
+_INSTANCES = Archive(f"{COCO}/annotations/annotations_trainval2017.zip")
+ARCHIVES = {
+    ("coco", "panoptic"): (*_PICTURES, _PANOPTIC),
+    ("coco", "semantic"): (*_PICTURES, _PANOPTIC),
+    ("coco", "instance"): (*_PICTURES, _INSTANCES),
+    ("ade20k", "semantic"): (
+        Archive(
+            f"{ADE20K}/ADEChallengeData2016.zip", sha1="219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
+        ),
+    ),
+}
+"""By the name of the dataset and the task."""
+
+
+def find(dataset: str, task: str) -> Sequence[Archive]:
+    """The archives of a dataset. Raises ValueError where none can be fetched."""
+    if (dataset, task) not in ARCHIVES:
+        known = ", ".join(sorted({name for name, _ in ARCHIVES}))
+        raise ValueError(
+            f"config.data.dataset '{dataset}' cannot be downloaded for config.task '{task}'; "
+            f"accepted: {known}"
+        )
+    return ARCHIVES[dataset, task]
+
+
+def fetch(archives: Sequence[Archive], root: str) -> None:
+    """Downloads and unpacks archives. The same call goes on after an interruption.
+
+    Args:
+        archives: which ones.
+        root: the folder that they are unpacked into, `config.data.root`.
+
+    Raises:
+        ValueError: there is no root, or an archive cannot be fetched or is damaged.
+    """
+    if not root:
+        raise ValueError("config.data.root is empty, it must name the folder to download to")
+    target = Path(root).expanduser()
+    folder = target / FOLDER
+    for leftover in folder.glob("**/*.tmp.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    manager = tfds.download.DownloadManager(download_dir=folder)
+    for archive in archives:
+        name = archive.url.rpartition("/")[2]
+        done = folder / f"{name}.unpacked"
+        if done.exists():
+            print(f"{name}: unpacked already in {target}", flush=True)
+            continue
+        path = _download(manager, archive)
+        unpack(path, target, name)
+        for inner in archive.inner:
+            unpack(target / inner, (target / inner).parent, inner)
+        done.touch()
+        print(f"{name}: unpacked in {target}", flush=True)
+
+
+def _download(manager: tfds.download.DownloadManager, archive: Archive) -> Path:
+    """The path of an archive, fetched if need be."""
+    try:
+        path = Path(manager.download(archive.url))
+    except (DownloadError, NonMatchingChecksumError, requests.RequestException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{archive.url} cannot be downloaded: {reason}; the same command tries again"
+        ) from error
+    if archive.sha1:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha1").hexdigest()
+        if found != archive.sha1:
+            _forget(path)
+            raise ValueError(
+                f"{archive.url} has SHA-1 {found}, expected {archive.sha1}; it has been removed"
+            )
+    return path
+
+
+def _forget(path: Path) -> None:
+    """Removes an archive and what TFDS noted of it."""
+    for file in (path, path.with_name(f"{path.name}.INFO")):
+        file.unlink(missing_ok=True)
+
+
+def unpack(path: Path, folder: Path, title: str) -> None:
+    """Unpacks a zip file, but for files that are there with the right size already.
+
+    Raises:
+        ValueError: it is damaged; it has been removed, so that it is fetched again.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in tqdm.tqdm(archive.infolist(), f"Unpacking {title}", unit="file"):
+                there = folder / member.filename
+                if there.is_file() and there.stat().st_size == member.file_size:
+                    continue
+                archive.extract(member, folder)
+    except (zipfile.BadZipFile, EOFError) as error:
+        _forget(path)
+        raise ValueError(
+            f"{title}: {path} is no whole zip file and has been removed: {error}"
+        ) from error
