@@ -1,8 +1,8 @@
 """The convolution of `jax.lax`, computed the fast way where the compiler does not find it.
 
-Measured with XLA on two CPU cores (`benchmarks/README.md`): a 1x1 convolution takes up to 1.7 times
-as long as the matrix product that it is, and the gradient by the weights of a large 3x3 convolution
-five times as long as the sum of the gradients over parts of the map.
+Measured with XLA on two CPU cores (`benchmarks/README.md`): a 1x1 convolution takes up to 1.6 times
+as long as the matrix product that it is, and the gradients of a large 3x3 convolution
+three times as long as with the gradient by its weights summed over parts of the map.
 """
 
 from __future__ import annotations

