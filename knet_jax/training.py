@@ -38,9 +38,14 @@ def init_variables(model: KNet, seed: int) -> dict[str, Any]:
 
 
 def check_categories(config: ConfigDict, categories: Categories) -> None:
-    """Raises ValueError where the network has other class counts than the data."""
-    for name in "num_things", "num_stuff":
-        have, wanted = config.model[name], getattr(categories, name)
+    """Raises ValueError where the network has other class counts than the data.
+
+    To semantic segmentation things are stuff like the rest.
+    """
+    num_things = categories.num_things if config.model.num_proposals else 0
+    counts = {"num_things": num_things, "num_stuff": len(categories.names) - num_things}
+    for name, wanted in counts.items():
+        have = config.model[name]
         if have != wanted:
             raise ValueError(
                 f"config.model.{name} is {have}, but the data lists {wanted}; "
