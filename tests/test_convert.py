@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
-from tiny_model import MODEL
+from tiny_model import MODEL, MODELS
 
 from knet_jax.convert import (
+    Places,
     from_reference,
     load_backbone,
     read_tensors,
@@ -63,7 +64,8 @@ def test_nothing_is_lost_or_used_twice(variables, state):
 
 def test_every_parameter_has_a_name_of_its_own(variables):
     flat = traverse_util.flatten_dict(variables, sep="/")
-    names = [reference_name(key.partition("/")[2]) for key in flat]
+    places = Places.of(variables)
+    names = [reference_name(key.partition("/")[2], places) for key in flat]
     assert len(set(names)) == len(names)
     packed = {}
     for name, part in names:
@@ -79,7 +81,67 @@ def test_names_and_shapes_are_the_references(fixtures):
     wanted = {name for name, *_ in manifest["params"] if not name.endswith("num_batches_tracked")}
     shapes = shapes_of({"num_proposals": 100, "num_things": 80, "num_stuff": 53, "backbone": {}})
     flat = traverse_util.flatten_dict(shapes, sep="/")
-    assert {reference_name(key.partition("/")[2])[0] for key in flat} == wanted
+    places = Places.of(shapes)
+    assert {reference_name(key.partition("/")[2], places)[0] for key in flat} == wanted
+
+
+# Networks of semantic segmentation, and those of its plain decoders.
+
+SEMANTIC = {
+    f"{neck} S={num_stages}": MODELS["semantic"]
+    | {"num_stages": num_stages, "neck": {"name": neck, "norm": "batch"}}
+    for neck in ("fcn", "psp", "aspp", "uper")
+    for num_stages in (0, 2)
+}
+
+
+@pytest.mark.parametrize("model", [*SEMANTIC.values(), MODELS["instance"]], ids=[*SEMANTIC, "i"])
+def test_networks_of_other_tasks_go_there_and_back(model):
+    rng = np.random.default_rng(0)
+    shapes = shapes_of(model)
+    variables = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
+    state = to_reference(variables)
+    assert sum(x.size for x in state.values()) == sum(x.size for x in jax.tree.leaves(variables))
+    assert_equal(from_reference(state, shapes), variables)
+
+
+FIXTURES = {
+    "seg_fcn_fwd": {"neck": {"name": "fcn"}},
+    "seg_psp_fwd": {"neck": {"name": "psp"}},
+    "seg_dl3_fwd": {"neck": {"name": "aspp"}},
+    "seg_uper_fwd": {"neck": {"name": "uper"}, "channels": 256},
+    "seg_uper512_fwd": {"neck": {"name": "uper"}},
+}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_names_and_shapes_of_decoders_are_the_references(fixtures, name):
+    manifest = json.loads((fixtures / f"{name}.json").read_text())
+    wanted = {
+        name: tuple(shape)
+        for name, shape, *_ in manifest["params"]
+        if not name.startswith("backbone.") and not name.endswith("num_batches_tracked")
+    }
+    counts = {"num_proposals": 0, "num_things": 0, "num_stuff": 150}
+    model = counts | {"channels": 512, "auxiliary_channels": 256, "backbone": {}} | FIXTURES[name]
+    zeros = to_reference(zeros_of(model))
+    ours = {k: v.shape for k, v in zeros.items() if not k.startswith("backbone.")}
+    assert ours == wanted
+
+
+def test_a_plain_decoder_is_a_network_of_its_own_in_the_reference():
+    """Without updates there is no K-Net around it."""
+    with_updates, plain = (to_reference(zeros_of(SEMANTIC[f"psp S={s}"])) for s in (2, 0))
+    prefix = "decode_head.kernel_generate_head."
+    heads = {name.removeprefix(prefix) for name in with_updates if name.startswith(prefix)}
+    assert heads == {
+        name.removeprefix("decode_head.") for name in plain if name.startswith("decode_head.")
+    }
+    assert {"conv_seg.weight", "conv_seg.bias", "bottleneck.bn.running_var"} <= heads
+
+
+def zeros_of(model):
+    return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes_of(model))
 
 
 def test_layouts(variables, state):
@@ -141,7 +203,7 @@ def test_a_tensor_of_another_shape_is_named(variables, state, name, shape, neede
 
 def test_a_parameter_that_the_reference_lacks_is_named():
     with pytest.raises(ValueError, match="no name for the parameter neck/new/kernel"):
-        reference_name("neck/new/kernel")
+        reference_name("neck/new/kernel", Places("rpn_head", "", "roi_head.mask_head", "gn"))
 
 
 # Backbones from files.

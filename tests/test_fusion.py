@@ -4,38 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain import plain_probabilities
 
-from knet_jax.postprocess import GROUP, Canvas, fuse
+from knet_jax.fusion import GROUP, fuse
+from knet_jax.resampling import Canvas
 from knet_jax.structs import EMPTY
 
 THINGS, STUFF = 3, 2
 
 
 # A second implementation, as the reference does it: one picture, whole maps, double precision.
-
-
-def resample(x, axis, size, scale):
-    """Bilinear along one axis: half-pixel centers, clamped. `scale` is input over output pixels."""
-    source = np.maximum((np.arange(size) + 0.5) * scale - 0.5, 0)
-    lower = np.minimum(source.astype(int), x.shape[axis] - 1)
-    upper = np.minimum(lower + 1, x.shape[axis] - 1)
-    fraction = (source - lower).reshape(-1, *[1] * (x.ndim - 1 - axis))
-    return x.take(lower, axis) * (1 - fraction) + x.take(upper, axis) * fraction
-
-
-def plain_probabilities(masks, size, original_size):
-    """float64 [n, h, w] logits -> [n, H, W] probabilities at original size."""
-    x = np.asarray(masks, float)
-    for axis in (1, 2):
-        x = resample(x, axis, 2 * x.shape[axis], 1 / 2)
-    x = 1 / (1 + np.exp(-x))
-    for axis in (1, 2):
-        x = resample(x, axis, 4 * x.shape[axis], 1 / 4)
-    x = x[:, : size[0], : size[1]]
-    for axis in (1, 2):
-        original = original_size[axis - 1]
-        x = resample(x, axis, original, size[axis - 1] / original)
-    return x
 
 
 def plain_fuse(masks, logits, size, original_size, num_things, low, share):
@@ -373,16 +351,3 @@ def test_saturated_and_tiny_scores():
     masks, logits = case(7)
     fused = run(masks, logits - 200, [(64, 96)], [(100, 150)], low=0.0, share=0.0)
     assert (fused.ids[0, :100, :150] > 0).any()  # scores of zero: the first of equals wins
-
-
-# The canvas.
-
-
-def test_canvas_holds_all_pictures_and_there_are_few():
-    size = np.array([[800, 1216], [0, 0], [800, 1067]])
-    original_size = np.array([[427, 640], [0, 0], [480, 640]])
-    assert Canvas.of(size, original_size) == Canvas(512, 640, 2)
-    assert Canvas.of(size[:1], original_size[:1]) == Canvas(512, 640, 2)
-    assert Canvas.of(np.array([[100, 100]]), np.array([[128, 129]])) == Canvas(128, 256, 1)
-    assert Canvas.of(np.array([[256, 256]]), np.array([[128, 128]])) == Canvas(128, 128, 2)
-    assert Canvas.of(np.array([[257, 257]]), np.array([[128, 128]])) == Canvas(128, 128, 4)

@@ -1,19 +1,42 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import random
 
-from knet_jax.kernels import InitialKernels, KernelUpdate, draw, gather
+from knet_jax.kernels import (
+    AdaptiveUpdate,
+    ClassKernels,
+    InitialKernels,
+    Interaction,
+    KernelUpdate,
+    claim_hard,
+    claim_soft,
+    draw,
+    gather,
+    sum_update,
+)
 from knet_jax.structs import Features, Stage
 
 B, N, H, W, C, K = 2, 5, 6, 7, 16, 4
 
 
+ADAPTIVE, INTERACTION = partial(AdaptiveUpdate, C), partial(Interaction, 2, 32)
+
+
+def make_update(num_classes=K, claim=claim_hard, update=ADAPTIVE, interaction=INTERACTION):
+    return KernelUpdate(num_classes, claim, update, interaction)
+
+
 @pytest.fixture(scope="module")
 def update():
     """A jitted KernelUpdate: (variables, feats, stage) -> stage, and its variables."""
-    model = KernelUpdate(K, C, num_heads=2, ffn_channels=32)
+    return initialized(make_update())
+
+
+def initialized(model):
     stage = Stage(random(B, N, C), random(B, N, H, W, seed=1), None)
     variables = jax.jit(model.init)(jax.random.key(0), random(B, H, W, C, seed=2), stage)
     variables["params"]["transform_bias"] = random(C, seed=3)
@@ -30,34 +53,56 @@ def feats():
     return random(B, H, W, C, seed=2)
 
 
-# Gathering and drawing.
+# Claiming, gathering and drawing.
 
 
-def test_gather_sums_pixels_of_more_than_one_half(feats):
+def test_hard_claims_are_pixels_of_more_than_one_half(feats):
     masks = np.array(random(B, N, H, W, seed=1))
     masks[0, 0] = 0  # exactly one half is not claimed
     masks[0, 1] = 1e-30
     masks[0, 2] = -1e-30
-    pooled, area = gather(jnp.asarray(masks), feats)
-    claimed = masks > 0
-    np.testing.assert_allclose(
-        pooled, np.einsum("bnhw,bhwc->bnc", claimed, feats), rtol=1e-4, atol=1e-4
-    )
-    np.testing.assert_array_equal(area[..., 0], claimed.sum((2, 3)))
+    claims = claim_hard(jnp.asarray(masks))
+    np.testing.assert_array_equal(claims, masks > 0)
+    pooled, area = gather(claims, feats)
+    wanted = np.einsum("bnhw,bhwc->bnc", masks > 0, feats)
+    np.testing.assert_allclose(pooled, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(area[..., 0], (masks > 0).sum((2, 3)))
     assert area[0, :3, 0].tolist() == [0, H * W, 0]
 
 
-def test_gather_has_no_gradient_to_masks(feats):
-    masks = random(B, N, H, W)
-    weights = random(B, N, C, seed=4)
-    to_masks, to_feats = jax.grad(lambda *x: (gather(*x)[0] * weights).sum(), (0, 1))(masks, feats)
-    assert not to_masks.any()
-    wanted = np.einsum("bnhw,bnc->bhwc", masks > 0, weights)
+def test_soft_claims_share_every_pixel_among_the_kernels(feats):
+    masks = random(B, N, H, W, seed=1, scale=3)
+    claims = claim_soft(masks)
+    wanted = np.exp(masks) / np.exp(masks).sum(1, keepdims=True)
+    np.testing.assert_allclose(claims, wanted, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(claims.sum(1), 1, rtol=1e-5)
+    pooled, area = gather(claims, feats)
+    # So the kernels together gather the whole map.
+    np.testing.assert_allclose(pooled.sum(1), feats.sum((1, 2)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(area.sum(1), H * W, rtol=1e-5)
+
+
+@pytest.mark.parametrize("claim", [claim_hard, claim_soft])
+def test_masks_get_a_gradient_from_soft_claims_only(feats, claim):
+    masks, weights = random(B, N, H, W), random(B, N, C, seed=4)
+
+    def loss(masks, feats):
+        return (gather(claim(masks), feats)[0] * weights).sum()
+
+    to_masks, to_feats = jax.grad(loss, (0, 1))(masks, feats)
+    wanted = np.einsum("bnhw,bnc->bhwc", claim(masks), weights)
     np.testing.assert_allclose(to_feats, wanted, rtol=1e-4, atol=1e-4)
+    if claim is claim_hard:
+        assert not to_masks.any()
+    else:  # p (v - sum of p v), the derivative of a softmax
+        p, v = np.asarray(claim(masks)), np.einsum("bnc,bhwc->bnhw", weights, feats)
+        wanted = p * (v - (p * v).sum(1, keepdims=True))
+        np.testing.assert_allclose(to_masks, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_sums_over_thousands_of_pixels_do_not_drown_in_bfloat16():
-    pooled, area = gather(jnp.ones((1, 1, 60, 90)), jnp.ones((1, 60, 90, 2), jnp.bfloat16))
+    claims = claim_hard(jnp.ones((1, 1, 60, 90)))
+    pooled, area = gather(claims, jnp.ones((1, 60, 90, 2), jnp.bfloat16))
     assert pooled.dtype == area.dtype == jnp.float32
     assert pooled.ravel().tolist() == [5400.0, 5400.0]
     assert area.item() == 5400
@@ -81,7 +126,9 @@ def features():
 
 def initial(num_proposals, num_things, num_stuff, features):
     model = InitialKernels(num_proposals, num_things, num_stuff, C)
-    return jax.jit(model.init_with_output)(jax.random.key(0), features)
+    return jax.jit(model.init_with_output, static_argnames="train")(
+        jax.random.key(0), features, train=False
+    )
 
 
 def test_stage_0_is_proposals_then_stuff(features):
@@ -93,7 +140,7 @@ def test_stage_0_is_proposals_then_stuff(features):
     np.testing.assert_array_equal(stage.masks[:, N:], dense[:, 3:])
     for kernels in stage.kernels[:, N:]:  # stuff rows of the classifier, nothing gathered
         np.testing.assert_array_equal(kernels, parameters["class_kernels"][3:])
-    pooled, area = gather(stage.masks[:, :N], feats)
+    pooled, area = gather(claim_hard(stage.masks[:, :N]), feats)
     assert (area > 0).all()
     wanted = parameters["proposals"] + pooled
     np.testing.assert_allclose(stage.kernels[:, :N], wanted, rtol=1e-4, atol=1e-4)
@@ -106,7 +153,7 @@ def test_first_masks_are_drawn_on_localization_and_classes_on_semantic(features)
 
     def other(name):
         changed = features._replace(**{name: getattr(features, name) + random(B, H, W, 8, seed=9)})
-        return InitialKernels(N, 3, 2, C).apply({"params": parameters}, changed)
+        return InitialKernels(N, 3, 2, C).apply({"params": parameters}, changed, train=False)
 
     _, moved, same = other("localization")
     np.testing.assert_allclose(same, dense, rtol=1e-5, atol=1e-5)
@@ -124,7 +171,7 @@ def test_panoptic_without_stuff_has_the_instance_form(features):
     (_, with_stuff, _), more = initial(N, 3, 2, features)
     same = {name: more["params"][name] for name in ("localization", "semantic", "proposals")}
     (_, stage, _) = InitialKernels(N, 3, 0, C).apply(
-        {"params": variables["params"] | same}, features
+        {"params": variables["params"] | same}, features, train=False
     )
     np.testing.assert_allclose(stage.kernels, with_stuff.kernels[:, :N], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(stage.masks, with_stuff.masks[:, :N], rtol=1e-5, atol=1e-5)
@@ -137,7 +184,7 @@ def test_no_gradient_passes_the_gathering_of_stage_0(features):
     @jax.jit
     @jax.grad
     def gradient(params):
-        _, stage, _ = InitialKernels(N, 3, 2, C).apply({"params": params}, features)
+        _, stage, _ = InitialKernels(N, 3, 2, C).apply({"params": params}, features, train=False)
         return (stage.kernels[:, :N] * weights).sum()
 
     grads = gradient(variables["params"])
@@ -145,6 +192,69 @@ def test_no_gradient_passes_the_gathering_of_stage_0(features):
     np.testing.assert_allclose(grads["proposals"], weights.sum(0), rtol=1e-5, atol=1e-5)
     assert abs(grads["semantic"]["conv"]["kernel"]).max() > 0
     assert not grads["class_kernels"].any()
+
+
+# Kernels of classes.
+
+
+@pytest.fixture(scope="module")
+def classes(feats):
+    """A jitted ClassKernels of half the channels dropped, and its variables, no longer zero."""
+    model = ClassKernels(K, dropout=0.5)
+    variables = model.init(jax.random.key(0), feats, False)
+    assert not variables["params"]["class_bias"].any()
+    params = {"class_kernels": random(K, C, seed=5), "class_bias": random(K, seed=6)}
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables["params"])
+    return jax.jit(model.apply, static_argnames="train"), {"params": params}
+
+
+def classify(params, feats):
+    masks = np.einsum("nc,bhwc->bnhw", params["class_kernels"], feats)
+    return masks + params["class_bias"][:, None, None]
+
+
+def test_kernels_of_classes_are_the_rows_of_a_classifier(classes, feats):
+    apply, variables = classes
+    same, stage, dense = apply(variables, feats, train=False)
+    params = variables["params"]
+    np.testing.assert_array_equal(same, feats)
+    assert dense is None and stage.logits is None
+    assert stage.kernels.shape == (B, K, C)
+    for kernels in stage.kernels:  # of every picture, without the bias
+        np.testing.assert_array_equal(kernels, params["class_kernels"])
+    np.testing.assert_allclose(stage.masks, classify(params, feats), rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_takes_whole_channels_from_the_classifier_only(classes, feats):
+    apply, variables = classes
+    params = variables["params"]
+    same, stage, _ = apply(variables, feats, train=True, rngs={"dropout": jax.random.key(3)})
+    np.testing.assert_array_equal(same, feats)  # what the kernels are updated with
+    np.testing.assert_array_equal(stage.kernels[0], params["class_kernels"])
+    # Which channels were kept is solved for: masks are linear in them.
+    seen = []
+    for masks, one in zip(np.asarray(stage.masks, float), np.asarray(feats, float)):
+        columns = np.einsum("nc,hwc->nhwc", params["class_kernels"], one).reshape(-1, C)
+        target = (masks - np.asarray(params["class_bias"])[:, None, None]).reshape(-1)
+        seen.append(np.linalg.lstsq(columns, target, rcond=None)[0])
+    seen = np.array(seen)
+    np.testing.assert_allclose(seen, np.round(seen / 2) * 2, atol=1e-3)  # 0, or 1 / (1 - 0.5)
+    assert set(np.round(seen.ravel())) == {0, 2}
+    assert (seen[0].round() != seen[1].round()).any()  # each picture loses others
+    _, plain, _ = apply(variables, feats, train=False)
+    assert abs(plain.masks - stage.masks).max() > 0.1
+
+
+def test_kernels_of_classes_get_gradients_from_masks_and_updates(classes, feats):
+    apply, variables = classes
+
+    def loss(params, part):
+        return (getattr(apply({"params": params}, feats, train=False)[1], part) ** 2).sum()
+
+    for part, bias_counts in ("kernels", False), ("masks", True):
+        grads = jax.grad(loss)(variables["params"], part)
+        assert abs(grads["class_kernels"]).max() > 0
+        assert grads["class_bias"].any() == bias_counts
 
 
 # The update.
@@ -273,7 +383,69 @@ def test_empty_masks_give_finite_kernels_and_gradients(update, feats, stage):
 
 
 def test_class_head_starts_at_the_prior(feats, stage):
-    model = KernelUpdate(K, C, 2, 32)
+    model = make_update()
     out, _ = jax.jit(model.init_with_output)(jax.random.key(0), feats, stage)
     assert out.logits.shape == (B, N, K)
     assert jax.nn.sigmoid(out.logits).mean() < 0.1
+
+
+# Its other forms.
+
+
+def test_an_update_without_classes_has_masks_alone(feats, stage):
+    apply, variables = initialized(make_update(num_classes=0))
+    out = apply(variables, feats, stage)
+    assert out.logits is None and "class_head" not in variables["params"]
+    assert out.masks.shape == (B, N, H, W) and out.kernels.shape == (B, N, C)
+
+
+def test_claims_decide_what_an_update_gathers(feats, stage):
+    """Soft claims of masks that are sure are those that each pixel's best kernel makes."""
+    best = jax.nn.one_hot(stage.masks.argmax(1), N, axis=1)
+    sure = stage._replace(masks=200 * best - 100)
+    hard, variables = initialized(make_update(claim=claim_hard))
+    soft = jax.jit(make_update(claim=claim_soft).apply)
+    for a, b in zip(hard(variables, feats, sure), soft(variables, feats, sure)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    plain, shared = hard(variables, feats, stage), soft(variables, feats, stage)
+    assert abs(plain.kernels - shared.kernels).max() > 0.01
+
+
+def test_wide_kernels_are_updated_in_halves():
+    """A module of 8 channels on kernels of 16: as if the halves were kernels of their own."""
+    model = AdaptiveUpdate(C // 2, "float32")
+    kernels, pooled = random(B, N, C), random(B, N, C, seed=1)
+    variables = jax.jit(model.init)(jax.random.key(0), kernels, pooled)
+    assert variables["params"]["output"]["kernel"].shape == (C // 2, C // 2)
+    ours = model.apply(variables, kernels, pooled)
+    halves = [
+        model.apply(variables, kernels[..., part], pooled[..., part])
+        for part in (slice(None, C // 2), slice(C // 2, None))
+    ]
+    assert ours.shape == (B, N, C)
+    np.testing.assert_allclose(ours, jnp.concatenate(halves, axis=-1), rtol=1e-5, atol=1e-6)
+    assert abs(halves[0] - halves[1]).max() > 0.1
+
+
+def test_without_gates_kernels_and_their_pixels_are_added(feats, stage):
+    apply, variables = initialized(make_update(update=sum_update, interaction=None))
+    params = variables["params"]
+    assert params.keys() == {"transform_kernel", "transform_bias", "mask_head", "class_head"}
+    transformed = feats @ params["transform_kernel"] + params["transform_bias"]
+    wanted = stage.kernels + gather(claim_hard(stage.masks), transformed)[0]
+    out = apply(variables, feats, stage)
+    np.testing.assert_allclose(out.kernels, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_without_interaction_every_kernel_is_alone(feats, stage):
+    """What one kernel is changes no other one; with attention it does."""
+    other = stage._replace(
+        kernels=stage.kernels.at[:, 0].add(1.0), masks=stage.masks.at[:, 0].multiply(-1)
+    )
+    for interaction, alone in (None, True), (INTERACTION, False):
+        apply, variables = initialized(make_update(interaction=interaction))
+        assert ("interaction" in variables["params"]) != alone
+        before, after = (apply(variables, feats, s) for s in (stage, other))
+        for a, b in zip(before, after):
+            assert abs(a[:, 0] - b[:, 0]).max() > 1e-3
+            assert (abs(a[:, 1:] - b[:, 1:]).max() < 1e-5) == alone

@@ -1,4 +1,5 @@
 import json
+import re
 import runpy
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
-from tiny_model import MODEL, NUM_PROPOSALS, NUM_STUFF, NUM_THINGS, make_batch
+from flax import traverse_util
+from tiny_model import MODEL, MODELS, NUM_PROPOSALS, NUM_STUFF, NUM_THINGS, make_batch
 
 from knet_jax.configuration import load_config
 from knet_jax.knet import MEAN, STD, make_model, normalize
@@ -22,21 +24,32 @@ SPECS = [
 ]
 
 
-def shapes(model, b, height, width, dtype):
+def shapes(model, b, height, width, dtype="float32"):
+    """Shapes of the output and of the variables, without a single number."""
     image = jax.ShapeDtypeStruct((b, height, width, 3), dtype)
-    return jax.eval_shape(partial(model.init_with_output, train=True), jax.random.key(0), image)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    return jax.eval_shape(partial(model.init_with_output, train=True), keys, image)
 
 
 def check_shapes(output, model, b, height, width):
     """`model` is `config.model`."""
     n, k = model["num_proposals"] + model["num_stuff"], model["num_things"] + model["num_stuff"]
-    h, w = height // 8, width // 8
+    neck = model.get("neck", {"name": "semantic_fpn"})["name"]
+    stride = {"semantic_fpn": 8, "uper": 4}.get(neck, model["backbone"].get("output_stride", 32))
+    h, w = height // stride, width // stride
     assert len(output.stages) == model["num_stages"] + 1
-    assert output.dense.shape == (b, k, h, w)
+    if model["num_proposals"]:
+        assert output.dense.shape == (b, k, h, w)
+    elif model.get("auxiliary_channels"):
+        stride = min(16, model["backbone"].get("output_stride", 32))
+        assert output.dense.shape == (b, k, height // stride, width // stride)
+    else:
+        assert output.dense is None
     for s, stage in enumerate(output.stages):
         assert stage.kernels.shape == (b, n, model["channels"])
         assert stage.masks.shape == (b, n, h, w)
-        assert stage.logits is None if s == 0 else stage.logits.shape == (b, n, k)
+        judged = s > 0 and model["num_proposals"]
+        assert stage.logits.shape == (b, n, k) if judged else stage.logits is None
     # Whatever the type of the maps, what is thresholded, ranked and summed is wide.
     assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
 
@@ -55,6 +68,69 @@ def test_every_config_at_full_size(spec):
     assert any(frozen) == (config.model.backbone.frozen_stages > 0)
 
 
+COCO = {"num_things": 80, "backbone": {}}
+INSTANCE = COCO | {"num_proposals": 100, "num_stuff": 0}
+PANOPTIC = COCO | {"num_proposals": 100, "num_stuff": 53}
+R101 = {"backbone": {"depths": (3, 4, 23, 3)}}
+
+# Rows of the reference's table of sizes, and `config.model`.
+SIZES = {
+    "knet_s3_r50_fpn_1x_coco": INSTANCE,
+    "knet_s3_r50_fpn_1x_coco_N256": INSTANCE | {"num_proposals": 256},
+    "knet_s3_r101_fpn_ms-3x_coco": INSTANCE | R101,
+    "knet_s3_r50_fpn_1x_coco-panoptic": PANOPTIC,
+    "knet_s3_r50_fpn_ms-3x_coco-panoptic": PANOPTIC,
+    "knet_s3_r101_fpn_ms-3x_coco-panoptic": PANOPTIC | R101,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_as_many_parameters_as_the_reference(fixtures, name):
+    wanted = json.loads((fixtures / "model_sizes.json").read_text())["models"][name]
+    _, variables = shapes(make_model(**SIZES[name]), 1, 64, 64)
+    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    total = sum(x.size for x in params.values())
+    assert total == wanted["params"]
+    if "trainable" in wanted:  # all but the stem and the first stage
+        frozen = [x.size for key, x in params.items() if re.match(r"backbone/(stem|layer1)_", key)]
+        assert total - sum(frozen) == wanted["trainable"]
+
+
+RESNET50_DEEP_STEM = 23_527_264
+"""Parameters of ResNet-50 without its classifier, 23 508 032, and of three convolutions of 3, 32,
+32 and 64 channels with their norms instead of one, 28 768 - 9536."""
+
+ADE20K = {
+    "num_proposals": 0,
+    "num_things": 0,
+    "num_stuff": 150,
+    "auxiliary_channels": 256,
+    "backbone": {},
+}
+DECODERS = {
+    "knet_s3_fcn_r50-d8_80k_adamw_ade20k": ("fcn", 512),
+    "knet_s3_pspnet_r50-d8_80k_adamw_ade20k": ("psp", 512),
+    "knet_s3_deeplabv3_r50-d8_80k_adamw_ade20k": ("aspp", 512),
+    "knet_s3_upernet_r50-d8_80k_adamw_ade20k": ("uper", 256),
+    "knet-s3_r50-d8_upernet, 512 channels (mmsegmentation 1.2.2)": ("uper", 512),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_have_as_many_parameters_as_the_reference(fixtures, name):
+    wanted = json.loads((fixtures / "model_sizes.json").read_text())["models"][name]
+    neck, channels = DECODERS[name]
+    model = make_model(**ADE20K, neck={"name": neck}, channels=channels)
+    _, variables = shapes(model, 1, 64, 64)
+    sizes = {
+        part: sum(x.size for x in jax.tree.leaves(tree))
+        for part, tree in variables["params"].items()
+        if part != "backbone"
+    }
+    assert sum(sizes.values()) == wanted["params"] - RESNET50_DEEP_STEM
+    assert sizes["auxiliary"] == wanted["params"] - wanted["params_without_aux"]
+
+
 @pytest.mark.parametrize(
     "spec, name",
     [
@@ -63,10 +139,10 @@ def test_every_config_at_full_size(spec):
         ("coco_panoptic.py:r101,ms3x", "knet_s3_r101_fpn_ms-3x_coco-panoptic"),
     ],
 )
-def test_as_many_parameters_as_the_reference(fixtures, spec, name):
+def test_configs_train_as_many_parameters_as_the_reference(fixtures, spec, name):
     wanted = json.loads((fixtures / "model_sizes.json").read_text())["models"][name]
     config = load_config(f"{ROOT}/configs/{spec}")
-    _, variables = shapes(make_model(**config.model), 1, 64, 64, "float32")
+    _, variables = shapes(make_model(**config.model), 1, 64, 64)
     params = variables["params"]
     sizes = [x.size for x in jax.tree.leaves(params)]
     kept = jax.tree.leaves(trainable(config.optim.groups, params))
@@ -77,18 +153,84 @@ def test_as_many_parameters_as_the_reference(fixtures, spec, name):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_stages": 0},
         {"num_stages": 1, "num_proposals": 1, "num_things": 1, "num_stuff": 1},
-        {"num_stages": 4, "num_stuff": 0},
-        {"num_proposals": 300, "num_things": 365, "num_stuff": 7, "channels": 48, "num_heads": 4},
+        {
+            "num_proposals": 300,
+            "num_things": 365,
+            "num_stuff": 7,
+            "channels": 48,
+            "update_channels": 24,
+            "num_heads": 4,
+        },
     ],
 )
 def test_any_counts_and_widths(changes):
     model = MODEL | changes
-    output, variables = shapes(make_model(**model), 3, 96, 64, "float32")
+    output, _ = shapes(make_model(**model), 3, 96, 64)
+    check_shapes(output, model, 3, 96, 64)
+
+
+@pytest.mark.parametrize("num_stages", [0, 1, 3, 7])
+@pytest.mark.parametrize("task", MODELS)
+def test_any_number_of_updates(task, num_stages):
+    model = MODELS[task] | {"num_stages": num_stages}
+    output, variables = shapes(make_model(**model), 3, 96, 64)
     check_shapes(output, model, 3, 96, 64)
     stages = {name for name in variables["params"] if name.startswith("stage")}
-    assert stages == {f"stage{s + 1}" for s in range(model["num_stages"])}
+    assert stages == {f"stage{s + 1}" for s in range(num_stages)}
+
+
+# Decoders of ADE20K at full width.
+
+
+@pytest.mark.parametrize("num_stages", [0, 3])
+@pytest.mark.parametrize("neck", ["fcn", "psp", "aspp", "uper"])
+def test_semantic_networks_at_full_size(neck, num_stages):
+    model = ADE20K | {"neck": {"name": neck}, "channels": 512, "num_stages": num_stages}
+    output, variables = shapes(make_model(**model), 2, 512, 512)
+    check_shapes(output, model, 2, 512, 512)
+    # Without a branch for classes, in halves of 256 channels.
+    for s in range(1, num_stages + 1):
+        stage = variables["params"][f"stage{s}"]
+        assert stage.keys() == {
+            "transform_kernel",
+            "transform_bias",
+            "update",
+            "interaction",
+            "mask_head",
+        }
+        assert stage["update"]["output"]["kernel"].shape == (256, 256)
+
+
+def test_what_a_plain_decoder_lacks_are_the_updates():
+    """S = 0, the baseline, and S = 3 share every other parameter."""
+    each = []
+    for num_stages in (0, 3):
+        model = MODELS["semantic"] | {"num_stages": num_stages}
+        _, variables = shapes(make_model(**model), 1, 64, 64)
+        params = traverse_util.flatten_dict(variables["params"], sep="/")
+        each.append({k: v.shape for k, v in params.items() if not k.startswith("stage")})
+    assert each[0] == each[1]
+
+
+def test_ablations_are_arguments():
+    """Table 4: parameters that are gone."""
+    _, variables = shapes(
+        make_model(**MODEL | {"adaptive_update": False, "kernel_interaction": False}), 1, 64, 64
+    )
+    assert variables["params"]["stage1"].keys() == {
+        "transform_kernel",
+        "transform_bias",
+        "class_head",
+        "mask_head",
+    }
+    for neck, channels in (
+        ({"name": "semantic_fpn"}, 16),
+        ({"name": "semantic_fpn", "sine": False, "coordinates": True}, 18),
+    ):
+        _, variables = shapes(make_model(**MODEL | {"neck": neck}), 1, 64, 64)
+        kernel = variables["params"]["neck"]["level3_conv0"]["conv"]["kernel"]
+        assert kernel.shape == (3, 3, channels, 16)
 
 
 # Numbers of a tiny network.
@@ -114,6 +256,16 @@ def test_output_has_the_sizes_and_order_of_the_config(network):
     np.testing.assert_array_equal(first.masks[:, NUM_PROPOSALS:], output.dense[:, NUM_THINGS:])
     assert first.masks.shape[1] == NUM_PROPOSALS + NUM_STUFF
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(output))
+
+
+@pytest.mark.parametrize("task", ["instance", "semantic"])
+def test_outputs_of_the_other_tasks_are_finite(task):
+    model, batch = make_model(**MODELS[task]), make_batch(2)
+    image = normalize(batch.image, batch.size, "float32")
+    output = jax.jit(model.apply)(tiny_model.init(model), image)
+    check_shapes(output, MODELS[task], 2, 64, 64)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(output))
+    assert min(float(stage.masks.std()) for stage in output.stages) > 1e-3
 
 
 def test_every_stage_has_parameters_of_its_own(network):

@@ -32,6 +32,37 @@ def test_upsample2x_equals_resize(shape, axes):
     np.testing.assert_allclose(*grads, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(9, 10), (3, 2), (5, 7), (1, 1), (13, 4)])
+@pytest.mark.parametrize("axes", [(1, 2), (2, 3)])
+def test_resize_is_bilinear_with_half_pixel_centers(size, axes):
+    """Against the definition, pixel by pixel; smaller maps are not averaged."""
+    shape = [2, 5, 5, 5]
+    shape[axes[0]], shape[axes[1]] = 5, 7
+    x = np.asarray(random(*shape))
+    ours = np.moveaxis(np.asarray(layers.resize(x, size, axes)), axes, (0, 1))
+    x = np.moveaxis(x, axes, (0, 1))
+    assert ours.shape[:2] == size
+
+    def taps(i, large, small):
+        source = min(max((i + 0.5) * small / large - 0.5, 0), small - 1)
+        lower = int(source)
+        return (lower, 1 - (source - lower)), (min(lower + 1, small - 1), source - lower)
+
+    for i, j in np.ndindex(size):
+        wanted = 0
+        for row, a in taps(i, size[0], 5):
+            for column, c in taps(j, size[1], 7):
+                wanted = wanted + a * c * x[row, column]
+        np.testing.assert_allclose(ours[i, j], wanted, atol=1e-5)
+
+
+def test_resize_of_known_values():
+    x = jnp.array([0.0, 4.0]).reshape(1, 1, 2, 1)
+    assert layers.resize(x, (2, 4)).reshape(2, 4).tolist() == [[0, 1, 3, 4]] * 2
+    x = jnp.arange(4.0).reshape(1, 4, 1, 1)
+    assert layers.resize(x, (2, 1)).ravel().tolist() == [0.5, 2.5]
+
+
 def test_nearest2x_repeats_pixels():
     x = random(2, 3, 4, 5)
     np.testing.assert_array_equal(layers.nearest2x(x), np.asarray(x).repeat(2, 1).repeat(2, 2))
@@ -54,6 +85,9 @@ def test_sine_encoding_follows_its_formula(height, width, channels):
     assert layers.sine_encoding(2, 2, 4, jnp.bfloat16).dtype == jnp.bfloat16
 
 
+# Norms.
+
+
 @pytest.mark.parametrize("channels, groups", [(256, 32), (64, 32), (48, 16), (20, 4), (7, 1)])
 def test_group_norm_has_as_many_groups_as_the_width_allows(channels, groups):
     x = random(2, 3, 3, channels) * 3 + 1
@@ -64,6 +98,114 @@ def test_group_norm_has_as_many_groups_as_the_width_allows(channels, groups):
     np.testing.assert_allclose(grouped.var((1, 3)), 1, atol=1e-3)
     if groups < channels:  # fewer normed together than a group of ours would differ
         assert np.abs(np.asarray(y).reshape(2, 9, channels).mean(1)).max() > 0.01
+
+
+BATCHES = random(3, 4, 5, 6, 2) * 3 + 1  # of three steps, or of three devices
+
+
+def normed(x, mean, var, parameters):
+    return (x - mean) / np.sqrt(var + 1e-5) * parameters["scale"] + parameters["bias"]
+
+
+def batch_norm_variables(channels=2):
+    return {
+        "params": {"scale": random(channels, seed=1), "bias": random(channels, seed=2)},
+        "batch_stats": {"mean": random(channels, seed=3), "var": 1 + random(channels, seed=4) ** 2},
+    }
+
+
+def train_batch_norm(variables, x):
+    """Per device: (output, new running statistics); devices are a leading axis of `x`."""
+
+    def one(x):
+        return layers.BatchNorm(False).apply(variables, x, mutable=["batch_stats"])
+
+    return jax.vmap(one, axis_name=layers.AXIS)(x)
+
+
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_batch_norm_takes_the_statistics_of_all_devices(num_devices):
+    x = BATCHES[:num_devices]
+    variables = batch_norm_variables()
+    y, updated = jax.jit(train_batch_norm)(variables, x)
+    pixels = np.asarray(x, float).reshape(-1, 2)
+    mean, var = pixels.mean(0), pixels.var(0)
+    np.testing.assert_allclose(y, normed(x, mean, var, variables["params"]), atol=1e-5)
+    unbiased = pixels.var(0, ddof=1)
+    assert (unbiased / var > 1.002).all()  # or the next lines could not tell them apart
+    for name, batch in ("mean", mean), ("var", unbiased):
+        before = variables["batch_stats"][name]
+        after = np.asarray(updated["batch_stats"][name])
+        assert (after == after[0]).all()  # the same on all devices
+        np.testing.assert_allclose(after[0], 0.9 * before + 0.1 * batch, rtol=1e-5)
+
+
+def test_devices_do_not_change_the_gradient_of_batch_norm():
+    variables, weights = batch_norm_variables(), random(*BATCHES.shape, seed=5)
+
+    def loss(params, x, weights):
+        changed = variables | {"params": params}
+        return (train_batch_norm(changed, x)[0] * weights).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    three = gradient(variables["params"], BATCHES, weights)
+    together = gradient(
+        variables["params"], *(x.reshape(1, -1, 5, 6, 2) for x in (BATCHES, weights))
+    )
+    for a, b in zip(jax.tree.leaves(three), jax.tree.leaves(together)):
+        np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm, train", [("batch", False), ("frozen_batch", True)])
+def test_running_statistics_are_used_where_batches_are_not(norm, train):
+    variables = batch_norm_variables()
+    x = BATCHES[0]
+    module = layers.make_norm(norm, "float32", train)(2, name="norm")
+    y, updated = module.apply(variables, x, mutable=["batch_stats"])
+    wanted = normed(x, **variables["batch_stats"], parameters=variables["params"])
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, updated["batch_stats"], variables["batch_stats"])
+
+
+def test_initialization_leaves_running_statistics_alone():
+    """It has no devices, and its pictures are made up."""
+    module = layers.make_norm("batch", "float32", train=True)(2, name="norm")
+    variables = module.init(jax.random.key(0), BATCHES[0])
+    assert variables["batch_stats"]["mean"].tolist() == [0, 0]
+    assert variables["batch_stats"]["var"].tolist() == [1, 1]
+
+
+def test_batch_norm_of_bfloat16_keeps_its_statistics_wide():
+    x = (BATCHES[:1] + 100).astype(jnp.bfloat16)
+
+    def one(x):
+        module = layers.BatchNorm(False, "bfloat16")
+        return module.apply(batch_norm_variables(), x, mutable=["batch_stats"])
+
+    y, updated = jax.vmap(one, axis_name=layers.AXIS)(x)
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {jnp.dtype("float32")}
+    wanted = np.asarray(x, float).reshape(-1, 2).mean(0)
+    before = batch_norm_variables()["batch_stats"]["mean"]
+    mean = updated["batch_stats"]["mean"][0]
+    np.testing.assert_allclose(mean, 0.9 * before + 0.1 * wanted, rtol=1e-5)
+
+
+# Convolutions.
+
+
+@pytest.mark.parametrize("dilation", [2, 3])
+def test_dilated_convolutions_keep_the_size(dilation):
+    x = np.asarray(random(1, 9, 8, 2))
+    conv = layers.conv(3, 3, dilation=dilation, use_bias=False)
+    variables = conv.init(jax.random.key(0), x)
+    kernel = np.asarray(variables["params"]["kernel"])
+    padded = np.pad(x[0], ((dilation, dilation), (dilation, dilation), (0, 0)))
+    wanted = np.zeros((9, 8, 3))
+    for a, e in np.ndindex(3, 3):
+        part = padded[a * dilation : a * dilation + 9, e * dilation : e * dilation + 8]
+        wanted += part @ kernel[a, e]
+    np.testing.assert_allclose(conv.apply(variables, x)[0], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("size, stride", [(1, 1), (3, 1), (3, 2), (7, 2)])

@@ -6,18 +6,21 @@ import pytest
 from devices import call
 from flax import traverse_util
 from ml_collections import ConfigDict
-from tiny_model import MODEL, make_batch
+from tiny_model import MODELS, make_batch
 
 from knet_jax import optim, training
 from knet_jax.knet import make_model
 from knet_jax.matching import Weights
 from knet_jax.structs import EMPTY, Categories, PanopticTargets
+from knet_jax.tasks import TASKS
 
-SMALL = MODEL | {"num_stages": 1}
 
-
-def model_of(norm):
-    return make_model(**SMALL | {"backbone": SMALL["backbone"] | {"norm": norm}})
+def model_of(norm, task="panoptic", **changes):
+    """The network of a task after one update, with a norm for all of it that has a choice."""
+    model = MODELS[task] | {"num_stages": 1} | changes
+    for name in {"backbone", "neck"} & model.keys():
+        model[name] = model[name] | {"norm": norm}
+    return make_model(**model)
 
 
 def variables_of(model):
@@ -29,47 +32,55 @@ def variables_of(model):
     )
 
 
-def make_step(model, variables, devices, optimizer, groups=(("all", ".*", 1.0, 1.0),)):
-    """(variables, batch, parts) -> state and metrics after a first step, on the host."""
-    params = variables["params"]
+ALL = (("all", ".*", 1.0, 1.0),)
+
+
+def make_step(model, variables, devices, optimizer, groups=ALL, task="panoptic", seed=0):
+    """(state, batch, parts) -> state and metrics after a step, on the host."""
     step = training.make_train_step(
         devices,
         model=model,
+        task=TASKS[task],
         optimizer=optimizer,
-        trainable=optim.trainable(groups, params),
+        trainable=optim.trainable(groups, variables["params"]),
         weights=Weights(),
+        seed=seed,
     )
 
-    def first_step(variables, batch, num_parts=1):
-        variables = jax.tree.map(jnp.array, variables)  # a copy: the step's is donated
-        state = training.TrainState(
-            jnp.zeros((), jnp.int32),
-            variables["params"],
-            variables.get("batch_stats", {}),
-            optimizer.init(variables["params"]),
-        )
+    def run(state, batch, num_parts=1):
+        state = jax.tree.map(jnp.array, state)  # a copy: the step's is donated
         parts = training.to_devices(batch, devices, num_parts)
         return jax.device_get(step(training.replicate(state, devices), parts))
 
-    return first_step
+    return run
+
+
+def first_state(variables, optimizer, step=0):
+    """Before a step of a number."""
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return training.TrainState(jnp.asarray(step), params, batch_stats, optimizer.init(params))
 
 
 # Devices and parts. Statistics of the whole batch need a single part.
 DIVISIONS = {
-    "group": [(1, 1), (1, 2), (1, 4), (4, 1)],
-    "frozen_batch": [(1, 1), (2, 2)],
-    "batch": [(1, 1), (2, 1), (4, 1)],
+    ("panoptic", "group"): [(1, 1), (1, 2), (1, 4), (4, 1)],
+    ("panoptic", "frozen_batch"): [(1, 1), (2, 2)],
+    ("panoptic", "batch"): [(1, 1), (2, 1), (4, 1)],
+    ("instance", "group"): [(1, 1), (2, 2)],
+    ("semantic", "group"): [(1, 1), (2, 2)],
+    ("semantic", "batch"): [(1, 1), (4, 1)],
 }
 
 
-def worker(norm, folder):
+def worker(task, norm, folder):
     """A step on some divisions of a batch of four, in a process with four devices."""
-    model = model_of(norm)
-    variables, batch = variables_of(model), make_batch(4)
-    for num_devices, num_parts in DIVISIONS[norm]:
+    model = model_of(norm, task)
+    variables, batch = variables_of(model), make_batch(4, task=task)
+    for num_devices, num_parts in DIVISIONS[task, norm]:
         devices = jax.devices()[:num_devices]
-        step = make_step(model, variables, devices, optax.sgd(1.0))
-        state, metrics = step(variables, batch, num_parts)
+        optimizer = optax.sgd(1.0)
+        step = make_step(model, variables, devices, optimizer, task=task)
+        state, metrics = step(first_state(variables, optimizer), batch, num_parts)
         arrays = traverse_util.flatten_dict(
             {"params": state.params, "batch_stats": state.batch_stats, "metrics": metrics}, sep="|"
         )
@@ -77,13 +88,14 @@ def worker(norm, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", DIVISIONS)
-def test_devices_and_parts_do_not_change_a_step(norm, tmp_path):
-    call("test_training", "worker", norm, tmp_path, num_devices=4)
+@pytest.mark.parametrize("task, norm", DIVISIONS)
+def test_devices_and_parts_do_not_change_a_step(task, norm, tmp_path):
+    call("test_training", "worker", task, norm, tmp_path, num_devices=4)
     results = {path.stem: dict(np.load(path)) for path in tmp_path.glob("*.npz")}
-    assert len(results) == len(DIVISIONS[norm])
+    assert len(results) == len(DIVISIONS[task, norm])
     alone = results.pop("1x1")
-    start = traverse_util.flatten_dict(jax.device_get(variables_of(model_of(norm))), sep="|")
+    variables = jax.device_get(variables_of(model_of(norm, task)))
+    start = traverse_util.flatten_dict(variables, sep="|")
     gradients = {k: abs(alone[k] - start[k]).max() for k in alone if k.startswith("params")}
     assert max(gradients.values()) > 1e-2
     statistics = [k for k in alone if k.startswith("batch_stats")]
@@ -121,7 +133,8 @@ def variables():
 
 @pytest.fixture(scope="module")
 def step(variables):
-    """A first step of the project's own optimizer, the stem and a stage frozen."""
+    """(variables, batch) -> state and metrics after a first step of the project's own optimizer,
+    the stem and a stage frozen."""
     config = ConfigDict(
         {
             "lr": 1e-3,
@@ -138,7 +151,8 @@ def step(variables):
         }
     )
     optimizer, _ = optim.make_optimizer(config, variables["params"], 1, 4)
-    return make_step(model_of("group"), variables, jax.devices()[:1], optimizer, GROUPS)
+    run = make_step(model_of("group"), variables, jax.devices()[:1], optimizer, GROUPS)
+    return lambda variables, batch: run(first_state(variables, optimizer), batch)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +203,85 @@ def test_a_diverged_network_reaches_the_check_of_the_loss(step, variables):
     assert not np.isfinite(metrics["loss/total"])
 
 
+# Dropout.
+
+PICTURE = make_batch(1, task="semantic")
+TWICE = jax.tree.map(lambda x: np.concatenate([x, x]), PICTURE)
+
+
+def semantic_step(dropout, seed=0):
+    """(number of the step, batch, parts) -> state and metrics after it."""
+    model = model_of("group", "semantic", dropout=dropout, auxiliary_channels=0)
+    variables, optimizer = variables_of(model), optax.sgd(0.01)
+    run = make_step(model, variables, jax.devices()[:1], optimizer, task="semantic", seed=seed)
+    return lambda number, *args: run(first_state(variables, optimizer, number), *args), run
+
+
+@pytest.fixture(scope="module")
+def with_dropout():
+    return semantic_step(0.5)
+
+
+def initial_loss(result):
+    """The term that dropout changes; kernels are updated with features that it does not touch."""
+    return float(result[1]["loss/initial/mask"])
+
+
+def test_the_same_seed_and_step_are_the_same_step(with_dropout):
+    at, _ = with_dropout
+    jax.tree.map(np.testing.assert_array_equal, at(3, TWICE, 2), at(3, TWICE, 2))
+
+
+def test_another_step_or_seed_drops_others(with_dropout):
+    at, _ = with_dropout
+    other, _ = semantic_step(0.5, seed=1)
+    each = [initial_loss(run) for run in (at(0, PICTURE), at(1, PICTURE), other(0, PICTURE))]
+    assert len(set(each)) == 3
+
+
+def test_every_part_drops_others(with_dropout):
+    """A picture, and the same one in two parts: means over images are equal without dropout."""
+    at, _ = with_dropout
+    assert initial_loss(at(0, TWICE, 2)) != pytest.approx(initial_loss(at(0, PICTURE)), rel=1e-3)
+    at, _ = semantic_step(0.0)
+    assert initial_loss(at(0, TWICE, 2)) == pytest.approx(initial_loss(at(0, PICTURE)), rel=1e-5)
+
+
+def test_every_device_drops_others():
+    """Two devices as an axis of one: the same picture on both."""
+    model = model_of("group", "semantic", dropout=0.5, auxiliary_channels=0)
+    params = variables_of(model)["params"]
+    parts = jax.tree.map(lambda x: x[:, None], TWICE)
+    task, weights = TASKS["semantic"], Weights()
+
+    @jax.jit
+    def run(key):
+        def one(part):
+            counts = training.count_targets(part, task=task, sizes=model.sizes)
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return training.accumulate(
+                zeros, params, {}, part, counts, key, model=model, task=task, weights=weights
+            )[2]
+
+        return jax.vmap(one, axis_name=training.AXIS)(parts)
+
+    terms = run(jax.random.key(0)).terms
+    assert terms["loss/initial/mask"][0] != terms["loss/initial/mask"][1]
+
+
+def test_a_step_depends_on_nothing_but_its_state(with_dropout):
+    """So a resumed run drops the same channels as one that was never stopped."""
+    at, run = with_dropout
+    first, _ = at(0, TWICE, 2)
+    second = run(first, TWICE, 2)
+    run(second[0], TWICE, 2)
+    jax.tree.map(np.testing.assert_array_equal, run(first, TWICE, 2), second)
+    assert second[0].step == 2 and np.isfinite(second[1]["loss/total"])
+
+
+# What a run starts from.
+
+
 def test_initialization_is_a_function_of_the_seed():
     model = model_of("frozen_batch")
     same, again, other = (training.init_variables(model, seed) for seed in (3, 3, 4))
@@ -207,7 +300,8 @@ def test_parts_hold_every_picture_once():
     for part in parts:
         for row, index in enumerate(np.asarray(part.id[0])):
             np.testing.assert_array_equal(part.image[0, row], batch.image[index])
-            np.testing.assert_array_equal(part.targets.labels[0, row], batch.targets.labels[index])
+            labels = batch.targets.labels[index]
+            np.testing.assert_array_equal(part.targets.labels[0, row], labels)
 
 
 def test_other_class_counts_are_told_with_the_key_and_the_remedy():

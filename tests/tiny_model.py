@@ -1,10 +1,17 @@
-"""A network that compiles in seconds, and pictures and targets for it."""
+"""Networks that compile in seconds, one a task, and pictures and targets for them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from knet_jax.structs import EMPTY, Batch, PanopticTargets, Segments
+from knet_jax.structs import (
+    EMPTY,
+    Batch,
+    InstanceTargets,
+    PanopticTargets,
+    Segments,
+    SemanticTargets,
+)
 
 NUM_PROPOSALS, NUM_THINGS, NUM_STUFF = 6, 3, 2
 
@@ -18,17 +25,41 @@ MODEL = {
     "ffn_channels": 32,
     "backbone": {"depths": (1, 1, 1, 1), "width": 8, "norm": "group", "frozen_stages": 0},
 }
+"""Of the panoptic task."""
+
+MODELS = {
+    "panoptic": MODEL,
+    "instance": MODEL | {"num_stuff": 0},
+    # Kernels of two halves, and a signal beside them.
+    "semantic": MODEL
+    | {
+        "num_proposals": 0,
+        "num_things": 0,
+        "num_stuff": NUM_THINGS + NUM_STUFF,
+        "auxiliary_channels": 8,
+        "dropout": 0.0,
+        "neck": {"name": "uper", "scales": (1, 2), "norm": "group"},
+    },
+}
+"""`config.model` of each task."""
 
 
 def random(*shape, seed=0, scale=1.0):
     return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def make_batch(b=4, height=64, width=64, slots=4, seed=0) -> Batch:
+def make_batch(b=4, height=64, width=64, slots=4, seed=0, task="panoptic") -> Batch:
     """Smooth pictures with random boxes: the last has no thing, the first no stuff; void below."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (b, height // 16, width // 16, 3))
     image = coarse.repeat(16, 1).repeat(16, 2).astype(np.uint8)
+    targets = TARGETS[task](rng, b, height, width, slots)
+    size = np.tile(np.int32([height - 8, width]), (b, 1))
+    return Batch(image, targets, size, size * 2, np.arange(b, dtype=np.int32))
+
+
+def panoptic_targets(rng, b, height, width, slots) -> PanopticTargets:
+    """Two bands of stuff, and boxes that hide each other."""
     segment_map = np.zeros((b, height // 2, width // 2), np.uint8)
     labels = np.full((b, slots + NUM_STUFF), EMPTY, np.int32)
     for i in range(b):
@@ -41,9 +72,37 @@ def make_batch(b=4, height=64, width=64, slots=4, seed=0) -> Batch:
                 y, x = rng.integers(0, height // 2 - 8), rng.integers(0, width // 2 - 8)
                 segment_map[i, y : y + 9, x : x + 7] = 1 + slot
                 labels[i, slot] = rng.integers(NUM_THINGS)
-    size = np.tile(np.int32([height - 8, width]), (b, 1))
-    targets = PanopticTargets(segment_map, labels)
-    return Batch(image, targets, size, size * 2, np.arange(b, dtype=np.int32))
+    return PanopticTargets(segment_map, labels)
+
+
+def instance_targets(rng, b, height, width, slots) -> InstanceTargets:
+    """Boxes that overlap."""
+    masks = np.zeros((b, slots, height // 2, width // 2), bool)
+    labels = np.full((b, slots), EMPTY, np.int32)
+    for i in range(b - 1):
+        for slot in range(1 + i % slots):
+            y, x = rng.integers(0, height // 4), rng.integers(0, width // 4)
+            masks[i, slot, y : y + height // 4 + 1, x : x + width // 4 - 1] = True
+            labels[i, slot] = rng.integers(NUM_THINGS)
+    return InstanceTargets(np.packbits(masks, axis=3), labels)
+
+
+def semantic_targets(rng, b, height, width, slots) -> SemanticTargets:
+    """Boxes of classes on a class, ignored below."""
+    label_map = np.zeros((b, height, width), np.uint8)
+    for i in range(b):
+        label_map[i, : height - 8] = 1 + i % NUM_STUFF
+        for _ in range(slots):
+            y, x = rng.integers(0, height - 8), rng.integers(0, width - 8)
+            label_map[i, y : y + 15, x : x + 21] = 1 + rng.integers(NUM_THINGS + NUM_STUFF)
+    return SemanticTargets(label_map)
+
+
+TARGETS = {
+    "panoptic": panoptic_targets,
+    "instance": instance_targets,
+    "semantic": semantic_targets,
+}
 
 
 def make_segments(b, m, h, w, labels, seed=0) -> Segments:
