@@ -47,8 +47,9 @@ def join_windows(x: jax.Array, height: int, width: int) -> jax.Array:
 def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
     """What is added to the logits of attention in a map that was rolled by `shift`.
 
-    A pixel may attend to those that it also neighbours in the map as it was. float32 [windows,
-    window·window, window·window] of 0 and `FORBIDDEN`.
+    The roll moves the grid of windows and cuts it off at the borders: what it brings into a window
+    from the opposite border belongs to another one. float32 [windows, window·window, window·window]
+    of 0 and `FORBIDDEN`.
     """
 
     def bands(side: int) -> np.ndarray:
