@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_coco
 
-from knet_jax.data import batches, pipeline, recipes, records, transforms
+from knet_jax.data import batches, pipeline, records, transforms
 from knet_jax.data import shapes as shapes_module
 from knet_jax.structs import EMPTY, Categories, PanopticMap
 
@@ -21,6 +21,13 @@ def shapes(tmp_path_factory):
     """A config and its prepared training split."""
     config = tiny_coco.data_config(tmp_path_factory.mktemp("shapes"))
     return config, pipeline.load_split(config, "train", "panoptic")
+
+
+@pytest.fixture(scope="module", params=["panoptic", "instance", "semantic"])
+def any_task(request, tmp_path_factory):
+    """A config and its prepared training split, for each task."""
+    config = tiny_coco.data_config(tmp_path_factory.mktemp(request.param))
+    return config, pipeline.load_split(config, "train", request.param)
 
 
 @pytest.fixture
@@ -304,22 +311,22 @@ def test_flip_and_scales_are_used(shapes):
     assert min(heights) >= 64 and max(heights) <= 96 and len(heights) > 10
 
 
-def test_worker_count_changes_nothing(shapes):
-    config, split = shapes
+def test_worker_count_changes_nothing(any_task):
+    config, split = any_task
     config = config.copy_and_resolve_references()
     expected = take(7, split, config, 4, seed=5, start=8)
     for config.num_workers in (1, 3):
         assert_equal(take(7, split, config, 4, seed=5, start=8), expected)
 
 
-def test_seed_changes_the_order(shapes):
-    config, split = shapes
+def test_seed_changes_the_order(any_task):
+    config, split = any_task
     a, b = (take(3, split, config, 4, seed=seed, start=0) for seed in (0, 1))
     assert any(np.any(x.id != y.id) for (x, _), (y, _) in zip(a, b))
 
 
-def test_resuming_anywhere_equals_going_on(shapes):
-    config, split = shapes
+def test_resuming_anywhere_equals_going_on(any_task):
+    config, split = any_task
     steps = 2 * pipeline.steps_per_epoch(split, config, 4) + 3
     whole = take(steps, split, config, 4, seed=2, start=0)
     for step in (1, 5, steps - 2):
@@ -341,8 +348,8 @@ def test_epoch_length(shapes):
     assert sorted(ids) == list(range(len(split)))
 
 
-def test_processes_share_a_batch(shapes):
-    config, split = shapes
+def test_processes_share_a_batch(any_task):
+    config, split = any_task
     whole = take(5, split, config, 4, seed=3, start=4)
     for index in range(2):
         part = take(5, split, config, 4, seed=3, start=4, process_index=index, process_count=2)
@@ -380,14 +387,36 @@ def test_evaluation_shows_everything_once(shapes, num_workers):
     assert tall == sorted(tall) and len(set(tall)) == 2
 
 
+@pytest.mark.parametrize("ratio", [0.5, 1.5])
+def test_other_ratios_show_the_same_pictures(any_task, ratio):
+    config, split = any_task
+    plain = list(pipeline.eval_batches(split, config, 4))
+    scaled = list(pipeline.eval_batches(split, config, 4, ratio=ratio))
+    for (a, truths_a), (b, truths_b) in zip(plain, scaled, strict=True):
+        np.testing.assert_array_equal(a.id, b.id)
+        assert [id for id, _ in truths_a] == [id for id, _ in truths_b]
+        np.testing.assert_allclose(b.size, ratio * a.size, atol=1.5)
+        assert b.image.shape[1] % 32 == b.image.shape[2] % 32 == 0
+
+
+def test_truths_of_workers_are_kept(any_task):
+    config, split = any_task
+    config = config.copy_and_resolve_references()
+    config.num_workers = 1
+    kept = [pair for _, truths in pipeline.eval_batches(split, config, 4) for pair in truths]
+    assert sorted(id for id, _ in kept) == list(range(len(split)))
+    for id, truth in kept:
+        jax.tree.map(np.testing.assert_array_equal, truth, split.truth(id))
+
+
 def test_evaluation_of_a_few(shapes):
     config, split = shapes
     ids = [id for _, truths in pipeline.eval_batches(split, config, 4, limit=7) for id, _ in truths]
     assert sorted(ids) == list(range(7))
 
 
-def test_processes_share_an_evaluation(shapes):
-    config, split = shapes
+def test_processes_share_an_evaluation(any_task):
+    config, split = any_task
     whole = list(pipeline.eval_batches(split, config, 4))
     parts = [
         list(pipeline.eval_batches(split, config, 4, process_index=i, process_count=2))
@@ -476,29 +505,6 @@ def test_truncated_file_on_disk(tmp_path):
     result = take(10, pipeline.load_split(config, "train", "panoptic"), config, 1, seed=0, start=0)
     assert {name for _, skipped in result for name in skipped} == {"train_1.jpg"}
     assert all(batch.id[0] != 1 for batch, _ in result)
-
-
-# Configs.
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"canvas": (128, 96)},
-        {"canvas": (96, 120)},
-        {"short_side": (96, 64)},
-        {"short_side": (64, 97)},
-        {"long_side": 129},
-        {"flip": 1.5},
-        {"max_things": 0},
-        {"num_workers": -1},
-        {"max_broken_share": -0.1},
-    ],
-)
-def test_bad_recipes_are_named(changes):
-    [key] = changes
-    with pytest.raises(ValueError, match=rf"config\.data\..*{key}"):
-        recipes.whole_picture(tiny_coco.data_config("", **changes))
 
 
 def test_small_shared_memory_is_named(shapes, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import ml_collections
 import numpy as np
+from pycocotools import mask as run_lengths
 
 from knet_jax.data import transforms
 
@@ -37,6 +38,13 @@ def data_config(data_dir: Path, root: Path | str = "", **changes) -> ml_collecti
         "num_train": 24,
         "num_val": 10,
         "image_side": (64, 96),
+        # What crops need.
+        "scale": (128, 96),
+        "ratio": (0.5, 2.0),
+        "crop": (64, 96),
+        "max_class_share": 0.75,
+        "photometric": True,
+        "eval_multiple": 32,
     }
     return ml_collections.ConfigDict(values | changes)
 
@@ -95,9 +103,71 @@ def write_panoptic(path: Path, ids: np.ndarray) -> None:
     cv2.imwrite(str(path), transforms.segment_colors(ids)[..., ::-1])
 
 
-def edit(root: Path, change, split: str = "train") -> None:
+def instance_masks(height: int, width: int) -> list[tuple[int, int, np.ndarray]]:
+    """Category, crowd and mask of the things of a picture; the dog and the cat overlap."""
+    regions = [
+        (DOG, 0, (slice(10, 30), slice(5, 25))),
+        (CAT, 0, (slice(20, 45), slice(15, 45))),
+        (CAT, 1, (slice(5, 12), slice(40, 60))),
+    ]
+    masks = []
+    for category, crowd, region in regions:
+        mask = np.zeros((height, width), np.uint8)
+        mask[region] = 1
+        masks.append((category, crowd, mask))
+    return masks
+
+
+def write_instances(
+    root: Path, sizes=((60, 80), (80, 60), (64, 64), (50, 90), (90, 50)), splits=("train", "val")
+) -> Path:
+    """Writes pictures, and instances as a polygon, as plain and as compressed run lengths."""
+    things = [category for category in CATEGORIES if category["isthing"]]
+    things = [{"id": category["id"], "name": category["name"]} for category in things]
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        pictures = root / f"{split}2017"
+        pictures.mkdir(parents=True, exist_ok=True)
+        content = {"images": [], "annotations": [], "categories": things}
+        for index, (height, width) in enumerate(sizes):
+            name = f"{split}_{index}.jpg"
+            cv2.imwrite(str(pictures / name), draw(index, height, width)[0])
+            content["images"].append(
+                {"id": 100 + index, "file_name": name, "height": height, "width": width}
+            )
+            for category, crowd, mask in instance_masks(height, width):
+                rle = run_lengths.encode(np.asfortranarray(mask))
+                forms = (
+                    [[5, 10, 25, 10, 25, 30, 5, 30]],
+                    {"size": [height, width], "counts": runs_of(mask)},
+                    rle | {"counts": rle["counts"].decode()},
+                )
+                number = len(content["annotations"])
+                content["annotations"].append(
+                    {
+                        "id": number,
+                        "image_id": 100 + index,
+                        "category_id": category,
+                        "iscrowd": crowd,
+                        "area": float(mask.sum()),
+                        "segmentation": forms[number % 3],
+                    }
+                )
+        path = root / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(content))
+    return root
+
+
+def runs_of(mask: np.ndarray) -> list[int]:
+    """Run lengths down the columns, zeros first, as COCO writes them."""
+    flat = mask.T.ravel()
+    ends = np.append(np.flatnonzero(np.diff(flat)) + 1, flat.size)
+    return ([0] if flat[0] else []) + np.diff(ends, prepend=0).tolist()
+
+
+def edit(root: Path, change, split: str = "train", prefix: str = "panoptic_") -> None:
     """Applies a function to the content of an annotation file."""
-    path = root / "annotations" / f"panoptic_{split}2017.json"
+    path = root / "annotations" / f"{prefix}{split}2017.json"
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import tiny_coco
+import tiny_maps
+
+from knet_jax.data import check, pipeline
+
+
+def line_of(report, start):
+    [line] = [line for line in report.splitlines() if line.strip().startswith(start)]
+    return line.strip()
+
+
+def test_semantic_report(tmp_path):
+    root = tiny_maps.write_folder(tmp_path / "maps")
+    (root / "labels/train/1.png").unlink()
+    config = tiny_coco.data_config(tmp_path / "prepared", root, **tiny_maps.FOLDER)
+    split = pipeline.load_split(config, "train", "semantic")
+    report = check.report(split)
+    maps = [split.truth(i) for i in range(2)]
+    total = sum(one.size for one in maps)
+    counts = sum(np.bincount(one.ravel(), minlength=4) for one in maps)
+    assert line_of(report, "ignored:") == (
+        f"ignored: {100 * counts[0] / total:.2f} % of the pixels; 0 pictures have no label"
+    )
+    assert line_of(report, "overlaps:").startswith("overlaps: 0.00 %")
+    assert f"floor  {100 * counts[2] / total:7.3f} %" in report
+    assert "1 problems:" in report and "1.png is missing, left out" in report
+    assert "2 pictures decoded" in report and "0 broken pictures" in report
+
+
+def test_instance_report_counts_overlaps_and_hidden_masks(tmp_path):
+    root = tiny_coco.write_instances(tmp_path / "coco")
+
+    def change(content):
+        # A thing as large as the cat of the picture, exactly on it.
+        content["annotations"].append(content["annotations"][1] | {"id": 99, "category_id": 3})
+
+    tiny_coco.edit(root, change, prefix="instances_")
+    config = tiny_coco.data_config(tmp_path / "prepared", root)
+    split = pipeline.load_split(config, "train", "instance")
+    report = check.report(split)
+    both = covered = 0
+    for index in range(5):
+        (_, _, dog), (_, _, cat), _ = tiny_coco.instance_masks(*split.sizes[index])
+        both += int((dog & cat).sum())
+        covered += int((dog | cat).sum())
+        if index == 0:
+            both += int(cat.sum())
+    assert line_of(report, "overlaps:") == (
+        f"overlaps: {100 * both / covered:.2f} % of the labelled pixels, in 5 pictures; "
+        "1 segments are hidden"
+    )
+
+
+def test_panoptic_report_counts_crowds_as_ignored(tmp_path):
+    root = tiny_coco.write(tmp_path / "coco")
+    config = tiny_coco.data_config(tmp_path / "prepared", root)
+    split = pipeline.load_split(config, "train", "panoptic")
+    truths = [split.truth(i) for i in range(5)]
+    ignored = sum(
+        int(np.isin(t.ids, [0, *(s.id for s in t.segments if s.iscrowd)]).sum()) for t in truths
+    )
+    total = sum(truth.ids.size for truth in truths)
+    report = check.report(split)
+    assert line_of(report, "ignored:").startswith(f"ignored: {100 * ignored / total:.2f} %")
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A split with a picture whose damage only its decoding shows."""
+    root = tiny_coco.write_instances(tmp_path / "coco")
+    path = root / "train2017" / "train_1.jpg"
+    path.write_bytes(path.read_bytes()[:-300])
+    config = tiny_coco.data_config(tmp_path / "prepared", root)
+    return pipeline.load_split(config, "train", "instance")
+
+
+def test_broken_pictures_are_named(broken):
+    report = check.report(broken)
+    assert "4 pictures decoded" in report and "1 broken pictures:" in report
+    assert "train_1.jpg: the picture is truncated" in report
+
+
+@pytest.mark.parametrize("count, shown", [(12, 4), (2, 2), (1, 1)])
+def test_sheet_shows_pictures_from_all_over(broken, count, shown):
+    sheet = check.sheet(broken, count)
+    columns = min(check.COLUMNS, shown)
+    assert sheet.dtype == np.uint8 and sheet.shape[1] == columns * (check.CELL + check.GAP)
+    cells = np.split(sheet, columns, axis=1)
+    assert all((cell[: check.CELL // 2] != 255).any() for cell in cells)
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+def test_every_task_can_be_drawn(tmp_path, task):
+    split = pipeline.load_split(tiny_coco.data_config(tmp_path), "val", task)
+    assert check.sheet(split, 3).shape[1] == 3 * (check.CELL + check.GAP)
+    assert "pictures decoded" in check.report(split)

@@ -1,0 +1,234 @@
+import json
+
+import numpy as np
+import pytest
+import tiny_coco
+
+from knet_jax.data import photometric, recipes, transforms
+from knet_jax.data.transforms import View
+
+ADE20K = {
+    "scale": (2048, 512),
+    "ratio": (0.5, 2.0),
+    "crop": (512, 512),
+    "max_class_share": 0.75,
+    "flip": 0.5,
+    "photometric": True,
+    "eval_multiple": 32,
+}
+
+
+def crop(**changes):
+    return recipes.crop(tiny_coco.data_config("", **ADE20K | changes))
+
+
+def whole_picture(**changes):
+    return recipes.whole_picture(tiny_coco.data_config("", **changes))
+
+
+# Sizes.
+
+
+def test_sizes_in_training_equal_the_reference(fixtures):
+    cases = json.loads((fixtures / "transforms_resize.json").read_text())["seg_2048x512_ratio"]
+    assert len({case["ratio"] for case in cases}) > 3
+    for case in cases:
+        scaled = crop().scaled(case["ratio"])
+        assert list(scaled.scale) == case["scale"]
+        assert scaled.eval_size((case["h"], case["w"])) == (case["out_h"], case["out_w"])
+
+
+def test_sizes_in_evaluation_equal_the_reference(fixtures):
+    cases = json.loads((fixtures / "transforms_resize.json").read_text())["seg_test"]
+    assert len(cases) > 30
+    for case in cases:
+        size = crop(scale=tuple(case["scale"])).eval_size((case["h"], case["w"]))
+        assert size == (case["out_h"], case["out_w"])
+
+
+def test_sizes_of_whole_pictures_equal_the_reference(fixtures):
+    cases = json.loads((fixtures / "transforms_resize.json").read_text())["det_1333x800"]
+    recipe = whole_picture(canvas=(800, 1344), short_side=(640, 800), long_side=1333)
+    for case in cases:
+        assert recipe.eval_size((case["h"], case["w"])) == (case["out_h"], case["out_w"])
+
+
+@pytest.mark.parametrize("multiple", [32, 128])
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (512, 512), (100, 3000)])
+def test_canvases_of_evaluation_are_the_least_multiple(multiple, size):
+    recipe = crop(eval_multiple=multiple)
+    for side, resized in zip(recipe.eval_canvas(size), recipe.eval_size(size)):
+        assert side % multiple == 0 and 0 <= side - resized < multiple
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 1.25, 1.75])
+def test_scaled_pictures_fit_the_scaled_canvas(ratio):
+    for recipe in (whole_picture(), crop()):
+        scaled = recipe.scaled(ratio)
+        for size in ((480, 640), (640, 480), (333, 500), (200, 201), (90, 1200)):
+            resized, canvas = scaled.eval_size(size), scaled.eval_canvas(size)
+            assert all(a <= b and b % 32 == 0 for a, b in zip(resized, canvas))
+            wanted = [ratio * side for side in recipe.eval_size(size)]
+            np.testing.assert_allclose(resized, wanted, atol=2)
+
+
+# Crops.
+
+
+def random_map(height, width, seed=0, classes=5):
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, classes + 1, (6, 8)).astype(np.uint8)
+    rows, columns = np.arange(height) * 6 // height, np.arange(width) * 8 // width
+    return coarse[rows][:, columns]
+
+
+def draws(recipe, label_map, count=200):
+    size = label_map.shape
+    return [recipe.train_view(size, np.random.default_rng(i), label_map) for i in range(count)]
+
+
+def test_windows_lie_everywhere_inside_the_picture():
+    recipe = crop(scale=(128, 96), crop=(64, 96), max_class_share=1.0)
+    views = draws(recipe, random_map(75, 100))
+    ratios = [max(view.size) / 128 for view in views]
+    assert 0.5 <= min(ratios) < 0.6 and 1.9 < max(ratios) <= 2.0
+    assert abs(np.mean(ratios) - 1.25) < 0.1
+    for view in views:
+        assert view.shown == (min(64, view.size[0]), min(96, view.size[1]))
+        for corner, side, part in zip(view.corner, view.size, view.shown):
+            assert 0 <= corner <= side - part
+    large = [view for view in views if view.size[0] > 150]
+    places = np.array([view.corner[0] / (view.size[0] - 64) for view in large])
+    assert places.min() < 0.1 and places.max() > 0.9 and abs(places.mean() - 0.5) < 0.15
+    flips = np.mean([view.flip for view in views])
+    assert 0.4 < flips < 0.6
+
+
+def test_no_class_takes_more_than_its_share_where_that_can_be():
+    label_map = random_map(90, 120)
+    label_map[:, 60:] = 3
+    recipe = crop(scale=(120, 90), crop=(32, 32), ratio=(1.0, 1.0))
+    shares = [recipes.largest_share(recipes.look(label_map, v)) for v in draws(recipe, label_map)]
+    anywhere = recipe._replace(max_class_share=1.0)
+    before = [recipes.largest_share(recipes.look(label_map, v)) for v in draws(anywhere, label_map)]
+    assert np.mean(np.array(before) > 0.75) > 0.3
+    assert max(shares) <= 0.75
+
+
+def test_a_picture_of_one_class_is_cropped_all_the_same():
+    label_map = np.full((90, 120), 2, np.uint8)
+    assert all(view.shown == (32, 32) for view in draws(crop(crop=(32, 32)), label_map, 3))
+
+
+def test_ignored_pixels_do_not_count_in_a_share():
+    label_map = np.zeros((4, 4), np.uint8)
+    assert recipes.largest_share(label_map) == 1
+    label_map[0] = [1, 1, 1, 2]
+    assert recipes.largest_share(label_map) == 0.75
+    assert recipes.largest_share(label_map.astype(np.uint16)) == 0.75
+
+
+def test_photometric_distortion_is_drawn_on_request():
+    label_map = random_map(60, 80)
+    drawn = {view.distortion for view in draws(crop(), label_map, 20)}
+    assert len(drawn) > 10
+    plain = {view.distortion for view in draws(crop(photometric=False), label_map, 20)}
+    assert plain == {photometric.Distortion()}
+
+
+def test_a_view_depends_on_the_generator_alone():
+    label_map = random_map(60, 80)
+    first, second = (draws(crop(), label_map, 5) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size, corner", [((61, 93), (7, 20)), ((30, 41), (0, 0))])
+def test_look_equals_resizing_cropping_and_flipping(flip, size, corner):
+    label_map = random_map(30, 41)
+    shown = (min(40, size[0]), min(64, size[1]))
+    view = View(size, corner, shown, flip)
+    rows = np.floor((np.arange(size[0]) + 0.5) * 30 / size[0]).astype(int)
+    columns = np.floor((np.arange(size[1]) + 0.5) * 41 / size[1]).astype(int)
+    resized = label_map[rows][:, columns]
+    expected = resized[corner[0] : corner[0] + shown[0], corner[1] : corner[1] + shown[1]]
+    expected = expected[:, ::-1] if flip else expected
+    np.testing.assert_array_equal(recipes.look(label_map, view), expected)
+
+
+# Whole pictures.
+
+
+def test_whole_pictures_are_shown_whole():
+    recipe = whole_picture()
+    views = [recipe.train_view((60, 80), np.random.default_rng(i)) for i in range(100)]
+    for view in views:
+        short_side = min(view.size)
+        assert view == transforms.whole(
+            transforms.resized_size((60, 80), short_side, 128), view.flip
+        )
+    sides = {min(view.size) for view in views}
+    assert sides <= set(range(64, 97)) and len(sides) > 20
+
+
+def test_groups_and_canvases():
+    sizes = np.array([[60, 80], [80, 60], [70, 70]])
+    landscape, portrait = whole_picture().groups(sizes)
+    assert landscape.tolist() == [0, 2] and portrait.tolist() == [1]
+    assert [whole_picture().train_canvas(i) for i in (0, 1)] == [(96, 128), (128, 96)]
+    [everything] = crop().groups(sizes)
+    assert everything.tolist() == [0, 1, 2] and crop().train_canvas(0) == (512, 512)
+
+
+# Configs.
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scale": (512, 2048)},
+        {"ratio": (2.0, 0.5)},
+        {"ratio": (0.0, 2.0)},
+        {"crop": (512, 500)},
+        {"crop": (0, 512)},
+        {"max_class_share": 0.0},
+        {"max_class_share": 1.1},
+        {"photometric": 2},
+        {"eval_multiple": 16},
+        {"flip": -0.1},
+        {"num_workers": -1},
+        {"max_broken_share": 1.1},
+    ],
+)
+def test_bad_crops_are_named(changes):
+    [key] = changes
+    with pytest.raises(ValueError, match=rf"config\.data\.{key} "):
+        crop(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"canvas": (128, 96)},
+        {"canvas": (96, 120)},
+        {"short_side": (96, 64)},
+        {"short_side": (64, 97)},
+        {"long_side": 129},
+        {"flip": 1.5},
+        {"max_things": 0},
+        {"num_workers": -1},
+        {"max_broken_share": -0.1},
+    ],
+)
+def test_bad_whole_pictures_are_named(changes):
+    [key] = changes
+    with pytest.raises(ValueError, match=rf"config\.data\..*{key}"):
+        whole_picture(**changes)
+
+
+@pytest.mark.parametrize("make, key", [(recipes.crop, "crop"), (recipes.whole_picture, "canvas")])
+def test_missing_keys_are_named(make, key):
+    config = tiny_coco.data_config("", **ADE20K)
+    del config[key]
+    with pytest.raises(ValueError, match=rf"config\.data\.{key} is missing"):
+        make(config)
