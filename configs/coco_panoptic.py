@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
                 "num_stuff": 53,
                 "num_stages": 3,
                 "channels": 256,
-                "update_channels": 256,
                 "num_heads": 8,  # 256 / 8 = 32 channels a head
                 "ffn_channels": 2048,
                 "dtype": "float32",
@@ -104,7 +103,6 @@ VARIANTS = {
     "tiny": {
         "model.num_proposals": 20,
         "model.channels": 64,
-        "model.update_channels": 64,
         "model.ffn_channels": 128,
         "model.backbone.depths": (1, 1, 1, 1),
         "model.backbone.width": 16,

@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
                 "num_stuff": 4,
                 "num_stages": 3,
                 "channels": 64,
-                "update_channels": 64,
                 "num_heads": 4,  # 64 / 4 = 16 channels a head
                 "ffn_channels": 128,
                 "dtype": "float32",

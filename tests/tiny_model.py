@@ -21,7 +21,6 @@ MODEL = {
     "num_stuff": NUM_STUFF,
     "num_stages": 2,
     "channels": 16,
-    "update_channels": 16,
     "num_heads": 2,
     "ffn_channels": 32,
     "backbone": {"depths": (1, 1, 1, 1), "width": 8, "norm": "group", "frozen_stages": 0},
@@ -31,13 +30,13 @@ MODEL = {
 MODELS = {
     "panoptic": MODEL,
     "instance": MODEL | {"num_stuff": 0},
-    # Kernels of two halves, and a signal beside them.
+    # Kernels that are updated in three parts, and a signal beside them.
     "semantic": MODEL
     | {
         "num_proposals": 0,
         "num_things": 0,
         "num_stuff": NUM_THINGS + NUM_STUFF,
-        "update_channels": 8,
+        "channels": 24,
         "auxiliary_channels": 8,
         "dropout": 0.0,
         "neck": {"name": "uper", "scales": (1, 2), "norm": "group"},
