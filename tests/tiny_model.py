@@ -36,9 +36,9 @@ MODELS = {
         "num_proposals": 0,
         "num_things": 0,
         "num_stuff": NUM_THINGS + NUM_STUFF,
-        "channels": 24,
         "auxiliary_channels": 8,
         "dropout": 0.0,
+        "channels": 24,
         "neck": {"name": "uper", "scales": (1, 2), "norm": "group"},
     },
 }
