@@ -159,7 +159,6 @@ def test_configs_train_as_many_parameters_as_the_reference(fixtures, spec, name)
             "num_things": 365,
             "num_stuff": 7,
             "channels": 48,
-            "update_channels": 24,
             "num_heads": 4,
         },
     ],

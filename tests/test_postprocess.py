@@ -96,7 +96,7 @@ def test_only_the_best_are_kept(num_results):
 
 def test_kernels_of_one_class_and_classes_of_one_kernel():
     masks, _ = case(2, 1, 3, 2)
-    logits = np.array([[[3.0, 2.0], [2.5, -1.0], [-4.0, -5.0]]])
+    logits = np.array([[[3.0, 2.0], [2.5, -9.0], [-4.0, -5.0]]])
     best = check_instances(masks, logits, [(64, 96)], [(70, 100)], num_results=4)
     assert best.labels[0].tolist() == [0, 0, 1, 0] and best.kernels[0].tolist() == [0, 1, 0, 2]
     drawn = unpack(best.bits[0], (70, 100))

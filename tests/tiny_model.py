@@ -30,7 +30,7 @@ MODEL = {
 MODELS = {
     "panoptic": MODEL,
     "instance": MODEL | {"num_stuff": 0},
-    # Kernels of two halves, and a signal beside them.
+    # Kernels that are updated in three parts, and a signal beside them.
     "semantic": MODEL
     | {
         "num_proposals": 0,
@@ -38,6 +38,7 @@ MODELS = {
         "num_stuff": NUM_THINGS + NUM_STUFF,
         "auxiliary_channels": 8,
         "dropout": 0.0,
+        "channels": 24,
         "neck": {"name": "uper", "scales": (1, 2), "norm": "group"},
     },
 }
