@@ -91,6 +91,10 @@ def test_pictures_without_things_are_shown(tmp_path):
         assert (batch.targets.labels[empty] == EMPTY).all()
         assert not batch.targets.masks[empty].any()
     assert split.truth(0) == ()
+    config.min_things = 1
+    assert pipeline.steps_per_epoch(split, config, 2) == 1
+    _, batches = take(3, config)
+    assert all((batch.id == 4).all() for batch in batches)
 
 
 def test_instances_survive_preparation(coco_mini, tmp_path):

@@ -173,11 +173,20 @@ def test_whole_pictures_are_shown_whole():
 
 def test_groups_and_canvases():
     sizes = np.array([[60, 80], [80, 60], [70, 70]])
-    landscape, portrait = whole_picture().groups(sizes)
+    landscape, portrait = whole_picture().groups(sizes, np.array([1, 2, 0]))
     assert landscape.tolist() == [0, 2] and portrait.tolist() == [1]
     assert [whole_picture().train_canvas(i) for i in (0, 1)] == [(96, 128), (128, 96)]
-    [everything] = crop().groups(sizes)
+    [everything] = crop().groups(sizes, np.zeros(3))
     assert everything.tolist() == [0, 1, 2] and crop().train_canvas(0) == (512, 512)
+
+
+def test_pictures_with_too_few_things_are_left_out():
+    sizes, num_things = np.array([[60, 80], [80, 60], [70, 70]]), np.array([1, 3, 0])
+    for least, expected in ((0, [[0, 2], [1]]), (1, [[0], [1]]), (2, [[], [1]])):
+        groups = whole_picture(min_things=least).groups(sizes, num_things)
+        assert [group.tolist() for group in groups] == expected
+    with pytest.raises(ValueError, match=r"config\.data\.min_things 4: .* the most are 3"):
+        whole_picture(min_things=4).groups(sizes, num_things)
 
 
 # Configs.
@@ -216,6 +225,7 @@ def test_bad_crops_are_named(changes):
         {"long_side": 129},
         {"flip": 1.5},
         {"max_things": 0},
+        {"min_things": -1},
         {"num_workers": -1},
         {"max_broken_share": -0.1},
     ],

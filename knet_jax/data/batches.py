@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from knet_jax.data import records, sampler, splits, transforms
@@ -96,6 +97,12 @@ def eval_batch(
         _fill(batch, place, position, split, record, image, loaded, view)
         truths.append((position, split.kind.truth(loaded, split.categories)))
     return batch, truths, failures
+
+
+def num_bytes(split: splits.Split, recipe: Any, count: int, canvas: tuple[int, int]) -> int:
+    """How large a batch of so many pictures is."""
+    one = _empty_batch(split, recipe, 1, canvas)
+    return count * sum(leaf.nbytes for leaf in jax.tree.leaves(one))
 
 
 def _empty_batch(split: splits.Split, recipe: Any, count: int, canvas: tuple[int, int]) -> Batch:

@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from knet_jax import visualize
-from knet_jax.data import records, splits
+from knet_jax.data import splits
 from knet_jax.structs import PanopticMap
 
 CELL = 480
@@ -46,7 +46,7 @@ def report(split: splits.Split) -> str:
         results = list(tqdm.tqdm(results, title, len(split), unit="img", leave=False))
     broken = [result for result in results if isinstance(result, str)]
     findings = [result for result in results if isinstance(result, Finding)]
-    lines = [records.describe(split.metadata), f"{len(findings)} pictures decoded"]
+    lines = [split.description, f"{len(findings)} pictures decoded"]
     lines += [f"{len(broken)} broken pictures" + (":" if broken else "")]
     lines += [f"  {line}" for line in broken]
     if findings:

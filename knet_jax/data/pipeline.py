@@ -32,8 +32,6 @@ LEAST_SEEN = 500
 ENDLESS = 1 << 48
 """More batches than any training takes."""
 
-BYTES_PER_PIXEL = 4
-"""Of a picture and its targets."""
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +111,7 @@ def check_same_categories(train: Categories, val: Categories) -> None:
 
 def steps_per_epoch(split: splits.Split, config_data, batch_size: int) -> int:
     """How many training batches show every picture of a split once."""
-    groups = split.kind.recipe(config_data).groups(split.sizes)
+    groups = split.kind.recipe(config_data).groups(split.sizes, split.num_things)
     return sampler.EpochSampler(groups, batch_size, seed=0).batches_per_epoch
 
 
@@ -163,12 +161,13 @@ def train_batches(
             recipe.max_things,
             split.num_things.max(),
         )
-    groups = recipe.groups(split.sizes)
+    groups = recipe.groups(split.sizes, split.num_things)
     epochs = sampler.EpochSampler(groups, batch_size, seed)
     make = functools.partial(batches.train_batch, split, recipe, epochs, rows)
     dataset = grain.MapDataset.range(start // batch_size, ENDLESS).map(make)
-    canvases = map(recipe.train_canvas, range(len(groups)))
-    results = _results(dataset, recipe, rows, max(map(math.prod, canvases)))
+    largest = max(map(recipe.train_canvas, range(len(groups))), key=math.prod)
+    needed = batches.num_bytes(split, recipe, rows.stop - rows.start, largest)
+    results = _results(dataset, recipe, needed)
     return ((batch, tuple(f.file_name for f in failures)) for batch, _, failures in results)
 
 
@@ -216,8 +215,9 @@ def eval_batches(
             fits = [scaled.eval_canvas(sizes[i]) for i in positions if i != EMPTY]
             chunks.append(batches.Chunk(positions[rows], tuple(np.max(fits, axis=0).tolist())))
     make = functools.partial(batches.eval_batch, split, scaled)
-    most = max(math.prod(chunk.canvas) for chunk in chunks)
-    results = _results(grain.MapDataset.source(chunks).map(make), recipe, rows, most)
+    largest = max((chunk.canvas for chunk in chunks), key=math.prod)
+    needed = batches.num_bytes(split, recipe, rows.stop - rows.start, largest)
+    results = _results(grain.MapDataset.source(chunks).map(make), recipe, needed)
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
     # may be kept for long. (A pipe is no way out: Grain waits 25 s for a worker that is stopped
     # while it writes something large.)
@@ -240,17 +240,17 @@ def _process_rows(batch_size: int, process_index: int, process_count: int) -> sl
 
 
 def _results(
-    dataset: grain.MapDataset, recipe: Any, rows: slice, num_pixels: int
+    dataset: grain.MapDataset, recipe: Any, num_bytes: int
 ) -> Iterator[tuple[Batch, list, list[batches.Failure]]]:
     """Computes the elements of a dataset in the workers, in order, and watches for failures.
 
-    num_pixels: of the largest canvas.
+    num_bytes: of the largest batch.
     """
     if not flags.FLAGS.is_parsed():
         # Grain reads flags of its own; without absl's `app.run` nobody has parsed them.
         flags.FLAGS.mark_as_parsed()
     # Grain's default would hold 500 batches.
-    _check_shared_memory(recipe, rows, num_pixels)
+    _check_shared_memory(recipe, num_bytes)
     elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     workers = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
     iterator = iter(elements.mp_prefetch(workers, worker_init_fn=_start_worker))
@@ -283,14 +283,14 @@ def _start_worker(index: int, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _check_shared_memory(recipe: Any, rows: slice, num_pixels: int) -> None:
-    """Raises ValueError where the workers' pictures would not fit; Linux would kill them."""
+def _check_shared_memory(recipe: Any, num_bytes: int) -> None:
+    """Raises ValueError where the workers' batches would not fit; Linux would kill them."""
     folder = Path("/dev/shm")
     if not recipe.num_workers or not folder.is_dir():
         return
     # Each worker fills one batch while another waits; two more are in use at the other end.
     held = 2 * recipe.num_workers + 2
-    needed = held * (rows.stop - rows.start) * num_pixels * BYTES_PER_PIXEL
+    needed = held * num_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(

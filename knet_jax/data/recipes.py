@@ -31,10 +31,22 @@ class WholePicture(NamedTuple):
     max_things: int
     num_workers: int
     max_broken_share: float
+    min_things: int = 0
+    """How many things, crowds not counted, a picture must show to be trained on."""
 
-    def groups(self, sizes: np.ndarray) -> Sequence[np.ndarray]:
-        """The positions of the pictures that may share a training batch, group by group."""
-        return sampler.orientation_groups(sizes)
+    def groups(self, sizes: np.ndarray, num_things: np.ndarray) -> Sequence[np.ndarray]:
+        """The positions of the pictures that may share a training batch, group by group.
+
+        Raises:
+            ValueError: no picture shows enough things.
+        """
+        shown = num_things >= self.min_things
+        if not shown.any():
+            raise ValueError(
+                f"config.data.min_things {self.min_things}: no picture of the training split "
+                f"shows so many things, the most are {num_things.max()}"
+            )
+        return [group[shown[group]] for group in sampler.orientation_groups(sizes)]
 
     def train_canvas(self, group: int) -> tuple[int, int]:
         """Height and width of the canvas of a group."""
@@ -86,8 +98,9 @@ def whole_picture(config_data) -> WholePicture:
             f"config.data.short_side {recipe.short_side} and long_side {recipe.long_side} "
             f"do not fit into config.data.canvas {recipe.canvas}"
         )
-    if recipe.max_things < 1:
-        raise ValueError(f"config.data.max_things {recipe.max_things} must be >= 1")
+    for name, least in (("max_things", 1), ("min_things", 0)):
+        if getattr(recipe, name) < least:
+            raise ValueError(f"config.data.{name} {getattr(recipe, name)} must be >= {least}")
     return recipe
 
 
@@ -108,9 +121,10 @@ class Crop(NamedTuple):
 
     max_things = 0  # a map of labels has no slots that could be too few
 
-    def groups(self, sizes: np.ndarray) -> Sequence[np.ndarray]:
+    def groups(self, sizes: np.ndarray, num_things: np.ndarray) -> Sequence[np.ndarray]:
         """The positions of the pictures that may share a training batch: all of them."""
-        return (np.arange(len(sizes)),)
+        del num_things
+        return [np.arange(len(sizes))]
 
     def train_canvas(self, group: int) -> tuple[int, int]:
         """Height and width of the canvas of a group."""
@@ -203,11 +217,12 @@ def largest_share(label_map: np.ndarray) -> float:
 
 def _read(kind: type[Any], config_data) -> Any:
     """The fields of a recipe from `config.data`, those that all recipes share checked."""
-    missing = [name for name in kind._fields if name not in config_data]
-    if missing:
-        raise ValueError(f"config.data.{missing[0]} is missing: the task needs it")
-    values = (config_data[name] for name in kind._fields)
-    recipe = kind(*(tuple(v) if isinstance(v, list | tuple) else v for v in values))
+    values = {name: config_data[name] for name in kind._fields if name in config_data}
+    for name in kind._fields:
+        if name not in values and name not in kind._field_defaults:
+            raise ValueError(f"config.data.{name} is missing: the task needs it")
+    lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list | tuple)}
+    recipe = kind(**values | lists)
     for name in ("flip", "max_broken_share"):
         if not 0 <= getattr(recipe, name) <= 1:
             raise ValueError(f"config.data.{name} {getattr(recipe, name)} must be in [0, 1]")

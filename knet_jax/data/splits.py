@@ -74,8 +74,8 @@ class Split:
         """int32 [n, 2]: height and width of the pictures."""
         self.num_things = np.array(metadata["things"], np.int32)[positions]
         """int32 [n]: how many things, crowds not counted, each picture shows."""
-        self.metadata = metadata
-        """What was noted of the whole prepared split, see `records.describe`."""
+        self.description = records.describe(metadata)
+        """What was found when the split was prepared, of all of it, as a text."""
         if not len(self):
             raise ValueError(f"config.data: split '{spec}' holds no picture")
 
