@@ -35,6 +35,7 @@ OUTPUT = flags.DEFINE_string("output", None, "where results go; default: the wor
 RESULTS = flags.DEFINE_boolean(
     "results", False, "write the results in files, as the test servers of COCO and ADE20K take them"
 )
+EMA = flags.DEFINE_boolean("ema", False, "evaluate the moving average of the parameters")
 ROUNDS = flags.DEFINE_boolean("rounds", False, "also evaluate the masks of every earlier update")
 
 
@@ -61,7 +62,14 @@ def main(command: CommandLine) -> None:
         read_only=True,
     )
     step = choose_step(checkpoints, CHECKPOINT.value)
+    params = "params"
+    if EMA.value:
+        if not config.train.ema_decay:
+            raise ConfigError("--ema: the run kept no average, its config.train.ema_decay is 0")
+        params = "ema"
+        template[params] = template.pop("params")
     variables, record = checkpoints.restore(template, step)
+    variables["params"] = variables.pop(params)
     check_same_categories(record["progress"]["categories"], split.categories)
     checkpoints.close()
 
@@ -87,6 +95,7 @@ def main(command: CommandLine) -> None:
     metrics = {
         **metric.summarize(counts, split.categories),
         "step": step,
+        "ema": EMA.value,
         "split": config.data.val_split,
         "num_images": num_images,
         "per_class": metric.per_class(counts, split.categories),

@@ -84,8 +84,13 @@ def main(command: CommandLine) -> None:
     variables = training.init_variables(model, config.seed)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     optimizer, schedule = optim.make_optimizer(config.optim, params, steps_per_epoch, batch_size)
+    ema_decay = config.train.ema_decay
     state = training.TrainState(
-        jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params)
+        jnp.zeros((), jnp.int32),
+        params,
+        batch_stats,
+        optimizer.init(params),
+        params if ema_decay else None,
     )
     train_step = training.make_train_step(
         devices,
@@ -95,6 +100,7 @@ def main(command: CommandLine) -> None:
         trainable=optim.trainable(config.optim.groups, params),
         weights=Weights(**config.loss),
         seed=config.seed,
+        ema_decay=ema_decay,
     )
 
     # Where it starts.
@@ -114,6 +120,8 @@ def main(command: CommandLine) -> None:
         print(f"backbone from {config.init_weights}")
     else:
         print("FROM SCRATCH: config.init_weights names no weights of a backbone")
+    if ema_decay and not restored:
+        state = state._replace(ema=jax.tree.map(jnp.copy, state.params))
     save_config(config, workdir)
     start = int(state.step)
     state = training.replicate(state, devices)
@@ -168,13 +176,19 @@ def main(command: CommandLine) -> None:
             scores = {}
             if evaluates:
                 gallery = Gallery(val_split, config.eval.num_pictures)
-                variables = {"params": state.params, "batch_stats": state.batch_stats}
-                counts = evaluator.evaluate(variables, gallery.add, stop)
-                if counts is not None:
+                weights = {"val": state.params} | ({"val_ema": state.ema} if ema_decay else {})
+                for name, params in weights.items():
+                    variables = {"params": params, "batch_stats": state.batch_stats}
+                    visit = gallery.add if name == "val" else None
+                    counts = evaluator.evaluate(variables, visit, stop)
+                    if counts is None:
+                        break
                     summary = metric.summarize(counts, val_split.categories)
-                    scores = {f"val/{name}": value for name, value in summary.items()}
+                    scores |= {f"{name}/{key}": value for key, value in summary.items()}
+                    if is_chief:
+                        line = describe(summary, metric.HEADLINE)
+                        progress.print(f"step {step}: {line}{' (EMA)' if name != 'val' else ''}")
                 if is_chief and scores:
-                    progress.print(f"step {step}: {describe(summary, metric.HEADLINE)}")
                     log.scalars(step, scores)
                     show(gallery, log, step, workdir)
                 interval.restart()

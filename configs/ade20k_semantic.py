@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
                 "microbatch": BATCH,  # BatchNorm sees what all devices hold at a time
                 "epochs": 0.0,
                 "steps": 80_000,
+                "ema_decay": 0.0,  # of a moving average of the parameters, such as 0.9998; 0 keeps none
                 "log_every": 50,
                 "eval_every": 8000,
                 "checkpoint_every": 2000,

@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
                 "microbatch": 2,  # images that a device holds at a time; gradients are summed
                 "epochs": 12.0,
                 "steps": 0,  # instead of the epochs, if not 0
+                "ema_decay": 0.0,  # of a moving average of the parameters, such as 0.9998; 0 keeps none
                 "log_every": 50,
                 "eval_every": EPOCH,
                 "checkpoint_every": 1000,

@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
                 "microbatch": 8,  # images that a device holds at a time; gradients are summed
                 "epochs": 7.0,  # 7 x 2000 / 8 = 1750 steps and a few: batches have one orientation
                 "steps": 0,
+                "ema_decay": 0.0,  # of a moving average of the parameters, such as 0.9998; 0 keeps none
                 "log_every": 25,
                 "eval_every": 1000,
                 "checkpoint_every": 500,

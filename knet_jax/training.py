@@ -29,6 +29,8 @@ class TrainState(NamedTuple):
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any = None
+    """Moving average of the parameters, None where a run keeps none."""
 
 
 def init_variables(model: KNet, seed: int) -> dict[str, Any]:
@@ -141,6 +143,7 @@ def update(
     *,
     optimizer: optax.GradientTransformation,
     trainable: Any,
+    ema_decay: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of the optimizer by the gradients of all devices.
 
@@ -151,6 +154,7 @@ def update(
       judgements: of this device, one for each part.
       optimizer: of the parameters.
       trainable: True for every parameter that is not frozen, a tree like the parameters.
+      ema_decay: of the moving average, if the state has one; less during the first steps.
 
     Returns:
       the next state, and scalars: every loss term, their sum, the gradient norm before clipping,
@@ -165,7 +169,13 @@ def update(
         "grad_norm": gradient_norm(grads, trainable),
         **measures,
     }
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema = jax.tree.map(
+        lambda average, new: (decay * average + (1 - decay) * new).astype(average.dtype),
+        state.ema,
+        None if state.ema is None else params,
+    )
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 
 Step = Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, jax.Array]]]
@@ -180,6 +190,7 @@ def make_train_step(
     trainable: Any,
     weights: Weights,
     seed: int,
+    ema_decay: float = 0.0,
 ) -> Step:
     """(state, batch in parts) -> (state, scalars), on all devices.
 
@@ -199,7 +210,7 @@ def make_train_step(
         donate_argnums=0,
     )
     update_ = on_devices(
-        partial(update, optimizer=optimizer, trainable=trainable),
+        partial(update, optimizer=optimizer, trainable=trainable, ema_decay=ema_decay),
         in_axes=(None, 0, None, 0),
         out_axes=None,
         donate_argnums=0,

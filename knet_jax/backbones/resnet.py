@@ -65,6 +65,8 @@ class ResNet(nn.Module):
     """Where it is reached, stages dilate instead of shrinking (DeepLab; Chen et al., 2017)."""
     num_deformable: int = 0
     """The last so many stages have deformable 3x3 convolutions."""
+    remat: bool = False
+    """Blocks are computed anew for the gradient: slower, in less memory."""
     dtype: str = "float32"
 
     @nn.compact
@@ -73,6 +75,8 @@ class ResNet(nn.Module):
         norm = make_norm(self.norm, self.dtype, train)
         conv_ = partial(conv, use_bias=False, kernel_init=he_init, dtype=self.dtype)
         deform_conv = partial(DeformConv, kernel_init=he_init, dtype=self.dtype)
+
+        block = nn.remat(Bottleneck) if self.remat else Bottleneck
 
         half = self.width // 2
         stem = {"": (self.width, 7, 2)}
@@ -97,7 +101,7 @@ class ResNet(nn.Module):
                 dilation *= 2
             reached *= stride
             for j in range(depth):
-                x = Bottleneck(
+                x = block(
                     width,
                     stride if j == 0 else 1,
                     first_dilation if j == 0 else dilation,
