@@ -100,6 +100,7 @@ RULES: dict[str, Rule] = {
     "train.microbatch": ONE,
     "train.epochs": (_non_negative, "a number above 0, or 0 where train.steps is given"),
     "train.steps": (_count, "a whole number above 0, or 0 where train.epochs is given"),
+    "train.ema_decay": (lambda d: _share(d) and d < 1, "0 for none, or a decay below 1"),
     "train.log_every": ONE,
     "train.eval_every": (_count, "a number of steps, or 0 for at the end only"),
     "train.checkpoint_every": ONE,
