@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
                 "channels": 512,
                 "num_heads": 8,  # 512 / 8 = 64 channels a head
                 "ffn_channels": 2048,
+                "adaptive_update": True,
+                "kernel_interaction": True,
                 "auxiliary_channels": 256,
                 "dropout": 0.1,
                 "dtype": "float32",
@@ -34,6 +36,7 @@ def get_config() -> ConfigDict:
                     "frozen_stages": 0,
                     "deep_stem": True,
                     "output_stride": 8,
+                    "remat": False,  # True: less memory, slower
                 },
                 "neck": {"name": "fcn", "norm": "batch"},
             },
@@ -97,6 +100,7 @@ def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...], dro
             "depths": depths,
             "num_heads": num_heads,
             "drop_path": drop_path,
+            "remat": False,
         },
         "model.neck": {"name": "uper", "norm": "batch"},
         "model.channels": 256,

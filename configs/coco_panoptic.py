@@ -25,12 +25,22 @@ def get_config() -> ConfigDict:
                 "channels": 256,
                 "num_heads": 8,  # 256 / 8 = 32 channels a head
                 "ffn_channels": 2048,
+                "adaptive_update": True,  # Table 4a of the paper
+                "kernel_interaction": True,  # Table 4a
                 "dtype": "float32",
+                "neck": {
+                    "name": "semantic_fpn",
+                    "sine": True,  # positional encoding, Table 4b
+                    "coordinates": False,  # Table 4b
+                },
                 "backbone": {
+                    "name": "resnet",
                     "depths": (3, 4, 6, 3),
                     "width": 64,
                     "norm": "frozen_batch",
                     "frozen_stages": 1,  # with the stem; the group `frozen` below says the same
+                    "num_deformable": 0,  # the last so many stages; 3 in R101-DCN
+                    "remat": False,  # True: less memory, slower
                 },
             },
             "data": {
@@ -88,6 +98,19 @@ def get_config() -> ConfigDict:
     )
 
 
+def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...]) -> dict:
+    """A Swin Transformer, all of which is trained."""
+    return {
+        "name": "swin",
+        "channels": channels,
+        "depths": depths,
+        "num_heads": num_heads,
+        "drop_path": 0.2,
+        "remat": False,
+    }
+
+
+UNFROZEN = (("backbone", r"backbone/.*", 0.25, 1.0), ("head", r".*", 1.0, 1.0))
 FROM_SCRATCH = (("all", r".*", 1.0, 1.0),)
 
 VARIANTS = {
@@ -99,6 +122,19 @@ VARIANTS = {
         "data.short_side": (640, 800),
     },
     "r101": {"model.backbone.depths": (3, 4, 23, 3)},  # with ms3x PQ 48.4
+    "r101_dcn": {  # with ms3x PQ 49.6
+        "model.backbone.depths": (3, 4, 23, 3),
+        "model.backbone.num_deformable": 3,
+    },
+    "swin_l": {  # with ms3x PQ 54.6
+        "model.backbone": swin(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+        "optim.groups": UNFROZEN,
+        "train.batch_size": 32,
+    },
+    "swin_t": {  # the paper has no such row
+        "model.backbone": swin(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+        "optim.groups": UNFROZEN,
+    },
     "bf16": {"model.dtype": "bfloat16"},  # feature maps; parameters stay float32
     # Twenty steps of everything on a laptop. 1 / 4 of the picture's side, 1 / 4 of the channels.
     "tiny": {
