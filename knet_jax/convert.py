@@ -1,8 +1,9 @@
 """Parameters under the reference's names: one mapping, in both directions.
 
 The reference is the authors' PyTorch code on MMDetection 2 (instance, panoptic) and MMSegmentation
-(semantic); its ResNets carry torchvision's names. A tensor of theirs belongs to exactly one of our
-arrays, or to three in the case of the packed query, key and value matrices of attention.
+(semantic); its ResNets carry torchvision's names, its Swin those of OpenMMLab. A tensor of theirs
+belongs to exactly one of our arrays, or to three in the case of the packed query, key and value
+matrices of attention.
 """
 
 from __future__ import annotations
@@ -282,8 +283,44 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"the file cannot be read: {one_line(error)}") from error
 
 
+# (pattern in the names of the authors of Swin, the reference's).
+SWIN_NAMES = (
+    (r"^patch_embed\.proj\b", "patch_embed.projection"),
+    (r"^layers\.", "stages."),
+    (r"\.attn\.", ".attn.w_msa."),
+    (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
+    (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+)
+
+
+def from_swin_authors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors of the ImageNet models of the authors of Swin in the reference's names and order.
+
+    They merge four pixels column by column, each with all its channels, where the reference goes
+    channel by channel and row by row. Their classifier, the norm before it, and masks are left out.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith(("norm.", "head.")) or name.endswith("attn_mask"):
+            continue
+        if ".downsample." in name:
+            columns = tensor.reshape(*tensor.shape[:-1], 2, 2, -1)
+            tensor = np.moveaxis(columns, (-1, -2), (-3, -2)).reshape(tensor.shape)
+        for pattern, theirs in SWIN_NAMES:
+            name = re.sub(pattern, theirs, name)
+        renamed[name] = tensor
+    return renamed
+
+
+NEW = re.compile(r"\.conv_offset\.|^norm\d\.")
+"""Tensors of a backbone that no classifier has: offsets, and the norms of Swin's levels."""
+
+
 def load_backbone(path: str | Path, variables: Variables) -> Variables:
-    """Variables whose backbone comes from a file in torchvision's names; its classifier is left.
+    """Variables whose backbone comes from a file of an ImageNet model; its classifier is left out.
+
+    Names are torchvision's for ResNet, OpenMMLab's or those of the authors for Swin. What no
+    classifier has stays as it was initialized if the file lacks it.
 
     Args:
       path: npz or safetensors.
@@ -292,13 +329,22 @@ def load_backbone(path: str | Path, variables: Variables) -> Variables:
     Raises:
       ValueError: as `read_tensors` and `from_reference`, with the file's name.
     """
-    template = {kind: {"backbone": tree["backbone"]} for kind, tree in variables.items()}
+    template = {
+        kind: {"backbone": tree["backbone"]}
+        for kind, tree in variables.items()
+        if "backbone" in tree  # a backbone without running statistics has parameters only
+    }
+    ours = {k.removeprefix("backbone."): x for k, x in to_reference(template).items()}
+    new = {name: x for name, x in ours.items() if NEW.search(name)}
     try:
         tensors = read_tensors(path)
-        names = [name for name in tensors if not name.startswith("fc.")]
-        loaded = from_reference({f"backbone.{name}": tensors[name] for name in names}, template)
+        if any(name.startswith("layers.") for name in tensors):
+            tensors = from_swin_authors(tensors)
+        tensors = {k: x for k, x in tensors.items() if not k.startswith("fc.")}
+        state = {f"backbone.{name}": x for name, x in (new | tensors).items()}
+        loaded = from_reference(state, template)
     except ValueError as error:
         message = str(error).replace("backbone.", "")  # the file has no such prefix
         raise ValueError(f"config.init_weights: {path}: {message}") from error
     as_ours = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), loaded, template)
-    return {kind: tree | as_ours[kind] for kind, tree in variables.items()}
+    return {kind: tree | as_ours.get(kind, {}) for kind, tree in variables.items()}

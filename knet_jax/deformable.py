@@ -4,13 +4,13 @@ y(p) = sum_k W_k x(p + p_k + o_k(p)): the offsets o_k in pixels are predicted fo
 is read between pixels by bilinear interpolation. This is the first version, without modulation, with
 one group of offsets.
 
-The points of the kernel are computed one after the other, so that nothing larger than a feature map
-is held. A gradient needs no more than the inputs; it reads the pixels again. With an input of h·w·c
-and outputs of h'·w'·c' numbers, the work space is about h·w·c + h'·w'·(c + c') numbers forward and
-2·h·w·c + h'·w'·(3c + 2c') backward, independent of the size of the kernel.
+The points of the kernel are computed one after the other, and a gradient reads the pixels again
+instead of keeping them. So with maps of n = b·h·w·c numbers the work space is about 3n forward and
+11n backward, whatever the size of the kernel, and nothing but the inputs is kept in between.
 
-`benchmarks/README.md` compares it with an ordinary convolution and with interpolation as a product
-with matrices.
+On two CPU cores a layer of 50 x 76 x 256 takes 27 ms, and 190 ms with gradients: 1.2 and 2.7 times as
+long as an ordinary convolution. Interpolation as a product with matrices [h'·w', h·w] took 421 ms and
+3.4 s (`benchmarks/README.md`).
 """
 
 from __future__ import annotations

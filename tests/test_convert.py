@@ -1,4 +1,6 @@
 import json
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 from tiny_model import MODEL, MODELS
 
+from knet_jax.backbones.resnet import ResNet
+from knet_jax.backbones.swin import Swin, resize_position_bias
 from knet_jax.convert import (
     Places,
     from_reference,
@@ -18,6 +22,17 @@ from knet_jax.convert import (
 )
 from knet_jax.knet import make_model
 
+BACKBONES = {
+    "deep stem": {"depths": (1, 2, 1, 1), "width": 8, "deep_stem": True},
+    "deformable": {"depths": (1, 1, 2, 1), "width": 8, "num_deformable": 3},
+    "swin": {
+        "name": "swin",
+        "channels": 8,
+        "depths": (1, 1, 2, 1),
+        "num_heads": (1, 2, 4, 8),
+        "window": 3,
+    },
+}
 TINY = MODEL | {"backbone": MODEL["backbone"] | {"depths": (1, 2, 1, 1), "norm": "frozen_batch"}}
 
 
@@ -25,11 +40,15 @@ def shapes_of(model):
     return jax.eval_shape(make_model(**model).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
 
 
-@pytest.fixture(scope="module")
-def variables():
+def fill(shapes):
     """Variables without two equal numbers."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes_of(TINY))
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return fill(shapes_of(TINY))
 
 
 @pytest.fixture
@@ -76,13 +95,59 @@ def test_every_parameter_has_a_name_of_its_own(variables):
     assert not {name for name, part in names if part is None} & packed.keys()
 
 
-def test_names_and_shapes_are_the_references(fixtures):
-    manifest = json.loads((fixtures / "det_panoptic_r50_fwd.json").read_text())
-    wanted = {name for name, *_ in manifest["params"] if not name.endswith("num_batches_tracked")}
-    shapes = shapes_of({"num_proposals": 100, "num_things": 80, "num_stuff": 53, "backbone": {}})
-    flat = traverse_util.flatten_dict(shapes, sep="/")
-    places = Places.of(shapes)
-    assert {reference_name(key.partition("/")[2], places)[0] for key in flat} == wanted
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_comes_back_equal_in_every_bit(backbone):
+    variables = fill(shapes_of(MODEL | {"backbone": BACKBONES[backbone]}))
+    state = to_reference(variables)
+    assert sum(x.size for x in jax.tree.leaves(variables)) == sum(x.size for x in state.values())
+    derived = {"backbone.stages.0.blocks.0.attn.w_msa.relative_position_index": np.zeros((9, 9))}
+    assert_equal(from_reference(state | derived, variables), variables)
+
+
+def manifest(fixtures, name):
+    """{name: shape} of the weights of a network of the reference."""
+    params = json.loads((fixtures / f"{name}.json").read_text())["params"]
+    return {
+        name: tuple(shape)
+        for name, shape, derived in params
+        if not derived and not name.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize(
+    "name, backbone",
+    [
+        ("det_panoptic_r50_fwd", {}),
+        ("det_panoptic_r101dcn_fwd", {"depths": (3, 4, 23, 3), "num_deformable": 3}),
+        ("det_panoptic_swint_fwd", {"name": "swin"}),
+    ],
+)
+def test_names_and_shapes_are_the_references(fixtures, name, backbone):
+    shapes = shapes_of(
+        {"num_proposals": 100, "num_things": 80, "num_stuff": 53, "backbone": backbone}
+    )
+    ours = to_reference(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes))
+    assert {name: x.shape for name, x in ours.items()} == manifest(fixtures, name)
+
+
+@pytest.mark.parametrize(
+    "name, module",
+    [
+        ("seg_fcn_fwd", ResNet(deep_stem=True, output_stride=8)),
+        ("seg_uper_fwd", ResNet(deep_stem=True)),
+        ("seg_swint_fwd", Swin()),
+    ],
+)
+def test_backbones_of_semantic_networks_have_the_references_names(fixtures, name, module):
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(partial(module.init, train=False), jax.random.key(0), image)
+    zeros = {
+        kind: {"backbone": jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), tree)}
+        for kind, tree in shapes.items()
+    }
+    ours = {name: x.shape for name, x in to_reference(zeros).items()}
+    wanted = manifest(fixtures, name).items()
+    assert ours == {name: shape for name, shape in wanted if name.startswith("backbone.")}
 
 
 # Networks of semantic segmentation, and those of its plain decoders.
@@ -116,11 +181,10 @@ FIXTURES = {
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_names_and_shapes_of_decoders_are_the_references(fixtures, name):
-    manifest = json.loads((fixtures / f"{name}.json").read_text())
     wanted = {
-        name: tuple(shape)
-        for name, shape, *_ in manifest["params"]
-        if not name.startswith("backbone.") and not name.endswith("num_batches_tracked")
+        name: shape
+        for name, shape in manifest(fixtures, name).items()
+        if not name.startswith("backbone.")
     }
     counts = {"num_proposals": 0, "num_things": 0, "num_stuff": 150}
     model = counts | {"channels": 512, "auxiliary_channels": 256, "backbone": {}} | FIXTURES[name]
@@ -248,6 +312,106 @@ def test_weights_of_other_types_become_ours(tmp_path, variables, torchvision):
     half = {name: x.astype(np.float16) for name, x in torchvision.items()}
     loaded = load_backbone(write(tmp_path, ".npz", half), variables)
     assert {x.dtype for x in jax.tree.leaves(loaded)} == {np.dtype("float32")}
+
+
+def test_a_resnet_of_imagenet_starts_one_with_offsets(tmp_path, variables, torchvision):
+    """The offsets stay as they are initialized."""
+    backbone = TINY["backbone"] | {"num_deformable": 2}
+    fresh = fill(shapes_of(TINY | {"backbone": backbone}))
+    loaded = load_backbone(write(tmp_path, ".npz", torchvision), fresh)
+    ours = traverse_util.flatten_dict(loaded["params"]["backbone"], sep="/")
+    kept = traverse_util.flatten_dict(fresh["params"]["backbone"], sep="/")
+    wanted = traverse_util.flatten_dict(variables["params"]["backbone"], sep="/")
+    assert {path for path in ours if "conv_offset" in path} == ours.keys() - wanted.keys()
+    for path, array in ours.items():
+        np.testing.assert_array_equal(array, wanted.get(path, kept[path]))
+
+
+@pytest.fixture
+def swin():
+    """Variables of a network with Swin."""
+    return fill(shapes_of(MODEL | {"backbone": BACKBONES["swin"]}))
+
+
+def authors_file(variables):
+    """The classifier of the authors of Swin with the weights of our backbone, written by hand."""
+    params = variables["params"]["backbone"]
+    tensors = {}
+
+    def put(name, tree):
+        for leaf, array in tree.items():
+            if leaf == "kernel":
+                array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+            tensors[f"{name}.{'bias' if leaf == 'bias' else 'weight'}"] = array
+
+    put("patch_embed.proj", params["patches"])
+    put("patch_embed.norm", params["patches_norm"])
+    for name, tree in params.items():
+        if match := re.fullmatch(r"stage(\d)_block(\d)", name):
+            block = f"layers.{match[1]}.blocks.{match[2]}"
+            attention = tree["attention"]
+            put(f"{block}.attn.qkv", attention["qkv"])
+            put(f"{block}.attn.proj", attention["output"])
+            table = attention["position_bias"]
+            tensors[f"{block}.attn.relative_position_bias_table"] = table
+            tensors[f"{block}.attn.relative_position_index"] = np.zeros((9, 9), np.int64)
+            put(f"{block}.mlp.fc1", tree["ffn_hidden"])
+            put(f"{block}.mlp.fc2", tree["ffn_output"])
+            for norm in ("norm1", "norm2"):
+                put(f"{block}.{norm}", tree[norm])
+    for i in range(3):
+        merge, c = params[f"stage{i}_merge"], 8 * 2**i
+        # Their input: the pixels (0, 0), (1, 0), (0, 1), (1, 1) of rows and columns, one by one.
+        order = [4 * ch + 2 * y + x for y, x in ((0, 0), (1, 0), (0, 1), (1, 1)) for ch in range(c)]
+        name = f"layers.{i}.downsample"
+        tensors[f"{name}.reduction.weight"] = merge["reduction"]["kernel"].T[:, order]
+        for leaf, theirs in ("scale", "weight"), ("bias", "bias"):
+            tensors[f"{name}.norm.{theirs}"] = merge["norm"][leaf][order]
+    tensors["layers.0.blocks.1.attn_mask"] = np.zeros((4, 9, 9), np.float32)
+    tensors["norm.weight"] = tensors["norm.bias"] = np.zeros(64, np.float32)
+    return tensors | {
+        "head.weight": np.zeros((1000, 64), np.float32),
+        "head.bias": np.zeros(1000, np.float32),
+    }
+
+
+def test_a_swin_of_its_authors(tmp_path, swin):
+    """All but the norms of the levels, which a classifier does not have."""
+    fresh = jax.tree.map(lambda x: -x, swin)
+    loaded = load_backbone(write(tmp_path, ".npz", authors_file(swin)), fresh)
+    for name, tree in loaded["params"]["backbone"].items():
+        kept = fresh if name in ("norm0", "norm1", "norm2", "norm3") else swin
+        assert_equal(tree, kept["params"]["backbone"][name])
+    for part in loaded["params"].keys() - {"backbone"}:
+        assert_equal(loaded["params"][part], fresh["params"][part])
+
+
+def test_a_swin_of_openmmlab(tmp_path, swin):
+    state = to_reference({"params": {"backbone": swin["params"]["backbone"]}})
+    tensors = {name.removeprefix("backbone."): x for name, x in state.items()}
+    fresh = jax.tree.map(lambda x: -x, swin)
+    loaded = load_backbone(write(tmp_path, ".safetensors", tensors), fresh)
+    assert_equal(loaded["params"]["backbone"], swin["params"]["backbone"])
+
+
+def test_position_biases_of_another_window_are_interpolated(tmp_path, swin):
+    backbone = BACKBONES["swin"] | {"window": 5}
+    fresh = fill(shapes_of(MODEL | {"backbone": backbone}))
+    loaded = load_backbone(write(tmp_path, ".npz", authors_file(swin)), fresh)
+    ours, theirs = (x["params"]["backbone"]["stage1_block0"] for x in (loaded, swin))
+    table = ours["attention"]["position_bias"]
+    assert table.shape == (81, 2)
+    wanted = resize_position_bias(theirs["attention"]["position_bias"], 5)
+    np.testing.assert_array_equal(table, wanted)
+    np.testing.assert_array_equal(ours["ffn_hidden"]["kernel"], theirs["ffn_hidden"]["kernel"])
+
+
+def test_position_biases_of_other_heads_are_named(swin):
+    state = to_reference(swin)
+    name = "backbone.stages.0.blocks.0.attn.w_msa.relative_position_bias_table"
+    for shape in (25, 2), (24, 1):
+        with pytest.raises(ValueError, match=r"relative_position_bias_table|24 position biases"):
+            from_reference(state | {name: np.zeros(shape, np.float32)}, swin)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])

@@ -297,6 +297,12 @@ def test_bfloat16_is_close_to_float32(network):
     assert abs(coarse.dense - exact.dense).max() > 0
 
 
+def test_an_unknown_backbone_is_named():
+    message = r"config\.model\.backbone\.name is 'vgg'; accepted: resnet, swin"
+    with pytest.raises(ValueError, match=message):
+        make_model(**MODEL | {"backbone": {"name": "vgg"}})
+
+
 # Pixels.
 
 

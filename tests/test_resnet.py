@@ -1,3 +1,4 @@
+import json
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 from flax import traverse_util
 
 from knet_jax.backbones.resnet import ResNet
+from knet_jax.knet import make_model
 
 TINY = partial(ResNet, depths=(1, 1, 1, 1), width=8)
 
@@ -192,3 +194,24 @@ def test_pictures_of_a_batch_do_not_mix(image):
     apply = jax.jit(partial(model.apply, train=True))
     for both, one in zip(apply(variables, image), apply(variables, image[1:])):
         np.testing.assert_allclose(both[1:], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "num_deformable, name",
+    [
+        (0, "knet_s3_r101_fpn_ms-3x_coco-panoptic"),
+        (3, "knet_s3_r101_dcn-c3-c5_fpn_ms-3x_coco-panoptic"),
+    ],
+)
+def test_as_many_parameters_as_the_reference(fixtures, num_deformable, name):
+    sizes = json.loads((fixtures / "model_sizes.json").read_text())["models"][name]
+    backbone = {"depths": (3, 4, 23, 3), "num_deformable": num_deformable}
+    model = make_model(100, 80, 53, backbone)
+    image = jnp.zeros((1, 800, 1344, 3))
+    output, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    assert output.stages[-1].masks.shape == (1, 153, 100, 168)
+    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    assert sum(x.size for x in params.values()) == sizes["params"]
+    frozen = ("backbone/stem_", "backbone/layer1_")
+    trained = sum(x.size for path, x in params.items() if not path.startswith(frozen))
+    assert trained == sizes["trainable"]

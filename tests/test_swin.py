@@ -56,17 +56,17 @@ def test_windows_are_parts_of_the_map_and_join_again():
 
 
 @pytest.mark.parametrize("height, width, window", [(6, 9, 3), (7, 7, 7), (8, 4, 4)])
-def test_shifted_pixels_attend_to_those_of_their_cell(height, width, window):
-    """Cells of the moved grid, known from where each pixel was before the roll."""
+def test_shifted_regions_are_the_cells_of_the_moved_grid(height, width, window):
+    """Known from where each pixel was before the roll."""
     shift = window // 2
-    mask = swin.shift_mask(height, width, window, shift)
-    assert mask.dtype == np.float32 and set(np.unique(mask)) == {-100, 0}
+    regions = swin.shift_regions(height, width, window, shift)
+    assert regions.shape == (height * width // window**2, window**2)
     rows, columns = np.mgrid[:height, :width]
     cells = (np.stack([rows, columns], -1) - shift) // window
     rolled = np.roll(cells, (-shift, -shift), (0, 1))
     windows = np.asarray(swin.split_windows(jnp.asarray(rolled[None]), window))[0]
     same = (windows[:, :, None] == windows[:, None]).all(-1)
-    np.testing.assert_array_equal(mask == 0, same)
+    np.testing.assert_array_equal(regions[:, :, None] == regions[:, None], same)
 
 
 def test_relative_positions_follow_their_formula():

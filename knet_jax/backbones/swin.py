@@ -16,7 +16,7 @@ FFN_RATIO = 4
 """Hidden width of a block's feed-forward network over its channels."""
 
 FORBIDDEN = -100.0
-"""Added to the logits of pixels that the shift brought into one window from opposite borders."""
+"""Added to the logits of attention between regions that the shift brought into one window."""
 
 trunc_normal = nn.initializers.truncated_normal(0.02)
 
@@ -44,12 +44,11 @@ def join_windows(x: jax.Array, height: int, width: int) -> jax.Array:
     return x.reshape(b, height, width, c)
 
 
-def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """What is added to the logits of attention in a map that was rolled by `shift`.
+def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """Which pixels of a map that was rolled by `shift` belong together, window by window.
 
     The roll moves the grid of windows and cuts it off at the borders: what it brings into a window
-    from the opposite border belongs to another one. float32 [windows, window·window, window·window]
-    of 0 and `FORBIDDEN`.
+    from the opposite border is another region. int32 [windows, window·window].
     """
 
     def bands(side: int) -> np.ndarray:
@@ -57,8 +56,7 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
         return (at >= side - window).astype(np.int32) + (at >= side - shift)
 
     regions = 3 * bands(height)[:, None] + bands(width)
-    regions = split_windows(regions[None, :, :, None], window)[0, :, :, 0]
-    return np.where(regions[:, :, None] == regions[:, None], 0, FORBIDDEN).astype(np.float32)
+    return split_windows(regions[None, :, :, None], window)[0, :, :, 0]
 
 
 def relative_positions(window: int) -> np.ndarray:
@@ -113,7 +111,8 @@ def _bicubic(old: int, new: int) -> np.ndarray:
 class WindowAttention(nn.Module):
     """Multi-head self-attention in each window, with a learned bias for every relative position.
 
-    Windows [b, n, t, c] and a mask [n, t, t] or None -> [b, n, t, c].
+    Windows [b, n, t, c], and which region each pixel belongs to, [n, t], if there are several ->
+    [b, n, t, c].
     """
 
     num_heads: int
@@ -121,7 +120,7 @@ class WindowAttention(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: np.ndarray | None) -> jax.Array:
+    def __call__(self, x: jax.Array, regions: np.ndarray | None) -> jax.Array:
         b, n, t, c = x.shape
         dense = partial(nn.Dense, kernel_init=trunc_normal, dtype=self.dtype)
         qkv = dense(3 * c, name="qkv")(x).reshape(b, n, t, 3, self.num_heads, c // self.num_heads)
@@ -133,8 +132,11 @@ class WindowAttention(nn.Module):
         table = self.param("position_bias", trunc_normal, shape).astype(dtype)
         logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=dtype)
         logits += table[relative_positions(self.window)].transpose(2, 0, 1)
-        if mask is not None:
-            logits += mask[:, None].astype(dtype)
+        if regions is not None:
+            # Compared by the program: as a constant the mask would be t times as large.
+            regions = jnp.asarray(regions)
+            same = regions[:, None, :, None] == regions[:, None, None, :]
+            logits = jnp.where(same, logits, logits + FORBIDDEN)
         weights = nn.softmax(logits).astype(value.dtype)
         out = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value)
         return dense(c, name="output")(out.reshape(b, n, t, c))
@@ -164,12 +166,12 @@ class Block(nn.Module):
         y = norm(name="norm1")(x)
         y = jnp.pad(y, ((0, 0), (0, -h % self.window), (0, -w % self.window), (0, 0)))
         height, width = y.shape[1:3]
-        mask = None
+        regions = None
         if self.shift:
             y = jnp.roll(y, (-self.shift, -self.shift), (1, 2))
-            mask = shift_mask(height, width, self.window, self.shift)
+            regions = shift_regions(height, width, self.window, self.shift)
         y = split_windows(y, self.window)
-        y = WindowAttention(self.num_heads, self.window, self.dtype, name="attention")(y, mask)
+        y = WindowAttention(self.num_heads, self.window, self.dtype, name="attention")(y, regions)
         y = join_windows(y, height, width)
         y = jnp.roll(y, (self.shift, self.shift), (1, 2))[:, :h, :w]
         x = x + drop(y)
