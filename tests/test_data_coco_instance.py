@@ -152,7 +152,7 @@ def test_incomplete_json(root, key):
 
 def test_nothing_can_be_used(root):
     tiny_coco.edit(root, lambda c: c["annotations"].clear(), prefix=PREFIX)
-    with pytest.raises(ValueError, match="no picture of .* can be used.*no annotation"):
+    with pytest.raises(ValueError, match="no picture of .* can be used.*nothing is annotated"):
         scan(root, task="instance")
     shutil.rmtree(root / "train2017")
     with pytest.raises(ValueError, match="the first of 5 problems"):

@@ -29,24 +29,13 @@ def scan(annotations: Path) -> records.Examples:
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
     folder = coco_json.pictures_folder(annotations, PREFIX)
     check = functools.partial(_check_picture, folder, labels, by_image)
-    pictures, problems, num_instances = [], [], 0
-    for _, picture, remarks in files.examine(
-        check, list(images.values()), f"Checking {annotations.name}"
-    ):
-        problems += remarks
-        if picture:
-            pictures.append(picture)
-            num_instances += len(picture.annotate.args[0])
+    pictures, problems = files.examine(check, list(images.values()), f"Checking {annotations.name}")
     problems += [
         f"image {id}: annotated but not among the file's images, left out"
         for id in by_image
         if id not in images
     ]
-    if not num_instances:
-        raise ValueError(
-            f"config.data.root: no picture of {annotations} can be used, "
-            f"the first of {len(problems)} problems: {problems[0] if problems else 'no annotation'}"
-        )
+    files.require_any(pictures, problems, annotations)
     categories = categories._replace(num_things=len(categories.names))
     return records.Examples(categories, len(pictures), files.read(pictures), problems)
 
@@ -85,7 +74,7 @@ def _check_picture(
                 f"{image['file_name']}: annotation {annotation['id']}: {error}, dropped"
             )
     annotate = functools.partial(tuple, instances)
-    return files.Picture(int(image["id"]), path, size, annotate), problems
+    return files.Picture(int(image["id"]), path, size, annotate, len(instances)), problems
 
 
 def _instance(
