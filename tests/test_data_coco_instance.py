@@ -89,7 +89,7 @@ BAD = {
     "too short": ({"size": [60, 80], "counts": [10, 5]}, "do not fill the 4800 pixels"),
     "negative": ({"size": [60, 80], "counts": [4810, -10]}, "do not fill the 4800 pixels"),
     "empty mask": ({"size": [60, 80], "counts": [4800]}, "its mask is empty"),
-    "no counts": ({"size": [60, 80]}, "RLE has counts None"),
+    "no counts": ({"size": [60, 80]}, "do not fill the 4800 pixels"),
     "garbage": ({"size": [60, 80], "counts": "zz\x01"}, "RLE has a character"),
     "cut off": ({"size": [60, 80], "counts": "P"}, "RLE is cut off"),
     "of a larger picture": ({"size": [60, 80], "counts": "o0o0o0o0"}, "do not fill"),
