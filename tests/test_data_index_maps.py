@@ -83,7 +83,7 @@ def pairs(tmp_path):
 
 
 def scan(pairs, ignored=(0,), remedy=""):
-    return index_maps.scan(pairs, CATEGORIES, ignored, "Checking", remedy)
+    return index_maps.scan(pairs, CATEGORIES, ignored, "the folder", remedy)
 
 
 def test_sound_dataset(pairs):
@@ -151,7 +151,9 @@ def test_picture_without_labels_is_named(pairs):
 
 
 def test_nothing_can_be_used(pairs):
-    with pytest.raises(ValueError, match=r"no picture can be used .*no pictures"):
+    with pytest.raises(
+        ValueError, match="no picture of the folder can be used, .*nothing is annotated"
+    ):
         scan([])
     for pair in pairs:
         pair.png.unlink()

@@ -32,8 +32,7 @@ class Ade20k(records.RecordBuilder, skip_registration=True):
             index_maps.Pair(path, annotations / f"{path.stem}.png", path.name)
             for path in index_maps.find_pictures(pictures)
         ]
-        title = f"Checking {pictures}"
-        return index_maps.scan(pairs, read_categories(root), ignored={0}, title=title)
+        return index_maps.scan(pairs, read_categories(root), ignored={0}, source=pictures)
 
 
 @dataclasses.dataclass

@@ -52,7 +52,7 @@ class Cityscapes(records.RecordBuilder, skip_registration=True):
             png = annotations / path.parent.name / f"{stem}{ANNOTATION}"
             pairs.append(index_maps.Pair(path, png, path.name))
         categories = index_maps.categories_of(CLASSES)
-        return index_maps.scan(pairs, categories, IGNORED, title=f"Checking {pictures}")
+        return index_maps.scan(pairs, categories, IGNORED, source=pictures)
 
 
 @dataclasses.dataclass

@@ -29,24 +29,11 @@ def scan(annotations: Path) -> records.Examples:
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
     folder = coco_json.pictures_folder(annotations, PREFIX)
     check = functools.partial(_check_picture, folder, labels, by_image)
-    pictures, problems, num_instances = [], [], 0
-    for _, picture, remarks in files.examine(
-        check, list(images.values()), f"Checking {annotations.name}"
-    ):
-        problems += remarks
-        if picture:
-            pictures.append(picture)
-            num_instances += len(picture.annotate.args[0])
+    pictures, problems = files.examine(check, list(images.values()), f"Checking {annotations.name}")
     problems += [
-        f"image {id}: annotated but not among the file's images, left out"
-        for id in by_image
-        if id not in images
+        f"image {id}: annotated but not among the file's images, left out" for id in by_image
     ]
-    if not num_instances:
-        raise ValueError(
-            f"config.data.root: no picture of {annotations} can be used, "
-            f"the first of {len(problems)} problems: {problems[0] if problems else 'no annotation'}"
-        )
+    files.require_any(pictures, problems, annotations)
     categories = categories._replace(num_things=len(categories.names))
     return records.Examples(categories, len(pictures), files.read(pictures), problems)
 
@@ -64,20 +51,24 @@ def _understand(content: Mapping) -> dict[int, list[Mapping]]:
 def _check_picture(
     folder: Path,
     labels: Mapping[int, int],
-    by_image: Mapping[int, Sequence[Mapping]],
+    by_image: dict[int, list[Mapping]],
     image: Mapping,
 ) -> tuple[files.Picture | None, list[str]]:
-    """A picture, or None where it cannot be used, and what is wrong with it."""
+    """A picture, or None where it cannot be used, and what is wrong with it.
+
+    Its annotations are taken out of `by_image`.
+    """
+    listed = by_image.pop(int(image["id"]), ())  # gigabytes of polygons go as they are encoded
     path = folder / image["file_name"]
     try:
         size = files.read_sizes(path)[0]
         if "height" in image and "width" in image:
-            listed = (int(image["height"]), int(image["width"]))
-            size = files.matching_size(path, listed, "entry in the JSON")
+            entry = (int(image["height"]), int(image["width"]))
+            size = files.matching_size(path, entry, "entry in the JSON")
     except (TypeError, ValueError) as error:
         return None, [f"{image['file_name']}: {error}, left out"]
     instances, problems = [], []
-    for annotation in by_image.get(int(image["id"]), ()):
+    for annotation in listed:
         try:
             instances.append(_instance(annotation, labels, size))
         except ValueError as error:
@@ -85,7 +76,7 @@ def _check_picture(
                 f"{image['file_name']}: annotation {annotation['id']}: {error}, dropped"
             )
     annotate = functools.partial(tuple, instances)
-    return files.Picture(int(image["id"]), path, size, annotate), problems
+    return files.Picture(int(image["id"]), path, size, annotate, len(instances)), problems
 
 
 def _instance(
@@ -149,9 +140,8 @@ def _encode_runs(rle: Mapping, size: tuple[int, int]) -> dict:
         counts = counts.encode()
     # The library takes any bytes; only a mask whose runs fill the picture is one.
     runs = _runs(counts) if isinstance(counts, bytes) else counts
-    if not isinstance(runs, Sequence):
-        raise ValueError(f"its RLE has counts {str(counts)[:40]}")  # noqa: TRY004
-    if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width:
+    are_runs = isinstance(runs, Sequence) and all(isinstance(r, int) and r >= 0 for r in runs)
+    if not are_runs or sum(runs) != height * width:
         raise ValueError(f"the runs of its RLE do not fill the {height * width} pixels")
     return run_lengths.frPyObjects({"size": [height, width], "counts": list(runs)}, height, width)
 

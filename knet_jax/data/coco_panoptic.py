@@ -42,26 +42,19 @@ def _scan(annotations: Path) -> tuple[Categories, list[files.Picture], list[str]
     categories, images, listed = coco_json.read(annotations, _understand, "panoptic")
     names = {image_id: image["file_name"] for image_id, image in images.items()}
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
-    pictures, problems, seen, num_segments = [], [], set(), 0
     check = functools.partial(_check_picture, annotations, names, labels)
-    for annotation, picture, remarks in files.examine(
-        check, listed, f"Checking {annotations.name}"
-    ):
+    by_image, twice = {}, []
+    for annotation in listed:
         image_id = int(annotation["image_id"])
-        if image_id in seen:
-            problems.append(f"image {image_id}: annotated more than once, the first one counts")
-            continue
-        seen.add(image_id)
-        problems += remarks
-        if picture:
-            pictures.append(picture)
-            num_segments += len(picture.annotate.keywords["segments"])
-    problems += [f"{names[id]}: no annotation, left out" for id in names if id not in seen]
-    if not num_segments:
-        raise ValueError(
-            f"config.data.root: no picture of {annotations} can be used, "
-            f"the first of {len(problems)} problems: {problems[0] if problems else 'no images'}"
-        )
+        if image_id in by_image:
+            twice.append(f"image {image_id}: annotated more than once, the first one counts")
+        by_image.setdefault(image_id, annotation)
+    pictures, problems = files.examine(
+        check, list(by_image.values()), f"Checking {annotations.name}"
+    )
+    problems += twice
+    problems += [f"{names[id]}: no annotation, left out" for id in names if id not in by_image]
+    files.require_any(pictures, problems, annotations)
     return categories, pictures, problems
 
 
@@ -118,8 +111,8 @@ def _check_picture(
         problems.append(f"{name}: segments {absent} are not in its PNG, dropped")
     if unlisted:
         problems.append(f"{name}: ids {unlisted} of its PNG are not listed, taken as void")
-    annotate = functools.partial(_read_annotation, png, segments=segments)
-    return files.Picture(image_id, path, size, annotate), problems
+    annotate = functools.partial(_read_annotation, png, segments)
+    return files.Picture(image_id, path, size, annotate, len(segments)), problems
 
 
 def _read_annotation(

@@ -28,27 +28,41 @@ class Picture(NamedTuple):
     size: tuple[int, int]
     annotate: Callable[[], Any]
     """Reads or builds the annotation."""
+    count: int
+    """How many segments, instances or classes it shows."""
 
 
 def examine(
-    check: Callable[[Any], tuple[Picture | None, Sequence[str]]],
-    items: Sequence[Any],
-    title: str,
-) -> Iterator[tuple[Any, Picture | None, Sequence[str]]]:
-    """Checks items in threads, in order, and shows progress.
+    check: Callable[[Any], tuple[Picture | None, Sequence[str]]], items: Sequence[Any], title: str
+) -> tuple[list[Picture], list[str]]:
+    """Checks items in threads and shows progress.
 
     Args:
         check: gives a picture, or None where it cannot be used, and what is wrong with it.
         items: its arguments.
         title: of the progress bar.
 
-    Yields:
-        (item, picture, problems).
+    Returns:
+        the pictures and the problems, in order.
     """
+    pictures, problems = [], []
     with pool.ThreadPool(os.cpu_count()) as threads:
-        checked = tqdm.tqdm(threads.imap(check, items), title, len(items), unit="img")
-        for item, (picture, remarks) in zip(items, checked):
-            yield item, picture, remarks
+        checked = threads.imap(check, items)
+        for picture, remarks in tqdm.tqdm(checked, title, len(items), unit="img"):
+            problems += remarks
+            if picture:
+                pictures.append(picture)
+    return pictures, problems
+
+
+def require_any(pictures: Iterable[Picture], problems: Sequence[str], source: object) -> None:
+    """Raises ValueError where no picture shows anything."""
+    if not any(picture.count for picture in pictures):
+        first = problems[0] if problems else "nothing is annotated"
+        raise ValueError(
+            f"config.data.root: no picture of {source} can be used, "
+            f"the first of {len(problems)} problems: {first}"
+        )
 
 
 def read(pictures: Iterable[Picture]) -> Iterator[records.Record]:

@@ -33,9 +33,7 @@ class Folder(records.RecordBuilder, skip_registration=True):
             f"name them in config.data.classes, {config.classes}, which ends at "
             f"{max(categories.dataset_ids)}, or use config.data.ignore_index, {config.ignore_index}"
         )
-        return index_maps.scan(
-            pairs, categories, {config.ignore_index}, f"Checking {pictures}", remedy
-        )
+        return index_maps.scan(pairs, categories, {config.ignore_index}, pictures, remedy)
 
 
 @dataclasses.dataclass

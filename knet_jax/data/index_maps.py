@@ -34,7 +34,7 @@ def scan(
     pairs: Iterable[Pair],
     categories: Categories,
     ignored: Collection[int],
-    title: str,
+    source: object,
     remedy: str = "",
 ) -> records.Examples:
     """Examines pictures and their PNG files, showing progress.
@@ -46,7 +46,7 @@ def scan(
         pairs: what belongs together.
         categories: the classes, `dataset_ids` their indices.
         ignored: indices that stand for no class.
-        title: of the progress bar.
+        source: what the pictures are called together.
         remedy: what to do about an index that is neither, which is then an error.
 
     Raises:
@@ -54,16 +54,8 @@ def scan(
     """
     known = {*categories.dataset_ids, *ignored}
     check = functools.partial(_check, categories, known, remedy)
-    pictures, problems = [], []
-    for _, picture, remarks in files.examine(check, list(enumerate(pairs)), title):
-        problems += remarks
-        if picture:
-            pictures.append(picture)
-    if not pictures:
-        raise ValueError(
-            f"config.data.root: no picture can be used ({title}), "
-            f"the first of {len(problems)} problems: {problems[0] if problems else 'no pictures'}"
-        )
+    pictures, problems = files.examine(check, list(enumerate(pairs)), f"Checking {source}")
+    files.require_any(pictures, problems, source)
     return records.Examples(categories, len(pictures), files.read(pictures), problems)
 
 
@@ -80,16 +72,18 @@ def _check(
         found = np.unique(read_indices(pair.png.read_bytes(), str(pair.png)))
     except ValueError as error:
         return None, [f"{pair.name}: {error}, left out"]
-    strange = sorted(set(found.tolist()) - set(known))
+    shown = set(found.tolist())
+    strange = sorted(shown - set(known))
+    classes = shown & set(categories.dataset_ids)
     problems = []
     if strange and remedy:
         raise ValueError(f"{pair.png} has indices {strange[:10]} that are no class: {remedy}")
     if strange:
         problems.append(f"{pair.name}: indices {strange[:10]} are no class, ignored")
-    if not set(found.tolist()) & set(categories.dataset_ids):
+    if not classes:
         problems.append(f"{pair.name}: every pixel is ignored")
     annotate = functools.partial(_annotate, pair.png, categories)
-    return files.Picture(number, pair.path, size, annotate), problems
+    return files.Picture(number, pair.path, size, annotate, len(classes)), problems
 
 
 def _annotate(png: Path, categories: Categories) -> bytes:
