@@ -22,6 +22,7 @@ from knet_jax.layers import (
     resize,
     sine_encoding,
     upsample2x,
+    wide,
 )
 from knet_jax.structs import Features
 
@@ -198,7 +199,8 @@ class AuxiliaryHead(nn.Module):
         x = decoder_block(self, train)(3, name="conv")(level)
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
         init = nn.initializers.normal(0.01)
-        x = conv(self.num_classes, 1, kernel_init=init, dtype=self.dtype, name="classifier")(x)
+        dtype = wide(self.dtype)  # of logits, whatever the type of the maps
+        x = conv(self.num_classes, 1, kernel_init=init, dtype=dtype, name="classifier")(x)
         return x.transpose(0, 3, 1, 2)
 
 

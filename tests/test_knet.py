@@ -57,7 +57,7 @@ def check_shapes(output, model, b, height, width):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: Path(spec).name)
 def test_every_config_at_full_size(spec):
     config = load_config(spec)
-    height, width = config.data.canvas
+    height, width = config.data.canvas if "canvas" in config.data else config.data.crop
     for canvas in {(height, width), (width, height)}:
         output, variables = shapes(make_model(**config.model), 2, *canvas, config.model.dtype)
         check_shapes(output, config.model, 2, *canvas)
@@ -65,89 +65,113 @@ def test_every_config_at_full_size(spec):
     frozen = [
         not kept for kept in jax.tree.leaves(trainable(config.optim.groups, variables["params"]))
     ]
-    assert any(frozen) == (config.model.backbone.frozen_stages > 0)
+    assert any(frozen) == (config.model.backbone.get("frozen_stages", 0) > 0)
 
 
-COCO = {"num_things": 80, "backbone": {}}
-INSTANCE = COCO | {"num_proposals": 100, "num_stuff": 0}
-PANOPTIC = COCO | {"num_proposals": 100, "num_stuff": 53}
-R101 = {"backbone": {"depths": (3, 4, 23, 3)}}
-
-# Rows of the reference's table of sizes, and `config.model`.
-SIZES = {
-    "knet_s3_r50_fpn_1x_coco": INSTANCE,
-    "knet_s3_r50_fpn_1x_coco_N256": INSTANCE | {"num_proposals": 256},
-    "knet_s3_r101_fpn_ms-3x_coco": INSTANCE | R101,
-    "knet_s3_r50_fpn_1x_coco-panoptic": PANOPTIC,
-    "knet_s3_r50_fpn_ms-3x_coco-panoptic": PANOPTIC,
-    "knet_s3_r101_fpn_ms-3x_coco-panoptic": PANOPTIC | R101,
+INSTANCE = {"num_proposals": 100, "num_things": 80, "num_stuff": 0}
+PANOPTIC = {"num_proposals": 100, "num_things": 80, "num_stuff": 53}
+SEMANTIC = {"num_proposals": 0, "num_things": 0, "num_stuff": 150, "auxiliary_channels": 256}
+R50, R101 = ({"depths": (3, 4, depth, 3)} for depth in (6, 23))
+DEEP_STEM = R50 | {"deep_stem": True, "frozen_stages": 0}
+SWIN_T = {"name": "swin"}
+SWIN_L = {
+    "name": "swin",
+    "channels": 192,
+    "depths": (2, 2, 18, 2),
+    "num_heads": (6, 12, 24, 48),
 }
+
+
+def things(task, backbone, **changes):
+    return task | {"backbone": backbone} | changes
+
+
+def decoder(neck, channels, backbone=DEEP_STEM):
+    return SEMANTIC | {"neck": {"name": neck}, "channels": channels, "backbone": backbone}
+
+
+# The reference's table of sizes, and `config.model`.
+SIZES = {
+    "knet_s3_r50_fpn_1x_coco": things(INSTANCE, R50),
+    "knet_s3_r50_fpn_1x_coco_N256": things(INSTANCE, R50, num_proposals=256),
+    "knet_s3_r50_fpn_ms-3x_coco": things(INSTANCE, R50),
+    "knet_s3_r101_fpn_ms-3x_coco": things(INSTANCE, R101),
+    "knet_s3_r101_dcn-c3-c5_fpn_ms-3x_coco": things(INSTANCE, R101 | {"num_deformable": 3}),
+    "knet_s3_r50_fpn_1x_coco-panoptic": things(PANOPTIC, R50),
+    "knet_s3_r50_fpn_ms-3x_coco-panoptic": things(PANOPTIC, R50),
+    "knet_s3_r101_fpn_ms-3x_coco-panoptic": things(PANOPTIC, R101),
+    "knet_s3_r101_dcn-c3-c5_fpn_ms-3x_coco-panoptic": things(
+        PANOPTIC, R101 | {"num_deformable": 3}
+    ),
+    "knet_s3_swin-l_fpn_ms-3x_16x2_coco-panoptic": things(PANOPTIC, SWIN_L),
+    "knet_s3_swin-l_fpn_ms-3x_16x2_coco-panoptic_swinT-variant": things(PANOPTIC, SWIN_T),
+    "knet_s3_fcn_r50-d8_80k_adamw_ade20k": decoder("fcn", 512),
+    "knet_s3_pspnet_r50-d8_80k_adamw_ade20k": decoder("psp", 512),
+    "knet_s3_deeplabv3_r50-d8_80k_adamw_ade20k": decoder("aspp", 512),
+    "knet_s3_upernet_r50-d8_80k_adamw_ade20k": decoder("uper", 256),
+    "knet_s3_upernet_swin-t_80k_adamw_ade20k": decoder("uper", 256, SWIN_T),
+    "knet_s3_upernet_swin-l_80k_adamw_ade20k": decoder("uper", 256, SWIN_L),
+    "knet_s3_upernet_swin-l_80k_adamw_640x640_ade20k": decoder("uper", 256, SWIN_L),
+    "knet-s3_r50-d8_upernet, 512 channels (mmsegmentation 1.2.2)": decoder("uper", 512),
+    "knet-s3_swin-t_upernet, 512 channels (mmsegmentation 1.2.2)": decoder("uper", 512, SWIN_T),
+}
+
+
+def reference_sizes(folder):
+    return json.loads((folder / "model_sizes.json").read_text())["models"]
+
+
+def test_every_size_of_the_reference_is_a_network_of_ours(fixtures):
+    assert SIZES.keys() == reference_sizes(fixtures).keys()
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_as_many_parameters_as_the_reference(fixtures, name):
-    wanted = json.loads((fixtures / "model_sizes.json").read_text())["models"][name]
+    wanted = reference_sizes(fixtures)[name]
     _, variables = shapes(make_model(**SIZES[name]), 1, 64, 64)
     params = traverse_util.flatten_dict(variables["params"], sep="/")
-    total = sum(x.size for x in params.values())
-    assert total == wanted["params"]
-    if "trainable" in wanted:  # all but the stem and the first stage
-        frozen = [x.size for key, x in params.items() if re.match(r"backbone/(stem|layer1)_", key)]
-        assert total - sum(frozen) == wanted["trainable"]
 
+    def count(pattern):
+        return sum(x.size for key, x in params.items() if re.match(pattern, key))
 
-RESNET50_DEEP_STEM = 23_527_264
-"""Parameters of ResNet-50 without its classifier, 23 508 032, and of three convolutions of 3, 32,
-32 and 64 channels with their norms instead of one, 28 768 - 9536."""
-
-ADE20K = {
-    "num_proposals": 0,
-    "num_things": 0,
-    "num_stuff": 150,
-    "auxiliary_channels": 256,
-    "backbone": {},
-}
-DECODERS = {
-    "knet_s3_fcn_r50-d8_80k_adamw_ade20k": ("fcn", 512),
-    "knet_s3_pspnet_r50-d8_80k_adamw_ade20k": ("psp", 512),
-    "knet_s3_deeplabv3_r50-d8_80k_adamw_ade20k": ("aspp", 512),
-    "knet_s3_upernet_r50-d8_80k_adamw_ade20k": ("uper", 256),
-    "knet-s3_r50-d8_upernet, 512 channels (mmsegmentation 1.2.2)": ("uper", 512),
-}
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_decoders_have_as_many_parameters_as_the_reference(fixtures, name):
-    wanted = json.loads((fixtures / "model_sizes.json").read_text())["models"][name]
-    neck, channels = DECODERS[name]
-    model = make_model(**ADE20K, neck={"name": neck}, channels=channels)
-    _, variables = shapes(model, 1, 64, 64)
-    sizes = {
-        part: sum(x.size for x in jax.tree.leaves(tree))
-        for part, tree in variables["params"].items()
-        if part != "backbone"
-    }
-    assert sum(sizes.values()) == wanted["params"] - RESNET50_DEEP_STEM
-    assert sizes["auxiliary"] == wanted["params"] - wanted["params_without_aux"]
+    assert count("") == wanted["params"]
+    if SIZES[name]["num_proposals"]:  # all are trained but the stem and the first stage of a ResNet
+        assert count("") - count("backbone/(stem|layer1)_") == wanted["trainable"]
+    else:
+        assert count("(?!auxiliary/)") == wanted["params_without_aux"]
 
 
 @pytest.mark.parametrize(
     "spec, name",
     [
+        ("coco_instance.py", "knet_s3_r50_fpn_1x_coco"),
+        ("coco_instance.py:n256", "knet_s3_r50_fpn_1x_coco_N256"),
         ("coco_panoptic.py", "knet_s3_r50_fpn_1x_coco-panoptic"),
         ("coco_panoptic.py:ms3x", "knet_s3_r50_fpn_ms-3x_coco-panoptic"),
         ("coco_panoptic.py:r101,ms3x", "knet_s3_r101_fpn_ms-3x_coco-panoptic"),
+        ("ade20k_semantic.py", "knet_s3_fcn_r50-d8_80k_adamw_ade20k"),
+        ("ade20k_semantic.py:psp", "knet_s3_pspnet_r50-d8_80k_adamw_ade20k"),
+        ("ade20k_semantic.py:deeplabv3", "knet_s3_deeplabv3_r50-d8_80k_adamw_ade20k"),
+        ("ade20k_semantic.py:uper", "knet_s3_upernet_r50-d8_80k_adamw_ade20k"),
+        (
+            "ade20k_semantic.py:uper512",
+            "knet-s3_r50-d8_upernet, 512 channels (mmsegmentation 1.2.2)",
+        ),
+        ("ade20k_semantic.py:swin_t", "knet_s3_upernet_swin-t_80k_adamw_ade20k"),
+        ("ade20k_semantic.py:swin_l", "knet_s3_upernet_swin-l_80k_adamw_ade20k"),
+        ("ade20k_semantic.py:swin_l_640", "knet_s3_upernet_swin-l_80k_adamw_640x640_ade20k"),
     ],
 )
 def test_configs_train_as_many_parameters_as_the_reference(fixtures, spec, name):
-    wanted = json.loads((fixtures / "model_sizes.json").read_text())["models"][name]
+    wanted = reference_sizes(fixtures)[name]
     config = load_config(f"{ROOT}/configs/{spec}")
     _, variables = shapes(make_model(**config.model), 1, 64, 64)
     params = variables["params"]
     sizes = [x.size for x in jax.tree.leaves(params)]
     kept = jax.tree.leaves(trainable(config.optim.groups, params))
     assert sum(sizes) == wanted["params"]
-    assert sum(size for size, keep in zip(sizes, kept) if keep) == wanted["trainable"]
+    trained = sum(size for size, keep in zip(sizes, kept) if keep)
+    assert trained == wanted.get("trainable", wanted["params"])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +209,7 @@ def test_any_number_of_updates(task, num_stages):
 @pytest.mark.parametrize("num_stages", [0, 3])
 @pytest.mark.parametrize("neck", ["fcn", "psp", "aspp", "uper"])
 def test_semantic_networks_at_full_size(neck, num_stages):
-    model = ADE20K | {"neck": {"name": neck}, "channels": 512, "num_stages": num_stages}
+    model = decoder(neck, 512, R50) | {"num_stages": num_stages}
     output, variables = shapes(make_model(**model), 2, 512, 512)
     check_shapes(output, model, 2, 512, 512)
     # Without a branch for classes, in halves of 256 channels.

@@ -320,6 +320,15 @@ def test_auxiliary_head_classifies_pixels(backbone):
     np.testing.assert_allclose(ours, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_logits_of_the_auxiliary_head_are_wide(backbone):
+    logits, _ = jax.eval_shape(
+        lambda *x: AuxiliaryHead(5, 16, dtype="bfloat16").init_with_output(*x, train=False),
+        jax.random.key(0),
+        backbone[-2].astype(jnp.bfloat16),
+    )
+    assert logits.dtype == jnp.float32
+
+
 def test_auxiliary_head_drops_whole_channels_in_training(backbone):
     model = AuxiliaryHead(5, 16, dropout=0.5, norm="frozen_batch")
     variables = perturbed(initialize(model, backbone[-2]))
