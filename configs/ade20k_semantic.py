@@ -118,14 +118,9 @@ SWIN_L = swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 0.3)
 VARIANTS = {
     "psp": {"model.neck": {"name": "psp", "norm": "batch"}},  # mIoU 43.9
     "deeplabv3": {"model.neck": {"name": "aspp", "norm": "batch"}},  # 44.6
-    # 43.6. As in the authors' repository; OpenMMLab's published models have 512 channels.
-    "uper": {
+    "uper": {  # 43.6
         "model.neck": {"name": "uper", "norm": "batch"},
         "model.channels": 256,
-        "model.backbone.output_stride": 32,
-    },
-    "uper512": {
-        "model.neck": {"name": "uper", "norm": "batch"},
         "model.backbone.output_stride": 32,
     },
     "swin_t": SWIN_T,  # 45.8
@@ -137,6 +132,9 @@ VARIANTS = {
         "data.scale": (2048, 640),
         "data.crop": (640, 640),
     },
+    # After `uper`, `swin_t` or `swin_l`: as in OpenMMLab's published models. The authors' repository
+    # has 256 channels there.
+    "wide": {"model.channels": 512},
     # The decoder alone: 36.7 for FCN, 42.6 PSP, 43.5 DeepLabV3, 42.4 UPer.
     "baseline": {"model.num_stages": 0},
     "bf16": {"model.dtype": "bfloat16"},  # feature maps; parameters stay float32
