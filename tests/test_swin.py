@@ -251,7 +251,7 @@ def test_levels_have_strides_4_to_32_at_any_size(height, width, dtype):
 
 @pytest.mark.parametrize(
     "num_heads, message",
-    [((1, 2, 4), r"num_heads is \(1, 2, 4\); accepted: one .*\(2, 1\)"), ((1, 3), "3 .* 16")],
+    [((1, 2, 4), r"\(1, 2, 4\); accepted: one .*\(2, 1\)"), ((1, 3), "3 .* 16")],
 )
 def test_heads_that_do_not_fit_are_named(image, num_heads, message):
     with pytest.raises(ValueError, match=rf"config\.model\.backbone\.num_heads.*{message}"):
