@@ -8,7 +8,7 @@ The points of the kernel are computed one after the other, and a gradient reads 
 instead of keeping them. So with maps of n = b·h·w·c numbers the work space is about 3n forward and
 11n backward, whatever the size of the kernel, and nothing but the inputs is kept in between.
 
-On two CPU cores a layer of 50 x 76 x 256 takes 27 ms, and 190 ms with gradients: 1.2 and 2.7 times as
+On two CPU cores a layer of 50 x 76 x 256 takes 26 ms, and 185 ms with gradients: 1.2 and 2.7 times as
 long as an ordinary convolution. Interpolation as a product with matrices [h'·w', h·w] took 421 ms and
 3.4 s (`benchmarks/README.md`).
 """

@@ -249,6 +249,15 @@ def test_levels_have_strides_4_to_32_at_any_size(height, width, dtype):
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize(
+    "num_heads, message",
+    [((1, 2, 4), r"\(1, 2, 4\); accepted: one .*\(2, 1\)"), ((1, 3), "3 .* 16")],
+)
+def test_heads_that_do_not_fit_are_named(image, num_heads, message):
+    with pytest.raises(ValueError, match=rf"config\.model\.backbone\.num_heads.*{message}"):
+        TINY(num_heads=num_heads).init(jax.random.key(0), image, False)
+
+
 def test_levels_are_normalized_each_by_its_own(image, variables):
     params = variables["params"]
     plain = {
