@@ -6,14 +6,14 @@ without unpacking it (https://cocodataset.org/#format-data).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
-
-from knet_jax.structs import EMPTY, Instance
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
@@ -32,75 +32,80 @@ def area(rle: dict[str, Any]) -> int:
     return int(coco_mask.area(rle))
 
 
-def from_annotation(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Run lengths of what a COCO annotation calls its segmentation, in any of its three forms.
+def from_annotation(segmentation: Any, size: tuple[int, int]) -> dict:
+    """COCO's compressed run lengths of polygons, of plain or of compressed run lengths.
 
     Args:
-        segmentation: a list of polygons [x, y, x, y, …], or a dict of run lengths, compressed or
-            a list of numbers.
+        segmentation: a list of polygons [x0, y0, x1, y1, …], or {"size": [h, w], "counts": …}.
         size: height and width of the picture.
 
+    Returns:
+        {"size": [h, w], "counts": bytes}.
+
     Raises:
-        ValueError: it is none of these, or of another size.
+        ValueError: it is no such thing, or one of another size.
     """
-    if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
-        if tuple(segmentation["size"]) != tuple(size):
-            theirs = " x ".join(map(str, segmentation["size"]))
-            raise ValueError(f"segmentation of {theirs} pixels, expected {size[0]} x {size[1]}")
-        counts = segmentation["counts"]
-        if isinstance(counts, list):
-            if sum(counts) != size[0] * size[1] or min(counts) < 0:
-                raise ValueError(f"run lengths add up to {sum(counts)}, not {size[0] * size[1]}")
-            return coco_mask.frPyObjects(segmentation, *size)
-        if is_compressed(segmentation):
-            counts = counts.encode() if isinstance(counts, str) else counts
-            return {"size": list(size), "counts": counts}
-    if _are_polygons(segmentation):
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
-    raise ValueError(
-        f"segmentation {str(segmentation)[:60]}; accepted: polygons of at least three points, or "
-        "run lengths with size and counts"
-    )
+    if isinstance(segmentation, Mapping):
+        return _encode_runs(segmentation, size)
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
+        raise ValueError(f"segmentation {str(segmentation)[:40]!r} is neither polygons nor RLE")
+    for polygon in segmentation:
+        # Four numbers would be taken for a box, an odd one left over for nothing.
+        if not isinstance(polygon, Sequence) or not all(map(is_number, polygon)):
+            raise ValueError("a polygon must be a list of numbers x0, y0, x1, y1, …")
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(
+                f"a polygon has {len(polygon) / 2:g} points, it must have three or more"
+            )
+    parts = coco_mask.frPyObjects([list(map(float, p)) for p in segmentation], *size)
+    return coco_mask.merge(parts)
+
+
+def _encode_runs(rle: Mapping, size: tuple[int, int]) -> dict:
+    height, width = size
+    listed, counts = rle.get("size"), rle.get("counts")
+    if not isinstance(listed, Sequence) or tuple(listed) != size:
+        raise ValueError(f"its RLE has size {listed}, the picture [{height}, {width}]")
+    if isinstance(counts, str):
+        counts = counts.encode()
+    # The library takes any bytes; only a mask whose runs fill the picture is one.
+    runs = _runs(counts) if isinstance(counts, bytes) else counts
+    are_runs = isinstance(runs, Sequence) and all(isinstance(r, int) and r >= 0 for r in runs)
+    if not are_runs or sum(runs) != height * width:
+        raise ValueError(f"the runs of its RLE do not fill the {height * width} pixels")
+    return coco_mask.frPyObjects({"size": [height, width], "counts": list(runs)}, height, width)
+
+
+def _runs(data: bytes) -> list[int]:
+    """The lengths in COCO's compressed form: five bits a character, from 48 on, the sixth says that
+    more follow; from the fourth run on they are differences to the one before the last.
+
+    Raises:
+        ValueError: there is a character that cannot occur, or the last number is cut off.
+    """
+    runs, value, shift = [], 0, 0
+    for byte in data:
+        bits = byte - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"its RLE has a character {chr(byte)!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value, shift = 0, 0
+    if shift:
+        raise ValueError("its RLE is cut off")
+    return runs
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_compressed(rle: Any) -> bool:
     """Whether something has the form of compressed run lengths; JSON turns their bytes to text."""
     return isinstance(rle, dict) and "size" in rle and isinstance(rle.get("counts"), bytes | str)
-
-
-def _are_polygons(segmentation: Any) -> bool:
-    return (
-        isinstance(segmentation, list)
-        and bool(segmentation)
-        and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation)
-    )
-
-
-def instances(
-    masks: Sequence[np.ndarray] | np.ndarray,
-    kernels: Sequence[int] | np.ndarray,
-    labels: Sequence[int] | np.ndarray,
-    scores: Sequence[float] | np.ndarray,
-) -> tuple[Instance, ...]:
-    """Predictions of one picture, from the masks of its kernels.
-
-    A kernel may be predicted under several labels; its mask is encoded once, and a kernel that is
-    not predicted costs nothing. Empty masks are kept, as the reference does.
-
-    Args:
-        masks: bool or uint8 [n, H, W], 0 or 1, at the size of the picture.
-        kernels: int [p], whose mask each prediction has.
-        labels: int [p], its class; `EMPTY` where there is no prediction.
-        scores: float [p].
-    """
-    encoded: dict[int, tuple[dict[str, Any], float]] = {}
-    predictions = []
-    for kernel, label, score in zip(kernels, labels, scores, strict=True):
-        if label == EMPTY:
-            continue
-        if int(kernel) not in encoded:
-            rle = encode(masks[kernel])
-            encoded[int(kernel)] = rle, float(area(rle))
-        rle, pixels = encoded[int(kernel)]
-        predictions.append(Instance(rle, int(label), float(score), area=pixels))
-    return tuple(predictions)

@@ -7,8 +7,6 @@ import tiny_coco
 from pycocotools import mask as run_lengths
 from test_data_coco import scan
 
-from knet_jax.data import coco_instance
-
 PREFIX = "instances_"
 ALL = [f"train_{i}.jpg" for i in range(5)]
 
@@ -157,15 +155,3 @@ def test_nothing_can_be_used(root):
     shutil.rmtree(root / "train2017")
     with pytest.raises(ValueError, match="the first of 5 problems"):
         scan(root, task="instance")
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_compressed_runs_are_read_as_the_reference_reads_them(seed):
-    rng = np.random.default_rng(seed)
-    mask = np.kron(rng.integers(0, 2, (7, 9)), np.ones(rng.integers(1, 60, 2), int))
-    rle = run_lengths.encode(np.asfortranarray(mask, np.uint8))
-    assert coco_instance._runs(rle["counts"]) == tiny_coco.runs_of(mask)
-    text = rle | {"counts": rle["counts"].decode()}
-    assert coco_instance.encode_mask(text, mask.shape) == rle
-    plain = {"size": list(mask.shape), "counts": tiny_coco.runs_of(mask)}
-    assert coco_instance.encode_mask(plain, mask.shape) == rle

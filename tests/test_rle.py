@@ -1,11 +1,11 @@
-"""Run lengths of masks, and predictions made of them."""
+"""Run lengths of masks."""
 
 import numpy as np
 import pytest
+import tiny_coco
 from pycocotools import mask as coco_mask
 
 from knet_jax import rle
-from knet_jax.structs import EMPTY, Instance
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (5, 300), (300, 5)])
@@ -42,16 +42,16 @@ def test_annotations_of_all_three_forms_are_the_same_mask():
 @pytest.mark.parametrize(
     "segmentation, message",
     [
-        ([], r"segmentation \[\]; accepted: polygons"),
-        ([[0, 0, 1, 1]], r"segmentation \[\[0, 0, 1, 1\]\]; accepted"),
-        ([[0, 0, 1, 1, 2, 2, 3]], "at least three points"),
-        ([0, 0, 1, 1, 1, 0], "accepted"),
-        (None, "segmentation None; accepted"),
-        ({"counts": [48]}, "run lengths with size and counts"),
-        ({"size": [6, 8], "counts": 3}, "accepted"),
-        ({"size": [8, 6], "counts": [48]}, "segmentation of 8 x 6 pixels, expected 6 x 8"),
-        ({"size": [6, 8], "counts": [40, 9]}, "run lengths add up to 49, not 48"),
-        ({"size": [6, 8], "counts": [50, -2]}, "run lengths"),
+        ([], r"segmentation '\[\]' is neither polygons nor RLE"),
+        (None, "segmentation 'None' is neither"),
+        ([[0, 0, 1, 1]], "a polygon has 2 points, it must have three or more"),
+        ([[0, 0, 1, 1, 2, 2, 3]], "a polygon has 3.5 points"),
+        ([0, 0, 1, 1, 1, 0], "a polygon must be a list of numbers"),
+        ({"counts": [48]}, r"its RLE has size None, the picture \[6, 8\]"),
+        ({"size": [8, 6], "counts": [48]}, r"its RLE has size \[8, 6\], the picture \[6, 8\]"),
+        ({"size": [6, 8], "counts": 3}, "the runs of its RLE do not fill the 48 pixels"),
+        ({"size": [6, 8], "counts": [40, 9]}, "do not fill"),
+        ({"size": [6, 8], "counts": [50, -2]}, "do not fill"),
     ],
 )
 def test_errors_name_the_value(segmentation, message):
@@ -59,33 +59,13 @@ def test_errors_name_the_value(segmentation, message):
         rle.from_annotation(segmentation, (6, 8))
 
 
-def test_predictions_share_the_masks_of_their_kernels():
-    masks = np.random.default_rng(0).random((4, 9, 7)) < 0.4
-    masks[3] = False
-    found = rle.instances(
-        masks,
-        kernels=np.array([2, 0, 2, 3, 1], np.int32),
-        labels=np.array([5, 1, 6, 0, EMPTY], np.int32),
-        scores=np.array([0.5, 0.25, 0.125, 0.0625, 0], np.float32),
-    )
-    assert [one.label for one in found] == [5, 1, 6, 0]
-    assert [one.score for one in found] == [0.5, 0.25, 0.125, 0.0625]
-    for one, kernel in zip(found, (2, 0, 2, 3), strict=True):
-        np.testing.assert_array_equal(rle.decode(one.rle), masks[kernel])
-        assert one.area == masks[kernel].sum() and type(one.area) is float
-    assert found[0].rle is found[2].rle
-    assert type(found[0]) is Instance and not any(one.iscrowd for one in found)
-
-
-def test_only_masks_that_are_predicted_are_read():
-    class Masks:
-        read = ()
-
-        def __getitem__(self, kernel):
-            self.read += (int(kernel),)
-            return np.ones((2, 2), bool)
-
-    masks = Masks()
-    assert len(rle.instances(masks, [5, 1, 5, 0], [0, 1, 2, EMPTY], [1, 1, 1, 1])) == 3
-    assert masks.read == (5, 1)
-    assert rle.instances(masks, [], [], []) == ()
+@pytest.mark.parametrize("seed", range(20))
+def test_compressed_runs_are_read_as_the_reference_reads_them(seed):
+    rng = np.random.default_rng(seed)
+    mask = np.kron(rng.integers(0, 2, (7, 9)), np.ones(rng.integers(1, 60, 2), int))
+    compressed = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    assert rle._runs(compressed["counts"]) == tiny_coco.runs_of(mask)
+    text = compressed | {"counts": compressed["counts"].decode()}
+    assert rle.from_annotation(text, mask.shape) == compressed
+    plain = {"size": list(mask.shape), "counts": tiny_coco.runs_of(mask)}
+    assert rle.from_annotation(plain, mask.shape) == compressed

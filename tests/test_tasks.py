@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from tiny_model import NUM_PROPOSALS, NUM_STUFF, NUM_THINGS, make_batch, random
 
+from knet_jax import rle
 from knet_jax.matching import Weights, match, matching_cost
+from knet_jax.postprocess import Instances
 from knet_jax.structs import (
     EMPTY,
     InstanceTargets,
@@ -20,6 +22,8 @@ from knet_jax.tasks import (
     count_segments,
     kernel_loss,
     match_stages,
+    read_instances,
+    read_labels,
     semantic_loss,
     unpack_instances,
     unpack_panoptic,
@@ -436,3 +440,29 @@ def test_parts_of_a_semantic_batch_add_up():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), added, judge(output, LABELS)
     )
+
+
+# Results on the host.
+
+
+def test_instances_share_the_masks_of_their_kernels():
+    masks = np.random.default_rng(0).random((3, 9, 14)) < 0.4
+    masks[2] = False
+    kernels = np.array([2, 0, 2, 1], np.int32)
+    # A canvas of 16 x 16 around a picture of 9 x 14; what lies beyond has no meaning.
+    padded = np.ones((4, 16, 16), bool)
+    padded[:, :14, :9] = masks[kernels].transpose(0, 2, 1)
+    scores = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+    best = Instances(scores, np.array([5, 1, 6, 0]), kernels, np.packbits(padded, axis=2))
+    found = read_instances(best, np.array([9, 14]))
+    assert [one.label for one in found] == [5, 1, 6, 0]
+    assert [one.score for one in found] == scores.tolist()
+    for one, kernel in zip(found, kernels, strict=True):
+        np.testing.assert_array_equal(rle.decode(one.rle), masks[kernel])
+        assert one.area == masks[kernel].sum() and not one.iscrowd
+    assert found[0].rle is found[2].rle
+
+
+def test_labels_lose_their_padding():
+    padded = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert read_labels(padded, np.array([2, 3])).tolist() == [[0, 1, 2], [4, 5, 6]]

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping, Sequence
-from numbers import Real
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from pycocotools import mask as run_lengths
-
+from knet_jax import rle
 from knet_jax.data import coco_json, files, instance, records
 
 PREFIX = "instances_"
@@ -87,89 +83,16 @@ def _instance(
         raise ValueError(
             f"category id {annotation['category_id']} is not among the file's categories"
         )
-    rle = encode_mask(annotation["segmentation"], size)
-    pixels = int(run_lengths.area(rle))
+    mask = rle.from_annotation(annotation["segmentation"], size)
+    pixels = rle.area(mask)
     if not pixels:
         raise ValueError("its mask is empty")
     area = annotation.get("area", pixels)
-    if not _is_number(area) or area < 0:
+    if not rle.is_number(area) or area < 0:
         raise ValueError(f"area {area!r} is no number of pixels")
     return instance.StoredInstance(
-        counts=rle["counts"],
+        counts=mask["counts"],
         label=labels[annotation["category_id"]],
         iscrowd=bool(annotation.get("iscrowd", 0)),
         area=float(area),
     )
-
-
-def encode_mask(segmentation: Any, size: tuple[int, int]) -> dict:
-    """COCO's compressed run lengths of polygons, of plain or of compressed run lengths.
-
-    Args:
-        segmentation: a list of polygons [x0, y0, x1, y1, …], or {"size": [h, w], "counts": …}.
-        size: height and width of the picture.
-
-    Returns:
-        {"size": [h, w], "counts": bytes}.
-
-    Raises:
-        ValueError: it is no such thing, or one of another size.
-    """
-    if isinstance(segmentation, Mapping):
-        return _encode_runs(segmentation, size)
-    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
-        raise ValueError(f"segmentation {str(segmentation)[:40]!r} is neither polygons nor RLE")
-    for polygon in segmentation:
-        # Four numbers would be taken for a box, an odd one left over for nothing.
-        if not isinstance(polygon, Sequence) or not all(map(_is_number, polygon)):
-            raise ValueError("a polygon must be a list of numbers x0, y0, x1, y1, …")
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(
-                f"a polygon has {len(polygon) / 2:g} points, it must have three or more"
-            )
-    parts = run_lengths.frPyObjects([list(map(float, p)) for p in segmentation], *size)
-    return run_lengths.merge(parts)
-
-
-def _encode_runs(rle: Mapping, size: tuple[int, int]) -> dict:
-    height, width = size
-    listed, counts = rle.get("size"), rle.get("counts")
-    if not isinstance(listed, Sequence) or tuple(listed) != size:
-        raise ValueError(f"its RLE has size {listed}, the picture [{height}, {width}]")
-    if isinstance(counts, str):
-        counts = counts.encode()
-    # The library takes any bytes; only a mask whose runs fill the picture is one.
-    runs = _runs(counts) if isinstance(counts, bytes) else counts
-    are_runs = isinstance(runs, Sequence) and all(isinstance(r, int) and r >= 0 for r in runs)
-    if not are_runs or sum(runs) != height * width:
-        raise ValueError(f"the runs of its RLE do not fill the {height * width} pixels")
-    return run_lengths.frPyObjects({"size": [height, width], "counts": list(runs)}, height, width)
-
-
-def _runs(data: bytes) -> list[int]:
-    """The lengths in COCO's compressed form: five bits a character, from 48 on, the sixth says that
-    more follow; from the fourth run on they are differences to the one before the last.
-
-    Raises:
-        ValueError: there is a character that cannot occur, or the last number is cut off.
-    """
-    runs, value, shift = [], 0, 0
-    for byte in data:
-        bits = byte - 48
-        if not 0 <= bits < 64:
-            raise ValueError(f"its RLE has a character {chr(byte)!r}")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value, shift = 0, 0
-    if shift:
-        raise ValueError("its RLE is cut off")
-    return runs
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
