@@ -26,6 +26,7 @@ import optax
 from ml_collections import ConfigDict
 
 from knet_jax.convert import from_reference, to_reference
+from knet_jax.data.transforms import resized_size
 from knet_jax.deformable import deform_conv
 from knet_jax.fusion import Fused, fuse
 from knet_jax.knet import KNet, make_model
@@ -726,6 +727,19 @@ FOLDERS = {
 
 # The report.
 
+
+def resize_sizes(fixture: Fixture) -> Iterator[Row]:
+    """Sizes of resized pictures, of the recipes of COCO and of ADE20K."""
+    for name, cases in fixture.manifest.items():
+        if isinstance(cases, list):
+            wrong = 0
+            for case in cases:
+                long_side, short_side = case.get("scale", (1333, 800))
+                size = resized_size((case["h"], case["w"]), short_side, long_side)
+                wrong += size != (case["out_h"], case["out_w"])
+            yield Row(name, wrong / len(cases), 0.0)
+
+
 # By the beginning of their kind.
 KINDS = {
     "det forward": forward,
@@ -735,6 +749,7 @@ KINDS = {
     "seg forward": segmentation_forward,
     "seg train": segmentation_training,
     "deformable convolution v1 operator": deformable_convolution,
+    "resize target sizes": resize_sizes,
 }
 
 

@@ -134,7 +134,7 @@ def test_help_teaches(start):
         "Waits for a long time.",
         "--seconds: How long.",
         "configs/coco_panoptic.py: Panoptic K-Net on COCO",
-        "variants: ms3x, r101, bf16, tiny",
+        "variants: ms3x, r101, r101_dcn, swin_l, swin_t, bf16, tiny",
         "--config.optim.lr=",
     ):
         assert text in said

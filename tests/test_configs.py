@@ -1,8 +1,6 @@
-"""Every config at full size: its values, its network, and its whole train step, by shapes alone."""
+"""The whole train step of every network of the paper at full size, by shapes alone."""
 
-import json
 import re
-import runpy
 from functools import partial
 from pathlib import Path
 
@@ -20,40 +18,11 @@ from knet_jax.layers import AXIS
 from knet_jax.matching import Weights
 from knet_jax.structs import Batch, Categories
 from knet_jax.tasks import TASKS
-from knet_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.py"))
-SPECS = [
-    f"{path}:{variant}"
-    for path in FILES
-    for variant in ("", *runpy.run_path(str(ROOT / path)).get("VARIANTS", {}))
-]
-ROWS = sorted(set(re.findall(r"`(configs/\w+\.py[:\w,]*)`", (ROOT / "docs/models.md").read_text())))
+TABLE = (ROOT / "docs" / "models.md").read_text()
+ROWS = sorted(set(re.findall(r"`(configs/\w+\.py[:\w,]*)`", TABLE)))
 """The networks of the paper, as the documentation lists them."""
-
-# The reference's name of each row, and what it is called in its table of sizes.
-SIZES = {
-    "configs/coco_panoptic.py": "knet_s3_r50_fpn_1x_coco-panoptic",
-    "configs/coco_panoptic.py:ms3x": "knet_s3_r50_fpn_ms-3x_coco-panoptic",
-    "configs/coco_panoptic.py:r101,ms3x": "knet_s3_r101_fpn_ms-3x_coco-panoptic",
-    "configs/coco_panoptic.py:r101_dcn,ms3x": "knet_s3_r101_dcn-c3-c5_fpn_ms-3x_coco-panoptic",
-    "configs/coco_panoptic.py:swin_l,ms3x": "knet_s3_swin-l_fpn_ms-3x_16x2_coco-panoptic",
-    "configs/coco_instance.py": "knet_s3_r50_fpn_1x_coco",
-    "configs/coco_instance.py:ms3x": "knet_s3_r50_fpn_ms-3x_coco",
-    "configs/coco_instance.py:n256,ms3x": "knet_s3_r50_fpn_1x_coco_N256",
-    "configs/coco_instance.py:r101,ms3x": "knet_s3_r101_fpn_ms-3x_coco",
-    "configs/coco_instance.py:r101_dcn,ms3x": "knet_s3_r101_dcn-c3-c5_fpn_ms-3x_coco",
-    "configs/ade20k_semantic.py": "knet_s3_fcn_r50-d8_80k_adamw_ade20k",
-    "configs/ade20k_semantic.py:psp": "knet_s3_pspnet_r50-d8_80k_adamw_ade20k",
-    "configs/ade20k_semantic.py:deeplabv3": "knet_s3_deeplabv3_r50-d8_80k_adamw_ade20k",
-    "configs/ade20k_semantic.py:uper": "knet_s3_upernet_r50-d8_80k_adamw_ade20k",
-    "configs/ade20k_semantic.py:uper,wide": "knet-s3_r50-d8_upernet, 512 channels",
-    "configs/ade20k_semantic.py:swin_t": "knet_s3_upernet_swin-t_80k_adamw_ade20k",
-    "configs/ade20k_semantic.py:swin_t,wide": "knet-s3_swin-t_upernet, 512 channels",
-    "configs/ade20k_semantic.py:swin_l": "knet_s3_upernet_swin-l_80k_adamw_ade20k",
-    "configs/ade20k_semantic.py:swin_l_640": "knet_s3_upernet_swin-l_80k_adamw_640x640_ade20k",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -67,35 +36,6 @@ def network(spec):
     model = make_model(**config.model)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     return config, model, jax.eval_shape(model.init, jax.random.key(0), image)
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_values_are_valid_and_groups_cover_the_network(spec):
-    config, _, variables = network(spec)
-    validate(config, 1)
-    optim.trainable(config.optim.groups, variables["params"])  # raises where one is not covered
-
-
-def test_every_row_of_the_documentation_is_here():
-    assert {row.removesuffix(":") for row in ROWS} <= set(SIZES) | {
-        "configs/coco_instance.py:r101,n256,ms3x"
-    }
-
-
-@pytest.mark.parametrize("spec", SIZES)
-def test_sizes_are_the_references(fixtures, spec):
-    models = json.loads((fixtures / "model_sizes.json").read_text())["models"]
-    [wanted] = [model for name, model in models.items() if name.split(" (")[0] == SIZES[spec]]
-    config, _, variables = network(spec)
-    sizes = jax.tree.map(lambda x: x.size, variables["params"])
-    assert sum(jax.tree.leaves(sizes)) == wanted["params"]
-    if "params_without_aux" in wanted:
-        del sizes["auxiliary"]
-        assert sum(jax.tree.leaves(sizes)) == wanted["params_without_aux"]
-    if "trainable" in wanted:
-        mask = optim.trainable(config.optim.groups, variables["params"])
-        trained = jax.tree.map(lambda x, moves: x.size * moves, variables["params"], mask)
-        assert sum(jax.tree.leaves(trained)) == wanted["trainable"]
 
 
 def batch_of(config, count):
@@ -113,9 +53,10 @@ def batch_of(config, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [spec for spec in SIZES if "ms3x" not in spec or "," in spec])
+@pytest.mark.parametrize("spec", ROWS)
 def test_the_whole_step_at_full_size(spec):
     """Two pictures on one device, from the batch to the next state."""
+    assert len(ROWS) >= 14
     config, model, variables = network(spec)
     task, params = TASKS[config.task], variables["params"]
     optimizer, _ = optim.make_optimizer(config.optim, params, 100, config.train.batch_size)

@@ -10,11 +10,12 @@ from devices import call
 from knet_jax import evaluation
 from knet_jax.configuration import load_config
 from knet_jax.data import pipeline
-from knet_jax.evaluation import Evaluator, Gallery, lookahead, panoptic_map
+from knet_jax.evaluation import Evaluator, Gallery, lookahead
+from knet_jax.fusion import Fused
 from knet_jax.knet import make_model
 from knet_jax.metrics import panoptic
-from knet_jax.postprocess import Fused
-from knet_jax.structs import EMPTY, SegmentInfo
+from knet_jax.structs import EMPTY, SegmentInfo, Stage
+from knet_jax.tasks import TASKS, read_panoptic
 from knet_jax.training import init_variables
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shapes_panoptic.py"
@@ -70,19 +71,25 @@ def oracle(data, monkeypatch):
                     fused.scores[i, number] = 0.5
         return fused
 
-    def fuse(masks, logits, size, original_size, *, num_things, canvas, **thresholds):
-        assert num_things == 5 and (canvas.height, canvas.width) == side
-        assert set(thresholds) == {"instance_threshold", "overlap_threshold"}
-        b = len(masks)
+    def predict(stage, size, original_size, *, sizes, canvas, stride, options):
+        assert sizes.num_things == 5 and (canvas.height, canvas.width) == side and stride == 8
+        assert {"instance_threshold", "overlap_threshold"} <= set(options)
+        b = len(size)
         shapes = Fused(
             jax.ShapeDtypeStruct((b, *side), jnp.int16),
             jax.ShapeDtypeStruct((b, SLOTS), jnp.int32),
             jax.ShapeDtypeStruct((b, SLOTS), jnp.float32),
         )
-        return jax.pure_callback(look_up, shapes, masks)
+        return jax.pure_callback(look_up, shapes, stage.kernels)
 
-    monkeypatch.setattr(evaluation, "last_stage", lambda _, batch, *, model: (batch.id, batch.id))
-    monkeypatch.setattr(evaluation, "fuse", fuse)
+    def run_network(variables, batch, *, model, stage):
+        assert stage == -1
+        b, height, width, _ = batch.image.shape
+        return Stage(batch.id, jnp.zeros((b, 1, height // 8, width // 8)), None)
+
+    rows = {"panoptic": TASKS["panoptic"]._replace(predict=predict)}
+    monkeypatch.setattr(evaluation, "TASKS", rows)
+    monkeypatch.setattr(evaluation, "run_network", run_network)
     return lambda limit=None: Evaluator(
         make_model(**config.model), split, config, jax.devices()[:1], limit
     )
@@ -132,11 +139,12 @@ def test_panoptic_map_leaves_out_padding_and_empty_places():
     ids = np.zeros((2, 8, 9), np.int16)
     ids[1, :5, :4], ids[1, :5, 4:6] = 1, 2
     labels = np.array([[EMPTY] * 3, [7, 2, EMPTY]], np.int32)
-    fused = Fused(ids, labels, np.array([[0, 0, 0], [0.75, 0.5, 0]], np.float32))
-    result = panoptic_map(fused, 1, np.array([5, 6]))
+    scores = np.array([[0, 0, 0], [0.75, 0.5, 0]], np.float32)
+    empty, one = (Fused(*(x[i] for x in (ids, labels, scores))) for i in (0, 1))
+    result = read_panoptic(one, np.array([5, 6]))
     assert result.ids.shape == (5, 6) and result.ids.dtype == np.int32
     assert result.segments == (SegmentInfo(1, 7, score=0.75), SegmentInfo(2, 2, score=0.5))
-    assert panoptic_map(fused, 0, np.array([8, 9])).segments == ()
+    assert read_panoptic(empty, np.array([8, 9])).segments == ()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])

@@ -154,7 +154,7 @@ def test_as_many_parameters_as_the_reference(fixtures, name):
         ("ade20k_semantic.py:deeplabv3", "knet_s3_deeplabv3_r50-d8_80k_adamw_ade20k"),
         ("ade20k_semantic.py:uper", "knet_s3_upernet_r50-d8_80k_adamw_ade20k"),
         (
-            "ade20k_semantic.py:uper512",
+            "ade20k_semantic.py:uper,wide",
             "knet-s3_r50-d8_upernet, 512 channels (mmsegmentation 1.2.2)",
         ),
         ("ade20k_semantic.py:swin_t", "knet_s3_upernet_swin-t_80k_adamw_ade20k"),

@@ -306,7 +306,7 @@ def test_parts_hold_every_picture_once():
 
 def test_other_class_counts_are_told_with_the_key_and_the_remedy():
     categories = Categories(("cat", "dog", "sky"), (3, 5, 7), 2)
-    config = ConfigDict({"model": {"num_things": 2, "num_stuff": 1}})
+    config = ConfigDict({"model": {"num_proposals": 9, "num_things": 2, "num_stuff": 1}})
     training.check_categories(config, categories)
     for name, wrong, right in ("num_things", 80, 2), ("num_stuff", 53, 1):
         changed = ConfigDict(config.to_dict())
