@@ -45,7 +45,7 @@ def main(command: CommandLine) -> None:
     workdir, output = Path(WORKDIR.value), Path(OUTPUT.value or WORKDIR.value)
     config = load_saved_config(workdir, command.overrides)
     devices = jax.local_devices()
-    validate(config, jax.device_count())
+    validate(config, jax.device_count(), parts=("eval",))
     jax.config.update("jax_default_matmul_precision", config.precision)
     check_writable(output)
 
@@ -57,7 +57,7 @@ def main(command: CommandLine) -> None:
     template = jax.eval_shape(lambda: init_variables(model, config.seed))
     checkpoints = Checkpoints(
         workdir / "checkpoints",
-        metric=f"val/{metric.HEADLINE[0]}",
+        metric=f"{'val_ema' if EMA.value else 'val'}/{metric.HEADLINE[0]}",
         model=config.model.to_dict(),
         read_only=True,
     )
@@ -102,7 +102,7 @@ def main(command: CommandLine) -> None:
     }
     if ROUNDS.value:
         metrics["rounds"] = rounds = []
-        for stage in range(task.first_stage, config.model.num_stages):
+        for stage in range(config.model.num_stages):
             evaluator = Evaluator(model, split, config, devices, LIMIT.value, stage)
             summary = metric.summarize(evaluator.evaluate(variables), split.categories)
             rounds.append({"updates": stage, **summary})

@@ -54,6 +54,8 @@ def main(command: CommandLine) -> None:
         raise ConfigError("--config is missing, such as --config configs/coco_panoptic.py")
     config = load_config(CONFIG.value, command.overrides)
     devices = jax.local_devices()
+    if jax.process_count() > 1:
+        raise ConfigError("several processes: a run has one, with all devices of its machine")
     validate(config, jax.device_count())
     task = TASKS[config.task]
     metric = task.metric

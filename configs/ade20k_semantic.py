@@ -91,6 +91,10 @@ def get_config() -> ConfigDict:
     )
 
 
+# Norms and position biases; norms of the heads and of the decoder are decayed, as in the reference.
+UNDECAYED = r"backbone/.*(norm|position_bias).*|stage\d+/(update|interaction)/.*norm/.*"
+
+
 def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...], drop_path: float):
     """UPerNet on a Swin Transformer: no weight decay of norms and position biases."""
     return {
@@ -106,7 +110,7 @@ def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...], dro
         "model.channels": 256,
         "optim.lr": 6e-5,
         "optim.groups": (
-            ("undecayed", r"backbone/(.*norm\w*/.*|.*position_bias.*)", 1.0, 0.0),
+            ("undecayed", UNDECAYED, 1.0, 0.0),
             ("all", r".*", 1.0, 1.0),
         ),
     }
@@ -163,4 +167,6 @@ VARIANTS = {
         "train.eval_every": 10,
         "train.checkpoint_every": 10,
     },
+    # After `tiny`: another backbone of its size.
+    "tiny_swin": {"model.backbone": swin(16, (1, 1, 1, 1), (1, 2, 4, 8), 0.2)["model.backbone"]},
 }

@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config = coco_panoptic.get_config()
     config.task = "instance"
     config.model.num_stuff = 0  # kernels: 100 proposals
+    config.data.min_things = 1
     config.loss.rank = 0.0
     config.eval = ConfigDict(
         {

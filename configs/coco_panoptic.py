@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
                 "long_side": 1333,
                 "flip": 0.5,
                 "max_things": 100,
+                "min_things": 0,  # pictures with fewer are not trained on
                 "num_workers": 2,
                 "max_broken_share": 0.01,
             },
@@ -110,7 +111,9 @@ def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...]) -> 
     }
 
 
+R101 = get_config().model.backbone.to_dict() | {"depths": (3, 4, 23, 3)}
 UNFROZEN = (("backbone", r"backbone/.*", 0.25, 1.0), ("head", r".*", 1.0, 1.0))
+TINY = R101 | {"depths": (1, 1, 1, 1), "width": 16, "norm": "group", "frozen_stages": 0}
 FROM_SCRATCH = (("all", r".*", 1.0, 1.0),)
 
 VARIANTS = {
@@ -121,11 +124,8 @@ VARIANTS = {
         "optim.decay_at": (27, 33),
         "data.short_side": (640, 800),
     },
-    "r101": {"model.backbone.depths": (3, 4, 23, 3)},  # with ms3x PQ 48.4
-    "r101_dcn": {  # with ms3x PQ 49.6
-        "model.backbone.depths": (3, 4, 23, 3),
-        "model.backbone.num_deformable": 3,
-    },
+    "r101": {"model.backbone": R101},  # with ms3x PQ 48.4
+    "r101_dcn": {"model.backbone": R101 | {"num_deformable": 3}},  # with ms3x PQ 49.6
     "swin_l": {  # with ms3x PQ 54.6
         "model.backbone": swin(192, (2, 2, 18, 2), (6, 12, 24, 48)),
         "optim.groups": UNFROZEN,
@@ -141,13 +141,7 @@ VARIANTS = {
         "model.num_proposals": 20,
         "model.channels": 64,
         "model.ffn_channels": 128,
-        "model.backbone": {
-            "name": "resnet",
-            "depths": (1, 1, 1, 1),
-            "width": 16,
-            "norm": "group",
-            "frozen_stages": 0,
-        },
+        "model.backbone": TINY,
         "optim.groups": FROM_SCRATCH,
         "optim.warmup_steps": 5,
         "data.canvas": (192, 320),
@@ -161,4 +155,7 @@ VARIANTS = {
         "train.eval_every": 10,
         "train.checkpoint_every": 10,
     },
+    # After `tiny`: other backbones of its size.
+    "tiny_dcn": {"model.backbone": TINY | {"num_deformable": 3}},
+    "tiny_swin": {"model.backbone": swin(16, (1, 1, 1, 1), (1, 2, 4, 8))},
 }

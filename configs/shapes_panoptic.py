@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
                 "long_side": 128,
                 "flip": 0.5,
                 "max_things": 12,
+                "min_things": 0,
                 "num_workers": 0,
                 "max_broken_share": 0.0,
             },

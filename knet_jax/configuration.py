@@ -31,7 +31,7 @@ RESUMABLE = (
     r"init_weights",
     r"data\.(root|data_dir|num_workers|max_broken_share|val_split|num_val)",
     r"optim\.(?!groups).*",
-    r"train\.(?!batch_size).*",
+    r"train\.(?!batch_size|ema_decay).*",
     r"eval\..*",
 )
 
@@ -79,7 +79,9 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             known = flatten_dict(config.to_dict(), sep=".")
             parent, _, last = key.rpartition(".")
             if isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in known):
-                reduce(getitem, parent.split("."), config)[last] = ConfigDict(value)
+                reduce(getitem, parent.split(".") if parent else [], config)[last] = ConfigDict(
+                    value
+                )
                 continue
             _check_key(key, known, f"variant {name!r} of {path}")
             config.update_from_flattened_dict({key: value})

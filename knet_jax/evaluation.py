@@ -19,7 +19,7 @@ from knet_jax.metrics import states
 from knet_jax.preemption import StopRequest
 from knet_jax.resampling import Canvas
 from knet_jax.structs import Batch, Stage
-from knet_jax.tasks import TASKS
+from knet_jax.tasks import TASKS, stage_of
 from knet_jax.training import replicate
 from knet_jax.visualize import Row, panel
 
@@ -27,7 +27,7 @@ from knet_jax.visualize import Row, panel
 def run_network(variables: Any, batch: Batch, *, model: KNet, stage: int = -1) -> Stage:
     """What one device's images give after an update, the last one unless told otherwise."""
     image = normalize(batch.image, batch.size, model.backbone.dtype)
-    return model.apply(variables, image).stages[stage]
+    return stage_of(model.apply(variables, image), stage, model.sizes)
 
 
 class Prediction(NamedTuple):

@@ -203,7 +203,7 @@ class KernelUpdate(nn.Module):
     claim: Callable[[jax.Array], jax.Array]
     """`claim_hard` or `claim_soft`."""
     update: Callable[..., nn.Module]
-    """Makes `AdaptiveUpdate` or `SumUpdate`, given a type and a name."""
+    """Makes `AdaptiveUpdate` or `sum_update`, given a type and a name."""
     interaction: Callable[..., nn.Module] | None
     """Makes `Interaction`, given a type and a name; None leaves every kernel to itself."""
 

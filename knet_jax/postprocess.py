@@ -95,9 +95,9 @@ def label_maps(
       stride: of the masks.
 
     Returns:
-      uint8 (uint16 above 254 classes) [b, H, W]; beyond the picture it has no meaning.
+      uint8 (uint16 above 255 classes) [b, H, W]; beyond the picture it has no meaning.
     """
-    dtype = jnp.uint8 if masks.shape[1] < 255 else jnp.uint16
+    dtype = jnp.uint8 if masks.shape[1] <= 255 else jnp.uint16
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
     def one(masks, size, original_size):

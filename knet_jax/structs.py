@@ -70,7 +70,7 @@ class SemanticTargets(NamedTuple):
     """Classes of pixels, as they cross to the device."""
 
     label_map: Array
-    """uint8 (uint16 above 254 classes) [b, H, W]: 0 is ignored (void, padding), 1 + k is class k."""
+    """uint8 (uint16 above 255 classes) [b, H, W]: 0 is ignored (void, padding), 1 + k is class k."""
 
 
 class Batch(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 
 from knet_jax import losses, rle
 from knet_jax.fusion import Fused, fuse
+from knet_jax.kernels import claim_hard
 from knet_jax.layers import resize, upsample2x
 from knet_jax.matching import Weights, match, matching_cost
 from knet_jax.metrics import instance, panoptic, semantic
@@ -208,6 +209,23 @@ def semantic_loss(
 # Results.
 
 
+def stage_of(output: Output, index: int, sizes: Sizes) -> Stage:
+    """A stage with class logits, where the task has any.
+
+    Before the first update kernels have none: there a kernel gets the mean of the dense classes over
+    the pixels that its mask claims.
+    """
+    stage = output.stages[index]
+    if stage.logits is not None or not sizes.num_proposals:
+        return stage
+    classes = jax.nn.sigmoid(output.dense)
+    claims = claim_hard(stage.masks).astype(classes.dtype)
+    area = claims.sum((2, 3))[:, :, None]
+    probs = jnp.einsum("bnhw,bkhw->bnk", claims, classes) / jnp.maximum(area, 1)
+    tiny = jnp.finfo(probs.dtype).tiny
+    return stage._replace(logits=jnp.log(probs + tiny) - jnp.log1p(-probs))
+
+
 def predict_panoptic(
     stage: Stage,
     size: jax.Array,
@@ -322,8 +340,6 @@ class Task(NamedTuple):
     """Counts pictures and summarizes the counts."""
     results: Callable[..., Any]
     """(path, categories) -> a writer of the files that the test servers take."""
-    first_stage: int
-    """After how many updates there is a result: classes of proposals come with the first."""
 
 
 TASKS = {
@@ -335,7 +351,6 @@ TASKS = {
         read_panoptic,
         panoptic,
         PanopticResults,
-        first_stage=1,
     ),
     "instance": Task(
         unpack_instances,
@@ -345,7 +360,6 @@ TASKS = {
         read_instances,
         instance,
         InstanceResults,
-        first_stage=1,
     ),
     "semantic": Task(
         unpack_semantic,
@@ -355,6 +369,5 @@ TASKS = {
         read_labels,
         semantic,
         SemanticResults,
-        first_stage=0,
     ),
 }

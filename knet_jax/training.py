@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -59,10 +60,11 @@ def check_same_categories(saved: dict[str, Any], categories: Categories) -> None
     """Raises ValueError where a checkpoint was trained on other classes than the data lists."""
     old, new = saved["names"], list(categories.names)
     if old != new:
-        first = next((i for i, pair in enumerate(zip(old, new)) if pair[0] != pair[1]), 0)
+        pairs = enumerate(zip_longest(old, new, fillvalue="absent"))
+        first, (was, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
         raise ValueError(
-            f"config.data.root: class {first} of the data is {new[first]!r}, "
-            f"but the checkpoint was trained with {old[first]!r} there"
+            f"config.data.root: class {first} of the data is {now!r}, "
+            f"but the checkpoint was trained with {was!r} there"
         )
 
 
@@ -195,8 +197,9 @@ def make_train_step(
     """(state, batch in parts) -> (state, scalars), on all devices.
 
     Every array of a part has a leading axis over devices. Gradients are sums over parts and
-    devices, divided by the counts of the whole batch, so that neither changes the result (but for
-    `norm: batch` in the backbone, whose statistics are those of a part on all devices). The
+    devices, divided by the counts of the whole batch, so that neither changes the result. (But for
+    `norm: batch`, whose statistics are those of a part on all devices, and for dropout and drop
+    path, which are drawn for each part and device.) The
     parts are a loop on the host: within one compiled program, XLA on the CPU runs the gradient of
     a convolution a hundred times slower.
     """

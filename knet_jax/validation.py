@@ -6,7 +6,8 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -81,9 +82,15 @@ RULES: dict[str, Rule] = {
     "model.adaptive_update": YES_NO,
     "model.kernel_interaction": YES_NO,
     "model.dtype": _one_of("float32", "bfloat16"),
+    "data.dataset": (lambda value: isinstance(value, str), "a name, such as 'coco'"),
+    "data.data_dir": (lambda value: isinstance(value, str), "a path, or '' for the default"),
+    "data.train_split": (lambda value: isinstance(value, str), "a name, or a slice of one"),
+    "data.val_split": (lambda value: isinstance(value, str), "a name, or a slice of one"),
     "data.flip": (_share, "a probability"),
     "data.num_workers": ZERO,
     "data.max_broken_share": (_share, "a share between 0 and 1"),
+    "optim.groups": (lambda groups: isinstance(groups, tuple), "rows, as in configs/"),
+    "optim.scale_lr": YES_NO,
     "optim.lr": (_positive, "a number above 0"),
     "optim.reference_batch": (_positive, "a number above 0"),
     "optim.weight_decay": (_non_negative, "a number of at least 0"),
@@ -145,6 +152,7 @@ RULES_WHERE_GIVEN: dict[str, Rule] = {
     ),
     "data.long_side": (_positive, "a number of pixels"),
     "data.max_things": ONE,
+    "data.min_things": ZERO,
     **{f"loss.{term}": (_non_negative, "a weight of at least 0") for term in Weights._fields},
 }
 """Keys that some configs have."""
@@ -175,12 +183,15 @@ RULES_OF_TASKS: dict[str, dict[str, Rule]] = {
 """Keys that every config of a task has: above all the three counts, which are what a task is."""
 
 
-def validate(config: ConfigDict, num_devices: int = 1) -> None:
+def validate(
+    config: ConfigDict, num_devices: int = 1, parts: Sequence[str] = ("train", "eval")
+) -> None:
     """Checks the values of a config, whoever wrote them.
 
     Args:
       config: from `load_config` or `load_saved_config`.
-      num_devices: among which the batch is divided.
+      num_devices: among which a batch is divided.
+      parts: what is to be run, and must fit the devices.
 
     Raises:
       ConfigError: a key is missing or a value makes no sense.
@@ -192,18 +203,22 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     _check(values, RULES)
     _check(values, {key: rule for key, rule in RULES_WHERE_GIVEN.items() if key in values})
     _check(values, RULES_OF_TASKS[config.task], f" where config.task is {config.task!r}")
+    keys = {*RULES, *chain.from_iterable(RULES_OF_TASKS.values())}
+    for part in "optim", "train", "eval":
+        known = sorted(key.partition(".")[2] for key in keys if key.startswith(f"{part}."))
+        _check_names(part, config[part], known)
     parse_groups(config.optim.groups)
 
     if not (config.train.epochs or config.train.steps):
         raise ConfigError("config.train.epochs and config.train.steps are both 0; give one")
-    for part in "train", "eval":
+    for part in parts:
         if config[part].batch_size % num_devices:
             raise ConfigError(
                 f"config.{part}.batch_size is {config[part].batch_size}; accepted: "
                 f"multiples of the {num_devices} devices"
             )
-    share = config.train.batch_size // num_devices
-    if share % min(share, config.train.microbatch):
+    share = max(config.train.batch_size // num_devices, 1)
+    if "train" in parts and share % min(share, config.train.microbatch):
         raise ConfigError(
             f"config.train.microbatch is {config.train.microbatch}; accepted: a divisor of the "
             f"{share} images that each device gets of a batch"

@@ -25,6 +25,7 @@ from knet_jax.tasks import (
     read_instances,
     read_labels,
     semantic_loss,
+    stage_of,
     unpack_instances,
     unpack_panoptic,
     unpack_semantic,
@@ -466,3 +467,19 @@ def test_instances_share_the_masks_of_their_kernels():
 def test_labels_lose_their_padding():
     padded = np.arange(12, dtype=np.uint8).reshape(3, 4)
     assert read_labels(padded, np.array([2, 3])).tolist() == [[0, 1, 2], [4, 5, 6]]
+
+
+def test_kernels_without_a_class_get_the_mean_of_the_dense_classes_over_their_pixels():
+    output = make_output(1)
+    sizes = Sizes(NUM_PROPOSALS, NUM_THINGS, NUM_STUFF)
+    stage = jax.jit(stage_of, static_argnums=(1, 2))(output, 0, sizes)
+    probs = 1 / (1 + np.exp(-np.asarray(output.dense, float)))
+    masks = np.asarray(output.stages[0].masks)
+    for i, n, k in np.ndindex(2, *stage.logits.shape[1:]):
+        wanted = probs[i, k][masks[i, n] > 0].mean()
+        np.testing.assert_allclose(jax.nn.sigmoid(stage.logits[i, n, k]), wanted, rtol=1e-4)
+    assert stage_of(output, -1, sizes) is output.stages[-1]
+    nothing = output._replace(stages=(output.stages[0]._replace(masks=-jnp.ones_like(masks)),))
+    assert (jax.nn.sigmoid(stage_of(nothing, 0, sizes).logits) == 0).all()
+    semantic = Output((Stage(None, output.stages[0].masks, None),), None)
+    assert stage_of(semantic, 0, Sizes(0, 0, N)).logits is None

@@ -46,7 +46,8 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet without its classifier. Image [b, H, W, 3] -> (C2, C3, C4, C5), strides 4 to 32.
+    """ResNet without its classifier. Image [b, H, W, 3] -> (C2, C3, C4, C5) at strides 4, 8, 16, 32
+    (at most `output_stride`).
 
     `depths` and `width` of (3, 4, 6, 3) and 64 are ResNet-50, (3, 4, 23, 3) ResNet-101. The first
     `frozen_stages` stages, and the stem if there are any, get no gradient.

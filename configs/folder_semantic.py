@@ -1,0 +1,23 @@
+"""Semantic K-Net on your own pictures: a folder of them, one of index PNGs, and a list of classes."""
+
+from ml_collections import ConfigDict
+
+from configs import ade20k_semantic
+
+
+def get_config() -> ConfigDict:
+    """FCN on ResNet-50, three kernel updates, by the recipe of ADE20K."""
+    config = ade20k_semantic.get_config()
+    config.model.num_stuff = 2  # as many as the list has
+    config.data.dataset = "folder"
+    config.data.root = "data/folder"
+    config.data.images = "images/{split}"
+    config.data.labels = "labels/{split}"
+    config.data.classes = "classes.txt"
+    config.data.ignore_index = 255
+    config.data.train_split = "train"
+    config.data.val_split = "val"
+    return config
+
+
+VARIANTS = ade20k_semantic.VARIANTS
