@@ -22,13 +22,15 @@ import numpy as np
 import scenes
 from ml_collections import ConfigDict
 
-from knet_jax import losses, optim, tasks, training
+from knet_jax import optim, training
 from knet_jax.data import pipeline
-from knet_jax.evaluation import last_stage, panoptic_map
+from knet_jax.evaluation import run_network
 from knet_jax.knet import make_model
+from knet_jax.layers import AXIS
 from knet_jax.matching import Weights
-from knet_jax.postprocess import Canvas, fuse
-from knet_jax.structs import EMPTY
+from knet_jax.resampling import Canvas
+from knet_jax.structs import Sizes
+from knet_jax.tasks import TASKS
 
 LOADER_WINDOW = 4
 """Batches of the loader that are timed together: workers deliver in bursts."""
@@ -136,38 +138,41 @@ def network(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     model = make_model(**config.model)
     batch = scenes.batch(case.batch, case.size, config, seed=0)
     variables, batch = jax.device_put((training.init_variables(model, config.seed), batch))
-    run = jax.jit(partial(last_stage, model=model))
+    run = jax.jit(partial(run_network, model=model))
     times = measure(lambda: run(variables, batch), repeat)
     return times | {"flop": flops(run, variables, batch)}
 
 
 def fusion(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
-    """Logits on the device -> panoptic maps at the size of the pictures, on the host."""
-    masks, logits = jax.device_put(scenes.logits(case.scene, case.batch, case.size, config))
+    """Logits on the device -> results of the task at the size of the pictures, on the host."""
+    task = TASKS[config.task]
+    stage = jax.device_put(scenes.stage(case.scene, case.batch, case.size, config))
     sizes, originals = (
         np.array([size] * case.batch, np.int32) for size in (case.size, case.original)
     )
     run = jax.jit(
         partial(
-            fuse,
-            num_things=config.model.num_things,
+            task.predict,
+            sizes=Sizes(*(config.model[name] for name in Sizes._fields)),
             canvas=Canvas.of(sizes, originals),
-            instance_threshold=config.eval.instance_threshold,
-            overlap_threshold=config.eval.overlap_threshold,
+            stride=case.size.height // stage.masks.shape[2],
+            options=config.eval.to_dict(),
         )
     )
 
-    def to_host() -> list[np.ndarray]:
-        fused = jax.device_get(run(masks, logits, sizes, originals))
-        return [panoptic_map(fused, i, originals[i]).ids for i in range(case.batch)]
+    def to_host() -> list[Any]:
+        results = jax.device_get(run(stage, sizes, originals))
+        return [
+            task.read(jax.tree.map(lambda x, i=i: x[i], results), original)
+            for i, original in enumerate(originals)
+        ]
 
-    times = measure(to_host, repeat)
-    kept = jax.device_get(run(masks, logits, sizes, originals).labels) != EMPTY
-    return times | {"segments": float(kept.sum(1).mean())}
+    return measure(to_host, repeat)
 
 
 def fusion_torch(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
-    """The plain way in torch: all masks to the size of the picture, the best one at each pixel.
+    """Panoptic maps the plain way in torch: all masks to the size of the picture, the best one at
+    each pixel.
 
     The last step, which of them keep their pixels, is left out.
     """
@@ -175,7 +180,7 @@ def fusion_torch(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     from torch.nn.functional import interpolate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    arrays = scenes.logits(case.scene, case.batch, case.size, config)
+    _, *arrays = scenes.stage(case.scene, case.batch, case.size, config)
     masks, logits = (torch.from_numpy(np.array(array)).to(device) for array in arrays)
     num_things, num_proposals = config.model.num_things, config.model.num_proposals
     resize = partial(interpolate, mode="bilinear", align_corners=False)
@@ -201,7 +206,7 @@ def fusion_torch(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
 
 def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """Forward, matching, losses, gradients and AdamW on one device, as train.py does it."""
-    devices = jax.local_devices()[:1]
+    devices, task = jax.local_devices()[:1], TASKS[config.task]
     model = make_model(**config.model)
     variables = training.init_variables(model, config.seed)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
@@ -210,25 +215,27 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     step = training.make_train_step(
         devices,
         model=model,
+        task=task,
         optimizer=optimizer,
         trainable=optim.trainable(config.optim.groups, params),
         weights=weights,
+        seed=config.seed,
     )
     num_parts = case.batch // min(case.batch, config.train.microbatch)
     batch = scenes.batch(case.batch, case.size, config, seed=0)
     parts = training.to_devices(batch, devices, num_parts)
 
     # The matching is done on the host, and the optimizer's operations are few: neither is counted.
-    part = jax.tree.map(lambda x: x[0], parts[0])
-    segments = tasks.segments(part, config.model.num_stuff)
-    counts = losses.count(*segments, config.model.num_proposals)
+    targets = jax.tree.map(lambda x: x[0], parts[0].targets)
+    counts = task.count(task.unpack(targets, model.sizes), model.sizes)
     gradients = jax.pmap(
-        partial(training.accumulate, model=model, weights=weights),
-        axis_name=training.AXIS,
+        partial(training.accumulate, model=model, task=task, weights=weights),
+        axis_name=AXIS,
         devices=devices,
-        in_axes=(None, None, None, 0, None),
+        in_axes=(None, None, None, 0, None, None),
     )
-    flop = flops(gradients, params, params, batch_stats, parts[0], counts)
+    key = jax.random.key(config.seed)
+    flop = flops(gradients, params, params, batch_stats, parts[0], counts, key)
 
     state = training.replicate(
         training.TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params)),
@@ -251,7 +258,7 @@ def loader(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     data = config.data
     data.num_workers = case.workers
     with contextlib.redirect_stdout(io.StringIO()):
-        split = pipeline.load_split(data, data.train_split, "panoptic")
+        split = pipeline.load_split(data, data.train_split, config.task)
     batches = pipeline.train_batches(split, data, case.batch, config.seed, start=0)
     # What the workers have ready when the clock starts would count as fast.
     for _ in range(2 * case.workers + 2):

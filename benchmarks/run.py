@@ -1,12 +1,13 @@
-"""Times the parts of K-Net on this machine: network, fusion, train step and loader.
+"""Times the parts of K-Net on this machine: network, results, train step and loader.
 
 python benchmarks/run.py --output benchmarks/results/cpu.json
 python benchmarks/run.py --parts network --precision float32,tensorfloat32,bfloat16 --batch 1,8
+python benchmarks/run.py --config configs/ade20k_semantic.py:uper --size 512x512
 python benchmarks/run.py --parts loader --data-root /data/coco --workers 2,4
 
 Times are wall-clock milliseconds from the call until the result is there. Every case runs in a
 process of its own, so that its peak memory is its own, and running out of it ends no other case.
-The weights are random, which matters to the fusion alone: benchmarks/README.md says how.
+The weights are random, which matters to panoptic maps alone: benchmarks/README.md says how.
 """
 
 from __future__ import annotations
@@ -131,9 +132,11 @@ def measure_apart(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def reference_name(case: Case, config: ConfigDict) -> str | None:
-    """The reference's name of a case, None if it has none: it timed ResNet-50 in float32."""
+    """The reference's name of a case, None if it has none: it timed the panoptic ResNet-50 in
+    float32."""
     backbone = config.model.backbone
-    if case.precision != "float32" or (*backbone.depths, backbone.width) != (3, 4, 6, 3, 64):
+    size = (*backbone.depths, backbone.get("width"))
+    if (config.task, case.precision, size) != ("panoptic", "float32", (3, 4, 6, 3, 64)):
         return None
     fusion = f"post_{case.size}_to_{case.original}"
     names = {
@@ -237,6 +240,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("the loader needs --data-root")
     if args.torch and importlib.util.find_spec("torch") is None:
         parser.error("--torch: torch is not installed")
+    if args.torch and args.values.task != "panoptic":
+        parser.error(f"--torch times panoptic maps; the config's task is {args.values.task}")
     if args.reference and not args.reference.is_file():
         parser.error(f"--reference: there is no file {args.reference}")
     if args.output:

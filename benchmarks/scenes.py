@@ -1,4 +1,4 @@
-"""Made-up inputs: pictures with targets for the network, logits for the fusion. From a seed."""
+"""Made-up inputs: pictures with targets for the network, logits for its results. From a seed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from knet_jax.evaluation import last_stage
+from knet_jax.evaluation import run_network
 from knet_jax.knet import make_model
-from knet_jax.structs import EMPTY, Batch, PanopticTargets
+from knet_jax.structs import (
+    EMPTY,
+    Batch,
+    InstanceTargets,
+    PanopticTargets,
+    SemanticTargets,
+    Stage,
+)
 from knet_jax.training import init_variables
 
 SCENES = ("random", "objects")
-"""What a fusion gets. Its time depends on it: masks that cannot win a pixel are never resampled.
+"""What the results are made of. The time of a panoptic map depends on it: masks that cannot win a
+pixel are never resampled.
 
 `random` is hard: the masks of a network of random weights, which overlap everywhere, at the scale
 that the reference's have with its random weights; the scores are all alike. `objects` is what a
@@ -37,64 +45,98 @@ NO = -6.0
 def batch(count: int, size: tuple[int, int], config: ConfigDict, seed: int) -> Batch:
     """`count` pictures that fill the canvas, with discs as things on regions of stuff."""
     rng = np.random.default_rng(seed)
-    num_stuff, max_things = config.model.num_stuff, config.data.max_things
-    height, width = size
-    images, maps = [], []
-    labels = np.full((count, max_things + num_stuff), EMPTY, np.int32)
-    stuff_count, thing_count = min(STUFF, num_stuff), min(THINGS, max_things)
-    for i in range(count):
-        image = 128 + 40 * np.moveaxis(_fields(rng, 3, height, width), 0, -1)
+    images, targets = [], []
+    for _ in range(count):
+        image = 128 + 40 * np.moveaxis(_fields(rng, 3, *size), 0, -1)
         images.append(np.clip(image, 0, 255).astype(np.uint8))
-        kinds = rng.choice(num_stuff, stuff_count, replace=False)
-        regions = _fields(rng, stuff_count, height // 2, width // 2).argmax(0)
-        segments = 1 + max_things + kinds[regions]
-        for thing, disc in enumerate(_discs(rng, thing_count, height // 2, width // 2)):
-            segments[disc > 0] = 1 + thing
-            labels[i, thing] = rng.integers(config.model.num_things)
-        labels[i, max_things + kinds] = config.model.num_things + kinds
-        maps.append(segments)
-    dtype = np.uint8 if labels.shape[1] < 256 else np.uint16
+        targets.append(TARGETS[config.task](rng, size, config))
+    targets = jax.tree.map(lambda *each: np.stack(each), *targets)
     sizes = np.array([size] * count, np.int32)
-    ids = np.arange(count, dtype=np.int32)
-    targets = PanopticTargets(np.stack(maps).astype(dtype), labels)
-    return Batch(np.stack(images), targets, sizes, sizes, ids)
+    return Batch(np.stack(images), targets, sizes, sizes, np.arange(count, dtype=np.int32))
 
 
-def logits(scene: str, count: int, size: tuple[int, int], config: ConfigDict):
-    """Mask logits [count, n, h, w] and class logits [count, n, k] of one of `SCENES`."""
+def _panoptic(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict):
+    """Of one picture, as the two that follow."""
+    num_stuff, max_things = config.model.num_stuff, config.data.max_things
+    height, width = size[0] // 2, size[1] // 2
+    labels = np.full(max_things + num_stuff, EMPTY, np.int32)
+    kinds = rng.choice(num_stuff, min(STUFF, num_stuff), replace=False)
+    labels[max_things + kinds] = config.model.num_things + kinds
+    regions = _fields(rng, len(kinds), height, width).argmax(0)
+    segments = 1 + max_things + kinds[regions]
+    for thing, disc in enumerate(_discs(rng, min(THINGS, max_things), height, width)):
+        segments[disc > 0] = 1 + thing
+        labels[thing] = rng.integers(config.model.num_things)
+    return PanopticTargets(segments.astype(np.uint8 if len(labels) < 256 else np.uint16), labels)
+
+
+def _instances(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict):
+    max_things = config.data.max_things
+    discs = _discs(rng, min(THINGS, max_things), size[0] // 2, size[1] // 2)
+    masks = np.zeros((max_things, *discs.shape[1:]), bool)
+    masks[: len(discs)] = discs > 0
+    labels = np.full(max_things, EMPTY, np.int32)
+    labels[: len(discs)] = rng.integers(config.model.num_things, size=len(discs))
+    return InstanceTargets(np.packbits(masks, axis=2), labels)
+
+
+def _labels(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict):
+    num_classes = config.model.num_stuff
+    kinds = rng.choice(num_classes, min(STUFF, num_classes), replace=False)
+    label_map = 1 + kinds[_fields(rng, len(kinds), *size).argmax(0)]
+    for disc in _discs(rng, THINGS, *size):
+        label_map[disc > 0] = 1 + rng.integers(num_classes)
+    return SemanticTargets(label_map.astype(np.uint8 if num_classes < 255 else np.uint16))
+
+
+TARGETS = {"panoptic": _panoptic, "instance": _instances, "semantic": _labels}
+
+
+def stage(scene: str, count: int, size: tuple[int, int], config: ConfigDict) -> Stage:
+    """Masks [count, n, h, w] and class logits [count, n, k] (if any) of one of `SCENES`."""
     if scene == "random":
         return _random(count, size, config)
-    rngs = [np.random.default_rng(seed) for seed in range(count)]
-    masks, labels = zip(*(_objects(rng, size, config) for rng in rngs))
-    return np.stack(masks), np.stack(labels)
-
-
-def _random(count: int, size: tuple[int, int], config: ConfigDict):
-    model = make_model(**config.model)
-    run = jax.jit(partial(last_stage, model=model))
-    one = jax.device_get(
-        [
-            run(init_variables(model, config.seed), batch(1, size, config, seed))
-            for seed in range(count)
-        ]
+    # As large as the network makes them.
+    shapes = jax.eval_shape(
+        lambda: run_network(_variables(config), batch(1, size, config, 0), model=_model(config))
     )
-    masks, labels = (np.concatenate(parts).astype(np.float32) for parts in zip(*one))
+    rngs = [np.random.default_rng(seed) for seed in range(count)]
+    masks, logits = zip(*(_objects(rng, shapes.masks.shape[2:], config) for rng in rngs))
+    return Stage(None, np.stack(masks), None if shapes.logits is None else np.stack(logits))
+
+
+def _model(config: ConfigDict):
+    return make_model(**config.model)
+
+
+def _variables(config: ConfigDict):
+    return init_variables(_model(config), config.seed)
+
+
+def _random(count: int, size: tuple[int, int], config: ConfigDict) -> Stage:
+    run = jax.jit(partial(run_network, model=_model(config)))
+    variables = _variables(config)
+    stages = [run(variables, batch(1, size, config, seed)) for seed in range(count)]
+    _, masks, logits = jax.tree.map(
+        lambda *each: np.concatenate(each).astype(np.float32), *jax.device_get(stages)
+    )
     masks = MASK_STD * (masks - masks.mean()) / masks.std()
-    return masks, LABEL_MEAN + LABEL_STD * (labels - labels.mean()) / labels.std()
+    if logits is not None:
+        logits = LABEL_MEAN + LABEL_STD * (logits - logits.mean()) / logits.std()
+    return Stage(None, masks, logits)
 
 
 def _objects(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict):
-    """One picture as a trained network sees it."""
+    """One picture as a trained network sees it; `size` is that of the masks."""
     num_proposals, num_things, num_stuff = (
         config.model[key] for key in ("num_proposals", "num_things", "num_stuff")
     )
-    height, width = size[0] // 8, size[1] // 8
     n = num_proposals + num_stuff
     # Proposals that nobody believes still claim pixels, here and there.
-    masks = 3 * _fields(rng, n, height, width) + NO
+    masks = 3 * _fields(rng, n, *size) + NO
     labels = rng.normal(NO, 1, (n, num_things + num_stuff))
 
-    discs = np.clip(_discs(rng, min(THINGS, num_proposals // 3), height, width), -12, 12)
+    discs = np.clip(_discs(rng, min(THINGS, num_proposals // 3), *size), -12, 12)
     for i, disc in enumerate(discs):
         label = rng.integers(num_things)
         for copy in range(3):  # a thing, and two proposals that see it less clearly
@@ -102,11 +144,11 @@ def _objects(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict
             labels[i + copy * len(discs), label] = rng.uniform(1, 3) - 2 * copy
 
     kinds = rng.choice(num_stuff, min(STUFF, num_stuff), replace=False)
-    fields = 8 * _fields(rng, len(kinds), height, width)
+    fields = 8 * _fields(rng, len(kinds), *size)
     best = np.sort(fields, axis=0)
     for field, kind in zip(fields, kinds):
         others = np.where(field == best[-1], best[-2], best[-1]) if len(kinds) > 1 else NO
-        region = np.minimum(field - others, -discs.max(0))
+        region = np.minimum(field - others, -discs.max(0, initial=-12))
         masks[num_proposals + kind] = np.clip(region, -12, 12)
         labels[num_proposals + kind, num_things + kind] = rng.uniform(0, 2)
     return masks.astype(np.float32), labels.astype(np.float32)
@@ -115,7 +157,8 @@ def _objects(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict
 def _fields(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
     """Smooth noise of about unit variance, [count, height, width]."""
     coarse = rng.normal(0, 1.3, (count, 5, 7))
-    return np.stack([cv2.resize(c, (width, height), interpolation=cv2.INTER_CUBIC) for c in coarse])
+    fine = [cv2.resize(c, (width, height), interpolation=cv2.INTER_CUBIC) for c in coarse]
+    return np.reshape(fine, (count, height, width))
 
 
 def _discs(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:

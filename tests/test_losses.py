@@ -81,6 +81,26 @@ def test_rank_loss_counts_unowned_pixels(masks):
     )
 
 
+def test_pixel_loss(masks):
+    owner = np.random.default_rng(0).integers(-1, N, (B, H, W))
+    assert EMPTY in owner
+    total, logits = 0, np.asarray(masks, float)
+    for i, y, x in np.ndindex(B, H, W):
+        if owner[i, y, x] != EMPTY:
+            z = logits[i, :, y, x]
+            total += np.log(np.exp(z).sum()) - z[owner[i, y, x]]
+    ours = losses.pixel_loss(masks, jnp.asarray(owner), 5)  # images of the whole step
+    np.testing.assert_allclose(ours, total / (5 * H * W), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_pixel_loss_of_logits_far_from_zero_is_finite(masks, size):
+    owner = jnp.asarray(np.random.default_rng(0).integers(-1, N, (B, H, W)))
+    value, grads = jax.value_and_grad(losses.pixel_loss)(size * masks, owner, B)
+    assert np.isfinite(value) and np.isfinite(grads).all()
+    assert abs(grads).max() <= 1 / (B * H * W) * 1.001  # of a softmax
+
+
 def test_label_loss(targets):
     logits = random(B, N, T + Q, seed=2, scale=3)
     total = 0

@@ -304,15 +304,23 @@ def test_parts_hold_every_picture_once():
             np.testing.assert_array_equal(part.targets.labels[0, row], labels)
 
 
-def test_other_class_counts_are_told_with_the_key_and_the_remedy():
+@pytest.mark.parametrize(
+    "counts, wrong, right",
+    [
+        ((20, 2, 1), {"num_things": 80}, 2),
+        ((20, 2, 1), {"num_stuff": 53}, 1),
+        # To a semantic network things are stuff like the rest.
+        ((0, 0, 3), {"num_stuff": 150}, 3),
+        ((0, 0, 3), {"num_things": 2}, 0),
+    ],
+)
+def test_other_class_counts_are_told_with_the_key_and_the_remedy(counts, wrong, right):
     categories = Categories(("cat", "dog", "sky"), (3, 5, 7), 2)
-    config = ConfigDict({"model": {"num_proposals": 9, "num_things": 2, "num_stuff": 1}})
-    training.check_categories(config, categories)
-    for name, wrong, right in ("num_things", 80, 2), ("num_stuff", 53, 1):
-        changed = ConfigDict(config.to_dict())
-        changed.model[name] = wrong
-        with pytest.raises(ValueError) as error:
-            training.check_categories(changed, categories)
-        message = str(error.value)
-        assert f"config.model.{name} is {wrong}" in message
-        assert f"--config.model.{name}={right}" in message and "\n" not in message
+    model = dict(zip(("num_proposals", "num_things", "num_stuff"), counts))
+    training.check_categories(ConfigDict({"model": model}), categories)
+    with pytest.raises(ValueError) as error:
+        training.check_categories(ConfigDict({"model": model | wrong}), categories)
+    ((name, value),) = wrong.items()
+    message = str(error.value)
+    assert f"config.model.{name} is {value}" in message
+    assert f"--config.model.{name}={right}" in message and "\n" not in message
