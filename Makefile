@@ -33,9 +33,10 @@ format: $(INSTALLED)  ## Mend style.
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# EXACT: what is compared in double precision, everything unless told otherwise.
 parity: $(INSTALLED)  ## Compare with the PyTorch reference in both precisions: make parity FIXTURES=folder
 	$(VENV)/bin/python tests/parity.py --quiet $(FIXTURES)
-	$(VENV)/bin/python tests/parity.py --quiet --x64 $(FIXTURES)
+	$(VENV)/bin/python tests/parity.py --quiet --x64 $(or $(EXACT),$(FIXTURES))
 
 clean:  ## Remove caches and the demo's run; the environment stays.
 	rm -rf runs/demo* .jax_cache .pytest_cache .ruff_cache build dist

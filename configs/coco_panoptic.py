@@ -156,6 +156,12 @@ VARIANTS = {
         "train.checkpoint_every": 10,
     },
     # After `tiny`: other backbones of its size.
-    "tiny_dcn": {"model.backbone": TINY | {"num_deformable": 3}},
-    "tiny_swin": {"model.backbone": swin(16, (1, 1, 1, 1), (1, 2, 4, 8))},
+    "tiny_dcn": {
+        "model.backbone": TINY | {"num_deformable": 3},
+        "optim.groups": FROM_SCRATCH,
+    },
+    "tiny_swin": {
+        "model.backbone": swin(16, (1, 1, 1, 1), (1, 2, 4, 8)),
+        "optim.groups": FROM_SCRATCH,
+    },
 }
