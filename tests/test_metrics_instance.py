@@ -423,5 +423,5 @@ def test_reader_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="truth.json: picture 7: no category 99"):
         InstanceFile(path)[7]
     path.write_text(content.replace('"size": [140', '"size": [141'))
-    with pytest.raises(ValueError, match="picture 7: segmentation of 141 x 150 pixels, expected"):
+    with pytest.raises(ValueError, match=r"picture 7: its RLE has size \[141, 150\], the picture"):
         InstanceFile(path)[7]

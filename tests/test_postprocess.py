@@ -166,7 +166,7 @@ def test_label_maps_equal_the_reference_at_any_size(stride):
     assert seen == set(range(1, 8))
 
 
-@pytest.mark.parametrize("num_classes, dtype", [(254, np.uint8), (255, np.uint16)])
+@pytest.mark.parametrize("num_classes, dtype", [(255, np.uint8), (256, np.uint16)])
 def test_no_class_is_too_large_for_the_map(num_classes, dtype):
     """The last class is 1 + (k - 1), and 0 stays free."""
     masks = np.zeros((1, num_classes, 1, 1), np.float32)
