@@ -29,7 +29,7 @@ from knet_jax.knet import make_model
 from knet_jax.layers import AXIS
 from knet_jax.matching import Weights
 from knet_jax.resampling import Canvas
-from knet_jax.structs import Sizes
+from knet_jax.structs import Pass, Sizes
 from knet_jax.tasks import TASKS
 
 LOADER_WINDOW = 4
@@ -150,6 +150,7 @@ def fusion(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     sizes, originals = (
         np.array([size] * case.batch, np.int32) for size in (case.size, case.original)
     )
+    mirrored = np.zeros(case.batch, bool)
     run = jax.jit(
         partial(
             task.predict,
@@ -161,7 +162,7 @@ def fusion(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     )
 
     def to_host() -> list[Any]:
-        results = jax.device_get(run(stage, sizes, originals))
+        results = jax.device_get(run([Pass(stage, sizes, mirrored)], originals))
         return [
             task.read(jax.tree.map(lambda x, i=i: x[i], results), original)
             for i, original in enumerate(originals)

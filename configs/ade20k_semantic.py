@@ -86,6 +86,13 @@ def get_config() -> ConfigDict:
             "eval": {
                 "batch_size": 8,
                 "num_pictures": 4,
+                # The mean of the probabilities over these scales (and mirrored pictures). In the paper
+                # (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) with flips, where it says so.
+                "scales": (1.0,),
+                "flip": False,
+                # (height, width) of windows that overlap, for large pictures; () shows them whole.
+                "window": (),
+                "window_step": (),
             },
         }
     )

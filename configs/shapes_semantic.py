@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import shapes_panoptic
+from configs import ade20k_semantic, shapes_panoptic
 
 
 def get_config() -> ConfigDict:
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.loss = ConfigDict({"mask": 1.0, "dense": 0.4})
-    config.eval = ConfigDict({"batch_size": 8, "num_pictures": 4})
+    config.eval = ade20k_semantic.get_config().eval
     return config
 
 

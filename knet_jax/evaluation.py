@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,9 +16,10 @@ from knet_jax.data import pipeline
 from knet_jax.data.splits import Split
 from knet_jax.knet import KNet, normalize
 from knet_jax.metrics import states
+from knet_jax.passes import cut, join, mirror
 from knet_jax.preemption import StopRequest
 from knet_jax.resampling import Canvas
-from knet_jax.structs import Batch, Stage
+from knet_jax.structs import Batch, Pass, Stage
 from knet_jax.tasks import TASKS, stage_of
 from knet_jax.training import replicate
 from knet_jax.visualize import Row, panel
@@ -72,6 +73,15 @@ class Evaluator:
         on_devices = partial(jax.pmap, devices=devices)
         network = partial(run_network, model=model, stage=stage)
         self._network = on_devices(network, in_axes=(None, 0))
+        options = config.eval
+        self._scales = options.get("scales", (1.0,))
+        self._flip = options.get("flip", False)
+        self._window, self._step = (options.get(key, ()) for key in ("window", "window_step"))
+        self._join = cache(
+            lambda canvas: on_devices(
+                partial(join, canvas=canvas, window=self._window, step=self._step)
+            )
+        )
         # Pictures come in many sizes: only this small program is compiled for each canvas.
         predict = partial(self.task.predict, sizes=model.sizes, options=config.eval.to_dict())
         self._predict = cache(
@@ -81,23 +91,38 @@ class Evaluator:
     def predictions(self, variables: Any) -> Iterator[Prediction]:
         """This process's pictures, one after the other."""
         variables = replicate(variables, self._devices)
-        batches = pipeline.eval_batches(
-            self.split,
-            self._data,
-            self._batch_size,
-            limit=self._limit,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+        by_scale = (
+            pipeline.eval_batches(
+                self.split,
+                self._data,
+                self._batch_size,
+                limit=self._limit,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                ratio=ratio,
+            )
+            for ratio in self._scales
         )
 
-        def start(batch: Batch) -> Any:
-            parts = split_over(batch, len(self._devices))
-            stage = self._network(variables, parts)
-            canvas = Canvas.of(batch.size, batch.original_size)
-            predict = self._predict(canvas, batch.image.shape[1] // stage.masks.shape[3])
-            return predict(stage, parts.size, parts.original_size)
+        def start(batches: Sequence[Batch]) -> Any:
+            split = partial(split_over, num_devices=len(self._devices))
+            seen = []
+            for batch in batches:
+                for mirrored in (False, True) if self._flip else (False,):
+                    stage = self._look(variables, mirror(batch) if mirrored else batch)
+                    flags = np.full(len(batch.id), mirrored)
+                    seen.append(Pass(stage, *split((batch.size, flags))))
+            first = batches[0]
+            canvas = Canvas.of(np.max([b.size for b in batches], 0), first.original_size)
+            stride = batches[-1].image.shape[1] // seen[-1].stage.masks.shape[3]
+            return self._predict(canvas, stride)(tuple(seen), split(first.original_size))
 
-        for batch, truths, result in lookahead((b, t, start(b)) for b, t in batches):
+        def results() -> Iterator[tuple[Batch, list[tuple[int, Any]], Any]]:
+            for together in zip(*by_scale, strict=True):
+                batches = [batch for batch, _ in together]
+                yield *together[0], start(batches)
+
+        for batch, truths, result in lookahead(results()):
             result = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), result)
             rows = {int(index): i for i, index in enumerate(batch.id)}
             for index, truth in truths:
@@ -106,6 +131,14 @@ class Evaluator:
                     jax.tree.map(lambda x, i=i: x[i], result), batch.original_size[i]
                 )
                 yield Prediction(index, truth, prediction)
+
+    def _look(self, variables: Any, batch: Batch) -> Stage:
+        """What the network makes of a batch, whole or window by window. Arrays [device, b, …]."""
+        shown = cut(batch, self._window, self._step) if self._window else [batch]
+        stages = [self._network(variables, split_over(b, len(self._devices))) for b in shown]
+        if not self._window:
+            return stages[0]
+        return self._join(batch.image.shape[1:3])(stages)
 
     def evaluate(
         self,
@@ -163,8 +196,8 @@ class Gallery:
         return panel(self.rows, self._split.categories)
 
 
-def split_over(batch: Batch, num_devices: int) -> Batch:
-    """A batch with a leading axis over devices."""
+def split_over(batch: Any, num_devices: int) -> Any:
+    """A batch, or some of its arrays, with a leading axis over devices."""
     return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
 
 

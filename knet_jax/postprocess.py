@@ -5,6 +5,7 @@ Panoptic maps: `fusion.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from knet_jax.layers import upsample2x
 from knet_jax.resampling import Canvas, to_original
+from knet_jax.structs import Pass
 
 MASK_STRIDE = 4
 """Of the masks of instances, once doubled."""
@@ -83,13 +85,12 @@ def best_instances(
 
 
 def label_maps(
-    masks: jax.Array, size: jax.Array, original_size: jax.Array, *, canvas: Canvas, stride: int
+    passes: Sequence[Pass], original_size: jax.Array, *, canvas: Canvas, stride: int
 ) -> jax.Array:
-    """The class of every pixel: that of the largest logit, 1 + k for class k.
+    """The class of every pixel: the most probable one by the mean of all passes, 1 + k for class k.
 
     Args:
-      masks: logits [b, k, h, w].
-      size: int32 [b, 2], height and width of the resized picture within the input.
+      passes: of the same pictures; masks are logits [b, k, h, w].
       original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
       canvas: static, from `Canvas.of`.
       stride: of the masks.
@@ -97,20 +98,31 @@ def label_maps(
     Returns:
       uint8 (uint16 above 255 classes) [b, H, W]; beyond the picture it has no meaning.
     """
-    dtype = jnp.uint8 if masks.shape[1] <= 255 else jnp.uint16
+    dtype = jnp.uint8 if passes[0].stage.masks.shape[1] <= 255 else jnp.uint16
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-    def one(masks, size, original_size):
-        y, x = (
-            to_original(size[i], original_size[i], rows, pixels, stride, masks.dtype)
-            for i, (rows, pixels) in enumerate(zip(masks.shape[1:], (canvas.height, canvas.width)))
+    def axes(seen: Pass, original_size: jax.Array) -> tuple[jax.Array, jax.Array]:
+        masks, size = seen.stage.masks, seen.size
+        resample = partial(to_original, stride=stride, dtype=masks.dtype)
+        y = resample(size[0], original_size[0], masks.shape[1], canvas.height)
+        x = resample(
+            size[1], original_size[1], masks.shape[2], canvas.width, mirrored=seen.mirrored
         )
+        return y.reshape(-1, ROWS, y.shape[1]), x
 
-        def block(y: jax.Array) -> jax.Array:
-            logits = einsum("kiw,jw->kij", einsum("ih,khw->kiw", y, masks), x)
-            return (1 + logits.argmax(0)).astype(dtype)
+    def one(passes: Sequence[Pass], original_size: jax.Array) -> jax.Array:
+        all_y, all_x = zip(*(axes(seen, original_size) for seen in passes))
 
-        rows = jax.lax.map(block, y.reshape(-1, ROWS, y.shape[1]))
+        def block(all_y: Sequence[jax.Array]) -> jax.Array:
+            total = 0
+            for seen, y, x in zip(passes, all_y, all_x):
+                above = einsum("ih,khw->kiw", y, seen.stage.masks)
+                logits = einsum("kiw,jw->kij", above, x)
+                # The largest logit of a single pass is its largest probability.
+                total += jax.nn.softmax(logits, axis=0) if len(passes) > 1 else logits
+            return (1 + total.argmax(0)).astype(dtype)
+
+        rows = jax.lax.map(block, all_y)
         return rows.reshape(canvas.height, canvas.width)
 
-    return jax.vmap(one)(masks, size, original_size)
+    return jax.vmap(one)(tuple(passes), original_size)

@@ -55,7 +55,13 @@ def matrix(lower: jax.Array, fraction: jax.Array, size, columns: jax.Array) -> j
 
 
 def to_original(
-    size: jax.Array, original_size: jax.Array, num_rows: int, num_pixels: int, stride: int, dtype
+    size: jax.Array,
+    original_size: jax.Array,
+    num_rows: int,
+    num_pixels: int,
+    stride: int,
+    dtype,
+    mirrored: jax.Array | bool = False,
 ) -> jax.Array:
     """One axis from a map of the input to the picture: to the input's size, cropped, resized.
 
@@ -66,11 +72,13 @@ def to_original(
       num_pixels: at least the original size; what lies beyond repeats the last pixel.
       stride: of the map.
       dtype: of the result.
+      mirrored: [] whether the map shows the picture from its other end.
 
     Returns:
       [num_pixels, num_rows]: weights of the map's rows for every pixel.
     """
-    pixels = jnp.minimum(jnp.arange(num_pixels), original_size - 1).astype(dtype)
+    pixels = jnp.minimum(jnp.arange(num_pixels), original_size - 1)
+    pixels = jnp.where(mirrored, original_size - 1 - pixels, pixels).astype(dtype)
     lower, fraction = taps(pixels, size / original_size.astype(dtype), size)
     upper = jnp.minimum(lower + 1, size - 1)
     rows = jnp.arange(num_rows)

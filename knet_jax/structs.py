@@ -123,6 +123,16 @@ class Output(NamedTuple):
     """[b, k, h, w]: class logits of every pixel, a training signal only; None without such a head."""
 
 
+class Pass(NamedTuple):
+    """What the network made of a batch in one pass: at one scale, mirrored or not."""
+
+    stage: Stage
+    size: Array
+    """int32 [b, 2]: height and width of the pictures as the network saw them, of the batch."""
+    mirrored: Array
+    """bool [b]: whether it saw them left for right."""
+
+
 class SegmentInfo(NamedTuple):
     """One segment of a panoptic map."""
 

@@ -5,7 +5,7 @@ The network is the same for all tasks. `TASKS` at the end holds everything in wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from knet_jax.structs import (
     Output,
     PanopticMap,
     PanopticTargets,
+    Pass,
     SegmentInfo,
     Segments,
     SemanticTargets,
@@ -227,8 +228,7 @@ def stage_of(output: Output, index: int, sizes: Sizes) -> Stage:
 
 
 def predict_panoptic(
-    stage: Stage,
-    size: jax.Array,
+    passes: Sequence[Pass],
     original_size: jax.Array,
     *,
     sizes: Sizes,
@@ -238,10 +238,11 @@ def predict_panoptic(
 ) -> Fused:
     """Panoptic maps of a batch."""
     del stride
+    [seen] = passes
     return fuse(
-        stage.masks,
-        stage.logits,
-        size,
+        seen.stage.masks,
+        seen.stage.logits,
+        seen.size,
         original_size,
         num_things=sizes.num_things,
         canvas=canvas,
@@ -262,8 +263,7 @@ def read_panoptic(fused: Fused, original_size: np.ndarray) -> PanopticMap:
 
 
 def predict_instances(
-    stage: Stage,
-    size: jax.Array,
+    passes: Sequence[Pass],
     original_size: jax.Array,
     *,
     sizes: Sizes,
@@ -273,10 +273,11 @@ def predict_instances(
 ) -> Instances:
     """The best instances of each picture of a batch."""
     del sizes, stride
+    [seen] = passes
     return best_instances(
-        stage.masks,
-        stage.logits,
-        size,
+        seen.stage.masks,
+        seen.stage.logits,
+        seen.size,
         original_size,
         canvas=canvas,
         num_results=options["num_results"],
@@ -300,8 +301,7 @@ def read_instances(best: Instances, original_size: np.ndarray) -> tuple[Instance
 
 
 def predict_labels(
-    stage: Stage,
-    size: jax.Array,
+    passes: Sequence[Pass],
     original_size: jax.Array,
     *,
     sizes: Sizes,
@@ -309,9 +309,9 @@ def predict_labels(
     stride: int,
     options: Mapping[str, Any],
 ) -> jax.Array:
-    """Label maps of a batch."""
+    """Label maps of a batch, by the mean of all passes."""
     del sizes, options
-    return label_maps(stage.masks, size, original_size, canvas=canvas, stride=stride)
+    return label_maps(passes, original_size, canvas=canvas, stride=stride)
 
 
 def read_labels(labels: np.ndarray, original_size: np.ndarray) -> np.ndarray:
@@ -333,7 +333,8 @@ class Task(NamedTuple):
     loss: Callable[..., Judgement]
     """(output, targets, counts of the step, sizes, weights) -> `Judgement`."""
     predict: Callable[..., Any]
-    """(stage, size, original_size, and what is static) -> results of a batch, on the device."""
+    """(passes, original_size, and what is static) -> results of a batch, on the device; more than
+    one `Pass` where the config of the task has scales and flips."""
     read: Callable[..., Any]
     """(results of one picture, original_size) -> the same as people and metrics take it."""
     metric: ModuleType

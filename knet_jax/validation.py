@@ -65,6 +65,10 @@ NONE = (lambda value: _count(value) and value == 0, "0")
 ZERO = (_count, "a whole number of at least 0")
 ONE = (_at_least_one, "a whole number of at least 1")
 YES_NO = (lambda value: isinstance(value, bool), "True or False")
+STRIDES = (
+    _pair(lambda n: _at_least_one(n) and n % 32 == 0),
+    "(height, width), multiples of 32",
+)
 SOME = (
     lambda value: isinstance(value, tuple) and len(value) > 0 and all(map(_at_least_one, value)),
     "whole numbers of at least 1, such as (1, 2, 3)",
@@ -142,10 +146,7 @@ RULES_WHERE_GIVEN: dict[str, Rule] = {
     "model.neck.sine": YES_NO,
     "model.neck.coordinates": YES_NO,
     # Data of things and stuff.
-    "data.canvas": (
-        _pair(lambda n: _at_least_one(n) and n % 32 == 0),
-        "(height, width), multiples of 32",
-    ),
+    "data.canvas": STRIDES,
     "data.short_side": (
         lambda pair: _pair(_positive)(pair) and pair[0] <= pair[1],
         "(smallest, largest) in pixels",
@@ -178,6 +179,19 @@ RULES_OF_TASKS: dict[str, dict[str, Rule]] = {
         "model.num_stuff": ONE,
         "model.auxiliary_channels": ZERO,
         "model.neck.name": _one_of(*(name for name in NECKS if name != "semantic_fpn")),
+        "eval.scales": (
+            lambda v: isinstance(v, tuple) and len(v) > 0 and all(map(_positive, v)),
+            "numbers above 0, such as (1.0,) or (0.5, 1.0, 1.5)",
+        ),
+        "eval.flip": YES_NO,
+        "eval.window": (
+            lambda v: v == () or STRIDES[0](v),
+            f"(), which is the whole picture, or {STRIDES[1]}",
+        ),
+        "eval.window_step": (
+            lambda v: v == () or STRIDES[0](v),
+            f"{STRIDES[1]}, or () where there is no window",
+        ),
     },
 }
 """Keys that every config of a task has: above all the three counts, which are what a task is."""
@@ -237,6 +251,12 @@ def validate(
         raise ConfigError(
             f"config.data.max_things is {max_things}; accepted: at most "
             f"config.model.num_proposals, {num_proposals}, one kernel a thing"
+        )
+    window, step = (values.get(f"eval.{key}", ()) for key in ("window", "window_step"))
+    if len(step) != len(window) or any(move > side for move, side in zip(step, window)):
+        raise ConfigError(
+            f"config.eval.window_step is {step}; accepted: (height, width) of at most "
+            f"config.eval.window, {window}, so that no pixel is left out"
         )
     channels, num_heads = values["model.channels"], values["model.num_heads"]
     if values["model.kernel_interaction"] and channels % num_heads:

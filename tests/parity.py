@@ -38,7 +38,7 @@ from knet_jax.metrics.panoptic import summarize
 from knet_jax.optim import gradient_norm, make_optimizer, trainable
 from knet_jax.postprocess import best_instances, label_maps
 from knet_jax.resampling import Canvas
-from knet_jax.structs import EMPTY, Categories, Output, Segments, Stage
+from knet_jax.structs import EMPTY, Categories, Output, Pass, Segments, Stage
 from knet_jax.tasks import TASKS, KernelTargets, match_stages
 from knet_jax.training import compute_loss
 
@@ -384,9 +384,9 @@ def segmentation_forward(fixture: Fixture) -> Iterator[Row]:
         [fixture.arrays["pred_labels"].shape[1:]] * len(fixture.arrays["image"]), np.int32
     )
     stride = fixture.arrays["image"].shape[2] // output.stages[-1].masks.shape[2]
-    maps = label_maps(
-        output.stages[-1].masks, size, size, canvas=Canvas.of(size, size), stride=stride
-    )[:, : size[0, 0], : size[0, 1]]
+    once = [Pass(output.stages[-1], size, np.zeros(len(size), bool))]
+    maps = label_maps(once, size, canvas=Canvas.of(size, size), stride=stride)
+    maps = maps[:, : size[0, 0], : size[0, 1]]
     wrong = np.asarray(maps) != fixture.arrays["pred_labels"] + 1
     yield Row("pred_labels", float(wrong.mean()), 1e-3)
 

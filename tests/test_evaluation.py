@@ -71,16 +71,18 @@ def oracle(data, monkeypatch):
                     fused.scores[i, number] = 0.5
         return fused
 
-    def predict(stage, size, original_size, *, sizes, canvas, stride, options):
+    def predict(passes, original_size, *, sizes, canvas, stride, options):
+        [seen] = passes
+        assert not isinstance(seen.mirrored, bool) and seen.mirrored.shape == (len(seen.size),)
         assert sizes.num_things == 5 and (canvas.height, canvas.width) == side and stride == 8
         assert {"instance_threshold", "overlap_threshold"} <= set(options)
-        b = len(size)
+        b = len(seen.size)
         shapes = Fused(
             jax.ShapeDtypeStruct((b, *side), jnp.int16),
             jax.ShapeDtypeStruct((b, SLOTS), jnp.int32),
             jax.ShapeDtypeStruct((b, SLOTS), jnp.float32),
         )
-        return jax.pure_callback(look_up, shapes, stage.kernels)
+        return jax.pure_callback(look_up, shapes, seen.stage.kernels)
 
     def run_network(variables, batch, *, model, stage):
         assert stage == -1

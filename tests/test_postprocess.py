@@ -8,6 +8,7 @@ from plain import plain_probabilities, to_picture
 
 from knet_jax.postprocess import best_instances, label_maps
 from knet_jax.resampling import Canvas
+from knet_jax.structs import Pass, Stage
 
 # The input is 64 x 96. Pictures that are larger, smaller, cropped, one pixel wide.
 SIZES = [
@@ -145,8 +146,18 @@ def test_padding_pictures_end():
 def ours_labels(masks, size, original_size, stride, canvas=None):
     size, original_size = np.asarray(size, np.int32), np.asarray(original_size, np.int32)
     canvas = canvas or Canvas.of(size, original_size)
+    mirrored = np.zeros(len(size), bool)
+    return run_label_maps([(masks, size, mirrored)], original_size, stride, canvas)
+
+
+def run_label_maps(passes, original_size, stride, canvas):
+    """Of passes (masks, size, mirrored)."""
     run = jax.jit(partial(label_maps, canvas=canvas, stride=stride))
-    return np.asarray(run(jnp.asarray(masks, jnp.float32), size, original_size))
+    passes = [
+        Pass(Stage(None, jnp.asarray(masks, jnp.float32), None), np.asarray(size), mirrored)
+        for masks, size, mirrored in passes
+    ]
+    return np.asarray(run(passes, np.asarray(original_size, np.int32)))
 
 
 @pytest.mark.parametrize("stride", [4, 8])
@@ -188,3 +199,30 @@ def test_a_larger_canvas_changes_no_label():
     assert large.shape == (2, 256, 384)
     for one, two, (height, width) in zip(small, large, args[2]):
         np.testing.assert_array_equal(one[:height, :width], two[:height, :width])
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+def test_label_maps_of_scales_and_mirrored_pictures_average_probabilities(stride):
+    """Against the plain way: resize logits, softmax, turn back, mean, argmax."""
+    originals = [(97, 129), (50, 146), (7, 11), (3, 250)]
+    sizes = {
+        (64, 96): [(64, 85), (33, 96), (61, 93), (1, 96)],
+        (96, 160): [(96, 128), (50, 146), (90, 140), (2, 144)],
+    }
+    rng, passes = np.random.default_rng(stride), []
+    for (height, width), size in sizes.items():
+        for turn in ([False] * 4, [True] * 4, [True, False, True, False]):
+            masks = rng.normal(0, 4, (4, 5, height // stride, width // stride))
+            passes.append((masks, np.array(size, np.int32), np.array(turn)))
+    canvas = Canvas.of(np.array(sizes[96, 160]), np.array(originals))
+    maps = run_label_maps(passes, originals, stride, canvas)
+    for i, (height, width) in enumerate(originals):
+        mean = 0
+        for masks, size, turn in passes:
+            full = to_picture(masks[i], stride, size[i], (height, width))
+            probs = np.exp(full) / np.exp(full).sum(0)
+            mean += (probs[:, :, ::-1] if turn[i] else probs) / len(passes)
+        best = np.sort(mean, axis=0)
+        unsure = best[-1] - best[-2] < 1e-5
+        assert unsure.mean() < 0.01
+        assert not ((maps[i, :height, :width] != 1 + mean.argmax(0)) & ~unsure).any()

@@ -12,6 +12,7 @@ from knet_jax.validation import RULES_OF_TASKS, RULES_WHERE_GIVEN, validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 COCO = str(next(path for path in CONFIGS if path.stem == "coco_panoptic"))
+ADE20K = str(next(path for path in CONFIGS if path.stem == "ade20k_semantic"))
 
 
 def every_recipe():
@@ -90,6 +91,8 @@ def config_of(task, backbone=(), **model) -> ConfigDict:
     with config.unlocked():
         config.task = task
         config.eval.num_results = 100
+        if task == "semantic":
+            config.eval.update(load_config(ADE20K).eval)
         config.data.max_things = 3
         backbone = {"norm": "group", "frozen_stages": 0} | dict(backbone)
         config.model = ConfigDict({"backbone": backbone} | MODELS[task] | model)
@@ -237,6 +240,31 @@ def test_keys_that_a_task_needs(task, key):
                 with changed.unlocked():
                     del changed.eval[name]
             validate(changed)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("scales=()", r"config.eval.scales is \(\); accepted: numbers above 0"),
+        ("scales=(1.0, 0.0)", r"config.eval.scales is \(1.0, 0.0\)"),
+        ("flip=2", "config.eval.flip"),
+        ("window=(500, 512)", r"config.eval.window is \(500, 512\); accepted: \(\), .*of 32"),
+        ("window=(512, 512)", r"config.eval.window_step is \(\); accepted: .*no pixel is left out"),
+        ("window_step=(32, 32)", r"config.eval.window_step is \(32, 32\); accepted: "),
+    ],
+)
+def test_ways_to_see_a_picture_that_make_no_sense(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(load_config(ADE20K, [f"--config.eval.{argument}"]))
+
+
+def test_windows_may_touch_but_leave_no_gap():
+    config = config_of("semantic")
+    config.eval.update({"window": (512, 512), "window_step": (512, 352)})
+    validate(config)
+    config.eval.window_step = (512, 544)
+    with pytest.raises(ConfigError, match=r"window_step is \(512, 544\).*at most .*\(512, 512\)"):
+        validate(config)
 
 
 def test_a_weight_of_no_term_is_named():

@@ -1,0 +1,67 @@
+"""Batches seen in other ways: mirrored, and window by window. On the host, but for `join`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import jax.numpy as jnp
+import numpy as np
+
+from knet_jax.structs import Batch, Stage
+
+Pair = tuple[int, int]
+"""(height, width), or (row, column)."""
+
+
+def mirror(batch: Batch) -> Batch:
+    """The same pictures left for right, each within its own size; targets stay as they are."""
+    image = batch.image.copy()
+    for picture, (_, width) in zip(image, batch.size):
+        picture[:, :width] = picture[:, :width][:, ::-1]
+    return batch._replace(image=image)
+
+
+def corners(canvas: Pair, window: Pair, step: Pair) -> list[Pair]:
+    """Where windows lie that cover a canvas: every `step`, the last ones at its end.
+
+    All are pairs of an axis each; a window is cut to the canvas.
+    """
+    axes = (
+        sorted({min(start, max(side - length, 0)) for start in range(0, side, move)})
+        for side, length, move in zip(canvas, window, step)
+    )
+    return list(product(*axes))
+
+
+def cut(batch: Batch, window: Pair, step: Pair) -> Iterator[Batch]:
+    """What each window shows of a batch, in the order of `corners`; targets are left out."""
+    for row, column in corners(batch.image.shape[1:3], window, step):
+        image = batch.image[:, row : row + window[0], column : column + window[1]]
+        size = np.clip(batch.size - (row, column), 0, image.shape[1:3])
+        yield batch._replace(image=image, targets=None, size=size)
+
+
+def join(stages: Sequence[Stage], *, canvas: Pair, window: Pair, step: Pair) -> Stage:
+    """The masks of a canvas from those of its windows: their mean where windows overlap.
+
+    Args:
+      stages: of the windows, in the order of `corners`; masks [b, n, h, w].
+      canvas: height and width, multiples of the masks' stride as the next two are.
+      window: height and width.
+      step: from one window to the next.
+
+    Returns:
+      a stage with masks [b, n, H/stride, W/stride]; kernels and class logits, which every window
+      has its own of, are left out.
+    """
+    height, width = stages[0].masks.shape[2:]
+    stride = min(window[0], canvas[0]) // height
+    total = jnp.zeros((*stages[0].masks.shape[:2], *(side // stride for side in canvas)))
+    count = np.zeros(total.shape[2:], np.float32)
+    for (row, column), stage in zip(corners(canvas, window, step), stages):
+        top, left = row // stride, column // stride
+        here = np.s_[..., top : top + height, left : left + width]
+        total = total.at[here].add(stage.masks)
+        count[here] += 1
+    return Stage(None, total / count, None)

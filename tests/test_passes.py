@@ -1,0 +1,154 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from knet_jax import evaluation
+from knet_jax.configuration import load_config
+from knet_jax.data import pipeline
+from knet_jax.evaluation import Evaluator
+from knet_jax.knet import make_model
+from knet_jax.passes import corners, cut, join, mirror
+from knet_jax.structs import Batch, Stage
+
+CONFIG = Path(__file__).parents[1] / "configs" / "shapes_semantic.py"
+
+
+def make_batch(height=64, width=96, sizes=((64, 96), (33, 61), (0, 0))):
+    rng = np.random.default_rng(0)
+    image = rng.integers(1, 255, (len(sizes), height, width, 3)).astype(np.uint8)
+    for picture, (rows, columns) in zip(image, sizes):
+        picture[rows:], picture[:, columns:] = 0, 0
+    sizes = np.array(sizes, np.int32)
+    return Batch(image, None, sizes, sizes, np.arange(len(sizes), dtype=np.int32))
+
+
+def means(image, stride=8):
+    """A network without a field of view: minus and plus the mean color of every square."""
+    b, height, width, _ = image.shape
+    squares = image.reshape(b, height // stride, stride, width // stride, stride, 3)
+    color = squares.astype(jnp.float32).mean((2, 4)).transpose(0, 3, 1, 2) / 64
+    return jnp.concatenate([color, 4 - color, color * 0 + 2], axis=1)
+
+
+def test_mirrored_pictures_stay_in_their_corner():
+    batch = make_batch()
+    mirrored = mirror(batch)
+    np.testing.assert_array_equal(mirrored.image[0], batch.image[0, :, ::-1])
+    np.testing.assert_array_equal(mirrored.image[1, :33, :61], batch.image[1, :33, 60::-1])
+    assert not mirrored.image[1, 33:].any() and not mirrored.image[1, :, 61:].any()
+    np.testing.assert_array_equal(mirror(mirrored).image, batch.image)
+    assert (mirrored.image != batch.image).any()
+
+
+@pytest.mark.parametrize("canvas", [(64, 96), (96, 256), (32, 32), (160, 64)])
+@pytest.mark.parametrize("window, step", [((64, 64), (32, 32)), ((64, 96), (64, 64))])
+def test_windows_cover_the_canvas_and_end_with_it(canvas, window, step):
+    covered = np.zeros(canvas, int)
+    for row, column in corners(canvas, window, step):
+        part = covered[row : row + window[0], column : column + window[1]]
+        assert part.shape == tuple(map(min, canvas, window))
+        part += 1
+    assert covered.min() == 1
+    assert len(corners(canvas, window, step)) == len(set(corners(canvas, window, step)))
+
+
+def test_windows_know_how_much_of_the_picture_they_show():
+    batch = make_batch()
+    where = corners((64, 96), (32, 64), (32, 32))
+    assert where == [(0, 0), (0, 32), (32, 0), (32, 32)]
+    parts = list(cut(batch, (32, 64), (32, 32)))
+    sizes = [part.size[1].tolist() for part in parts]
+    assert sizes == [[32, 61], [32, 29], [1, 61], [1, 29]]
+    assert all(part.size[2].tolist() == [0, 0] for part in parts)
+    np.testing.assert_array_equal(parts[3].image, batch.image[:, 32:, 32:])
+
+
+def test_overlapping_windows_are_averaged():
+    """Every window gives a number of its own; the mean of those above a square is known."""
+    canvas, window, step = (64, 96), (32, 64), (32, 32)
+    stages = [Stage(None, jnp.full((2, 3, 4, 8), float(i)), None) for i in range(4)]
+    masks = np.asarray(join(stages, canvas=canvas, window=window, step=step).masks)
+    assert masks.shape == (2, 3, 8, 12)
+    wanted = np.repeat([[0, 0.5, 1], [2, 2.5, 3]], 4, axis=1).repeat(4, axis=0)
+    np.testing.assert_array_equal(masks, np.broadcast_to(wanted, masks.shape))
+
+
+@pytest.mark.parametrize("window, step", [((64, 96), (64, 96)), ((32, 64), (32, 32))])
+def test_windows_joined_are_the_whole(window, step):
+    batch = make_batch()
+    stages = [Stage(None, means(part.image), None) for part in cut(batch, window, step)]
+    joined = join(stages, canvas=(64, 96), window=window, step=step)
+    np.testing.assert_allclose(joined.masks, means(batch.image), rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A config and eight pictures whose sides are multiples of eight."""
+    overrides = [
+        f"--config.data.data_dir={tmp_path_factory.mktemp('data')}",
+        "--config.data.num_val=8",
+        "--config.data.image_side=(64, 96)",
+        "--config.data.scale=(96, 96)",
+        "--config.data.eval_multiple=32",
+        "--config.eval.batch_size=3",
+    ]
+    config = load_config(f"{CONFIG}:tiny", overrides)
+    return config, pipeline.load_split(config.data, "val", "semantic")
+
+
+def label_maps(data, **options):
+    config, split = data
+    config = config.copy_and_resolve_references()
+    config.eval.update(options)
+    evaluator = Evaluator(make_model(**config.model), split, config, jax.devices()[:1])
+    return {seen.index: seen.prediction for seen in evaluator.predictions({})}
+
+
+@pytest.fixture
+def plain_network(monkeypatch):
+    """Replaces the network, and counts what it was shown."""
+    shown = []
+
+    def run_network(variables, batch, *, model, stage):
+        shown.append(batch.image.shape[1:3])
+        return Stage(None, means(batch.image), None)
+
+    monkeypatch.setattr(evaluation, "run_network", run_network)
+    return shown
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scales": (1.0, 1.0, 1.0)},
+        {"window": (32, 64), "window_step": (32, 32)},
+        {"window": (256, 256), "window_step": (32, 32)},
+    ],
+    ids=["scales", "windows", "large_window"],
+)
+def test_evaluation_in_other_ways_is_the_same(data, plain_network, options):
+    """Of a network that sees every square alone; the pictures have all sorts of sides."""
+    whole = label_maps(data)
+    before = len(plain_network)
+    other = label_maps(data, **options)
+    assert len(plain_network) > before and set(whole) == set(other) == set(range(8))
+    for index, labels in whole.items():
+        assert labels.shape == tuple(data[1].sizes[index])
+        assert (labels != other[index]).mean() < 1e-3
+    assert len(np.unique(np.concatenate([labels.ravel() for labels in whole.values()]))) > 3
+
+
+def test_flips_turn_back_and_scales_differ(data, plain_network):
+    whole = label_maps(data)
+    flipped = label_maps(data, flip=True)
+    scaled = label_maps(data, scales=(0.5, 1.0, 1.5))
+    for index, labels in whole.items():
+        # Squares are cut elsewhere in a mirrored picture whose width is no multiple of eight.
+        wrong = (labels != flipped[index]).mean()
+        assert wrong < (0.1 if labels.shape[1] % 8 else 1e-3)
+        assert 0 < (labels != scaled[index]).mean() < 0.5
+    assert (64, 64) in plain_network  # half of the canvas, up to a multiple of 32
+    assert any(max(canvas) > 128 for canvas in plain_network)
