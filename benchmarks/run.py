@@ -2,7 +2,8 @@
 
 python benchmarks/run.py --output benchmarks/results/cpu.json
 python benchmarks/run.py --parts network --precision float32,tensorfloat32,bfloat16 --batch 1,8
-python benchmarks/run.py --config configs/ade20k_semantic.py:uper --size 512x512
+python benchmarks/run.py --config configs/ade20k_semantic.py:uper configs/coco_instance.py:r101 \
+    --parts network --size 512x512
 python benchmarks/run.py --parts loader --data-root /data/coco --workers 2,4
 
 Times are wall-clock milliseconds from the call until the result is there. Every case runs in a
@@ -51,7 +52,8 @@ COLUMNS = {
 def main() -> int:
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as prepared:
-        args.values.data.data_dir = prepared
+        for config in args.configs.values():
+            config.data.data_dir = prepared
         report = measure_all(args)
 
     print(", ".join(f"{key} {value}" for key, value in (report["machine"] or {}).items()))
@@ -66,16 +68,17 @@ def main() -> int:
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     """The content of the output file, which is written after every case."""
     reference = json.loads(args.reference.read_text()) if args.reference else None
-    report = {"machine": None, "config": args.config, "results": []}
+    report = {"machine": None, "results": []}
     if reference:
         report["reference_machine"] = reference["machine"]
     planned = list(cases(args))
     peaks = dict.fromkeys(PRECISIONS, args.peak_tflops)
-    for number, case in enumerate(planned, 1):
-        print(f"[{number}/{len(planned)}] {case}", file=sys.stderr, flush=True)
-        record = measure_apart(case, args)
+    for number, (spec, case) in enumerate(planned, 1):
+        label = str(case) if case.part == "matmul" else f"{spec} {case}"
+        print(f"[{number}/{len(planned)}] {label}", file=sys.stderr, flush=True)
+        record = measure_apart(case, args.configs[spec], args.repeat)
         report["machine"] = record.pop("machine", report["machine"])
-        record = {"case": str(case), "part": case.part} | record
+        record = {"config": spec, "case": str(case), "part": case.part} | record
         if record.get("flop"):
             is_peak = case.part == "matmul"
             time = record["min_ms" if is_peak else "median_ms"]
@@ -85,7 +88,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
             elif peaks[case.precision]:
                 record["utilization"] = record["tflops"] / peaks[case.precision]
         if reference and "median_ms" in record and report["machine"]["platform"] == "cpu":
-            theirs = reference["results"].get(reference_name(case, args.values))
+            theirs = reference["results"].get(reference_name(case, args.configs[spec]))
             if theirs:
                 record["reference_ms"] = theirs["median_ms"]
                 record["ratio"] = record["median_ms"] / theirs["median_ms"]
@@ -95,11 +98,18 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Everything that the command line asks for."""
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """Everything that the command line asks for, each with its config."""
     computes = "network" in args.parts or "train" in args.parts
     if computes and args.peak_tflops is None:
-        yield from (Case("matmul", precision) for precision in args.precision)
+        first = next(iter(args.configs))  # any: the product of two matrices needs none
+        yield from ((first, Case("matmul", precision)) for precision in args.precision)
+    for spec, config in args.configs.items():
+        yield from ((spec, case) for case in cases_of(config, args))
+
+
+def cases_of(config: ConfigDict, args: argparse.Namespace) -> Iterator[Case]:
+    """Everything that the command line asks for of a config."""
     if "network" in args.parts:
         for size, precision, batch in itertools.product(args.size, args.precision, args.batch):
             yield Case("network", precision, batch, size)
@@ -116,15 +126,15 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             yield Case("train", precision, batch, size)
     if "loader" in args.parts:
         for workers in args.workers:
-            yield Case("loader", batch=args.values.train.batch_size, workers=workers)
+            yield Case("loader", batch=config.train.batch_size, workers=workers)
 
 
-def measure_apart(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+def measure_apart(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """The record of a case, or {"error": ...} where it fails, be it by the end of its process."""
     # Not a fork: it would share threads and devices with this process.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         try:
-            return process.submit(run_case, case, args.values, args.repeat).result()
+            return process.submit(run_case, case, config, repeat).result()
         # What ends this case only: memory, a missing dataset or library, a process that is gone.
         except (ImportError, MemoryError, RuntimeError, ValueError) as error:
             first_line = (str(error).splitlines() or [""])[0]
@@ -153,7 +163,11 @@ def table(records: list[dict[str, Any]]) -> str:
     columns = {key: c for key, c in COLUMNS.items() if any(key in record for record in records)}
     width = max(len(record["case"]) for record in records)
     lines = ["  ".join([" " * width, *(title for title, _ in columns.values())])]
+    config = None
     for record in records:
+        if record["config"] != config:
+            config = record["config"]
+            lines.append(config)
         cells = [
             (form.format(record[key]) if key in record else "").rjust(len(title))
             for key, (title, form) in columns.items()
@@ -183,8 +197,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--config",
-        default="configs/coco_panoptic.py",
-        help=f"FILE.py or FILE.py:variant {default}",
+        nargs="+",
+        default=["configs/coco_panoptic.py"],
+        help="FILE.py or FILE.py:variant, one or several (default: configs/coco_panoptic.py)",
     )
     add(
         "--size",
@@ -232,26 +247,27 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
 
     try:
-        args.values = load_config(args.config)
-        args.values.data.root = args.data_root or ""
+        args.configs = {spec: load_config(spec) for spec in args.config}
     except ConfigError as error:
         parser.error(str(error))
     if "loader" in args.parts and not args.data_root:
         parser.error("the loader needs --data-root")
     if args.torch and importlib.util.find_spec("torch") is None:
         parser.error("--torch: torch is not installed")
-    if args.torch and args.values.task != "panoptic":
-        parser.error(f"--torch times panoptic maps; the config's task is {args.values.task}")
     if args.reference and not args.reference.is_file():
         parser.error(f"--reference: there is no file {args.reference}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-    for batch in args.train_batch if "train" in args.parts else ():
-        if batch % min(batch, args.values.train.microbatch):
-            parser.error(
-                f"--train-batch={batch} is no multiple of config.train.microbatch, "
-                f"{args.values.train.microbatch}"
-            )
+    for spec, config in args.configs.items():
+        config.data.root = args.data_root or ""
+        if args.torch and config.task != "panoptic":
+            parser.error(f"--torch times panoptic maps; the task of {spec} is {config.task}")
+        for batch in args.train_batch if "train" in args.parts else ():
+            if batch % min(batch, config.train.microbatch):
+                parser.error(
+                    f"--train-batch={batch} is no multiple of config.train.microbatch of {spec}, "
+                    f"{config.train.microbatch}"
+                )
     return args
 
 

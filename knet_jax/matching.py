@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from knet_jax.host import host_call
 from knet_jax.structs import EMPTY, Segments
 
 FOCAL_ALPHA = 0.25
@@ -80,12 +81,10 @@ def match(cost: jax.Array, labels: jax.Array) -> jax.Array:
     """
     # A diverging run must reach the check of the loss, not die in the solver.
     cost = jnp.nan_to_num(jax.lax.stop_gradient(cost), nan=1e6, posinf=1e6, neginf=-1e6)
-    result = jax.ShapeDtypeStruct(cost.shape[:3], jnp.int32)
-    return jax.pure_callback(_solve, result, cost, labels)
+    return host_call(_solve, cost.shape[:3], jnp.int32, cost, labels)
 
 
 def _solve(cost: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    cost, labels = np.asarray(cost), np.asarray(labels)
     slots = np.full(cost.shape[:3], EMPTY, np.int32)
     for i in range(cost.shape[1]):
         (full,) = np.nonzero(labels[i] != EMPTY)
