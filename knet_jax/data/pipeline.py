@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ LEAST_SEEN = 500
 """A share of broken pictures is judged as if at least so many had been seen."""
 ENDLESS = 1 << 48
 """More batches than any training takes."""
+QUIET = "ignore:resource_tracker:UserWarning"
+"""A filter of warnings for Python's cleaner of shared memory."""
 
 
 log = logging.getLogger(__name__)
@@ -249,8 +252,12 @@ def _results(
     if not flags.FLAGS.is_parsed():
         # Grain reads flags of its own; without absl's `app.run` nobody has parsed them.
         flags.FLAGS.mark_as_parsed()
+    if recipe.num_workers:
+        _check_shared_memory(recipe, num_bytes)
+        # Python's cleaner removes at the end what Grain still had ready, and need not call it a leak.
+        if QUIET not in sys.warnoptions:
+            sys.warnoptions.append(QUIET)
     # Grain's default would hold 500 batches.
-    _check_shared_memory(recipe, num_bytes)
     elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     workers = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
     iterator = iter(elements.mp_prefetch(workers, worker_init_fn=_start_worker))
@@ -286,7 +293,7 @@ def _start_worker(index: int, count: int) -> None:
 def _check_shared_memory(recipe: Any, num_bytes: int) -> None:
     """Raises ValueError where the workers' batches would not fit; Linux would kill them."""
     folder = Path("/dev/shm")
-    if not recipe.num_workers or not folder.is_dir():
+    if not folder.is_dir():
         return
     # Each worker fills one batch while another waits; two more are in use at the other end.
     held = 2 * recipe.num_workers + 2
