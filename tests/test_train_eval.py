@@ -1,6 +1,7 @@
 """The two programs from end to end, each in a process of its own, as a user runs them."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,59 @@ def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path):
     assert f"resuming from step {stopped}" in out
     assert arrays_of(workdir, 12) == arrays_of(whole[0], 12)
     assert logged(workdir) == logged(whole[0])
+
+
+STOPPED_IN_EVALUATION = """
+import os, runpy, signal, sys
+from knet_jax.evaluation import Evaluator
+
+evaluate = Evaluator.predictions
+
+def predictions(self, variables):
+    for prediction in evaluate(self, variables):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield prediction
+
+Evaluator.predictions = predictions
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def scored(workdir):
+    """The evaluations that a run has logged."""
+    return {r["step"]: r["val/PQ"] for r in read_log(workdir) if "val/PQ" in r}
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_an_evaluation_makes_it_up(whole, data_dir, tmp_path):
+    workdir = tmp_path / "parts"
+    arguments = train_arguments(workdir, data_dir, "--config.train.steps=12")
+    says(run("-c", STOPPED_IN_EVALUATION, *arguments), "stopped at step 4", status=143)
+    assert scored(workdir) == {}
+    status, out, err = run(*arguments)
+    assert status == 0, err
+    assert "resuming from step 4" in out
+    assert scored(workdir) == scored(whole[0])
+    assert arrays_of(workdir, 12) == arrays_of(whole[0], 12)
+    assert logged(workdir) == logged(whole[0])
+
+
+def test_a_run_is_done_when_its_last_step_is_evaluated(whole, data_dir, tmp_path):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    scores, log = workdir / "checkpoints" / "12" / "scores.json", workdir / "log.jsonl"
+    scores.unlink()
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    arguments = train_arguments(workdir, data_dir, "--config.train.steps=12")
+    says(run("-c", STOPPED_IN_EVALUATION, *arguments), "stopped at step 12", status=143)
+    assert 12 not in scored(workdir) and not scores.exists()
+    done = f"done: PQ {scored(whole[0])[12]:.1f}"
+    for makes_up in (True, False):
+        status, out, err = run(*arguments)
+        assert status == 0, err
+        assert out.splitlines()[-1].startswith(done)
+        assert ("step 12: PQ" in err) == makes_up and "compiling" not in err
+        assert scored(workdir) == scored(whole[0]) and scores.exists()
 
 
 @pytest.mark.slow
