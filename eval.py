@@ -23,6 +23,7 @@ from knet_jax.configuration import ConfigError, load_saved_config
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator, Gallery, Prediction
 from knet_jax.knet import make_model
+from knet_jax.metrics.result_files import place_png
 from knet_jax.tasks import TASKS
 from knet_jax.training import check_categories, check_same_categories, init_variables
 from knet_jax.validation import validate
@@ -112,9 +113,8 @@ def main(command: CommandLine) -> None:
         print_rounds(rounds, metric.HEADLINE)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     folder = output / "pictures"
-    folder.mkdir(exist_ok=True)
     for row in gallery.rows:
-        save_picture(folder / f"{Path(row.title).stem}.png", panel([row], split.categories))
+        save_picture(place_png(folder, row.title)[1], panel([row], split.categories))
     if results:
         results.close()
     print(f"wrote {output / 'metrics.json'} and {folder}/")

@@ -55,24 +55,23 @@ def _check_picture(
     Its annotations are taken out of `by_image`.
     """
     listed = by_image.pop(int(image["id"]), ())  # gigabytes of polygons go as they are encoded
-    path = folder / image["file_name"]
+    name = image["file_name"]
+    path = folder / name
     try:
         size = files.read_sizes(path)[0]
         if "height" in image and "width" in image:
             entry = (int(image["height"]), int(image["width"]))
             size = files.matching_size(path, entry, "entry in the JSON")
     except (TypeError, ValueError) as error:
-        return None, [f"{image['file_name']}: {error}, left out"]
+        return None, [f"{name}: {error}, left out"]
     instances, problems = [], []
     for annotation in listed:
         try:
             instances.append(_instance(annotation, labels, size))
         except ValueError as error:
-            problems.append(
-                f"{image['file_name']}: annotation {annotation['id']}: {error}, dropped"
-            )
+            problems.append(f"{name}: annotation {annotation['id']}: {error}, dropped")
     annotate = functools.partial(tuple, instances)
-    return files.Picture(int(image["id"]), path, size, annotate, len(instances)), problems
+    return files.Picture(int(image["id"]), path, name, size, annotate, len(instances)), problems
 
 
 def _instance(

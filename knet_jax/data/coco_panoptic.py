@@ -112,7 +112,7 @@ def _check_picture(
     if unlisted:
         problems.append(f"{name}: ids {unlisted} of its PNG are not listed, taken as void")
     annotate = functools.partial(_read_annotation, png, segments)
-    return files.Picture(image_id, path, size, annotate, len(segments)), problems
+    return files.Picture(image_id, path, name, size, annotate, len(segments)), problems
 
 
 def _read_annotation(
