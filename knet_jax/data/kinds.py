@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from knet_jax.data import instance, panoptic, recipes, semantic
 from knet_jax.data.transforms import View
-from knet_jax.structs import PanopticMap
 
 
 class Kind(NamedTuple):
@@ -37,8 +36,6 @@ class Kind(NamedTuple):
     """targets, place, loaded, view, canvas, categories: writes one picture into the targets."""
     truth: Callable[..., Any]
     """loaded, categories -> the annotation at original size, for evaluation."""
-    paint: Callable[..., tuple[PanopticMap, int]]
-    """truth, size -> a map that shows it, and how many pixels of masks others hide in it."""
 
 
 KINDS = {
@@ -55,7 +52,6 @@ KINDS = {
         empty=panoptic.empty,
         fill=panoptic.fill,
         truth=panoptic.truth,
-        paint=panoptic.paint,
     ),
     "instance": Kind(
         recipe=recipes.whole_picture,
@@ -70,7 +66,6 @@ KINDS = {
         empty=instance.empty,
         fill=instance.fill,
         truth=instance.truth,
-        paint=instance.paint,
     ),
     "semantic": Kind(
         recipe=recipes.crop,
@@ -85,7 +80,6 @@ KINDS = {
         empty=semantic.empty,
         fill=semantic.fill,
         truth=semantic.truth,
-        paint=semantic.paint,
     ),
 }
 """By the name of the task, `config.task`."""
