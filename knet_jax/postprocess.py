@@ -12,10 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax.layers import upsample2x
-from knet_jax.resampling import Canvas, to_original
-
-MASK_STRIDE = 4
-"""Of the masks of instances, once doubled."""
+from knet_jax.resampling import MASK_STRIDE, Canvas, to_original
 
 MASKS = 8
 """Masks of a picture that are resampled together."""
