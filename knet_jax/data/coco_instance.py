@@ -21,7 +21,9 @@ def scan(annotations: Path) -> records.Examples:
     Raises:
         ValueError: the file is not what it should be, or nothing can be used.
     """
-    categories, images, by_image = coco_json.read(annotations, _understand, "instance")
+    categories, images, by_image = coco_json.read(
+        annotations, _understand, "instance", coco_json.read_things
+    )
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
     folder = coco_json.pictures_folder(annotations, PREFIX)
     check = functools.partial(_check_picture, folder, labels, by_image)
@@ -30,7 +32,6 @@ def scan(annotations: Path) -> records.Examples:
         f"image {id}: annotated but not among the file's images, left out" for id in by_image
     ]
     files.require_any(pictures, problems, annotations)
-    categories = categories._replace(num_things=len(categories.names))
     return records.Examples(categories, len(pictures), files.read(pictures), problems)
 
 

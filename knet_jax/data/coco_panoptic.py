@@ -39,7 +39,9 @@ def scan_semantic(annotations: Path) -> records.Examples:
 
 
 def _scan(annotations: Path) -> tuple[Categories, list[files.Picture], list[str]]:
-    categories, images, listed = coco_json.read(annotations, _understand, "panoptic")
+    categories, images, listed = coco_json.read(
+        annotations, _understand, "panoptic", coco_json.read_categories
+    )
     names = {image_id: image["file_name"] for image_id, image in images.items()}
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
     check = functools.partial(_check_picture, annotations, names, labels)

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from knet_jax import rle
-from knet_jax.data.coco_json import read_categories
+from knet_jax.data.coco_json import read_categories, read_things
 from knet_jax.data.transforms import NUM_IDS, load_panoptic, segment_colors, segment_ids
 from knet_jax.metrics import instance
 from knet_jax.metrics.panoptic import PQCounts, count, merge, no_counts, segment_index
@@ -228,9 +228,7 @@ class InstanceFile:
         try:
             content = json.loads(self.path.read_bytes())
             if truth is None:
-                # Categories of things need not say so, which is how COCO's own file is written.
-                things = [category | {"isthing": 1} for category in content["categories"]]
-                self.categories = read_categories(things)
+                self.categories = read_things(content["categories"])
                 self._sizes = {i["id"]: (i["height"], i["width"]) for i in content["images"]}
                 annotations = content["annotations"]
             else:
