@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import gcd
 from types import MappingProxyType
 from typing import Any
 
@@ -70,7 +69,8 @@ class KNet(nn.Module):
 
 
 UPDATE_CHANNELS = 256
-"""Of the adaptive update. Wider kernels are updated in parts, as the published networks do."""
+"""Of the adaptive update. Kernels of a multiple of it are updated in parts, as the published networks
+do, others as a whole."""
 
 # The first is the default.
 BACKBONES = {"resnet": ResNet, "swin": Swin}
@@ -125,12 +125,13 @@ def make_model(
       dtype: of the feature maps, `float32` or `bfloat16`; parameters stay float32.
     """
     num_classes = num_things + num_stuff
+    in_parts = channels % UPDATE_CHANNELS == 0
     interaction = partial(Interaction, num_heads, ffn_channels) if kernel_interaction else None
     update = partial(
         KernelUpdate,
         claim=claim_hard if num_proposals else claim_soft,
         num_classes=num_classes if num_proposals else 0,
-        update=partial(AdaptiveUpdate, gcd(channels, UPDATE_CHANNELS))
+        update=partial(AdaptiveUpdate, UPDATE_CHANNELS if in_parts else channels)
         if adaptive_update
         else sum_update,
         interaction=interaction,
