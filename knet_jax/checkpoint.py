@@ -8,7 +8,6 @@ a step, which come later than its state, are a file beside the two.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import sys
@@ -26,6 +25,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from knet_jax.optim import leaf_paths
+from knet_jax.quiet import silenced
 from knet_jax.snapshot import (
     CheckpointError,
     DamagedError,
@@ -105,7 +105,7 @@ class Checkpoints:
             active_processes={process},
             barrier_sync_key_prefix=f"process{process}",
         )
-        with _quiet():
+        with silenced("orbax"):  # its remarks about options set on purpose
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_LatestAndBest(self._keep, self.best_step),
                 create=False,
@@ -165,7 +165,7 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)
         )
         try:
-            with _quiet():
+            with silenced("orbax"):
                 self._manager.save(step, args=args)
         except Exception as error:
             reason = _disk_trouble(error, self.directory)
@@ -304,7 +304,7 @@ class Checkpoints:
         """
         where = f"checkpoint {self.directory / str(step)}"
         try:
-            with _quiet():
+            with silenced("orbax"):
                 yield
         except PermissionError:
             raise
@@ -381,19 +381,3 @@ def _disk_trouble(error: Exception, directory: Path) -> str | None:
     if not directory.is_dir():
         return "the folder has been removed"
     return None
-
-
-class _NotOrbax(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in Path(record.pathname).parts
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences Orbax about options set on purpose, and about errors that we report ourselves."""
-    logger, remarks = logging.getLogger("absl"), _NotOrbax()
-    logger.addFilter(remarks)
-    try:
-        yield
-    finally:
-        logger.removeFilter(remarks)
