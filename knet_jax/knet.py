@@ -77,8 +77,10 @@ BACKBONES = {"resnet": ResNet, "swin": Swin}
 NECKS = {"semantic_fpn": SemanticFPN, "fcn": FCN, "psp": PSP, "aspp": ASPP, "uper": UPer}
 
 
-def make_part(kind: str, table: Mapping[str, Any], part: Mapping[str, Any]) -> Callable[..., Any]:
-    """The class of a backbone or neck, with its arguments: `part` has these and its name.
+def find_part(
+    kind: str, table: Mapping[str, type[nn.Module]], part: Mapping[str, Any]
+) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class of a backbone or neck, and its arguments: `part` has these and its name.
 
     Raises:
       ValueError: there is none of that name.
@@ -87,7 +89,7 @@ def make_part(kind: str, table: Mapping[str, Any], part: Mapping[str, Any]) -> C
     name = arguments.pop("name", next(iter(table)))
     if name not in table:
         raise ValueError(f"config.model.{kind}.name is {name!r}; accepted: {', '.join(table)}")
-    return partial(table[name], **arguments)
+    return table[name], arguments
 
 
 def make_model(
@@ -136,10 +138,12 @@ def make_model(
         else sum_update,
         interaction=interaction,
     )
+    make_backbone, backbone = find_part("backbone", BACKBONES, backbone)
+    make_neck, neck = find_part("neck", NECKS, neck)
     norm = {"norm": neck["norm"]} if "norm" in neck else {}
     return KNet(
-        backbone=make_part("backbone", BACKBONES, backbone)(dtype=dtype),
-        neck=make_part("neck", NECKS, neck)(channels=channels, dtype=dtype),
+        backbone=make_backbone(**backbone, dtype=dtype),
+        neck=make_neck(**neck, channels=channels, dtype=dtype),
         initial=InitialKernels(num_proposals, num_things, num_stuff, channels, dtype)
         if num_proposals
         else ClassKernels(num_classes, dropout),

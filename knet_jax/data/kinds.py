@@ -14,6 +14,8 @@ class Kind(NamedTuple):
 
     recipe: Callable[..., Any]
     """config.data -> a recipe."""
+    keys: tuple[str, ...]
+    """What the recipe reads of it."""
     features: Callable[[], dict[str, Any]]
     """What TFDS stores of an annotation."""
     encoded: tuple[str, ...]
@@ -41,6 +43,7 @@ class Kind(NamedTuple):
 KINDS = {
     "panoptic": Kind(
         recipe=recipes.whole_picture,
+        keys=recipes.WholePicture._fields,
         features=panoptic.features,
         encoded=panoptic.ENCODED,
         encode=panoptic.encode,
@@ -55,6 +58,7 @@ KINDS = {
     ),
     "instance": Kind(
         recipe=recipes.whole_picture,
+        keys=recipes.WholePicture._fields,
         features=instance.features,
         encoded=instance.ENCODED,
         encode=instance.encode,
@@ -69,6 +73,7 @@ KINDS = {
     ),
     "semantic": Kind(
         recipe=recipes.crop,
+        keys=recipes.Crop._fields,
         features=semantic.features,
         encoded=semantic.ENCODED,
         encode=semantic.encode,
@@ -88,5 +93,5 @@ KINDS = {
 def find(task: str) -> Kind:
     """The kind of annotation that a task needs. Raises ValueError where there is no such task."""
     if task not in KINDS:
-        raise ValueError(f"config.task '{task}' must be one of {', '.join(KINDS)}")
+        raise ValueError(f"config.task is {task!r}; accepted: {', '.join(KINDS)}")
     return KINDS[task]
