@@ -106,6 +106,9 @@ def main(command: CommandLine) -> None:
         ema_decay=ema_decay,
     )
 
+    share = batch_size // len(devices)
+    parts = training.Parts(len(devices), min(share, config.train.microbatch))
+
     # Where it starts.
     checkpoints = Checkpoints(
         workdir / "checkpoints",
@@ -118,6 +121,9 @@ def main(command: CommandLine) -> None:
         state, record = restored
         training.check_same_categories(record["progress"]["categories"], split.categories)
         print(f"resuming from step {record['step']} of {workdir}")
+        was = training.Parts(*record["progress"].get("parts", parts))
+        if warning := training.explain_change(model, was, parts):
+            print(warning)
     elif config.init_weights:
         state = state._replace(**load_backbone(config.init_weights, variables))
         print(f"backbone from {config.init_weights}")
@@ -153,8 +159,7 @@ def main(command: CommandLine) -> None:
         jax.process_index(),
         jax.process_count(),
     )
-    share = batch_size // jax.device_count()
-    num_parts = share // min(share, config.train.microbatch)
+    num_parts = share // parts.num_images
     feed = lookahead((b.id, training.to_devices(b, devices, num_parts)) for b, _ in batches)
     unchecked = None
 
@@ -170,8 +175,8 @@ def main(command: CommandLine) -> None:
 
         for step in range(start + 1, total_steps + 1):
             with interval.waiting():
-                ids, parts = next(feed)
-            state, metrics = train_step(state, parts)
+                ids, batch = next(feed)
+            state, metrics = train_step(state, batch)
             interval.add(metrics)
 
             # By now the step before is done; to wait for this one would leave the device idle.
@@ -192,6 +197,7 @@ def main(command: CommandLine) -> None:
                 seen = {
                     "examples_seen": step * batch_size,
                     "categories": split.categories._asdict(),
+                    "parts": parts,
                 }
                 checkpoints.save(step, state, seen)
             if evaluates:
