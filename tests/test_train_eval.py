@@ -57,9 +57,9 @@ def run(script, *arguments, **keywords):
     return finish(start(script, *arguments, **keywords))
 
 
-def train_arguments(workdir, data_dir, *more):
+def train_arguments(workdir, data_dir, *more, config=CONFIG):
     where = ("--workdir", workdir, f"--config.data.data_dir={data_dir}")
-    return ("train.py", "--config", CONFIG, *where, *SMALL, *more)
+    return ("train.py", "--config", config, *where, *SMALL, *more)
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +253,27 @@ def test_evaluation_gives_the_numbers_of_the_training_run(whole, tmp_path):
         np.testing.assert_allclose(metrics[name], logged[f"val/{name}"], rtol=1e-6)
 
 
+@pytest.mark.slow
+def test_instances_are_also_judged_by_their_boundaries(data_dir, tmp_path):
+    """And a run whose statistics depend on the parts of a batch says so when these change."""
+    arguments = train_arguments(
+        *(tmp_path, data_dir, "--config.train.steps=1", "--config.model.backbone.norm=batch"),
+        config="configs/shapes_instance.py:tiny",
+    )
+    status, out, err = run(*arguments)
+    assert status == 0 and "WARNING" not in out, err
+    status, out, err = run(*arguments, "--config.train.microbatch=2")
+    assert status == 0, err
+    assert "WARNING: 1 devices of 4 images at a time have become 1 of 2: batch statistics" in out
+
+    status, out, err = run("eval.py", "--workdir", tmp_path, "--boundary", "--limit", 3)
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["boundary"].keys() == {name for name in metrics if name.startswith("A")}
+    assert metrics["boundary"]["AP"] <= metrics["AP"]
+    assert "Boundaries" in out
+
+
 # Mistakes of the user: one line, and a status that is not 0.
 
 
@@ -327,6 +348,7 @@ def test_a_run_of_another_class_count_is_not_resumed(whole, data_dir):
         (["--config.model.num_things=7"], ["config.model.num_things is 7", "5"]),
         (["--config.model.channels=32"], ["config.model.channels is 16 in it, 32 here"]),
         (["--checkpoint", "3"], ["no checkpoint of step 3"]),
+        (["--boundary"], ["--boundary: config.task is 'panoptic'", "instance"]),
         (["--checkpoint", "good"], ["--checkpoint=good", "latest"]),
     ],
 )
