@@ -23,6 +23,7 @@ from knet_jax.configuration import ConfigError, load_saved_config
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator, Gallery, Prediction
 from knet_jax.knet import make_model
+from knet_jax.metrics.result_files import place_png
 from knet_jax.tasks import TASKS
 from knet_jax.training import check_categories, check_same_categories, init_variables
 from knet_jax.validation import validate
@@ -36,6 +37,7 @@ RESULTS = flags.DEFINE_boolean(
     "results", False, "write the results in files, as the test servers of COCO and ADE20K take them"
 )
 EMA = flags.DEFINE_boolean("ema", False, "evaluate the moving average of the parameters")
+BOUNDARY = flags.DEFINE_boolean("boundary", False, "also boundary AP, for the task instance")
 ROUNDS = flags.DEFINE_boolean("rounds", False, "also evaluate the masks of every earlier update")
 
 
@@ -51,6 +53,8 @@ def main(command: CommandLine) -> None:
 
     task = TASKS[config.task]
     metric = task.metric
+    if BOUNDARY.value and not hasattr(metric, "boundary_iou"):
+        raise ConfigError(f"--boundary: config.task is {config.task!r}; accepted: instance")
     split = pipeline.load_split(config.data, config.data.val_split, config.task)
     check_categories(config, split.categories)
     model = make_model(**config.model)
@@ -83,11 +87,17 @@ def main(command: CommandLine) -> None:
     if RESULTS.value:
         results = task.results(output / f"{config.task}.json", split.categories)
 
+    num_classes = len(split.categories.names)
+    boundaries = [metric.no_counts(num_classes)]
+
     def visit(prediction: Prediction) -> None:
         gallery.add(prediction)
+        index, truth, result = prediction
         if results:
-            i = prediction.index
-            results.add(split.image_id(i), split.file_name(i), prediction.prediction)
+            results.add(split.image_id(index), split.file_name(index), result)
+        if BOUNDARY.value:
+            image_id, overlap = split.image_id(index), metric.boundary_iou
+            boundaries.append(metric.count(truth, result, num_classes, image_id, overlap))
 
     counts = evaluator.evaluate(variables, visit)
 
@@ -100,6 +110,10 @@ def main(command: CommandLine) -> None:
         "num_images": num_images,
         "per_class": metric.per_class(counts, split.categories),
     }
+    if BOUNDARY.value:
+        boundary = metric.merge(*boundaries)
+        print(f"\nBoundaries\n{metric.table(boundary, split.categories)}")
+        metrics["boundary"] = metric.summarize(boundary, split.categories)
     if ROUNDS.value:
         metrics["rounds"] = rounds = []
         for stage in range(config.model.num_stages):
@@ -112,9 +126,8 @@ def main(command: CommandLine) -> None:
         print_rounds(rounds, metric.HEADLINE)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     folder = output / "pictures"
-    folder.mkdir(exist_ok=True)
     for row in gallery.rows:
-        save_picture(folder / f"{Path(row.title).stem}.png", panel([row], split.categories))
+        save_picture(place_png(folder, row.title)[1], panel([row], split.categories))
     if results:
         results.close()
     print(f"wrote {output / 'metrics.json'} and {folder}/")

@@ -17,6 +17,7 @@ from absl import flags
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError, load_config
 from knet_jax.data import check, download, pipeline
+from knet_jax.validation import check_data
 from knet_jax.visualize import save_picture
 
 CONFIG = flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
@@ -29,6 +30,7 @@ def main(command: CommandLine) -> None:
     if CONFIG.value is None:
         raise ConfigError("--config is missing, such as --config configs/coco_panoptic.py")
     config = load_config(CONFIG.value, command.overrides)
+    check_data(config)
     data, task = config.data, config.task
     if DOWNLOAD.value:
         download.fetch(download.find(data.dataset, task), data.root)

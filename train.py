@@ -12,8 +12,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ from knet_jax.evaluation import Evaluator, Gallery, lookahead
 from knet_jax.knet import make_model
 from knet_jax.logs import Log, Progress, plot_curves
 from knet_jax.matching import Weights
-from knet_jax.preemption import Preempted, stop_on_sigterm
+from knet_jax.preemption import Preempted, StopRequest, stop_on_sigterm
 from knet_jax.structs import EMPTY
 from knet_jax.tasks import TASKS
 from knet_jax.validation import validate
@@ -105,6 +106,9 @@ def main(command: CommandLine) -> None:
         ema_decay=ema_decay,
     )
 
+    share = batch_size // len(devices)
+    parts = training.Parts(len(devices), min(share, config.train.microbatch))
+
     # Where it starts.
     checkpoints = Checkpoints(
         workdir / "checkpoints",
@@ -117,6 +121,9 @@ def main(command: CommandLine) -> None:
         state, record = restored
         training.check_same_categories(record["progress"]["categories"], split.categories)
         print(f"resuming from step {record['step']} of {workdir}")
+        was = training.Parts(*record["progress"].get("parts", parts))
+        if warning := training.explain_change(model, was, parts):
+            print(warning)
     elif config.init_weights:
         state = state._replace(**load_backbone(config.init_weights, variables))
         print(f"backbone from {config.init_weights}")
@@ -131,10 +138,18 @@ def main(command: CommandLine) -> None:
     print(f"{count / 1e6:.1f} M parameters, {len(devices)} x {devices[0].device_kind}, {workdir}")
     print(optim.describe(config.optim, params, steps_per_epoch, total_steps, batch_size))
 
-    # The loop: step, log, evaluate, checkpoint.
-    evaluator = Evaluator(model, val_split, config, devices)
+    # The loop: step, log, save, evaluate.
     log = Log(workdir, steps_per_epoch, start) if is_chief else None
     progress = Progress(total_steps) if is_chief else None
+    score = partial(
+        evaluate,
+        evaluator=Evaluator(model, val_split, config, devices),
+        checkpoints=checkpoints,
+        num_pictures=config.eval.num_pictures,
+        log=log,
+        progress=progress,
+        workdir=workdir,
+    )
     batches = pipeline.train_batches(
         split,
         config.data,
@@ -144,19 +159,24 @@ def main(command: CommandLine) -> None:
         jax.process_index(),
         jax.process_count(),
     )
-    share = batch_size // jax.device_count()
-    num_parts = share // min(share, config.train.microbatch)
+    num_parts = share // parts.num_images
     feed = lookahead((b.id, training.to_devices(b, devices, num_parts)) for b, _ in batches)
-    interval = Interval(batch_size)
     unchecked = None
-    if is_chief and start < total_steps:
-        progress.print("compiling; the first step can take minutes")
+
+    def is_scored(step: int) -> bool:
+        return step >= total_steps or is_due(step, config.train.eval_every)
 
     with checkpoints, stop_on_sigterm() as stop:
+        if restored and is_scored(start) and checkpoints.scores(start) is None:
+            score(start, state, stop)  # what the run was stopped in
+        if is_chief and start < total_steps:
+            progress.print("compiling; the first step can take minutes")
+        interval = Interval(batch_size)
+
         for step in range(start + 1, total_steps + 1):
             with interval.waiting():
-                ids, parts = next(feed)
-            state, metrics = train_step(state, parts)
+                ids, batch = next(feed)
+            state, metrics = train_step(state, batch)
             interval.add(metrics)
 
             # By now the step before is done; to wait for this one would leave the device idle.
@@ -164,9 +184,8 @@ def main(command: CommandLine) -> None:
             unchecked = step, metrics, ids
             if is_chief:
                 progress.update(step, interval.last() | {"lr": schedule(step - 1)})
-            ends = step == total_steps or bool(stop)
-            evaluates = not stop and (step == total_steps or is_due(step, config.train.eval_every))
-            saves = ends or evaluates or is_due(step, config.train.checkpoint_every)
+            stops, evaluates = bool(stop), is_scored(step)
+            saves = stops or evaluates or is_due(step, config.train.checkpoint_every)
 
             if saves or is_due(step, config.train.log_every):
                 check_finite(unchecked, split, checkpoints)
@@ -174,42 +193,29 @@ def main(command: CommandLine) -> None:
                 values = interval.close() | optim.group_rates(config.optim, schedule, step - 1)
                 if is_chief:
                     log.scalars(step, values)
-
-            scores = {}
-            if evaluates:
-                gallery = Gallery(val_split, config.eval.num_pictures)
-                weights = {"val": state.params} | ({"val_ema": state.ema} if ema_decay else {})
-                for name, params in weights.items():
-                    variables = {"params": params, "batch_stats": state.batch_stats}
-                    visit = gallery.add if name == "val" else None
-                    counts = evaluator.evaluate(variables, visit, stop)
-                    if counts is None:
-                        break
-                    summary = metric.summarize(counts, val_split.categories)
-                    scores |= {f"{name}/{key}": value for key, value in summary.items()}
-                    if is_chief:
-                        line = describe(summary, metric.HEADLINE)
-                        progress.print(f"step {step}: {line}{' (EMA)' if name != 'val' else ''}")
-                if is_chief and scores:
-                    log.scalars(step, scores)
-                    show(gallery, log, step, workdir)
-                interval.restart()
-
             if saves:
                 seen = {
                     "examples_seen": step * batch_size,
                     "categories": split.categories._asdict(),
+                    "parts": parts,
                 }
-                checkpoints.save(step, state, seen, scores)
-            if saves and stop and step < total_steps:
-                checkpoints.wait()
-                raise Preempted(f"stopped at step {step}, which is saved; the same command goes on")
+                checkpoints.save(step, state, seen)
+            if evaluates:
+                score(step, state, stop)
+                interval.restart()
+            elif stops:
+                end_early(step, checkpoints)
+
+        scores = checkpoints.scores(max(start, total_steps))
 
     if is_chief:
         progress.close()
         log.close()
         plot_curves(workdir)
-        print(f"done: {workdir}; evaluate it with: python eval.py --workdir {workdir}")
+        print(
+            f"done: {describe(scores, 'val', metric.HEADLINE)} in {workdir}; "
+            f"evaluate it with: python eval.py --workdir {workdir}"
+        )
 
 
 def is_due(step: int, every: int) -> bool:
@@ -277,9 +283,56 @@ class Interval:
         return {"images_per_second": rate, "data_wait_share": self._waited / seconds}
 
 
-def describe(summary: Mapping[str, float], names: Sequence[str]) -> str:
+def evaluate(
+    step: int,
+    state: training.TrainState,
+    stop: StopRequest,
+    *,
+    evaluator: Evaluator,
+    checkpoints: Checkpoints,
+    num_pictures: int,
+    log: Log | None,
+    progress: Progress | None,
+    workdir: Path,
+) -> None:
+    """Scores a step that has been saved, and its moving average if there is one.
+
+    Only when all is done, the scores are logged and attached to the checkpoint.
+
+    Raises:
+      Preempted: the run was asked to stop; the evaluation will be made up when it goes on.
+    """
+    metric, categories = evaluator.task.metric, evaluator.split.categories
+    gallery = Gallery(evaluator.split, num_pictures)
+    scores = {}
+    for name, params in {"val": state.params, "val_ema": state.ema}.items():
+        if params is None:
+            continue
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        visit = gallery.add if name == "val" else None
+        counts = None if stop else evaluator.evaluate(variables, visit, stop)
+        if counts is None:
+            end_early(step, checkpoints)
+        summary = metric.summarize(counts, categories)
+        scores |= {f"{name}/{key}": value for key, value in summary.items()}
+        if progress:
+            line = describe(scores, name, metric.HEADLINE)
+            progress.print(f"step {step}: {line}{' (EMA)' if name != 'val' else ''}")
+    if log:
+        log.scalars(step, scores)
+        show(gallery, log, step, workdir)
+    checkpoints.add_scores(step, scores)
+
+
+def end_early(step: int, checkpoints: Checkpoints) -> NoReturn:
+    """Ends a run that was asked to stop, once the step is on disk."""
+    checkpoints.wait()
+    raise Preempted(f"stopped at step {step}, which is saved; the same command goes on")
+
+
+def describe(scores: Mapping[str, float], prefix: str, names: Sequence[str]) -> str:
     """Some numbers of an evaluation in a line."""
-    return ", ".join(f"{name} {summary[name]:.1f}" for name in names)
+    return ", ".join(f"{name} {scores[f'{prefix}/{name}']:.1f}" for name in names)
 
 
 def show(gallery: Gallery, log: Log, step: int, workdir: Path) -> None:

@@ -1,13 +1,13 @@
 """Checkpoints that are written behind the training loop, verified when read, and safe to interrupt.
 
 A step on disk is an Orbax folder of two items, the `state` and the `record` of `snapshot.py`. Its
-digests are those of the values that trained, so whatever happens to the files is seen.
+digests are those of the values that trained, so whatever happens to the files is seen. The scores of
+a step, which come later than its state, are a file beside the two.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import sys
@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from knet_jax.optim import leaf_paths
+from knet_jax.quiet import silenced
 from knet_jax.snapshot import (
     CheckpointError,
     DamagedError,
@@ -34,6 +35,8 @@ from knet_jax.snapshot import (
     copy_to_host,
     make_record,
 )
+
+SCORES_NAME = "scores.json"
 
 
 def check_writable(workdir: str | Path) -> None:
@@ -87,10 +90,12 @@ class Checkpoints:
             self._remove_unfinished()
         self._manager = self._open()
         # Not as Orbax's own metrics: a damaged file of these keeps its manager from opening.
-        self._scores: dict[int, float] = {}
+        self._scores: dict[int, dict[str, float]] = {}
         for step in self.steps():
-            with suppress(DamagedError), self._naming(step):
-                self._note_score(self._read_record(step))
+            with suppress(OSError, ValueError):  # damaged or missing: the step was not evaluated
+                record = json.loads(self._scores_path(step).read_bytes())
+                check_record(record)
+                self._scores[step] = record["scores"]
 
     def _open(self) -> ocp.CheckpointManager:
         # One process alone reads or writes, whatever the others do meanwhile.
@@ -100,7 +105,7 @@ class Checkpoints:
             active_processes={process},
             barrier_sync_key_prefix=f"process{process}",
         )
-        with _quiet():
+        with silenced("orbax"):  # its remarks about options set on purpose
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_LatestAndBest(self._keep, self.best_step),
                 create=False,
@@ -130,13 +135,7 @@ class Checkpoints:
 
     # Writing.
 
-    def save(
-        self,
-        step: int,
-        state: Any,
-        progress: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
+    def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
         """Copies the state to the host and writes it in the background.
 
         Returns as soon as the state may be donated. Waits for the previous save if it is not done.
@@ -145,7 +144,6 @@ class Checkpoints:
           step: training steps done, never less than before; a step that is saved stays as it is.
           state: a pytree of arrays.
           progress: whatever JSON holds: examples seen, class counts, categories.
-          metrics: of this step, if it was evaluated.
 
         Raises:
           CheckpointError: the previous save failed, such as on a full disk.
@@ -155,12 +153,7 @@ class Checkpoints:
         if step == latest or jax.process_index() != 0:
             return
         assert latest is None or step > latest, (step, latest)
-        fields = {
-            "step": step,
-            "progress": dict(progress),
-            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
-            "model": self._model,
-        }
+        fields = {"step": step, "progress": dict(progress), "model": self._model}
         fields = json.loads(json.dumps(fields))  # a copy, and an error here rather than later
         self._pending = self._executor.submit(self._write, copy_to_host(state), fields)
 
@@ -168,12 +161,11 @@ class Checkpoints:
         step, record = fields["step"], make_record(arrays, **fields)
         # Orbax refuses arrays without elements; their description is all there is to them.
         state = unflatten_dict({path: a for path, a in arrays.items() if a.size}, sep="/")
-        self._note_score(record)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)
         )
         try:
-            with _quiet():
+            with silenced("orbax"):
                 self._manager.save(step, args=args)
         except Exception as error:
             reason = _disk_trouble(error, self.directory)
@@ -185,6 +177,27 @@ class Checkpoints:
                 f"checkpoint of step {step} ({size:.0f} MiB) cannot be written to "
                 f"{self.directory}: {reason}; on disk: {', '.join(intact) or 'none'}"
             ) from error
+
+    def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Notes what an evaluation of a step gave, once the step is on disk.
+
+        Args:
+          step: that has been saved.
+          scores: numbers by the names of their plots, that of the metric among them.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
+        self.wait()
+        self._scores[step] = {name: float(value) for name, value in scores.items()}
+        if jax.process_index() == 0:
+            path = self._scores_path(step)
+            draft = path.with_suffix(".part")
+            draft.write_text(json.dumps(make_record({}, step=step, scores=self._scores[step])))
+            draft.replace(path)
+
+    def _scores_path(self, step: int) -> Path:
+        return self.directory / str(step) / SCORES_NAME
 
     def raise_if_failed(self) -> None:
         """Raises the error of a save that has failed meanwhile; costs nothing, never waits."""
@@ -211,16 +224,15 @@ class Checkpoints:
         """Steps on disk, in ascending order, damaged or not."""
         return sorted(self._manager.all_steps())
 
+    def scores(self, step: int) -> dict[str, float] | None:
+        """What the evaluation of a step gave, None where there was none that came to its end."""
+        return self._scores.get(step)
+
     def best_step(self) -> int | None:
         """The step with the largest metric among those that were evaluated."""
-        scores = [(self._scores[step], step) for step in self.steps() if step in self._scores]
-        return max(scores)[1] if scores else None
-
-    def _note_score(self, record: dict[str, Any]) -> None:
-        score = record["metrics"].get(self._metric, math.nan)
-        self._scores.pop(record["step"], None)  # of a damaged step of the same number
-        if math.isfinite(score):
-            self._scores[record["step"]] = score
+        values = ((self._scores.get(step, {}).get(self._metric), step) for step in self.steps())
+        known = [pair for pair in values if pair[0] is not None and math.isfinite(pair[0])]
+        return max(known)[1] if known else None
 
     def restore_latest(self, target: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest step that is whole, or None where there is no step at all.
@@ -260,7 +272,7 @@ class Checkpoints:
           step: one of `steps()`.
 
         Returns:
-          The arrays, in the structure of `target`, and the record: `step`, `progress`, `metrics`.
+          The arrays, in the structure of `target`, and the record: `step`, `progress`.
 
         Raises:
           DamagedError: files are missing, or their content is not what was saved.
@@ -292,7 +304,7 @@ class Checkpoints:
         """
         where = f"checkpoint {self.directory / str(step)}"
         try:
-            with _quiet():
+            with silenced("orbax"):
                 yield
         except PermissionError:
             raise
@@ -327,6 +339,7 @@ class Checkpoints:
             folder = self.directory / "damaged"
             folder.mkdir(exist_ok=True)
             for step in steps:
+                self._scores.pop(step, None)
                 place = folder / str(step)
                 shutil.rmtree(place, ignore_errors=True)
                 (self.directory / str(step)).rename(place)
@@ -368,19 +381,3 @@ def _disk_trouble(error: Exception, directory: Path) -> str | None:
     if not directory.is_dir():
         return "the folder has been removed"
     return None
-
-
-class _NotOrbax(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in Path(record.pathname).parts
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences Orbax about options set on purpose, and about errors that we report ourselves."""
-    logger, remarks = logging.getLogger("absl"), _NotOrbax()
-    logger.addFilter(remarks)
-    try:
-        yield
-    finally:
-        logger.removeFilter(remarks)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from knet_jax.resampling import Canvas, matrix, taps
+from knet_jax.resampling import MASK_STRIDE, Canvas, Reads, matrix, taps
 from knet_jax.structs import EMPTY
 
 TILE = 32
@@ -56,27 +56,19 @@ def _axis(size, original_size, num_logits: int, num_pixels: int, shrink: int, dt
     """Resampling along one axis: logits -> x2 -> sigmoid -> input size, cropped -> original."""
     num_rows = 2 * num_logits
     # A tile spans at most TILE * shrink input pixels; on top come the taps at both ends.
-    d = min(TILE * shrink // 4 + 4, num_rows)
+    d = min(TILE * shrink // MASK_STRIDE + 4, num_rows)
     c = min(d // 2 + 2, num_logits)
 
     def tile(start: jax.Array) -> _Axis:
         pixels = start + jnp.arange(TILE)
-        inside = pixels < original_size
-        pixels = jnp.minimum(pixels, original_size - 1).astype(dtype)
-        lower, fraction = taps(pixels, size / original_size.astype(dtype), size)
-        upper = jnp.minimum(lower + 1, size - 1)
-
-        near, near_fraction = taps(lower.astype(dtype), 0.25, num_rows)
-        far, far_fraction = taps(upper.astype(dtype), 0.25, num_rows)
-        rows = jnp.minimum(near[0] + jnp.arange(d), num_rows - 1)
-        near = matrix(near, near_fraction, num_rows, rows)
-        far = matrix(far, far_fraction, num_rows, rows)
-        resample = (1 - fraction[:, None]) * near + fraction[:, None] * far
+        reads = Reads.of(pixels, size, original_size, num_rows, MASK_STRIDE, dtype)
+        first, _ = reads.lower
+        rows = jnp.minimum(first[0] + jnp.arange(d), num_rows - 1)
 
         above, above_fraction = taps(rows.astype(dtype), 0.5, num_logits)
         columns = jnp.minimum(above[0] + jnp.arange(c), num_logits - 1)
         double = matrix(above, above_fraction, num_logits, columns)
-        return _Axis(columns, double, resample, inside)
+        return _Axis(columns, double, reads.weights(rows), pixels < original_size)
 
     return jax.vmap(tile)(jnp.arange(0, num_pixels, TILE))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import gcd
 from types import MappingProxyType
 from typing import Any
 
@@ -70,15 +69,18 @@ class KNet(nn.Module):
 
 
 UPDATE_CHANNELS = 256
-"""Of the adaptive update. Wider kernels are updated in parts, as the published networks do."""
+"""Of the adaptive update. Kernels of a multiple of it are updated in parts, as the published networks
+do, others as a whole."""
 
 # The first is the default.
 BACKBONES = {"resnet": ResNet, "swin": Swin}
 NECKS = {"semantic_fpn": SemanticFPN, "fcn": FCN, "psp": PSP, "aspp": ASPP, "uper": UPer}
 
 
-def make_part(kind: str, table: Mapping[str, Any], part: Mapping[str, Any]) -> Callable[..., Any]:
-    """The class of a backbone or neck, with its arguments: `part` has these and its name.
+def find_part(
+    kind: str, table: Mapping[str, type[nn.Module]], part: Mapping[str, Any]
+) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class of a backbone or neck, and its arguments: `part` has these and its name.
 
     Raises:
       ValueError: there is none of that name.
@@ -87,7 +89,7 @@ def make_part(kind: str, table: Mapping[str, Any], part: Mapping[str, Any]) -> C
     name = arguments.pop("name", next(iter(table)))
     if name not in table:
         raise ValueError(f"config.model.{kind}.name is {name!r}; accepted: {', '.join(table)}")
-    return partial(table[name], **arguments)
+    return table[name], arguments
 
 
 def make_model(
@@ -125,20 +127,23 @@ def make_model(
       dtype: of the feature maps, `float32` or `bfloat16`; parameters stay float32.
     """
     num_classes = num_things + num_stuff
+    in_parts = channels % UPDATE_CHANNELS == 0
     interaction = partial(Interaction, num_heads, ffn_channels) if kernel_interaction else None
     update = partial(
         KernelUpdate,
         claim=claim_hard if num_proposals else claim_soft,
         num_classes=num_classes if num_proposals else 0,
-        update=partial(AdaptiveUpdate, gcd(channels, UPDATE_CHANNELS))
+        update=partial(AdaptiveUpdate, UPDATE_CHANNELS if in_parts else channels)
         if adaptive_update
         else sum_update,
         interaction=interaction,
     )
+    make_backbone, backbone = find_part("backbone", BACKBONES, backbone)
+    make_neck, neck = find_part("neck", NECKS, neck)
     norm = {"norm": neck["norm"]} if "norm" in neck else {}
     return KNet(
-        backbone=make_part("backbone", BACKBONES, backbone)(dtype=dtype),
-        neck=make_part("neck", NECKS, neck)(channels=channels, dtype=dtype),
+        backbone=make_backbone(**backbone, dtype=dtype),
+        neck=make_neck(**neck, channels=channels, dtype=dtype),
         initial=InitialKernels(num_proposals, num_things, num_stuff, channels, dtype)
         if num_proposals
         else ClassKernels(num_classes, dropout),

@@ -13,11 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax.layers import upsample2x
-from knet_jax.resampling import Canvas, to_original
+from knet_jax.resampling import MASK_STRIDE, Canvas, to_original
 from knet_jax.structs import Pass
-
-MASK_STRIDE = 4
-"""Of the masks of instances, once doubled."""
 
 MASKS = 8
 """Masks of a picture that are resampled together."""

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MASK_STRIDE = 4
+"""Of the masks of things and stuff, once doubled."""
+
 
 class Canvas(NamedTuple):
     """The static part of the sizes: one compiled program for each."""
@@ -54,6 +57,51 @@ def matrix(lower: jax.Array, fraction: jax.Array, size, columns: jax.Array) -> j
     return jnp.where(is_lower, 1 - fraction[:, None], 0) + jnp.where(is_upper, fraction[:, None], 0)
 
 
+class Reads(NamedTuple):
+    """Where pixels of a picture read the rows of a map of the input, p of them along one axis.
+
+    A pixel is made of two of the input (cropped to `size`), each of which is made of two rows.
+    """
+
+    lower: tuple[jax.Array, jax.Array]
+    """The taps of the lower pixel of the input, as `taps` gives them."""
+    upper: tuple[jax.Array, jax.Array]
+    fraction: jax.Array
+    """[p]: weight of the upper pixel."""
+    num_rows: int
+
+    @classmethod
+    def of(
+        cls,
+        pixels: jax.Array,
+        size: jax.Array,
+        original_size: jax.Array,
+        num_rows: int,
+        stride: int,
+        dtype,
+    ) -> Reads:
+        """What integer pixels [p] read; those beyond the original size read as the last one.
+
+        Args:
+          pixels: of the picture.
+          size: [] of the resized picture within the input.
+          original_size: [] of the picture.
+          num_rows: of the map.
+          stride: of the map.
+          dtype: of the weights.
+        """
+        pixels = jnp.minimum(pixels, original_size - 1).astype(dtype)
+        lower, fraction = taps(pixels, size / original_size.astype(dtype), size)
+        upper = jnp.minimum(lower + 1, size - 1)
+        lower, upper = (taps(each.astype(dtype), 1 / stride, num_rows) for each in (lower, upper))
+        return cls(lower, upper, fraction, num_rows)
+
+    def weights(self, rows: jax.Array) -> jax.Array:
+        """[p, r]: of some rows [r] of the map in ascending order, which hold all that are read."""
+        lower, upper = (matrix(*each, self.num_rows, rows) for each in (self.lower, self.upper))
+        return (1 - self.fraction[:, None]) * lower + self.fraction[:, None] * upper
+
+
 def to_original(
     size: jax.Array,
     original_size: jax.Array,
@@ -77,13 +125,7 @@ def to_original(
     Returns:
       [num_pixels, num_rows]: weights of the map's rows for every pixel.
     """
-    pixels = jnp.minimum(jnp.arange(num_pixels), original_size - 1)
-    pixels = jnp.where(mirrored, original_size - 1 - pixels, pixels).astype(dtype)
-    lower, fraction = taps(pixels, size / original_size.astype(dtype), size)
-    upper = jnp.minimum(lower + 1, size - 1)
-    rows = jnp.arange(num_rows)
-    near, far = (
-        matrix(*taps(pixel.astype(dtype), 1 / stride, num_rows), num_rows, rows)
-        for pixel in (lower, upper)
-    )
-    return (1 - fraction[:, None]) * near + fraction[:, None] * far
+    pixels = jnp.arange(num_pixels)
+    pixels = jnp.where(mirrored, original_size - 1 - pixels, pixels)
+    reads = Reads.of(pixels, size, original_size, num_rows, stride, dtype)
+    return reads.weights(jnp.arange(num_rows))

@@ -1,7 +1,7 @@
 """What a checkpoint holds: arrays under their paths, and a record that describes and proves them.
 
-The record is JSON: `step`, `progress`, `metrics`, `model` (the config of the network), `arrays`
-(path -> shape, dtype, digest of the bytes), and `digest` of all this.
+The record is JSON: `step`, `progress`, `model` (the config of the network), `arrays` (path -> shape,
+dtype, digest of the bytes), and `digest` of all this.
 """
 
 from __future__ import annotations

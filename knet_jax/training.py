@@ -68,6 +68,29 @@ def check_same_categories(saved: dict[str, Any], categories: Categories) -> None
         )
 
 
+class Parts(NamedTuple):
+    """How a batch is cut: so many devices, each of which holds so many images at a time."""
+
+    num_devices: int
+    num_images: int
+
+
+def explain_change(model: KNet, was: Parts, now: Parts) -> str | None:
+    """What a run that goes on with other parts must know, None where nothing depends on them."""
+    modules = (model.backbone, model.neck, model.initial, model.auxiliary)
+    values = {key: [getattr(m, key, None) for m in modules] for key in ("dropout", "drop_path")}
+    affected = [key.replace("_", " ") for key, given in values.items() if any(given)]
+    if any(getattr(module, "norm", None) == "batch" for module in modules):
+        affected.append("batch statistics")
+    if was == now or not affected:
+        return None
+    return (
+        f"WARNING: {was.num_devices} devices of {was.num_images} images at a time have become "
+        f"{now.num_devices} of {now.num_images}: {', '.join(affected)} will differ from those of "
+        "the run that was stopped"
+    )
+
+
 def compute_loss(
     params: Any,
     batch_stats: Any,

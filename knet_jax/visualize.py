@@ -74,6 +74,8 @@ def draw(image: np.ndarray, segmentation: Segmentation, categories: Categories) 
 def as_panoptic(segmentation: Segmentation, size: tuple[int, int]) -> PanopticMap:
     """What can be seen of any segmentation of a picture, each pixel with one owner.
 
+    Of instances small ones hide large ones, and all hide crowds.
+
     Args:
         segmentation: as `draw` takes it.
         size: height and width of the picture.
@@ -92,7 +94,9 @@ def as_panoptic(segmentation: Segmentation, size: tuple[int, int]) -> PanopticMa
 
     ids = np.zeros(size, np.int32)
     shown = [instance for instance in segmentation if instance.score >= MIN_SCORE]
-    for i in sorted(range(len(shown)), key=lambda i: -rle.area(shown[i].rle)):
+    for i in sorted(
+        range(len(shown)), key=lambda i: (not shown[i].iscrowd, -rle.area(shown[i].rle))
+    ):
         mask = rle.decode(shown[i].rle)
         _check_size(mask.shape, size)
         ids[mask > 0] = i + 1

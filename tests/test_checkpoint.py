@@ -50,8 +50,9 @@ def checkpoints(tmp_path):
 
 def save_all(checkpoints, steps, scores=None):
     for step in steps:
-        metrics = {"val/PQ": scores[step]} if scores and step in scores else None
-        checkpoints.save(step, make_state(step), {"examples": 8 * step}, metrics)
+        checkpoints.save(step, make_state(step), {"examples": 8 * step})
+        if scores and step in scores:
+            checkpoints.add_scores(step, {"val/PQ": scores[step], "val/SQ": 1.0})
     checkpoints.wait()
 
 
@@ -62,14 +63,13 @@ def data_files(folder):
 
 
 def test_round_trip_is_exact_in_every_bit(checkpoints):
-    save_all(checkpoints, [3], {3: 41.5})
+    save_all(checkpoints, [3])
     target = jax.eval_shape(lambda: make_state())
     state, record = checkpoints.restore_latest(target)
     assert bits(state) == bits(make_state(3))
     assert jax.tree.structure(state) == jax.tree.structure(make_state(3))
     assert record["step"] == 3
     assert record["progress"] == {"examples": 24}
-    assert record["metrics"] == {"val/PQ": 41.5}
 
 
 def test_a_saved_state_may_be_donated_at_once(checkpoints):
@@ -100,6 +100,36 @@ def test_the_best_is_kept_after_a_restart(tmp_path):
         save_all(checkpoints, steps, {1: 30.0, 3: 10.0})
         checkpoints.close()
     assert checkpoints.steps() == [1, 5]
+
+
+def test_scores_are_attached_to_a_step_that_is_saved(tmp_path, checkpoints):
+    save_all(checkpoints, [1, 2], {1: 41.5})
+    for opened in (checkpoints, Checkpoints(tmp_path / "checkpoints", read_only=True)):
+        assert opened.scores(1) == {"val/PQ": 41.5, "val/SQ": 1.0}
+        assert opened.scores(2) is None
+        assert opened.best_step() == 1
+        state, record = opened.restore(make_state(), 1)
+        assert bits(state) == bits(make_state(1)) and record["step"] == 1
+
+
+@pytest.mark.parametrize("change", [(b"41.5", b"91.5"), (b"}", b""), (b"{", b"\xff")])
+def test_damaged_scores_are_none(tmp_path, checkpoints, change):
+    save_all(checkpoints, [1], {1: 41.5})
+    path = tmp_path / "checkpoints" / "1" / "scores.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(*change))
+    assert path.read_bytes() != content
+    opened = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert opened.scores(1) is None and opened.best_step() is None
+    assert bits(opened.restore_latest(make_state())[0]) == bits(make_state(1))
+
+
+def test_a_step_that_is_saved_anew_has_no_scores_of_the_damaged_one(tmp_path, checkpoints, capfd):
+    save_all(checkpoints, [1, 2], {1: 10.0, 2: 30.0})
+    remove_arrays(tmp_path / "checkpoints" / "2")
+    assert checkpoints.restore_latest(make_state())[1]["step"] == 1
+    save_all(checkpoints, [2])
+    assert checkpoints.scores(2) is None and checkpoints.best_step() == 1
 
 
 def test_without_any_evaluation_there_is_no_best(checkpoints):

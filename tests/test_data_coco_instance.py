@@ -7,6 +7,8 @@ import tiny_coco
 from pycocotools import mask as run_lengths
 from test_data_coco import scan
 
+from knet_jax.metrics.coco_files import InstanceFile
+
 PREFIX = "instances_"
 ALL = [f"train_{i}.jpg" for i in range(5)]
 
@@ -49,6 +51,18 @@ def test_categories_keep_the_order_of_the_file(root):
     tiny_coco.edit(root, lambda content: content["categories"].reverse(), prefix=PREFIX)
     examples = scan(root, task="instance")
     assert examples.categories == (("cat", "dog"), (12, 3), 2)
+
+
+def test_all_categories_are_things_whatever_they_say(root):
+    """And the reader of results agrees."""
+
+    def change(content):
+        content["categories"][0]["isthing"] = 0
+
+    tiny_coco.edit(root, change, prefix=PREFIX)
+    expected = (("dog", "cat"), (3, 12), 2)
+    assert scan(root, task="instance").categories == expected
+    assert InstanceFile(root / "annotations/instances_train2017.json").categories == expected
 
 
 def test_several_polygons_are_one_thing(root):

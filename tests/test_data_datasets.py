@@ -23,9 +23,9 @@ def test_tasks_without_annotations_are_named(dataset, task):
 
 
 def test_unknown_tasks_and_datasets_are_named():
-    with pytest.raises(ValueError, match=r"config\.task 'depth' must be one of panoptic, instance"):
+    with pytest.raises(ValueError, match=r"config\.task is 'depth'; accepted: panoptic, instance"):
         find("depth")
-    with pytest.raises(ValueError, match=r"config\.data\.dataset 'voc' must be one of ade20k"):
+    with pytest.raises(ValueError, match=r"config\.data\.dataset is 'voc'; accepted: ade20k"):
         find("semantic", dataset="voc")
 
 

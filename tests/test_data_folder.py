@@ -42,7 +42,9 @@ def test_subfolders_agree(root):
         (root / part / "train" / "deep").mkdir()
         [file] = (root / part / "train").glob("2.*")
         file.rename(file.parent / "deep" / file.name)
-    assert len(load(root)) == 3
+    split = load(root)
+    names = [split.file_name(i) for i in range(3)]
+    assert sorted(names) == ["0.jpg", "1.jpg", "deep/2.jpg"]
 
 
 def test_one_folder_can_serve_all_splits(root):

@@ -9,7 +9,7 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 
 from knet_jax.data import pipeline, transforms
-from knet_jax.data.instance import Loaded, StoredInstance, paint, truth
+from knet_jax.data.instance import Loaded, StoredInstance
 from knet_jax.structs import EMPTY, Instance
 
 
@@ -120,30 +120,6 @@ def test_instances_survive_preparation(coco_mini, tmp_path):
             crowds += instance.iscrowd
         count += len(instances)
     assert count == 418 and crowds == 4
-
-
-def test_painted_small_things_lie_on_large_ones_and_crowds_below():
-    masks = np.zeros((3, 6, 8), np.uint8)
-    masks[0, :, :5] = 1  # the crowd
-    masks[1, 2:4, 2:4] = 1
-    masks[2, 1:5, 1:8] = 1
-    encoded = [run_lengths.encode(np.asfortranarray(mask))["counts"] for mask in masks]
-    stored = [StoredInstance(counts, i, i == 0, 1.0) for i, counts in enumerate(encoded)]
-    instances = truth(Loaded(stored, (6, 8)), None)
-    painted, covered = paint(instances, (6, 8))
-    expected = np.where(masks[1], 2, np.where(masks[2], 3, masks[0]))
-    np.testing.assert_array_equal(painted.ids, expected)
-    assert covered == 4
-    assert [(s.id, s.label, s.iscrowd) for s in painted.segments] == [
-        (1, 0, True),
-        (2, 1, False),
-        (3, 2, False),
-    ]
-
-
-def test_nothing_is_painted_without_things():
-    painted, covered = paint((), (4, 5))
-    assert painted.ids.shape == (4, 5) and not painted.ids.any() and covered == 0
 
 
 def test_a_crop_of_instances_shows_the_window():

@@ -119,7 +119,7 @@ def test_bad_splits_are_named(shapes, spec):
 def test_bad_dataset_is_named(shapes):
     config = shapes[0].copy_and_resolve_references()
     config.dataset = "voc"
-    with pytest.raises(ValueError, match="config.data.dataset 'voc' must be one of .*shapes"):
+    with pytest.raises(ValueError, match="config.data.dataset is 'voc'; accepted: .*shapes"):
         pipeline.prepare(config, "train", "panoptic")
 
 

@@ -157,9 +157,3 @@ def test_maps_that_do_not_fit_are_refused():
     color = cv2.imencode(".png", np.zeros((4, 5, 3), np.uint8))[1].tobytes()
     with pytest.raises(ValueError, match="has 3 channels"):
         semantic.load(color, (4, 5), categories)
-
-
-def test_painted_map_has_a_segment_for_each_class_that_occurs():
-    painted, covered = semantic.paint(np.array([[0, 2], [5, 2]], np.uint8), (2, 2))
-    assert painted.ids.tolist() == [[0, 2], [5, 2]] and covered == 0
-    assert [(segment.id, segment.label) for segment in painted.segments] == [(2, 1), (5, 4)]

@@ -176,6 +176,15 @@ def test_semantic_networks_at_full_size(neck, num_stages):
         assert stage["update"]["output"]["kernel"].shape == (256, 256)
 
 
+@pytest.mark.parametrize(
+    "channels, width", [(24, 24), (100, 100), (256, 256), (384, 384), (512, 256), (768, 256)]
+)
+def test_kernels_are_updated_in_parts_of_256_or_as_a_whole(channels, width):
+    model = make_model(**MODEL | {"channels": channels})
+    _, variables = shapes(model, 1, 64, 64)
+    assert variables["params"]["stage1"]["update"]["output"]["kernel"].shape == (width, width)
+
+
 def test_what_a_plain_decoder_lacks_are_the_updates():
     """S = 0, the baseline, and S = 3 share every other parameter."""
     each = []

@@ -222,6 +222,19 @@ def test_files_are_what_the_test_server_takes(tmp_path):
     assert not png[0, 2].any()
 
 
+def test_pictures_of_one_name_in_two_folders_are_two_files(tmp_path):
+    results = PanopticResults(tmp_path / "panoptic.json", CATEGORIES)
+    maps = {1: panoptic("11", (1, CAT)), 2: panoptic("22", (2, SKY))}
+    for i, folder in enumerate("ab", 1):
+        results.add(i, f"{folder}/1.jpg", maps[i])
+    results.close()
+    read = PanopticFile(tmp_path / "panoptic.json")
+    assert sorted(p.parent.name for p in tmp_path.glob("panoptic/*/1.png")) == ["a", "b"]
+    for i, expected in maps.items():
+        np.testing.assert_array_equal(read[i].ids, expected.ids)
+        assert [s.label for s in read[i].segments] == [s.label for s in expected.segments]
+
+
 def test_writer_refuses_what_the_format_cannot_say(tmp_path):
     results = PanopticResults(tmp_path / "panoptic.json", CATEGORIES)
     results.add(1, "1.jpg", panoptic("11", (1, CAT)))

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from knet_jax.metrics.result_files import place_png
 from knet_jax.metrics.semantic import count, merge, no_counts, per_class, summarize, table
 from knet_jax.metrics.semantic_files import SemanticResults
 from knet_jax.structs import Categories
@@ -134,7 +135,7 @@ def test_files_hold_the_datasets_ids(tmp_path):
     results = SemanticResults(tmp_path / "out" / "semantic.json", CATEGORIES)
     results.add(7, "val/7.jpg", labels("01233", np.uint16))
     results.close()
-    png = cv2.imread(str(tmp_path / "out" / "semantic" / "7.png"), cv2.IMREAD_UNCHANGED)
+    png = cv2.imread(str(tmp_path / "out" / "semantic" / "val" / "7.png"), cv2.IMREAD_UNCHANGED)
     assert png.dtype == np.uint8 and png.tolist() == [[0, 17, 18, 187, 187]]
     assert json.loads((tmp_path / "out" / "semantic.json").read_text()) == {
         "images": [{"id": 7, "file_name": "val/7.jpg", "height": 1, "width": 5}],
@@ -144,7 +145,25 @@ def test_files_hold_the_datasets_ids(tmp_path):
             {"id": 187, "name": "sky"},
         ],
     }
-    assert [path.name for path in (tmp_path / "out" / "semantic").iterdir()] == ["7.png"]
+    written = [path for path in (tmp_path / "out" / "semantic").rglob("*") if path.is_file()]
+    assert [path.name for path in written] == ["7.png"]
+
+
+def test_pictures_of_one_name_in_two_folders_are_two_files(tmp_path):
+    results = SemanticResults(tmp_path / "semantic.json", CATEGORIES)
+    for i, name in enumerate(("a/1.jpg", "b/1.jpg", "1.jpg"), 1):
+        results.add(i, name, labels(str(i)))
+    for i, name in enumerate(("a/1.png", "b/1.png", "1.png"), 1):
+        png = cv2.imread(str(tmp_path / "semantic" / name), cv2.IMREAD_UNCHANGED)
+        assert png.tolist() == [[CATEGORIES.dataset_ids[i - 1]]]
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "/x.jpg", "a/../../x.jpg"])
+def test_no_file_lies_outside_the_folder(tmp_path, name):
+    folder = tmp_path / "out" / "semantic"
+    for file_name in (name, name.replace("/x", f"{tmp_path}/x")):
+        _, place = place_png(folder, file_name)
+        assert place.resolve().is_relative_to(folder.resolve()) and place.name == "x.png"
 
 
 def test_pixels_without_a_class_get_an_id_that_no_class_has(tmp_path):

@@ -28,7 +28,7 @@ def run(*arguments):
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
 def test_shapes_are_prepared_checked_and_drawn(tmp_path, task):
     status, out, err = run(
-        *("--config", "configs/shapes_panoptic.py:tiny", f"--config.task={task}"),
+        *("--config", f"configs/shapes_{task}.py:tiny"),
         *(f"--config.data.data_dir={tmp_path / 'data'}", "--check", "--output", tmp_path / "out"),
     )
     assert status == 0, err
@@ -43,7 +43,18 @@ def test_shapes_are_prepared_checked_and_drawn(tmp_path, task):
     [
         ((), "--config is missing"),
         (("--config", "configs/shapes_panoptic.py", "--download"), "'shapes' cannot be downloaded"),
-        (("--config", "configs/shapes_panoptic.py", "--config.task=depth"), "config.task 'depth'"),
+        (
+            ("--config", "configs/shapes_panoptic.py", "--config.task=depth"),
+            "config.task is 'depth'",
+        ),
+        (
+            ("--config", "configs/shapes_panoptic.py", "--config.data.flip=2"),
+            "config.data.flip is 2",
+        ),
+        (
+            ("--config", "configs/shapes_panoptic.py", "--config.task=semantic"),
+            "config.data.canvas",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message):

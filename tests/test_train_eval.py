@@ -1,6 +1,7 @@
 """The two programs from end to end, each in a process of its own, as a user runs them."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,9 +57,9 @@ def run(script, *arguments, **keywords):
     return finish(start(script, *arguments, **keywords))
 
 
-def train_arguments(workdir, data_dir, *more):
+def train_arguments(workdir, data_dir, *more, config=CONFIG):
     where = ("--workdir", workdir, f"--config.data.data_dir={data_dir}")
-    return ("train.py", "--config", CONFIG, *where, *SMALL, *more)
+    return ("train.py", "--config", config, *where, *SMALL, *more)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,59 @@ def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path):
     assert logged(workdir) == logged(whole[0])
 
 
+STOPPED_IN_EVALUATION = """
+import os, runpy, signal, sys
+from knet_jax.evaluation import Evaluator
+
+evaluate = Evaluator.predictions
+
+def predictions(self, variables):
+    for prediction in evaluate(self, variables):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield prediction
+
+Evaluator.predictions = predictions
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def scored(workdir):
+    """The evaluations that a run has logged."""
+    return {r["step"]: r["val/PQ"] for r in read_log(workdir) if "val/PQ" in r}
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_an_evaluation_makes_it_up(whole, data_dir, tmp_path):
+    workdir = tmp_path / "parts"
+    arguments = train_arguments(workdir, data_dir, "--config.train.steps=12")
+    says(run("-c", STOPPED_IN_EVALUATION, *arguments), "stopped at step 4", status=143)
+    assert scored(workdir) == {}
+    status, out, err = run(*arguments)
+    assert status == 0, err
+    assert "resuming from step 4" in out
+    assert scored(workdir) == scored(whole[0])
+    assert arrays_of(workdir, 12) == arrays_of(whole[0], 12)
+    assert logged(workdir) == logged(whole[0])
+
+
+def test_a_run_is_done_when_its_last_step_is_evaluated(whole, data_dir, tmp_path):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    scores, log = workdir / "checkpoints" / "12" / "scores.json", workdir / "log.jsonl"
+    scores.unlink()
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    arguments = train_arguments(workdir, data_dir, "--config.train.steps=12")
+    says(run("-c", STOPPED_IN_EVALUATION, *arguments), "stopped at step 12", status=143)
+    assert 12 not in scored(workdir) and not scores.exists()
+    done = f"done: PQ {scored(whole[0])[12]:.1f}"
+    for makes_up in (True, False):
+        status, out, err = run(*arguments)
+        assert status == 0, err
+        assert out.splitlines()[-1].startswith(done)
+        assert ("step 12: PQ" in err) == makes_up and "compiling" not in err
+        assert scored(workdir) == scored(whole[0]) and scores.exists()
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(data_dir, tmp_path):
     arguments = (
@@ -197,6 +251,27 @@ def test_evaluation_gives_the_numbers_of_the_training_run(whole, tmp_path):
     assert metrics["step"] == logged["step"] == 12 and metrics["num_images"] == 8
     for name in ("PQ", "SQ_stuff", "RQ_things"):
         np.testing.assert_allclose(metrics[name], logged[f"val/{name}"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_instances_are_also_judged_by_their_boundaries(data_dir, tmp_path):
+    """And a run whose statistics depend on the parts of a batch says so when these change."""
+    arguments = train_arguments(
+        *(tmp_path, data_dir, "--config.train.steps=1", "--config.model.backbone.norm=batch"),
+        config="configs/shapes_instance.py:tiny",
+    )
+    status, out, err = run(*arguments)
+    assert status == 0 and "WARNING" not in out, err
+    status, out, err = run(*arguments, "--config.train.microbatch=2")
+    assert status == 0, err
+    assert "WARNING: 1 devices of 4 images at a time have become 1 of 2: batch statistics" in out
+
+    status, out, err = run("eval.py", "--workdir", tmp_path, "--boundary", "--limit", 3)
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["boundary"].keys() == {name for name in metrics if name.startswith("A")}
+    assert metrics["boundary"]["AP"] <= metrics["AP"]
+    assert "Boundaries" in out
 
 
 # Mistakes of the user: one line, and a status that is not 0.
@@ -273,6 +348,7 @@ def test_a_run_of_another_class_count_is_not_resumed(whole, data_dir):
         (["--config.model.num_things=7"], ["config.model.num_things is 7", "5"]),
         (["--config.model.channels=32"], ["config.model.channels is 16 in it, 32 here"]),
         (["--checkpoint", "3"], ["no checkpoint of step 3"]),
+        (["--boundary"], ["--boundary: config.task is 'panoptic'", "instance"]),
         (["--checkpoint", "good"], ["--checkpoint=good", "latest"]),
     ],
 )

@@ -13,6 +13,7 @@ from knet_jax.knet import make_model
 from knet_jax.matching import Weights
 from knet_jax.structs import EMPTY, Categories, PanopticTargets
 from knet_jax.tasks import TASKS
+from knet_jax.training import Parts, explain_change
 
 
 def model_of(norm, task="panoptic", **changes):
@@ -324,3 +325,27 @@ def test_other_class_counts_are_told_with_the_key_and_the_remedy(counts, wrong, 
     message = str(error.value)
     assert f"config.model.{name} is {value}" in message
     assert f"--config.model.{name}={right}" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "model, affected",
+    [
+        ({"norm": "group"}, None),
+        ({"norm": "frozen_batch"}, None),
+        ({"norm": "batch"}, "batch statistics"),
+        ({"norm": "group", "task": "semantic", "dropout": 0.0}, None),
+        ({"norm": "group", "task": "semantic", "dropout": 0.1}, "dropout"),
+        ({"norm": "batch", "task": "semantic", "dropout": 0.1}, "dropout, batch statistics"),
+    ],
+)
+def test_other_parts_are_a_warning_where_the_network_depends_on_them(model, affected):
+    model = model_of(**model)
+    was = Parts(2, 4)
+    assert explain_change(model, was, Parts(2, 4)) is None
+    for now in (Parts(1, 4), Parts(2, 2)):
+        warning = explain_change(model, was, now)
+        if affected is None:
+            assert warning is None
+        else:
+            assert warning.startswith("WARNING: 2 devices of 4 images at a time have become ")
+            assert f"{now.num_devices} of {now.num_images}: {affected} will differ" in warning

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from knet_jax.configuration import ConfigError, load_config
 from knet_jax.knet import BACKBONES, NECKS, make_model
 from knet_jax.tasks import TASKS
-from knet_jax.validation import RULES_OF_TASKS, RULES_WHERE_GIVEN, validate
+from knet_jax.validation import RULES_OF_TASKS, RULES_WHERE_GIVEN, check_data, validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 COCO = str(next(path for path in CONFIGS if path.stem == "coco_panoptic"))
@@ -94,6 +94,8 @@ def config_of(task, backbone=(), **model) -> ConfigDict:
         if task == "semantic":
             config.eval.update(load_config(ADE20K).eval)
         config.data.max_things = 3
+        if task == "semantic":
+            config.data = load_config(COCO.replace("coco_panoptic", "coco_semantic")).data
         backbone = {"norm": "group", "frozen_stages": 0} | dict(backbone)
         config.model = ConfigDict({"backbone": backbone} | MODELS[task] | model)
     return config
@@ -201,7 +203,7 @@ def test_every_argument_of_a_part_has_a_rule():
     ],
 )
 def test_a_network_that_cannot_be_is_named(task, model, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         validate(config_of(task, **model))
     assert "config.model." in str(caught.value) and "\n" not in str(caught.value)
 
@@ -276,16 +278,51 @@ def test_a_weight_of_no_term_is_named():
     validate(config)
 
 
-def test_data_without_slots_for_things_needs_none():
-    """Whatever the number of proposals."""
-    config = config_of("semantic")
-    validate(config)
-    with config.unlocked():
-        del config.data.max_things
-    validate(config)
+def test_there_are_no_more_slots_than_proposals():
     config = config_of("instance")
     config.data.max_things = 11
     with pytest.raises(
         ConfigError, match="max_things is 11; accepted: at most .*num_proposals, 10"
     ):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "message"),
+    [
+        ("panoptic", "flpi", "no key config.data.flpi; did you mean flip"),
+        ("panoptic", "crop", "no key config.data.crop; "),
+        ("instance", "num_train", "no key config.data.num_train; "),
+        ("semantic", "max_things", "no key config.data.max_things; "),
+        ("semantic", "ignore_index", "no key config.data.ignore_index; "),
+    ],
+)
+def test_a_key_that_the_data_does_not_have_is_named(task, key, message):
+    """Of this dataset and of this task, whoever else has it."""
+    config = config_of(task)
+    check_data(config)
+    with config.unlocked():
+        config.data[key] = 1
+    for check in (check_data, validate):
+        with pytest.raises(ConfigError, match=message) as caught:
+            check(config)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["dataset", "root", "data_dir", "train_split", "flip", "canvas"])
+def test_a_key_that_the_data_lacks_is_named(key):
+    config = config_of("panoptic")
+    with config.unlocked():
+        del config.data[key]
+    with pytest.raises(ConfigError, match=rf"config\.data\.{key} is missing; accepted: "):
+        validate(config)
+
+
+def test_data_is_checked_without_the_rest():
+    """Which preparing it does not need."""
+    config = config_of("semantic")
+    config.train.batch_size = -1
+    check_data(config)
+    config.data.max_class_share = 0.0
+    with pytest.raises(ConfigError, match="max_class_share is 0.0; accepted: a share above 0"):
+        check_data(config)

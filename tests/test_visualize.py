@@ -153,6 +153,18 @@ def test_small_instances_are_in_front():
         assert row == [0.9] * 50 + [0.4] * 40 + [0.9] * 110 + [None] * 100
 
 
+def test_crowds_are_behind_all_instances():
+    crowd, large = columns(30, 60, CAT)._replace(iscrowd=True), columns(0, 200, DOG)
+    for instances in ((large, crowd), (crowd, large)):
+        panoptic = as_panoptic(instances, (200, 300))
+        assert [(s.label, s.iscrowd) for s in panoptic.segments] == [
+            (one.label, one.iscrowd) for one in instances
+        ]
+        large_id = 1 + instances.index(large)
+        assert panoptic.ids[3].tolist() == [large_id] * 200 + [0] * 100
+    assert not as_panoptic((), (4, 5)).ids.any()
+
+
 def test_instances_of_one_class_differ_in_shade():
     left, right = corner_colors((columns(0, 150, CAT), columns(150, 300, CAT)))
     assert np.abs(np.subtract(left, right)).max() > 15

@@ -30,7 +30,7 @@ MODEL = {
 MODELS = {
     "panoptic": MODEL,
     "instance": MODEL | {"num_stuff": 0},
-    # Kernels that are updated in three parts, and a signal beside them.
+    # Kernels of another width, and a signal beside them.
     "semantic": MODEL
     | {
         "num_proposals": 0,

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import tqdm
 
-from knet_jax import visualize
+from knet_jax import rle, visualize
 from knet_jax.data import splits
 from knet_jax.structs import PanopticMap
 
@@ -62,7 +62,7 @@ def _inspect(split: splits.Split, index: int) -> Finding | str:
     except ValueError as error:
         return f"{split.file_name(index)}: {error}"
     size = tuple(split.sizes[index].tolist())
-    painted, doubled = split.kind.paint(truth, size)
+    painted = visualize.as_panoptic(truth, size)
     counts = np.bincount(painted.ids.ravel(), minlength=1)
     pixels = np.zeros(1 + len(split.categories.names), np.int64)
     hidden = 0
@@ -72,7 +72,14 @@ def _inspect(split: splits.Split, index: int) -> Finding | str:
         if not segment.iscrowd:
             pixels[1 + segment.label] += count
     pixels[0] = painted.ids.size - pixels.sum()
-    return Finding(pixels, doubled, hidden)
+    return Finding(pixels, _hidden_pixels(truth, int(pixels[1:].sum())), hidden)
+
+
+def _hidden_pixels(truth: visualize.Segmentation, labelled: int) -> int:
+    """How many pixels of masks other masks hide, given how many are seen: only instances overlap."""
+    if isinstance(truth, PanopticMap | np.ndarray):
+        return 0
+    return sum(rle.area(one.rle) for one in truth if not one.iscrowd) - labelled
 
 
 def _summarize(findings: list[Finding], names: tuple[str, ...]) -> list[str]:
@@ -107,7 +114,7 @@ def sheet(split: splits.Split, count: int = 12) -> np.ndarray:
             image, truth = split.image(index), split.truth(index)
         except ValueError:
             continue
-        cells.append(_cell(split, image, split.kind.paint(truth, image.shape[:2])[0]))
+        cells.append(_cell(split, image, visualize.as_panoptic(truth, image.shape[:2])))
     if not cells:
         raise ValueError(f"config.data: split '{split.name}' has no sound picture to draw")
     rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]

@@ -21,7 +21,9 @@ def scan(annotations: Path) -> records.Examples:
     Raises:
         ValueError: the file is not what it should be, or nothing can be used.
     """
-    categories, images, by_image = coco_json.read(annotations, _understand, "instance")
+    categories, images, by_image = coco_json.read(
+        annotations, _understand, "instance", coco_json.read_things
+    )
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
     folder = coco_json.pictures_folder(annotations, PREFIX)
     check = functools.partial(_check_picture, folder, labels, by_image)
@@ -30,7 +32,6 @@ def scan(annotations: Path) -> records.Examples:
         f"image {id}: annotated but not among the file's images, left out" for id in by_image
     ]
     files.require_any(pictures, problems, annotations)
-    categories = categories._replace(num_things=len(categories.names))
     return records.Examples(categories, len(pictures), files.read(pictures), problems)
 
 
@@ -55,24 +56,23 @@ def _check_picture(
     Its annotations are taken out of `by_image`.
     """
     listed = by_image.pop(int(image["id"]), ())  # gigabytes of polygons go as they are encoded
-    path = folder / image["file_name"]
+    name = image["file_name"]
+    path = folder / name
     try:
         size = files.read_sizes(path)[0]
         if "height" in image and "width" in image:
             entry = (int(image["height"]), int(image["width"]))
             size = files.matching_size(path, entry, "entry in the JSON")
     except (TypeError, ValueError) as error:
-        return None, [f"{image['file_name']}: {error}, left out"]
+        return None, [f"{name}: {error}, left out"]
     instances, problems = [], []
     for annotation in listed:
         try:
             instances.append(_instance(annotation, labels, size))
         except ValueError as error:
-            problems.append(
-                f"{image['file_name']}: annotation {annotation['id']}: {error}, dropped"
-            )
+            problems.append(f"{name}: annotation {annotation['id']}: {error}, dropped")
     annotate = functools.partial(tuple, instances)
-    return files.Picture(int(image["id"]), path, size, annotate, len(instances)), problems
+    return files.Picture(int(image["id"]), path, name, size, annotate, len(instances)), problems
 
 
 def _instance(

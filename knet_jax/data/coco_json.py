@@ -38,7 +38,10 @@ def pictures_folder(annotations: Path, prefix: str) -> Path:
 
 
 def read(
-    path: Path, understand: Callable[[Mapping], Any], what: str
+    path: Path,
+    understand: Callable[[Mapping], Any],
+    what: str,
+    categories: Callable[[Sequence[Mapping]], Categories],
 ) -> tuple[Categories, dict[int, Mapping], Any]:
     """Reads an annotation file.
 
@@ -47,6 +50,7 @@ def read(
         understand: takes what it needs from the whole content; may raise whatever a content of
             another form leads it to.
         what: such a file is called.
+        categories: understands its list of categories.
 
     Returns:
         the classes, the images by id, and what `understand` returned.
@@ -59,11 +63,11 @@ def read(
     except (ValueError, OSError) as error:
         raise ValueError(f"config.data.root: {path} is not readable JSON: {error}") from error
     try:
-        categories = read_categories(content["categories"])
+        classes = categories(content["categories"])
         images = {int(image["id"]): image for image in content["images"]}
         for image in images.values():
             str(image["file_name"])
-        return categories, images, understand(content)
+        return classes, images, understand(content)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"config.data.root: {path} is not COCO {what} JSON: {error!r}") from error
     except ValueError as error:
@@ -73,7 +77,7 @@ def read(
 def read_categories(listed: Sequence[Mapping]) -> Categories:
     """Orders a file's category list things first, else as it stands.
 
-    A category that does not say whether it is a thing is one, as in files of instances.
+    A category that does not say whether it is a thing is one.
 
     Raises:
         ValueError: an id occurs twice, or there is none.
@@ -85,3 +89,12 @@ def read_categories(listed: Sequence[Mapping]) -> Categories:
     names = tuple(str(category["name"]) for category in ordered)
     num_things = sum(bool(category.get("isthing", True)) for category in ordered)
     return Categories(names, tuple(ids), num_things)
+
+
+def read_things(listed: Sequence[Mapping]) -> Categories:
+    """The categories of a file of instances, as they stand: all are things, whatever they say.
+
+    Raises:
+        ValueError: an id occurs twice, or there is none.
+    """
+    return read_categories([{**category, "isthing": 1} for category in listed])

@@ -39,7 +39,9 @@ def scan_semantic(annotations: Path) -> records.Examples:
 
 
 def _scan(annotations: Path) -> tuple[Categories, list[files.Picture], list[str]]:
-    categories, images, listed = coco_json.read(annotations, _understand, "panoptic")
+    categories, images, listed = coco_json.read(
+        annotations, _understand, "panoptic", coco_json.read_categories
+    )
     names = {image_id: image["file_name"] for image_id, image in images.items()}
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
     check = functools.partial(_check_picture, annotations, names, labels)
@@ -112,7 +114,7 @@ def _check_picture(
     if unlisted:
         problems.append(f"{name}: ids {unlisted} of its PNG are not listed, taken as void")
     annotate = functools.partial(_read_annotation, png, segments)
-    return files.Picture(image_id, path, size, annotate, len(segments)), problems
+    return files.Picture(image_id, path, name, size, annotate, len(segments)), problems
 
 
 def _read_annotation(

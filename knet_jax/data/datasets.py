@@ -18,6 +18,10 @@ from knet_jax.data import (
     shapes,
     splits,
 )
+from knet_jax.rules import Rule, check, one_of
+
+PATH = (lambda value: isinstance(value, str), "a path, or '' for none")
+SPLIT = (lambda value: isinstance(value, str), "a name, or a slice of one")
 
 
 class Dataset(NamedTuple):
@@ -26,7 +30,7 @@ class Dataset(NamedTuple):
     builder: type[records.RecordBuilder]
     tasks: tuple[str, ...]
     keys: tuple[str, ...]
-    """What it reads of `config.data`."""
+    """What it reads of `config.data` beside the keys of `RULES`."""
     split_config: Callable[..., records.SplitConfig]
     """config.data, name of the split, task -> the config of its builder."""
 
@@ -45,25 +49,25 @@ DATASETS = {
     "ade20k": Dataset(
         ade20k.Ade20k,
         ("semantic",),
-        ("root",),
+        (),
         lambda data, split, task: ade20k.split_config(data.root, split),
     ),
     "cityscapes": Dataset(
         cityscapes.Cityscapes,
         ("semantic",),
-        ("root",),
+        (),
         lambda data, split, task: cityscapes.split_config(data.root, split),
     ),
     "coco": Dataset(
         coco.Coco,
         tuple(kinds.KINDS),
-        ("root",),
+        (),
         lambda data, split, task: coco.split_config(data.root, split, task),
     ),
     "folder": Dataset(
         folder.Folder,
         ("semantic",),
-        ("root", "images", "labels", "classes", "ignore_index"),
+        ("images", "labels", "classes", "ignore_index"),
         lambda data, split, task: folder.split_config(data, split),
     ),
     "scene_parse150": Dataset(
@@ -75,11 +79,20 @@ DATASETS = {
     "shapes": Dataset(
         shapes.Shapes,
         tuple(kinds.KINDS),
-        ("val_split", "num_val", "train_split", "num_train", "image_side"),
+        ("num_train", "num_val", "image_side"),
         _shapes,
     ),
 }
 """By name, `config.data.dataset`."""
+
+RULES: dict[str, Rule] = {
+    "data.dataset": one_of(*DATASETS),
+    "data.root": PATH,
+    "data.data_dir": PATH,
+    "data.train_split": SPLIT,
+    "data.val_split": SPLIT,
+}
+"""Keys that the data of every config has."""
 
 
 def find(
@@ -96,11 +109,19 @@ def find(
         ValueError: there is no such dataset, it has no annotations for the task, or it cannot be
             found.
     """
+    dataset = find_dataset(config_data, task)
+    return dataset.builder, dataset.split_config(config_data, split, task)
+
+
+def find_dataset(config_data, task: str) -> Dataset:
+    """The dataset that `config.data` names.
+
+    Raises:
+        ValueError: there is none of that name, it has no annotations for the task, or a key is
+            missing that it needs.
+    """
     kinds.find(task)
-    if config_data.dataset not in DATASETS:
-        raise ValueError(
-            f"config.data.dataset '{config_data.dataset}' must be one of {', '.join(DATASETS)}"
-        )
+    check({f"data.{key}": value for key, value in config_data.items()}, RULES)
     dataset = DATASETS[config_data.dataset]
     if task not in dataset.tasks:
         raise ValueError(
@@ -112,7 +133,7 @@ def find(
             raise ValueError(
                 f"config.data.{key} is missing: config.data.dataset '{config_data.dataset}' needs it"
             )
-    return dataset.builder, dataset.split_config(config_data, split, task)
+    return dataset
 
 
 def data_dir(config_data) -> Path:

@@ -25,6 +25,8 @@ class Picture(NamedTuple):
 
     image_id: int
     path: Path
+    name: str
+    """What the dataset calls it: where that is not unique without them, with subfolders."""
     size: tuple[int, int]
     annotate: Callable[[], Any]
     """Reads or builds the annotation."""
@@ -71,7 +73,7 @@ def read(pictures: Iterable[Picture]) -> Iterator[records.Record]:
         yield records.Record(
             image=picture.path.read_bytes(),
             image_id=picture.image_id,
-            file_name=picture.path.name,
+            file_name=picture.name,
             size=picture.size,
             annotation=picture.annotate(),
         )

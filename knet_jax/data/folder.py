@@ -99,4 +99,4 @@ def read_categories(path: Path, ignore_index: int) -> Categories:
 def _pairs(pictures: Path, annotations: Path) -> Iterator[index_maps.Pair]:
     for path in index_maps.find_pictures(pictures):
         name = path.relative_to(pictures)
-        yield index_maps.Pair(path, annotations / name.with_suffix(".png"), str(name))
+        yield index_maps.Pair(path, annotations / name.with_suffix(".png"), name.as_posix())

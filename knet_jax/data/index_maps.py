@@ -27,7 +27,7 @@ class Pair(NamedTuple):
     path: Path
     png: Path
     name: str
-    """What the picture is called in a message."""
+    """What the picture is called: unique, so with subfolders where it needs them."""
 
 
 def scan(
@@ -83,7 +83,7 @@ def _check(
     if not classes:
         problems.append(f"{pair.name}: every pixel is ignored")
     annotate = functools.partial(_annotate, pair.png, categories)
-    return files.Picture(number, pair.path, size, annotate, len(classes)), problems
+    return files.Picture(number, pair.path, pair.name, size, annotate, len(classes)), problems
 
 
 def _annotate(png: Path, categories: Categories) -> bytes:

@@ -12,14 +12,7 @@ from pycocotools import mask as run_lengths
 from knet_jax.data import panoptic, transforms
 from knet_jax.data.recipes import WholePicture
 from knet_jax.data.transforms import View
-from knet_jax.structs import (
-    EMPTY,
-    Categories,
-    Instance,
-    InstanceTargets,
-    PanopticMap,
-    SegmentInfo,
-)
+from knet_jax.structs import EMPTY, Categories, Instance, InstanceTargets
 
 ENCODED = ()
 """Which of the features are pictures."""
@@ -130,23 +123,3 @@ def truth(loaded: Loaded, categories: Categories) -> tuple[Instance, ...]:
         Instance(loaded.rle(one), one.label, iscrowd=one.iscrowd, area=one.area)
         for one in loaded.instances
     )
-
-
-def paint(truth: Sequence[Instance], size: tuple[int, int]) -> tuple[PanopticMap, int]:
-    """A map that shows some instances, crowds and large ones below small ones.
-
-    Args:
-        truth: instances; the i-th gets the id 1 + i, which the map may not show.
-        size: height and width of the picture.
-
-    Returns:
-        the map, and how many pixels the masks have beyond those that it shows, crowds left out.
-    """
-    areas = [int(run_lengths.area(one.rle)) for one in truth]
-    crowd = np.array([True, *(one.iscrowd for one in truth)])
-    ids = np.zeros(size, np.int32)
-    for i in sorted(range(len(truth)), key=lambda i: (not truth[i].iscrowd, -areas[i])):
-        ids[run_lengths.decode(truth[i].rle) > 0] = 1 + i
-    infos = (SegmentInfo(1 + i, o.label, o.iscrowd, o.score) for i, o in enumerate(truth))
-    wanted = sum(area for one, area in zip(truth, areas) if not one.iscrowd)
-    return PanopticMap(ids, tuple(infos)), wanted - int(np.sum(~crowd[ids]))

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from knet_jax.data import instance, panoptic, recipes, semantic
 from knet_jax.data.transforms import View
-from knet_jax.structs import PanopticMap
 
 
 class Kind(NamedTuple):
@@ -15,6 +14,8 @@ class Kind(NamedTuple):
 
     recipe: Callable[..., Any]
     """config.data -> a recipe."""
+    keys: tuple[str, ...]
+    """What the recipe reads of it."""
     features: Callable[[], dict[str, Any]]
     """What TFDS stores of an annotation."""
     encoded: tuple[str, ...]
@@ -37,13 +38,12 @@ class Kind(NamedTuple):
     """targets, place, loaded, view, canvas, categories: writes one picture into the targets."""
     truth: Callable[..., Any]
     """loaded, categories -> the annotation at original size, for evaluation."""
-    paint: Callable[..., tuple[PanopticMap, int]]
-    """truth, size -> a map that shows it, and how many pixels of masks others hide in it."""
 
 
 KINDS = {
     "panoptic": Kind(
         recipe=recipes.whole_picture,
+        keys=recipes.WholePicture._fields,
         features=panoptic.features,
         encoded=panoptic.ENCODED,
         encode=panoptic.encode,
@@ -55,10 +55,10 @@ KINDS = {
         empty=panoptic.empty,
         fill=panoptic.fill,
         truth=panoptic.truth,
-        paint=panoptic.paint,
     ),
     "instance": Kind(
         recipe=recipes.whole_picture,
+        keys=recipes.WholePicture._fields,
         features=instance.features,
         encoded=instance.ENCODED,
         encode=instance.encode,
@@ -70,10 +70,10 @@ KINDS = {
         empty=instance.empty,
         fill=instance.fill,
         truth=instance.truth,
-        paint=instance.paint,
     ),
     "semantic": Kind(
         recipe=recipes.crop,
+        keys=recipes.Crop._fields,
         features=semantic.features,
         encoded=semantic.ENCODED,
         encode=semantic.encode,
@@ -85,7 +85,6 @@ KINDS = {
         empty=semantic.empty,
         fill=semantic.fill,
         truth=semantic.truth,
-        paint=semantic.paint,
     ),
 }
 """By the name of the task, `config.task`."""
@@ -94,5 +93,5 @@ KINDS = {
 def find(task: str) -> Kind:
     """The kind of annotation that a task needs. Raises ValueError where there is no such task."""
     if task not in KINDS:
-        raise ValueError(f"config.task '{task}' must be one of {', '.join(KINDS)}")
+        raise ValueError(f"config.task is {task!r}; accepted: {', '.join(KINDS)}")
     return KINDS[task]

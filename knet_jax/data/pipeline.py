@@ -26,6 +26,7 @@ import numpy as np
 from absl import flags
 
 from knet_jax.data import batches, datasets, records, sampler, splits
+from knet_jax.quiet import silenced
 from knet_jax.structs import EMPTY, Batch, Categories
 
 LEAST_SEEN = 500
@@ -65,7 +66,8 @@ def prepare(config_data, split: str, task: str) -> Path:
         print(f"{name}: prepared already in {directory} (remove it to prepare anew)", flush=True)
         return directory
     try:
-        with _quiet():
+        # TFDS speaks of downloads and configs; bars and what we log ourselves stay.
+        with silenced("tensorflow_datasets"), contextlib.redirect_stdout(io.StringIO()):
             builder = builder_class(config=builder_config, data_dir=data_dir)
             builder.download_and_prepare(file_format="array_record")
     except (OSError, RuntimeError) as error:  # array_record raises the latter on a full disk
@@ -78,22 +80,6 @@ def prepare(config_data, split: str, task: str) -> Path:
     print(f"{name}: prepared in {directory}", flush=True)
     print(records.describe(builder.info.metadata), flush=True)
     return directory
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences what TFDS says of downloads and configs; bars and what we log ourselves stay."""
-
-    def is_ours(record: logging.LogRecord) -> bool:
-        return "tensorflow_datasets" not in Path(record.pathname).parts
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_ours)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.removeFilter(is_ours)
 
 
 def load_split(config_data, split: str, task: str) -> splits.Split:

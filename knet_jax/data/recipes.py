@@ -6,18 +6,62 @@ trains on crops (`Crop`). Both are the part of `config.data` that a worker needs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from knet_jax.configuration import to_tuples
 from knet_jax.data import photometric, sampler, transforms
 from knet_jax.data.transforms import View
+from knet_jax.rules import ONE, YES_NO, ZERO, Rule, at_least_one, check, pair, positive, share
 
 STRIDE = 32
 """Sides of a canvas are multiples of the greatest stride of a backbone."""
 CROP_TRIES = 10
 """How many windows are looked at for one in which no class takes too much."""
+
+
+def _is_canvas(value: Any) -> bool:
+    return pair(at_least_one)(value) and not any(side % STRIDE for side in value)
+
+
+CANVAS: Rule = (_is_canvas, f"(height, width), multiples of {STRIDE}")
+
+
+def _is_range(value: Any) -> bool:
+    return pair(positive)(value) and value[0] <= value[1]
+
+
+SHARED_RULES: dict[str, Rule] = {
+    "data.flip": (share, "a probability"),
+    "data.num_workers": ZERO,
+    "data.max_broken_share": (share, "a share between 0 and 1"),
+}
+WHOLE_PICTURE_RULES: dict[str, Rule] = {
+    "data.canvas": (
+        lambda value: _is_canvas(value) and value[0] <= value[1],
+        f"(height, width) of a landscape, multiples of {STRIDE}",
+    ),
+    "data.short_side": (_is_range, "(smallest, largest) in pixels"),
+    "data.long_side": (positive, "a number of pixels"),
+    "data.max_things": ONE,
+    "data.min_things": ZERO,
+}
+CROP_RULES: dict[str, Rule] = {
+    "data.scale": (
+        lambda value: pair(at_least_one)(value) and value[0] >= value[1],
+        "(long side, short side) in pixels",
+    ),
+    "data.ratio": (_is_range, "(smallest, largest) above 0"),
+    "data.crop": CANVAS,
+    "data.max_class_share": (lambda value: share(value) and value > 0, "a share above 0"),
+    "data.photometric": YES_NO,
+    "data.eval_multiple": (
+        lambda value: at_least_one(value) and value % STRIDE == 0,
+        f"a multiple of {STRIDE}",
+    ),
+}
 
 
 class WholePicture(NamedTuple):
@@ -83,24 +127,12 @@ def whole_picture(config_data) -> WholePicture:
     Raises:
         ValueError: a value that cannot be meant.
     """
-    recipe = _read(WholePicture, config_data)
-    height, width = recipe.canvas
-    low, high = recipe.short_side
-    if height % STRIDE or width % STRIDE or not 0 < height <= width:
-        raise ValueError(
-            f"config.data.canvas {recipe.canvas} must be a landscape (height, width), "
-            f"multiples of {STRIDE}"
-        )
-    if not 0 < low <= high:
-        raise ValueError(f"config.data.short_side {recipe.short_side} must be (least, greatest)")
-    if high > height or recipe.long_side > width:
+    recipe = _read(WholePicture, config_data, SHARED_RULES | WHOLE_PICTURE_RULES)
+    if recipe.short_side[1] > recipe.canvas[0] or recipe.long_side > recipe.canvas[1]:
         raise ValueError(
             f"config.data.short_side {recipe.short_side} and long_side {recipe.long_side} "
             f"do not fit into config.data.canvas {recipe.canvas}"
         )
-    for name, least in (("max_things", 1), ("min_things", 0)):
-        if getattr(recipe, name) < least:
-            raise ValueError(f"config.data.{name} {getattr(recipe, name)} must be >= {least}")
     return recipe
 
 
@@ -177,28 +209,7 @@ def crop(config_data) -> Crop:
     Raises:
         ValueError: a value that cannot be meant.
     """
-    recipe = _read(Crop, config_data)
-    long, short = recipe.scale
-    if not 0 < short <= long:
-        raise ValueError(f"config.data.scale {recipe.scale} must be (long side, short side)")
-    low, high = recipe.ratio
-    if not 0 < low <= high:
-        raise ValueError(f"config.data.ratio {recipe.ratio} must be (least, greatest)")
-    if any(side < 1 or side % STRIDE for side in recipe.crop):
-        raise ValueError(
-            f"config.data.crop {recipe.crop} must be (height, width), multiples of {STRIDE}"
-        )
-    if not 0 < recipe.max_class_share <= 1:
-        raise ValueError(
-            f"config.data.max_class_share {recipe.max_class_share} must be above 0 and at most 1"
-        )
-    if recipe.photometric not in (False, True):
-        raise ValueError(f"config.data.photometric {recipe.photometric} must be True or False")
-    if recipe.eval_multiple < 1 or recipe.eval_multiple % STRIDE:
-        raise ValueError(
-            f"config.data.eval_multiple {recipe.eval_multiple} must be a multiple of {STRIDE}"
-        )
-    return recipe
+    return _read(Crop, config_data, SHARED_RULES | CROP_RULES)
 
 
 def look(label_map: np.ndarray, view: View) -> np.ndarray:
@@ -215,20 +226,12 @@ def largest_share(label_map: np.ndarray) -> float:
     return counts.max() / counts.sum() if counts.any() else 1.0
 
 
-def _read(kind: type[Any], config_data) -> Any:
-    """The fields of a recipe from `config.data`, those that all recipes share checked."""
-    values = {name: config_data[name] for name in kind._fields if name in config_data}
-    for name in kind._fields:
-        if name not in values and name not in kind._field_defaults:
-            raise ValueError(f"config.data.{name} is missing: the task needs it")
-    lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list | tuple)}
-    recipe = kind(**values | lists)
-    for name in ("flip", "max_broken_share"):
-        if not 0 <= getattr(recipe, name) <= 1:
-            raise ValueError(f"config.data.{name} {getattr(recipe, name)} must be in [0, 1]")
-    if recipe.num_workers < 0:
-        raise ValueError(f"config.data.num_workers {recipe.num_workers} must be >= 0")
-    return recipe
+def _read(kind: type[Any], config_data, rules: Mapping[str, Rule]) -> Any:
+    """The fields of a recipe from `config.data`, each checked by its rule."""
+    given = {name: to_tuples(config_data[name]) for name in kind._fields if name in config_data}
+    values = kind._field_defaults | given
+    check({f"data.{name}": value for name, value in values.items()}, rules)
+    return kind(**values)
 
 
 def _round_up(length: float, multiple: int) -> int:

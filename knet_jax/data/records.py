@@ -34,6 +34,7 @@ class Record(NamedTuple):
     image_id: int
     """The id that the dataset's own files use, or a position."""
     file_name: str
+    """As the dataset's own files call it, which may be with subfolders."""
     size: tuple[int, int]
     """Height and width."""
     annotation: Any

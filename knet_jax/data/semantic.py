@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from knet_jax.data import recipes, transforms
 from knet_jax.data.transforms import View
-from knet_jax.structs import Categories, PanopticMap, SegmentInfo, SemanticTargets
+from knet_jax.structs import Categories, SemanticTargets
 
 ENCODED = ("label_map",)
 """Which of the features are pictures."""
@@ -107,11 +107,3 @@ def fill(
 def truth(loaded: np.ndarray, categories: Categories) -> np.ndarray:
     """The annotation at original size, uint8 (uint16 above 255 classes) [H, W]."""
     return loaded.astype(np.uint8 if len(categories.names) <= 255 else np.uint16)
-
-
-def paint(truth: np.ndarray, size: tuple[int, int]) -> tuple[PanopticMap, int]:
-    """A map that shows the classes, one segment for each that occurs, with nothing hidden."""
-    del size
-    values = np.unique(truth)
-    segments = tuple(SegmentInfo(int(v), int(v) - 1) for v in values[values > 0])
-    return PanopticMap(truth.astype(np.int32), segments), 0

@@ -20,10 +20,11 @@ import cv2
 import numpy as np
 
 from knet_jax import rle
-from knet_jax.data.coco_json import read_categories
+from knet_jax.data.coco_json import read_categories, read_things
 from knet_jax.data.transforms import NUM_IDS, load_panoptic, segment_colors, segment_ids
 from knet_jax.metrics import instance
 from knet_jax.metrics.panoptic import PQCounts, count, merge, no_counts, segment_index
+from knet_jax.metrics.result_files import place_png, write_json
 from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
 
 
@@ -46,7 +47,7 @@ class PanopticResults:
         Raises ValueError where that PNG was written before, an id does not fit the format, a
         segment has no pixel, or as `segment_index`.
         """
-        png = Path(file_name).with_suffix(".png").name
+        png, place = place_png(self.path.with_suffix(""), file_name)
         if png in self._annotations:
             raise ValueError(f"{self.path}: {png} was added before")
         areas = np.bincount(segment_index(panoptic).ravel(), minlength=1 + len(panoptic.segments))
@@ -66,7 +67,7 @@ class PanopticResults:
             )
         rgb = segment_colors(panoptic.ids)
         _, data = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-        (self.path.with_suffix("") / png).write_bytes(data)
+        place.write_bytes(data)
         height, width = panoptic.ids.shape
         self._images.append(
             {"id": int(image_id), "file_name": file_name, "height": height, "width": width}
@@ -88,9 +89,7 @@ class PanopticResults:
                 for label, (id, name) in enumerate(zip(c.dataset_ids, c.names, strict=True))
             ],
         }
-        unfinished = self.path.with_suffix(".json.part")
-        unfinished.write_text(json.dumps(content))
-        unfinished.replace(self.path)
+        write_json(self.path, content)
 
 
 class PanopticFile:
@@ -229,9 +228,7 @@ class InstanceFile:
         try:
             content = json.loads(self.path.read_bytes())
             if truth is None:
-                # Categories of things need not say so, which is how COCO's own file is written.
-                things = [category | {"isthing": 1} for category in content["categories"]]
-                self.categories = read_categories(things)
+                self.categories = read_things(content["categories"])
                 self._sizes = {i["id"]: (i["height"], i["width"]) for i in content["images"]}
                 annotations = content["annotations"]
             else:

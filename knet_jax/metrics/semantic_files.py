@@ -5,12 +5,12 @@ This is how ADE20K, Cityscapes and Pascal VOC give their truth, and what their s
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from knet_jax.metrics.result_files import place_png, write_json
 from knet_jax.structs import Categories
 
 
@@ -48,7 +48,7 @@ class SemanticResults:
             ValueError: that PNG was written before, a label is not of a class, or a pixel has none
                 although classes have both of the ids 0 and 255.
         """
-        png = Path(file_name).with_suffix(".png").name
+        png, place = place_png(self.path.with_suffix(""), file_name)
         if png in self._images:
             raise ValueError(f"{self.path}: {png} was added before")
         low, high = int(labels.min()), int(labels.max())
@@ -58,7 +58,7 @@ class SemanticResults:
         if low == 0 and self._void is None:
             raise ValueError(f"{png}: a pixel without a class; classes have the ids 0 and 255")
         _, data = cv2.imencode(".png", self._values[labels])
-        (self.path.with_suffix("") / png).write_bytes(data)
+        place.write_bytes(data)
         height, width = labels.shape
         self._images[png] = {
             "id": int(image_id),
@@ -74,6 +74,4 @@ class SemanticResults:
             "images": list(self._images.values()),
             "categories": [{"id": id, "name": n} for id, n in zip(c.dataset_ids, c.names)],
         }
-        unfinished = self.path.with_suffix(".json.part")
-        unfinished.write_text(json.dumps(content))
-        unfinished.replace(self.path)
+        write_json(self.path, content)
