@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from devices import COMPILE_FAST
 
 ROOT = Path(__file__).parents[1]
 
@@ -11,10 +12,7 @@ ROOT = Path(__file__).parents[1]
 # a GPU. Programs that took more than a second to compile are kept for the next run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-# Tiny networks are compiled for much longer than they run.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+os.environ.setdefault("XLA_FLAGS", COMPILE_FAST)
 
 
 def _shared(name: str) -> Path:
