@@ -180,6 +180,7 @@ def test_maps_are_bfloat16_and_all_else_is_wide(task):
 SWIN = {"name": "swin", "channels": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", MODELS)
 @pytest.mark.parametrize("backbone", [MODEL["backbone"], SWIN], ids=["resnet", "swin"])
 def test_remat_computes_every_block_anew_for_the_gradient(task, backbone):

@@ -149,7 +149,6 @@ def test_a_block_pads_after_the_norm_and_attends_within_windows(window, shift, n
     hidden = numpy_norm(wanted, params["norm2"]) @ params["ffn_hidden"]["kernel"]
     hidden = np.asarray(jax.nn.gelu(hidden + params["ffn_hidden"]["bias"], approximate=False))
     wanted += hidden @ params["ffn_output"]["kernel"] + params["ffn_output"]["bias"]
-    # The largest values are of about ten.
     np.testing.assert_allclose(block.apply(variables, x, False)[0], wanted, atol=2e-5)
 
 
