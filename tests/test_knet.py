@@ -52,6 +52,7 @@ def check_shapes(output, model, b, height, width):
     assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: Path(spec).name)
 def test_every_config_at_full_size(spec):
     config = load_config(spec)
@@ -227,6 +228,7 @@ def test_output_has_the_sizes_and_order_of_the_config(network):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["instance", "semantic"])
 def test_outputs_of_the_other_tasks_are_finite(task):
     model, batch = make_model(**MODELS[task]), make_batch(2)

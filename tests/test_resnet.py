@@ -67,6 +67,7 @@ def test_blocks_that_add_nothing_make_no_difference(image, num_deformable):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(abs(a).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_a_dilated_network_has_every_pixel_of_the_strided_one(image, output_stride):
     """That is what the smaller dilation of the first block of a stage is for."""
@@ -218,6 +219,7 @@ def test_pictures_of_a_batch_do_not_mix(image):
         np.testing.assert_allclose(both[1:], one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_memory(image):
     variables = initialize(TINY(norm="group", frozen_stages=0), image)
 

@@ -270,6 +270,7 @@ def test_levels_are_normalized_each_by_its_own(image, variables):
             np.testing.assert_allclose(b, 2 * a + 1 if i == j else a, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_memory(image, variables):
     def run(model, variables):
         def loss(variables):

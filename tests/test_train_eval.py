@@ -199,19 +199,23 @@ def test_evaluation_needs_the_workdir_alone(whole, tmp_path):
     assert len(list((tmp_path / "panoptic").glob("*.png"))) == 5
 
 
-@pytest.mark.parametrize("name, more", [("val", ()), ("val_ema", ("--ema",))])
+@pytest.mark.parametrize(
+    "name, more", [("val", ()), ("val_ema", ("--ema", "--checkpoint", "latest"))]
+)
 def test_evaluation_gives_the_numbers_of_the_training_run(whole, tmp_path, name, more):
+    """Of its best step, which has some score, and of the average at its last."""
     workdir, _ = whole
-    status, _, err = run(
-        "eval.py", "--workdir", workdir, "--output", tmp_path, "--checkpoint", "latest", *more
-    )
+    status, _, err = run("eval.py", "--workdir", workdir, "--output", tmp_path, *more)
     assert status == 0, err
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    logged = [record for record in read_log(workdir) if "val/PQ" in record][-1]
-    assert metrics["step"] == logged["step"] == 12 and metrics["num_images"] == 8
-    assert logged["val/PQ"] > 0 < logged["val_ema/PQ"] and logged["val/SQ"] != logged["val_ema/SQ"]
+    logged = {record["step"]: record for record in read_log(workdir) if "val/PQ" in record}
+    best = max(logged, key=lambda step: (logged[step]["val/PQ"], step))
+    assert logged[best]["val/PQ"] > 0 and logged[best]["val/SQ"] != logged[best]["val_ema/SQ"]
+    assert metrics["step"] == (12 if "latest" in more else best) and metrics["num_images"] == 8
     for key in ("PQ", "SQ_stuff", "RQ_things"):
-        np.testing.assert_allclose(metrics[key], logged[f"{name}/{key}"], rtol=1e-6)
+        np.testing.assert_allclose(
+            metrics[key], logged[metrics["step"]][f"{name}/{key}"], rtol=1e-6
+        )
 
 
 class Found(Exception):

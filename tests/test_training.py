@@ -269,6 +269,7 @@ def test_the_same_seed_and_step_are_the_same_step(with_dropout):
     jax.tree.map(np.testing.assert_array_equal, at(3, TWICE, 2), at(3, TWICE, 2))
 
 
+@pytest.mark.slow
 def test_another_step_or_seed_drops_others(with_dropout):
     at, _ = with_dropout
     other, _ = semantic_step(0.5, seed=1)
@@ -276,6 +277,7 @@ def test_another_step_or_seed_drops_others(with_dropout):
     assert len(set(each)) == 3
 
 
+@pytest.mark.slow
 def test_every_part_drops_others(with_dropout):
     """A picture, and the same one in two parts: means over images are equal without dropout."""
     at, _ = with_dropout
@@ -284,6 +286,7 @@ def test_every_part_drops_others(with_dropout):
     assert initial_loss(at(0, TWICE, 2)) == pytest.approx(initial_loss(at(0, PICTURE)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_device_drops_others():
     """Two devices as an axis of one: the same picture on both."""
     model = model_of("group", "semantic", dropout=0.5, auxiliary_channels=0)
