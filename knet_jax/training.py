@@ -196,7 +196,7 @@ def update(
     }
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = jax.tree.map(
-        lambda average, new: (decay * average + (1 - decay) * new).astype(average.dtype),
+        lambda average, new: (average + (1 - decay) * (new - average)).astype(average.dtype),
         state.ema,
         None if state.ema is None else params,
     )

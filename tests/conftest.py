@@ -4,17 +4,17 @@ import os
 from pathlib import Path
 
 import pytest
+from devices import COMPILE_FAST
 
 ROOT = Path(__file__).parents[1]
 
 # Before the first import of jax. Tests are written for the CPU; JAX_PLATFORMS=cuda,cpu runs them on
-# a GPU. Programs that took more than a second to compile are kept for the next run.
+# a GPU. Programs that took a while to compile are kept for the next run, whatever its Python; but not
+# those that call the host, as a train step with matching does, which jax never keeps.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-# Tiny networks are compiled for much longer than they run.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("XLA_FLAGS", COMPILE_FAST)
 
 
 def _shared(name: str) -> Path:

@@ -190,6 +190,7 @@ def worker(data_dir, out):
     np.savez(out, **arrays)
 
 
+@pytest.mark.slow
 def test_two_devices_equal_one(data, tmp_path):
     config, _ = data
     call("test_evaluation", "worker", config.data.data_dir, tmp_path / "out.npz", num_devices=2)

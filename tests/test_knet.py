@@ -1,4 +1,3 @@
-import json
 import runpy
 from functools import partial
 from pathlib import Path
@@ -53,6 +52,7 @@ def check_shapes(output, model, b, height, width):
     assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: Path(spec).name)
 def test_every_config_at_full_size(spec):
     config = load_config(spec)
@@ -65,55 +65,6 @@ def test_every_config_at_full_size(spec):
         not kept for kept in jax.tree.leaves(trainable(config.optim.groups, variables["params"]))
     ]
     assert any(frozen) == (config.model.backbone.get("frozen_stages", 0) > 0)
-
-
-# The reference's table of sizes, and our configs.
-RECIPES = {
-    "knet_s3_r50_fpn_1x_coco": "coco_instance.py",
-    "knet_s3_r50_fpn_1x_coco_N256": "coco_instance.py:n256",
-    "knet_s3_r50_fpn_ms-3x_coco": "coco_instance.py:ms3x",
-    "knet_s3_r101_fpn_ms-3x_coco": "coco_instance.py:r101,ms3x",
-    "knet_s3_r101_dcn-c3-c5_fpn_ms-3x_coco": "coco_instance.py:r101_dcn,ms3x",
-    "knet_s3_r50_fpn_1x_coco-panoptic": "coco_panoptic.py",
-    "knet_s3_r50_fpn_ms-3x_coco-panoptic": "coco_panoptic.py:ms3x",
-    "knet_s3_r101_fpn_ms-3x_coco-panoptic": "coco_panoptic.py:r101,ms3x",
-    "knet_s3_r101_dcn-c3-c5_fpn_ms-3x_coco-panoptic": "coco_panoptic.py:r101_dcn,ms3x",
-    "knet_s3_swin-l_fpn_ms-3x_16x2_coco-panoptic": "coco_panoptic.py:swin_l,ms3x",
-    "knet_s3_swin-l_fpn_ms-3x_16x2_coco-panoptic_swinT-variant": "coco_panoptic.py:swin_t,ms3x",
-    "knet_s3_fcn_r50-d8_80k_adamw_ade20k": "ade20k_semantic.py",
-    "knet_s3_pspnet_r50-d8_80k_adamw_ade20k": "ade20k_semantic.py:psp",
-    "knet_s3_deeplabv3_r50-d8_80k_adamw_ade20k": "ade20k_semantic.py:deeplabv3",
-    "knet_s3_upernet_r50-d8_80k_adamw_ade20k": "ade20k_semantic.py:uper",
-    "knet_s3_upernet_swin-t_80k_adamw_ade20k": "ade20k_semantic.py:swin_t",
-    "knet_s3_upernet_swin-l_80k_adamw_ade20k": "ade20k_semantic.py:swin_l",
-    "knet_s3_upernet_swin-l_80k_adamw_640x640_ade20k": "ade20k_semantic.py:swin_l_640",
-    "knet-s3_r50-d8_upernet, 512 channels (mmsegmentation 1.2.2)": "ade20k_semantic.py:uper,wide",
-    "knet-s3_swin-t_upernet, 512 channels (mmsegmentation 1.2.2)": "ade20k_semantic.py:swin_t,wide",
-}
-
-
-def reference_sizes(folder):
-    return json.loads((folder / "model_sizes.json").read_text())["models"]
-
-
-def test_every_size_of_the_reference_is_a_config_of_ours(fixtures):
-    assert RECIPES.keys() == reference_sizes(fixtures).keys()
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_as_many_parameters_as_the_reference(fixtures, name):
-    wanted = reference_sizes(fixtures)[name]
-    config = load_config(f"{ROOT}/configs/{RECIPES[name]}")
-    _, variables = shapes(make_model(**config.model), 1, 64, 64)
-    params = variables["params"]
-    kept = jax.tree.leaves(trainable(config.optim.groups, params))
-    sizes = [x.size for x in jax.tree.leaves(params)]
-    assert sum(sizes) == wanted["params"]
-    trained = sum(size for size, keep in zip(sizes, kept) if keep)
-    assert trained == wanted.get("trainable", wanted["params"])
-    if config.task == "semantic":
-        auxiliary = sum(x.size for x in jax.tree.leaves(params["auxiliary"]))
-        assert auxiliary == wanted["params"] - wanted["params_without_aux"]
 
 
 @pytest.mark.parametrize(
@@ -216,6 +167,51 @@ def test_ablations_are_arguments():
         assert kernel.shape == (3, 3, channels, 16)
 
 
+# Types and memory, by shapes alone.
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_maps_are_bfloat16_and_all_else_is_wide(task):
+    model = make_model(**MODELS[task], dtype="bfloat16")
+
+    def is_map(module, method):
+        return method == "__call__" and module.name in ("backbone", "neck")
+
+    image = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.bfloat16)
+    output, state = jax.eval_shape(
+        partial(model.init_with_output, capture_intermediates=is_map), jax.random.key(0), image
+    )
+    maps = state.pop("intermediates")
+    assert maps.keys() == {"backbone", "neck"}
+    assert {x.dtype for x in jax.tree.leaves(maps)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves((output, state))} == {jnp.dtype("float32")}
+
+
+SWIN = {"name": "swin", "channels": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", MODELS)
+@pytest.mark.parametrize("backbone", [MODEL["backbone"], SWIN], ids=["resnet", "swin"])
+def test_remat_computes_every_block_anew_for_the_gradient(task, backbone):
+    def num_blocks(remat):
+        model = make_model(**MODELS[task] | {"backbone": backbone | {"remat": remat}})
+        _, variables = shapes(model, 1, 64, 64)
+
+        def loss(params, image):
+            variables_ = variables | {"params": params}
+            rngs = {"dropout": jax.random.key(0)}
+            output = model.apply(variables_, image, train=True, rngs=rngs)
+            return output.stages[-1].masks.sum()
+
+        image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+        trace = str(jax.make_jaxpr(jax.grad(loss))(variables["params"], image))
+        return trace.count("differentiated=True")
+
+    assert num_blocks(False) == 0
+    assert num_blocks(True) == sum(backbone["depths"])
+
+
 # Numbers of a tiny network.
 
 
@@ -241,6 +237,7 @@ def test_output_has_the_sizes_and_order_of_the_config(network):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["instance", "semantic"])
 def test_outputs_of_the_other_tasks_are_finite(task):
     model, batch = make_model(**MODELS[task]), make_batch(2)

@@ -34,6 +34,20 @@ def test_equals_scipy_on_each_image(cost):
             np.testing.assert_array_equal(slots[r, i], wanted)
 
 
+@pytest.mark.parametrize("n, m", [(256, 100), (100, 100), (9, 40)])
+def test_equals_scipy_at_other_sizes(n, m):
+    rng = np.random.default_rng(n)
+    cost = np.array(random(2, 2, n, m))
+    labels = np.where(rng.random((2, m)) < 0.7, rng.integers(0, 80, (2, m)), EMPTY)
+    slots = solve(cost, labels)
+    for r, i in np.ndindex(2, 2):
+        columns = np.flatnonzero(labels[i] != EMPTY)
+        wanted = np.full(n, EMPTY)
+        kernels, chosen = linear_sum_assignment(cost[r, i][:, columns])
+        wanted[kernels] = columns[chosen]
+        np.testing.assert_array_equal(slots[r, i], wanted)
+
+
 @pytest.mark.parametrize("rubbish", [-1e9, 1e9, np.nan, np.inf])
 def test_empty_slots_change_nothing(cost, rubbish):
     spoiled = np.where(LABELS[None, :, None] == EMPTY, rubbish, cost)

@@ -75,17 +75,41 @@ def test_an_array_of_another_shape_fails(post, monkeypatch, capsys):
     assert not parity.Row("name", float("nan"), 1.0).passed
 
 
-def test_unknown_kinds_are_skipped_by_name(fixtures, tmp_path, monkeypatch, capsys):
-    names = ["model_sizes", "perf_reference_cpu"]
-    for name in names:
-        shutil.copyfile(fixtures / f"{name}.json", tmp_path / f"{name}.json")
+def test_networks_have_the_references_sizes(fixtures, monkeypatch, capsys):
+    path = fixtures / "model_sizes.json"
+    status, lines = run(monkeypatch, capsys, path)
+    assert status == 0 and lines[-1].endswith(" 0 failed, 0 skipped")
+    names = {line.split("/params ")[0].strip() for line in lines if "/params " in line}
+    assert names == json.loads(path.read_text())["models"].keys() == parity.RECIPES.keys()
+
+
+def test_another_size_or_an_unknown_network_fails(fixtures, tmp_path, monkeypatch, capsys):
+    manifest = json.loads((fixtures / "model_sizes.json").read_text())
+    name = "knet_s3_fcn_r50-d8_80k_adamw_ade20k"
+    sizes = manifest["models"][name]
+    sizes["params_without_aux"] += 1
+    path = tmp_path / "model_sizes.json"
+    path.write_text(json.dumps({"models": {name: sizes, "new": sizes}}))
+    status, lines = run(monkeypatch, capsys, path, "--quiet")
+    assert status == 1 and lines[-1] == "2 passed, 2 failed, 0 skipped"
+    failed = [line.split()[0] for line in lines if "FAIL" in line]
+    assert failed == [f"{name}/params_without_aux", "new"]
+
+
+def test_times_are_nothing_to_compare(fixtures, monkeypatch, capsys):
+    status, lines = run(monkeypatch, capsys, fixtures / "perf_reference_cpu.json")
+    assert status == 0 and len(lines) == 2 and "nothing to compare" in lines[0]
+    assert lines[1] == "0 passed, 0 failed, 0 skipped"
+
+
+def test_unknown_kinds_are_skipped_by_name(tmp_path, monkeypatch, capsys):
     new = {"kind": "something new", "model": "knet_panoptic", "params": []}
     (tmp_path / "new.json").write_text(json.dumps(new))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "expected.json").write_text("{}")
     status, lines = run(monkeypatch, capsys, tmp_path)
     skipped = {line.partition(":")[0] for line in lines if "skipped, its kind is unknown" in line}
-    assert skipped == {*names, "new", "folder"}
+    assert skipped == {"new", "folder"}
     assert status == 0 and lines[-1] == f"0 passed, 0 failed, {len(skipped)} skipped"
 
 

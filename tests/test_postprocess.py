@@ -111,6 +111,12 @@ def test_more_masks_than_are_resampled_together():
     assert sorted(best.kernels[0]) == list(range(21))
 
 
+def test_the_hundred_best_of_256_kernels():
+    masks, logits = case(7, 1, 256, 20)
+    best = check_instances(masks, logits, [(61, 93)], [(97, 131)])
+    assert best.kernels.shape == (1, 100) and len(set(best.kernels[0].tolist())) > 50
+
+
 def test_a_probability_of_one_half_is_not_inside():
     masks = np.zeros((1, 2, 8, 12), np.float32)
     masks[0, 1] = 1e-3

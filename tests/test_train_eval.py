@@ -1,5 +1,6 @@
 """The two programs from end to end, each in a process of its own, as a user runs them."""
 
+import importlib
 import json
 import shutil
 import signal
@@ -8,14 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_coco
+from absl.testing import flagsaver
 from devices import environment
 from PIL import Image
 
+from knet_jax import commandline
 from knet_jax.checkpoint import Checkpoints
+from knet_jax.configuration import load_config, save_config
+from knet_jax.data import pipeline
+from knet_jax.knet import make_model
 from knet_jax.logs import read_log
+from knet_jax.training import TrainState, init_variables
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/shapes_panoptic.py:tiny"
@@ -30,6 +38,12 @@ SMALL = (
     "--config.model.num_stages=1",
     "--config.model.num_proposals=12",
     "--config.model.backbone.width=8",
+    # Enough for scores that are not 0.
+    "--config.optim.lr=0.005",
+    "--config.optim.warmup_steps=0",
+    "--config.eval.instance_threshold=0.0",
+    "--config.eval.overlap_threshold=0.0",
+    "--config.train.ema_decay=0.5",
     "--config.eval.num_pictures=2",
     "--config.train.log_every=1",
     "--config.train.checkpoint_every=2",
@@ -197,7 +211,6 @@ def test_a_run_is_done_when_its_last_step_is_evaluated(whole, data_dir, tmp_path
 def test_a_loss_that_is_no_number_stops_the_run(data_dir, tmp_path):
     arguments = (
         "--config.optim.lr=1e30",
-        "--config.optim.warmup_steps=0",
         "--config.train.checkpoint_every=1",
         "--config.train.steps=6",
     )
@@ -240,17 +253,64 @@ def test_evaluation_needs_the_workdir_alone(whole, tmp_path):
     assert len(list((tmp_path / "panoptic").glob("*.png"))) == 5
 
 
-def test_evaluation_gives_the_numbers_of_the_training_run(whole, tmp_path):
+@pytest.mark.parametrize(
+    "name, more", [("val", ()), ("val_ema", ("--ema", "--checkpoint", "latest"))]
+)
+def test_evaluation_gives_the_numbers_of_the_training_run(whole, tmp_path, name, more):
+    """Of its best step, which has some score, and of the average at its last."""
     workdir, _ = whole
-    status, _, err = run(
-        "eval.py", "--workdir", workdir, "--output", tmp_path, "--checkpoint", "latest"
-    )
+    status, _, err = run("eval.py", "--workdir", workdir, "--output", tmp_path, *more)
     assert status == 0, err
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    logged = [record for record in read_log(workdir) if "val/PQ" in record][-1]
-    assert metrics["step"] == logged["step"] == 12 and metrics["num_images"] == 8
-    for name in ("PQ", "SQ_stuff", "RQ_things"):
-        np.testing.assert_allclose(metrics[name], logged[f"val/{name}"], rtol=1e-6)
+    logged = {record["step"]: record for record in read_log(workdir) if "val/PQ" in record}
+    best = max(logged, key=lambda step: (logged[step]["val/PQ"], step))
+    assert logged[best]["val/PQ"] > 0 and logged[best]["val/SQ"] != logged[best]["val_ema/SQ"]
+    assert metrics["step"] == (12 if "latest" in more else best) and metrics["num_images"] == 8
+    for key in ("PQ", "SQ_stuff", "RQ_things"):
+        np.testing.assert_allclose(
+            metrics[key], logged[metrics["step"]][f"{name}/{key}"], rtol=1e-6
+        )
+
+
+class Found(Exception):
+    """The variables that are evaluated."""
+
+
+@pytest.mark.parametrize("flags_, params", [((), 1), (("--ema",), 2)], ids=["run", "average"])
+def test_the_average_is_evaluated_with_the_statistics_of_the_run(
+    data_dir, tmp_path, monkeypatch, flags_, params
+):
+    """All parameters are 1 in the checkpoint, their average is 2, and the statistics are 3."""
+    overrides = ("--config.train.ema_decay=0.9", "--config.model.backbone.norm=batch")
+    config = load_config(f"{ROOT / CONFIG}", [f"--config.data.data_dir={data_dir}", *overrides])
+    save_config(config, tmp_path)
+    split = pipeline.load_split(config.data, config.data.val_split, config.task)
+    shapes = jax.eval_shape(lambda: init_variables(make_model(**config.model), 0))
+    filled = lambda part, value: jax.tree.map(lambda x: np.full(x.shape, value, x.dtype), part)
+    state = TrainState(
+        np.int32(1),
+        filled(shapes["params"], 1),
+        filled(shapes["batch_stats"], 3),
+        (),
+        filled(shapes["params"], 2),
+    )
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state, {"categories": split.categories._asdict()})
+
+    def evaluate(self, variables, visit=None):
+        raise Found(variables)
+
+    program = importlib.import_module("eval")
+    monkeypatch.setattr(program.Evaluator, "evaluate", evaluate)
+    with flagsaver.flagsaver(), pytest.raises(Found) as found:
+        commandline.run(program.main, ["eval.py", "--workdir", str(tmp_path), *flags_])
+    [variables] = found.value.args
+    values = {"params": params, "batch_stats": 3}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        variables,
+        {part: filled(shapes[part], value) for part, value in values.items()},
+    )
 
 
 @pytest.mark.slow

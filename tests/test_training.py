@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,9 @@ def variables_of(model):
 ALL = (("all", ".*", 1.0, 1.0),)
 
 
-def make_step(model, variables, devices, optimizer, groups=ALL, task="panoptic", seed=0):
+def make_step(
+    model, variables, devices, optimizer, groups=ALL, task="panoptic", seed=0, ema_decay=0.0
+):
     """(state, batch, parts) -> state and metrics after a step, on the host."""
     step = training.make_train_step(
         devices,
@@ -46,6 +50,7 @@ def make_step(model, variables, devices, optimizer, groups=ALL, task="panoptic",
         trainable=optim.trainable(groups, variables["params"]),
         weights=Weights(),
         seed=seed,
+        ema_decay=ema_decay,
     )
 
     def run(state, batch, num_parts=1):
@@ -132,10 +137,13 @@ def variables():
     return variables_of(model_of("group"))
 
 
+EMA_DECAY = 0.2
+"""Reached at the third step: before it, (1 + t) / (10 + t) is less."""
+
+
 @pytest.fixture(scope="module")
-def step(variables):
-    """(variables, batch) -> state and metrics after a first step of the project's own optimizer,
-    the stem and a stage frozen."""
+def trainer(variables):
+    """The project's own optimizer, the stem and a stage frozen, and its step."""
     config = ConfigDict(
         {
             "lr": 1e-3,
@@ -152,7 +160,15 @@ def step(variables):
         }
     )
     optimizer, _ = optim.make_optimizer(config, variables["params"], 1, 4)
-    run = make_step(model_of("group"), variables, jax.devices()[:1], optimizer, GROUPS)
+    devices = jax.devices()[:1]
+    run = make_step(model_of("group"), variables, devices, optimizer, GROUPS, ema_decay=EMA_DECAY)
+    return optimizer, run
+
+
+@pytest.fixture(scope="module")
+def step(trainer):
+    """(variables, batch) -> state and metrics after a first step."""
+    optimizer, run = trainer
     return lambda variables, batch: run(first_state(variables, optimizer), batch)
 
 
@@ -204,6 +220,27 @@ def test_a_diverged_network_reaches_the_check_of_the_loss(step, variables):
     assert not np.isfinite(metrics["loss/total"])
 
 
+def test_the_average_follows_its_recurrence(trainer, variables):
+    """Four steps: the decay grows over the first two and is what was asked for in the others."""
+    optimizer, run = trainer
+    params = jax.device_get(variables["params"])
+    state = first_state(variables, optimizer)._replace(ema=params)
+    average, batch = jax.tree.map(np.float64, params), make_batch(4)
+    for decay in (1 / 10, 2 / 11, EMA_DECAY, EMA_DECAY):
+        state, _ = run(state, batch)
+        average = jax.tree.map(
+            lambda old, new, decay=decay: decay * old + (1 - decay) * new, average, state.params
+        )
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), state.ema, average)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.ema)} == {np.dtype("float32")}
+    behind = jax.tree.map(lambda new, old: (new != old).any(), state.params, state.ema)
+    assert behind == optim.trainable(GROUPS, params)
+
+
+def test_a_run_that_keeps_no_average_has_none(trained):
+    assert trained[1].ema is None
+
+
 # Dropout.
 
 PICTURE = make_batch(1, task="semantic")
@@ -233,6 +270,7 @@ def test_the_same_seed_and_step_are_the_same_step(with_dropout):
     jax.tree.map(np.testing.assert_array_equal, at(3, TWICE, 2), at(3, TWICE, 2))
 
 
+@pytest.mark.slow
 def test_another_step_or_seed_drops_others(with_dropout):
     at, _ = with_dropout
     other, _ = semantic_step(0.5, seed=1)
@@ -240,6 +278,7 @@ def test_another_step_or_seed_drops_others(with_dropout):
     assert len(set(each)) == 3
 
 
+@pytest.mark.slow
 def test_every_part_drops_others(with_dropout):
     """A picture, and the same one in two parts: means over images are equal without dropout."""
     at, _ = with_dropout
@@ -248,6 +287,7 @@ def test_every_part_drops_others(with_dropout):
     assert initial_loss(at(0, TWICE, 2)) == pytest.approx(initial_loss(at(0, PICTURE)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_device_drops_others():
     """Two devices as an axis of one: the same picture on both."""
     model = model_of("group", "semantic", dropout=0.5, auxiliary_channels=0)

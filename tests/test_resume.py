@@ -1,0 +1,178 @@
+"""Every config and every kind of network, made tiny: stopped after a step and resumed, the next step
+is the one that would have come, bit for bit."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_coco
+import tiny_maps
+
+from knet_jax import knet, optim, training
+from knet_jax.checkpoint import Checkpoints
+from knet_jax.configuration import load_config
+from knet_jax.data import pipeline
+from knet_jax.matching import Weights
+from knet_jax.tasks import TASKS
+from knet_jax.validation import validate
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+EMA, REMAT = "--config.train.ema_decay=0.9", "--config.model.backbone.remat=True"
+
+ROWS = [
+    ("coco_panoptic.py", EMA),
+    ("coco_panoptic.py:r101_dcn,ms3x", REMAT),
+    ("coco_panoptic.py:swin_l,bf16", EMA, REMAT),
+    ("coco_panoptic.py:tiny,tiny_dcn",),
+    ("coco_instance.py:r101,n256,bf16", EMA),
+    ("coco_instance.py:tiny,tiny_swin",),
+    ("ade20k_semantic.py", EMA),
+    ("ade20k_semantic.py:psp,bf16",),
+    ("ade20k_semantic.py:psp,baseline", EMA),
+    ("ade20k_semantic.py:deeplabv3", REMAT),
+    ("ade20k_semantic.py:uper,wide",),
+    ("ade20k_semantic.py:swin_l_640,wide", EMA),
+    ("ade20k_semantic.py:tiny,tiny_swin", REMAT),
+    ("cityscapes_semantic.py:uper",),
+    ("coco_semantic.py:swin_t",),
+    ("folder_semantic.py",),
+    ("shapes_panoptic.py:tiny",),
+    ("shapes_instance.py:tiny", EMA),
+    ("shapes_semantic.py:tiny",),
+]
+"""A config with its variants, and flags."""
+
+
+def test_every_config_and_variant_has_a_row():
+    specs = [row[0].partition(":") for row in ROWS]
+    assert {name for name, _, _ in specs} == {path.name for path in CONFIGS}
+    variants = set().union(*(runpy.run_path(str(path))["VARIANTS"] for path in CONFIGS))
+    assert set(",".join(names for _, _, names in specs).split(",")) - {""} == variants
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """By dataset, `config.data` of a few pictures of each."""
+    folder = tmp_path_factory.mktemp("data")
+    coco = tiny_coco.write_instances(tiny_coco.write(folder / "coco"))
+    datasets = {
+        "ade20k": {"root": tiny_maps.write_ade20k(folder / "ade20k")},
+        "cityscapes": {"root": tiny_maps.write_cityscapes(folder / "cityscapes")},
+        "coco": {"root": coco},
+        "folder": {"root": tiny_maps.write_folder(folder / "folder")},
+        "shapes": {"root": "", "num_train": 8, "num_val": 4, "image_side": (64, 96)},
+    }
+    shared = {"data_dir": str(folder / "prepared"), "num_workers": 0}
+    return {name: shared | keys | {"root": str(keys["root"])} for name, keys in datasets.items()}
+
+
+def shrink(config, data):
+    """Changes a config: a few narrow layers, 64 pixels, the given `config.data`."""
+    sizes = {
+        "canvas": (64, 64),
+        "short_side": (40, 64),
+        "long_side": 64,
+        "max_things": 3,
+        "scale": (96, 64),
+        "crop": (64, 64),
+    }
+    sizes = {key: value for key, value in sizes.items() if key in config.data}
+    config.data.update(sizes | data)
+    model = config.model
+    model.update(
+        {
+            "num_stages": min(1, model.num_stages),
+            "channels": max(8, model.channels // 32),
+            "num_heads": 2,
+            "ffn_channels": 16,
+            "num_proposals": -(-model.num_proposals // 8),
+        }
+    )
+    if "auxiliary_channels" in model:
+        model.auxiliary_channels = 8
+    if model.backbone.get("name") == "swin":
+        # Two blocks of a stage, the second with shifted windows.
+        model.backbone.update({"channels": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 1, 2, 2)})
+    else:
+        model.backbone.update({"depths": (1, 1, 1, 1), "width": 8})
+    config.optim.warmup_steps = 0
+    # In two parts, unless statistics are those of a part.
+    config.train.update({"batch_size": 2, "microbatch": 2 if "batch" in norms_of(model) else 1})
+
+
+def norms_of(model):
+    """The norms that `config.model` names."""
+    return {model[part].get("norm") for part in ("backbone", "neck") if part in model}
+
+
+def random_variables(model):
+    """Numbers that need no compilation; scales and variances are positive."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: training.init_variables(model, 0))
+    return jax.tree.map(lambda x: abs(rng.normal(0, 0.3, x.shape)).astype(x.dtype), shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ROWS, ids=" ".join)
+def test_a_step_after_resuming_is_the_step_that_would_have_come(spec, data, tmp_path, monkeypatch):
+    # 512 channels, 16 here, are updated in halves of 256.
+    monkeypatch.setattr(knet, "UPDATE_CHANNELS", knet.UPDATE_CHANNELS // 32)
+    path, *overrides = spec
+    config = load_config(f"{CONFIGS[0].parent}/{path}", overrides)
+    shrink(config, data[config.data.dataset])
+    split = pipeline.load_split(config.data, config.data.train_split, config.task)
+    categories, size = split.categories, config.train.batch_size
+    num_things = categories.num_things if config.model.num_proposals else 0
+    config.model.update({"num_things": num_things, "num_stuff": len(categories.names) - num_things})
+    validate(config)
+
+    model, devices = knet.make_model(**config.model), jax.devices()[:1]
+    variables = random_variables(model)
+    params = variables["params"]
+    optimizer, _ = optim.make_optimizer(config.optim, params, 10, size)
+    ema = config.train.ema_decay
+    start = training.TrainState(
+        np.int32(0),
+        params,
+        variables.get("batch_stats", {}),
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(optimizer.init, params)),
+        jax.tree.map(np.copy, params) if ema else None,
+    )
+    template = jax.eval_shape(lambda: start)
+    train_step = training.make_train_step(
+        devices,
+        model=model,
+        task=TASKS[config.task],
+        optimizer=optimizer,
+        trainable=optim.trainable(config.optim.groups, params),
+        weights=Weights(**config.loss),
+        seed=config.seed,
+        ema_decay=ema,
+    )
+
+    def batches(seen):
+        stream = pipeline.train_batches(split, config.data, size, config.seed, seen)
+        num_parts = size // config.train.microbatch
+        return (training.to_devices(batch, devices, num_parts) for batch, _ in stream)
+
+    stream = batches(0)
+    first, _ = train_step(training.replicate(start, devices), next(stream))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, first, {"examples_seen": size})
+    whole = jax.device_get(train_step(first, next(stream)))
+
+    with Checkpoints(tmp_path) as checkpoints:
+        saved, record = checkpoints.restore_latest(template)
+    stream = batches(record["progress"]["examples_seen"])
+    before = jax.device_get(saved)
+    resumed = jax.device_get(train_step(training.replicate(saved, devices), next(stream)))
+
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(whole))
+    # Whatever is kept goes on from what was saved.
+    for name, kept, after in zip(before._fields, before, whole[0]):
+        moved = any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (kept, after))))
+        still = {"ema": not ema, "batch_stats": "batch" not in norms_of(config.model)}
+        assert moved != still.get(name, False), name
