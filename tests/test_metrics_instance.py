@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from faster_coco_eval import COCO as FasterCOCO
+from faster_coco_eval import COCOeval_faster
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -153,10 +155,9 @@ def test_equals_cocoeval_on_random_scenes(seed):
 @pytest.mark.parametrize("kind, overlap", [("segm", mask_iou), ("boundary", boundary_iou)])
 def test_equals_faster_coco_eval(seed, kind, overlap):
     """The other implementation, which also knows boundary AP."""
-    faster = pytest.importorskip("faster_coco_eval")
     scenes = [scene(100 * seed + i) for i in range(12)]
     stats, of_class = oracle(
-        scenes, faster.COCO, faster.COCOeval_faster, iouType=kind, print_function=lambda *_: None
+        scenes, FasterCOCO, COCOeval_faster, iouType=kind, print_function=lambda *_: None
     )
     assert_equal(counted(scenes, overlap), stats, of_class)
 
