@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -184,7 +183,7 @@ def validate(
     check(values, RULES)
     check(values, {key: rule for key, rule in RULES_WHERE_GIVEN.items() if key in values})
     check(values, RULES_OF_TASKS[config.task], f" where config.task is {config.task!r}")
-    keys = {*RULES, *chain.from_iterable(RULES_OF_TASKS.values())}
+    keys = {*RULES, *RULES_OF_TASKS[config.task]}
     for part in "optim", "train", "eval":
         known = sorted(key.partition(".")[2] for key in keys if key.startswith(f"{part}."))
         check_names(part, config[part], known)
