@@ -21,6 +21,7 @@ from knet_jax.optim import parse_groups
 from knet_jax.rules import (
     NONE,
     ONE,
+    SEED,
     SOME,
     YES_NO,
     ZERO,
@@ -37,7 +38,7 @@ from knet_jax.rules import (
 )
 
 RULES: dict[str, Rule] = {
-    "seed": ZERO,
+    "seed": SEED,
     "init_weights": (lambda value: isinstance(value, str), "a path, or '' for none"),
     "precision": one_of("float32", "tensorfloat32", "bfloat16"),
     "model.num_stages": ZERO,

@@ -34,6 +34,7 @@ def test_every_recipe_is_valid(spec):
     [
         ("task=instances", "config.task is 'instances'; accepted: panoptic, instance, semantic"),
         ("seed=-1", "config.seed is -1; accepted: a whole number of at least 0"),
+        ("seed=4294967296", "config.seed is 4294967296; .* less than"),
         ("model.num_proposals=0", "config.model.num_proposals is 0; accepted: "),
         ("model.dtype=float16", "accepted: float32, bfloat16"),
         ("model.channels=100", "config.model.channels is 100; accepted: multiples of config.model"),
