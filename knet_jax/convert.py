@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -269,7 +270,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     readers = {
-        ".npz": lambda: dict(np.load(path, allow_pickle=False)),
+        ".npz": lambda: _read_npz(path),
         ".safetensors": lambda: load_file(path),
     }
     if path.suffix not in readers:
@@ -281,6 +282,12 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     except Exception as error:
         # Both readers raise whatever a broken file leads them to.
         raise ValueError(f"the file cannot be read: {one_line(error)}") from error
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(path):  # which numpy would offer to unpickle
+        raise ValueError("it is no npz")
+    return dict(np.load(path, allow_pickle=False))
 
 
 # (pattern in the names of the authors of Swin, the reference's).

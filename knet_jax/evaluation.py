@@ -47,12 +47,9 @@ class Evaluator:
       model: the network.
       split: what to evaluate on.
       config: of the run.
-      devices: that share a batch.
+      devices: that share a batch; `validate` makes sure that their number divides it.
       limit: only the first so many pictures.
       stage: after how many updates the masks are taken; -1 is the last.
-
-    Raises:
-      ValueError: the devices do not divide `config.eval.batch_size`.
     """
 
     def __init__(

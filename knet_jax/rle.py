@@ -15,6 +15,9 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+FAR = 100
+"""Coordinates of a polygon are at most so many times the longer side of the picture."""
+
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
     """Run lengths of a mask: bool or uint8 [H, W], 0 or 1."""
@@ -57,6 +60,9 @@ def from_annotation(segmentation: Any, size: tuple[int, int]) -> dict:
             raise ValueError(
                 f"a polygon has {len(polygon) / 2:g} points, it must have three or more"
             )
+        # The library walks along every edge, and holds each step of it.
+        if max(map(abs, polygon)) > FAR * max(size):
+            raise ValueError(f"a polygon goes beyond {FAR} times the sides of the picture")
     parts = coco_mask.frPyObjects([list(map(float, p)) for p in segmentation], *size)
     return coco_mask.merge(parts)
 

@@ -62,6 +62,10 @@ def one_of(*choices: Any) -> Rule:
 
 NONE = (lambda value: count(value) and value == 0, "0")
 ZERO = (count, "a whole number of at least 0")
+SEED = (
+    lambda value: count(value) and value < 2**32,
+    "a whole number of at least 0, less than 2 ** 32",
+)
 ONE = (at_least_one, "a whole number of at least 1")
 YES_NO = (lambda value: isinstance(value, bool), "True or False")
 SOME = (

@@ -45,9 +45,9 @@ def make_record(arrays: Mapping[str, np.ndarray], **fields: Any) -> dict[str, An
     return record | {"digest": _digest_of_record(record)}
 
 
-def check_record(record: Mapping[str, Any]) -> None:
-    """Raises `DamagedError` where a record is not what `make_record` made."""
-    if record.get("digest") != _digest_of_record(record):
+def check_record(record: Any) -> None:
+    """Raises `DamagedError` where a record, any JSON, is not what `make_record` made."""
+    if not isinstance(record, Mapping) or record.get("digest") != _digest_of_record(record):
         raise DamagedError("its record is not what was saved")
 
 

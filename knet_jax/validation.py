@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -22,6 +21,7 @@ from knet_jax.optim import parse_groups
 from knet_jax.rules import (
     NONE,
     ONE,
+    SEED,
     SOME,
     YES_NO,
     ZERO,
@@ -38,7 +38,7 @@ from knet_jax.rules import (
 )
 
 RULES: dict[str, Rule] = {
-    "seed": ZERO,
+    "seed": SEED,
     "init_weights": (lambda value: isinstance(value, str), "a path, or '' for none"),
     "precision": one_of("float32", "tensorfloat32", "bfloat16"),
     "model.num_stages": ZERO,
@@ -184,7 +184,7 @@ def validate(
     check(values, RULES)
     check(values, {key: rule for key, rule in RULES_WHERE_GIVEN.items() if key in values})
     check(values, RULES_OF_TASKS[config.task], f" where config.task is {config.task!r}")
-    keys = {*RULES, *chain.from_iterable(RULES_OF_TASKS.values())}
+    keys = {*RULES, *RULES_OF_TASKS[config.task]}
     for part in "optim", "train", "eval":
         known = sorted(key.partition(".")[2] for key in keys if key.startswith(f"{part}."))
         check_names(part, config[part], known)

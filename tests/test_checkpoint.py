@@ -124,6 +124,14 @@ def test_damaged_scores_are_none(tmp_path, checkpoints, change):
     assert bits(opened.restore_latest(make_state())[0]) == bits(make_state(1))
 
 
+@pytest.mark.parametrize("content", ["", "null", "[1]", "{}", '"scores"'])
+def test_scores_that_are_another_json_are_none(tmp_path, checkpoints, content):
+    save_all(checkpoints, [1], {1: 41.5})
+    (tmp_path / "checkpoints" / "1" / "scores.json").write_text(content)
+    opened = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert opened.scores(1) is None and opened.best_step() is None
+
+
 def test_a_step_that_is_saved_anew_has_no_scores_of_the_damaged_one(tmp_path, checkpoints, capfd):
     save_all(checkpoints, [1, 2], {1: 10.0, 2: 30.0})
     remove_arrays(tmp_path / "checkpoints" / "2")

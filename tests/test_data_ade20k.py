@@ -64,3 +64,9 @@ def test_missing_folders_are_named(root, tmp_path):
     (root / "images" / "training").mkdir()
     with pytest.raises(ValueError, match="no picture of .*images/training can be used"):
         load(root, tmp_path)
+
+
+def test_names_in_another_encoding_are_named(root):
+    (root / "objectInfo150.txt").write_text("Idx\tName\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"config\.data\.root: .*is not a table of classes"):
+        ade20k.read_categories(root)

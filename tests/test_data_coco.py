@@ -122,6 +122,8 @@ def test_broken_json(root, text):
         lambda c: c["annotations"].__setitem__(1, None),
         lambda c: c["images"][0].pop("file_name"),
         lambda c: c["images"][0].update(id=None),
+        lambda c: c["images"][0].update(file_name=7),
+        lambda c: c["annotations"][0].update(file_name=None),
         lambda c: c["categories"][0].pop("isthing"),
     ],
 )
@@ -143,6 +145,12 @@ def test_unknown_category(root):
 def test_category_ids_twice(root):
     tiny_coco.edit(root, lambda content: content["categories"].append(content["categories"][0]))
     with pytest.raises(ValueError, match="category ids must differ"):
+        scan(root)
+
+
+def test_image_ids_twice(root):
+    tiny_coco.edit(root, lambda content: content["images"][2].update(id=101))
+    with pytest.raises(ValueError, match=r"train2017\.json: image id 101 is listed more than once"):
         scan(root)
 
 

@@ -162,6 +162,12 @@ def test_incomplete_json(root, key):
         scan(root, task="instance")
 
 
+def test_a_category_that_is_no_number(root):
+    tiny_coco.edit(root, lambda c: c["annotations"][2].update(category_id=[1]), prefix=PREFIX)
+    with pytest.raises(ValueError, match=r"config\.data\.root: .*is not COCO instance JSON"):
+        scan(root, task="instance")
+
+
 def test_nothing_can_be_used(root):
     tiny_coco.edit(root, lambda c: c["annotations"].clear(), prefix=PREFIX)
     with pytest.raises(ValueError, match="no picture of .* can be used.*nothing is annotated"):

@@ -70,6 +70,15 @@ def test_bad_class_lists_are_named(root, text):
         load(root)
 
 
+def test_class_lists_of_other_encodings(root):
+    path = root / "classes.txt"
+    path.write_text("wall\nsky\nlamp\n", encoding="utf-8-sig")  # as some editors do
+    assert folder.read_categories(path, 255).names == ("wall", "sky", "lamp")
+    path.write_text("wall\nsky\nlamp\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"config\.data\.classes: .*must be text in UTF-8"):
+        load(root)
+
+
 def test_missing_png_is_named(root, capsys):
     (root / "labels/train/1.png").unlink()
     assert len(load(root)) == 2

@@ -99,7 +99,18 @@ def test_config_name_holds_everything_that_matters():
     assert len(names) == 5
 
 
-@pytest.mark.parametrize("count, sides", [(0, (96, 128)), (5, (128, 96)), (5, (8, 128))])
+@pytest.mark.parametrize(
+    "count, sides",
+    [
+        (0, (96, 128)),
+        (5, (128, 96)),
+        (5, (8, 128)),
+        (5, (96,)),
+        (5, (96, 112, 128)),
+        (5, (96.5, 128)),
+        (5, ("a", "b")),
+    ],
+)
 def test_bad_configs_are_named(count, sides):
     with pytest.raises(ValueError, match=r"config\.data\.(num_train|image_side)"):
         shapes.split_config("train", count, sides, "panoptic")

@@ -72,8 +72,9 @@ def read_categories(root: Path) -> Categories:
     names = default_names()
     if path.is_file():
         # A header, then lines of tab-separated index, ratio, counts and names.
-        rows = [line.split("\t") for line in path.read_text().splitlines()[1:] if line.strip()]
         try:
+            lines = path.read_text().splitlines()[1:]
+            rows = [line.split("\t") for line in lines if line.strip()]
             names = {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
         except ValueError as error:
             raise ValueError(f"config.data.root: {path} is not a table of classes") from error

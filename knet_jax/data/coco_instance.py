@@ -40,7 +40,8 @@ def _understand(content: Mapping) -> dict[int, list[Mapping]]:
     by_image: dict[int, list[Mapping]] = {}
     for annotation in content["annotations"]:
         by_image.setdefault(int(annotation["image_id"]), []).append(annotation)
-        for key in ("id", "category_id", "segmentation"):
+        int(annotation["category_id"])
+        for key in ("id", "segmentation"):
             annotation[key]
     return by_image
 

@@ -64,14 +64,24 @@ def read(
         raise ValueError(f"config.data.root: {path} is not readable JSON: {error}") from error
     try:
         classes = categories(content["categories"])
-        images = {int(image["id"]): image for image in content["images"]}
-        for image in images.values():
-            str(image["file_name"])
+        images = {}
+        for image in content["images"]:
+            id = int(image["id"])
+            if id in images:
+                raise ValueError(f"image id {id} is listed more than once")
+            check_file_name(image)
+            images[id] = image
         return classes, images, understand(content)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"config.data.root: {path} is not COCO {what} JSON: {error!r}") from error
     except ValueError as error:
         raise ValueError(f"config.data.root: {path}: {error}") from error
+
+
+def check_file_name(entry: Mapping) -> None:
+    """Raises TypeError where an image or annotation names its file by something else than a text."""
+    if not isinstance(entry["file_name"], str):
+        raise TypeError(f"file_name is {entry['file_name']!r}")
 
 
 def read_categories(listed: Sequence[Mapping]) -> Categories:

@@ -67,7 +67,7 @@ def _understand(content: Mapping) -> list[Mapping]:
         bool(category["isthing"])
     for annotation in content["annotations"]:
         image_id = int(annotation["image_id"])
-        str(annotation["file_name"])
+        coco_json.check_file_name(annotation)
         for segment in annotation["segments_info"]:
             int(segment["id"])
             if segment["category_id"] not in ids:

@@ -85,9 +85,13 @@ def read_categories(path: Path, ignore_index: int) -> Categories:
     """The classes of a text file, a line each; the one at `ignore_index` is none.
 
     Raises:
-        ValueError: a class has no name, two have the same, or there is none.
+        ValueError: a class has no name, two have the same, there is none, or it is no text.
     """
-    lines = [line.strip() for line in path.read_text().rstrip().splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config.data.classes: {path} must be text in UTF-8") from error
+    lines = [line.strip() for line in text.rstrip().splitlines()]
     names = {i: name for i, name in enumerate(lines) if i != ignore_index}
     if not names or not all(names.values()) or len(set(names.values())) != len(names):
         raise ValueError(

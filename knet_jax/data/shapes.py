@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from pycocotools import mask as run_lengths
 
 from knet_jax.data import instance, panoptic, records, semantic, transforms
+from knet_jax.rules import at_least_one, pair
 from knet_jax.structs import Categories
 
 THINGS = ("circle", "square", "triangle", "star", "cross")
@@ -78,14 +79,14 @@ def split_config(split: str, num_images: int, image_side: Sequence[int], task: s
     Raises:
         ValueError: no pictures, or sides that are too small or no range.
     """
-    low, high = image_side
     if num_images < 1:
         raise ValueError(f"config.data.num_train and num_val must be positive, got {num_images}")
-    if not LEAST_SIDE <= low <= high:
+    if not pair(at_least_one)(image_side) or not LEAST_SIDE <= image_side[0] <= image_side[1]:
         raise ValueError(
             f"config.data.image_side must be (least, greatest) of at least {LEAST_SIDE}, "
-            f"got ({low}, {high})"
+            f"got {image_side}"
         )
+    low, high = image_side
     return ShapesConfig(
         name=f"{task}-{split}-{num_images}-{low}-{high}",
         split=split,
