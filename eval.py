@@ -150,7 +150,7 @@ def choose_step(checkpoints: Checkpoints, name: str) -> int:
     if name == "best":
         best = checkpoints.best_step()
         return steps[-1] if best is None else best
-    if not name.isdigit():
+    if not name.isdecimal():
         raise ConfigError(f"--checkpoint={name}; accepted: best, latest, or a step of {steps}")
     return int(name)
 

@@ -289,7 +289,7 @@ def one_of(*accepted: str) -> Callable[[str], str]:
 
 def count(text: str) -> int:
     """A number of at least 1."""
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}; accepted: a whole number of at least 1")
     return int(text)
 
@@ -297,7 +297,7 @@ def count(text: str) -> int:
 def size(text: str) -> Size:
     """HEIGHTxWIDTH."""
     parts = text.split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}; accepted: HEIGHTxWIDTH, such as 800x1216")
     return Size(*map(int, parts))
 
