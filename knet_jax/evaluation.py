@@ -88,38 +88,29 @@ class Evaluator:
     def predictions(self, variables: Any) -> Iterator[Prediction]:
         """This process's pictures, one after the other."""
         variables = replicate(variables, self._devices)
-        by_scale = (
-            pipeline.eval_batches(
-                self.split,
-                self._data,
-                self._batch_size,
-                limit=self._limit,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                ratio=ratio,
-            )
-            for ratio in self._scales
+        elements = pipeline.eval_batches(
+            self.split,
+            self._data,
+            self._batch_size,
+            limit=self._limit,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            ratios=self._scales,
         )
 
-        def start(batches: Sequence[Batch]) -> Any:
+        def start(scales: Sequence[Batch]) -> Any:
             split = partial(split_over, num_devices=len(self._devices))
             seen = []
-            for batch in batches:
+            for batch in scales:
                 for mirrored in (False, True) if self._flip else (False,):
                     stage = self._look(variables, mirror(batch) if mirrored else batch)
                     flags = np.full(len(batch.id), mirrored)
                     seen.append(Pass(stage, *split((batch.size, flags))))
-            first = batches[0]
-            canvas = Canvas.of(np.max([b.size for b in batches], 0), first.original_size)
-            stride = batches[-1].image.shape[1] // seen[-1].stage.masks.shape[3]
-            return self._predict(canvas, stride)(tuple(seen), split(first.original_size))
+            canvas = Canvas.of(np.max([batch.size for batch in scales], 0), batch.original_size)
+            stride = batch.image.shape[1] // seen[-1].stage.masks.shape[3]
+            return self._predict(canvas, stride)(tuple(seen), split(batch.original_size))
 
-        def results() -> Iterator[tuple[Batch, list[tuple[int, Any]], Any]]:
-            for together in zip(*by_scale, strict=True):
-                batches = [batch for batch, _ in together]
-                yield *together[0], start(batches)
-
-        for batch, truths, result in lookahead(results()):
+        for batch, truths, result in lookahead((b[0], t, start(b)) for b, t in elements):
             result = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), result)
             rows = {int(index): i for i, index in enumerate(batch.id)}
             for index, truth in truths:

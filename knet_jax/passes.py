@@ -15,7 +15,7 @@ Pair = tuple[int, int]
 
 
 def mirror(batch: Batch) -> Batch:
-    """The same pictures left for right, each within its own size; targets stay as they are."""
+    """The same pictures left for right, each within its own size."""
     image = batch.image.copy()
     for picture, (_, width) in zip(image, batch.size):
         picture[:, :width] = picture[:, :width][:, ::-1]
@@ -35,11 +35,11 @@ def corners(canvas: Pair, window: Pair, step: Pair) -> list[Pair]:
 
 
 def cut(batch: Batch, window: Pair, step: Pair) -> Iterator[Batch]:
-    """What each window shows of a batch, in the order of `corners`; targets are left out."""
+    """What each window shows of a batch, in the order of `corners`."""
     for row, column in corners(batch.image.shape[1:3], window, step):
         image = batch.image[:, row : row + window[0], column : column + window[1]]
         size = np.clip(batch.size - (row, column), 0, image.shape[1:3])
-        yield batch._replace(image=image, targets=None, size=size)
+        yield batch._replace(image=image, size=size)
 
 
 def join(stages: Sequence[Stage], *, canvas: Pair, window: Pair, step: Pair) -> Stage:

@@ -78,7 +78,8 @@ class Batch(NamedTuple):
 
     image: Array
     """uint8 [b, H, W, 3], RGB, zero beyond `size`."""
-    targets: PanopticTargets | InstanceTargets | SemanticTargets
+    targets: PanopticTargets | InstanceTargets | SemanticTargets | None
+    """None in evaluation."""
     size: Array
     """int32 [b, 2]: height and width of the picture (or the part of it) inside the canvas."""
     original_size: Array

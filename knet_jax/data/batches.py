@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from knet_jax.data import records, sampler, splits, transforms
@@ -26,13 +26,13 @@ class Chunk(NamedTuple):
 
     positions: np.ndarray
     """int [b]: in the split, `EMPTY` for none."""
-    canvas: tuple[int, int]
-    """Height and width that all of them fit."""
+    canvases: tuple[tuple[int, int], ...]
+    """Height and width that all of them fit, at every scale."""
 
 
 def train_batch(
     split: splits.Split, recipe: Any, epochs: sampler.EpochSampler, rows: slice, index: int
-) -> tuple[Batch, list, list[Failure]]:
+) -> tuple[tuple[Batch], list, list[Failure]]:
     """Some rows of a training batch, augmented.
 
     A broken picture is replaced by the next one of its group. Where none of several is sound, the
@@ -51,7 +51,7 @@ def train_batch(
     number, members = epochs.batch(index)
     group = epochs.groups[number]
     canvas = recipe.train_canvas(number)
-    batch, failures = _empty_batch(split, recipe, len(members[rows]), canvas), []
+    batch, failures = empty_train_batch(split, recipe, len(members[rows]), canvas), []
     for place, row in enumerate(range(len(members))[rows]):
         member = np.searchsorted(group, members[row])
         for attempt in range(min(MAX_REPLACEMENTS, len(group))):
@@ -64,25 +64,28 @@ def train_batch(
                 failures.append(Failure(record.file_name, str(error)))
                 continue
             view = split.kind.train_view(recipe, loaded, record.size, rng)
-            _fill(batch, place, position, split, record, image, loaded, view)
+            _fill(batch, place, position, record, image, view)
+            split.kind.fill(batch.targets, place, loaded, view, canvas, split.categories)
             break
-    return batch, [], failures
+    return (batch,), [], failures
 
 
 def eval_batch(
-    split: splits.Split, recipe: Any, chunk: Chunk
-) -> tuple[Batch, list[tuple[int, Any]], list[Failure]]:
-    """A batch for evaluation, not augmented; a broken picture leaves its place empty.
+    split: splits.Split, recipes: Sequence[Any], chunk: Chunk
+) -> tuple[tuple[Batch, ...], list[tuple[int, Any]], list[Failure]]:
+    """A batch for evaluation at every scale, not augmented and without targets.
+
+    A broken picture leaves its place empty.
 
     Args:
         split: where the pictures come from.
-        recipe: how they are resized, of `split.kind.recipe`.
+        recipes: how they are resized, one for every scale.
         chunk: which pictures.
 
     Returns:
-        the batch, position and truth of every picture in it, and what was broken.
+        the batches, position and truth of every picture in them, and what was broken.
     """
-    batch = _empty_batch(split, recipe, len(chunk.positions), chunk.canvas)
+    scales = empty_eval_batches(len(chunk.positions), chunk.canvases)
     truths, failures = [], []
     for place, position in enumerate(chunk.positions.tolist()):
         if position == EMPTY:
@@ -93,22 +96,30 @@ def eval_batch(
         except ValueError as error:
             failures.append(Failure(record.file_name, str(error)))
             continue
-        view = transforms.whole(recipe.eval_size(record.size))
-        _fill(batch, place, position, split, record, image, loaded, view)
+        for batch, recipe in zip(scales, recipes):
+            view = transforms.whole(recipe.eval_size(record.size))
+            _fill(batch, place, position, record, image, view)
         truths.append((position, split.kind.truth(loaded, split.categories)))
-    return batch, truths, failures
+    return scales, truths, failures
 
 
-def num_bytes(split: splits.Split, recipe: Any, count: int, canvas: tuple[int, int]) -> int:
-    """How large a batch of so many pictures is."""
-    one = _empty_batch(split, recipe, 1, canvas)
-    return count * sum(leaf.nbytes for leaf in jax.tree.leaves(one))
+def empty_train_batch(
+    split: splits.Split, recipe: Any, count: int, canvas: tuple[int, int]
+) -> Batch:
+    """Of so many places, with targets."""
+    targets = split.kind.empty(recipe, split.categories, count, canvas)
+    return _empty_batch(count, canvas)._replace(targets=targets)
 
 
-def _empty_batch(split: splits.Split, recipe: Any, count: int, canvas: tuple[int, int]) -> Batch:
+def empty_eval_batches(count: int, canvases: Sequence[tuple[int, int]]) -> tuple[Batch, ...]:
+    """Of so many places each."""
+    return tuple(_empty_batch(count, canvas) for canvas in canvases)
+
+
+def _empty_batch(count: int, canvas: tuple[int, int]) -> Batch:
     return Batch(
         image=np.zeros((count, *canvas, 3), np.uint8),
-        targets=split.kind.empty(recipe, split.categories, count, canvas),
+        targets=None,
         size=np.zeros((count, 2), np.int32),
         original_size=np.zeros((count, 2), np.int32),
         id=np.full(count, EMPTY, np.int32),
@@ -125,16 +136,12 @@ def _fill(
     batch: Batch,
     place: int,
     position: int,
-    split: splits.Split,
     record: records.Record,
     image: np.ndarray,
-    loaded: Any,
     view: transforms.View,
 ) -> None:
-    """Writes one example into a place of a batch."""
+    """Writes a picture into a place of a batch."""
     transforms.place_image(image, view, batch.image[place])
-    canvas = batch.image.shape[1:3]
-    split.kind.fill(batch.targets, place, loaded, view, canvas, split.categories)
     batch.size[place] = view.shown
     batch.original_size[place] = record.size
     batch.id[place] = position

@@ -15,7 +15,7 @@ import math
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,9 @@ def train_batches(
     make = functools.partial(batches.train_batch, split, recipe, epochs, rows)
     dataset = grain.MapDataset.range(start // batch_size, ENDLESS).map(make)
     largest = max(map(recipe.train_canvas, range(len(groups))), key=math.prod)
-    needed = batches.num_bytes(split, recipe, rows.stop - rows.start, largest)
-    results = _results(dataset, recipe, needed)
-    return ((batch, tuple(f.file_name for f in failures)) for batch, _, failures in results)
+    one = batches.empty_train_batch(split, recipe, 1, largest)
+    results = _results(dataset, recipe, (rows.stop - rows.start) * _num_bytes(one))
+    return ((batch, tuple(f.file_name for f in failures)) for (batch,), _, failures in results)
 
 
 def eval_batches(
@@ -167,13 +167,12 @@ def eval_batches(
     limit: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-    ratio: float = 1.0,
-) -> Iterator[tuple[Batch, list[tuple[int, Any]]]]:
+    ratios: Sequence[float] = (1.0,),
+) -> Iterator[tuple[tuple[Batch, ...], list[tuple[int, Any]]]]:
     """Every picture once, not augmented, grouped by the canvas, landscape first.
 
     The last batch of a canvas is filled up with empty images, id `EMPTY`; a broken picture becomes
-    one, too. The order does not depend on `ratio`: batches of several ratios show the same
-    pictures.
+    one, too.
 
     Args:
         split: what to evaluate on.
@@ -182,18 +181,19 @@ def eval_batches(
         limit: only the first so many pictures of the split.
         process_index: which rows of every batch are wanted.
         process_count: how many processes share a batch.
-        ratio: pictures are so many times as large.
+        ratios: pictures are so many times as large.
 
     Yields:
-        (batch with batch_size / process_count rows, [(id, truth at original size)] of the images
-        that are not empty; the truth is what `Split.truth` returns).
+        (the same pictures at every ratio, batches with batch_size / process_count rows and without
+        targets; [(id, truth at original size)] of the images that are not empty; the truth is what
+        `Split.truth` returns).
 
     Raises:
         ValueError: the sizes do not agree, or too many pictures are broken.
     """
     recipe = split.kind.recipe(config_data)
     rows = _process_rows(batch_size, process_index, process_count)
-    scaled = recipe.scaled(ratio) if ratio != 1 else recipe
+    scaled = [recipe.scaled(ratio) if ratio != 1 else recipe for ratio in ratios]
     sizes = [tuple(size) for size in split.sizes[:limit].tolist()]
     canvases = np.array([recipe.eval_canvas(size) for size in sizes])
     chunks = []
@@ -201,16 +201,21 @@ def eval_batches(
         [group] = np.nonzero((canvases == canvas).all(1))
         padded = np.pad(group, (0, -len(group) % batch_size), constant_values=EMPTY)
         for positions in padded.reshape(-1, batch_size):
-            fits = [scaled.eval_canvas(sizes[i]) for i in positions if i != EMPTY]
-            chunks.append(batches.Chunk(positions[rows], tuple(np.max(fits, axis=0).tolist())))
+            real = [sizes[i] for i in positions if i != EMPTY]
+            fits = np.max([[s.eval_canvas(size) for s in scaled] for size in real], axis=0)
+            chunks.append(batches.Chunk(positions[rows], tuple(map(tuple, fits.tolist()))))
     make = functools.partial(batches.eval_batch, split, scaled)
-    largest = max((chunk.canvas for chunk in chunks), key=math.prod)
-    needed = batches.num_bytes(split, recipe, rows.stop - rows.start, largest)
+    largest = max((chunk.canvases for chunk in chunks), key=lambda c: sum(map(math.prod, c)))
+    needed = _num_bytes(batches.empty_eval_batches(rows.stop - rows.start, largest))
     results = _results(grain.MapDataset.source(chunks).map(make), recipe, needed)
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
     # may be kept for long. (A pipe is no way out: Grain waits 25 s for a worker that is stopped
     # while it writes something large.)
-    return ((batch, jax.tree.map(_own, truths)) for batch, truths, _ in results)
+    return ((scales, jax.tree.map(_own, truths)) for scales, truths, _ in results)
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _own(leaf: Any) -> Any:
@@ -230,10 +235,10 @@ def _process_rows(batch_size: int, process_index: int, process_count: int) -> sl
 
 def _results(
     dataset: grain.MapDataset, recipe: Any, num_bytes: int
-) -> Iterator[tuple[Batch, list, list[batches.Failure]]]:
+) -> Iterator[tuple[tuple[Batch, ...], list, list[batches.Failure]]]:
     """Computes the elements of a dataset in the workers, in order, and watches for failures.
 
-    num_bytes: of the largest batch.
+    num_bytes: of the largest batches of an element.
     """
     if not flags.FLAGS.is_parsed():
         # Grain reads flags of its own; without absl's `app.run` nobody has parsed them.
@@ -249,8 +254,8 @@ def _results(
     iterator = iter(elements.mp_prefetch(workers, worker_init_fn=_start_worker))
     seen, broken, named = 0, 0, set()
     try:
-        for batch, truths, failures in iterator:
-            seen += int(np.sum(batch.id != EMPTY)) + len(failures)
+        for scales, truths, failures in iterator:
+            seen += int(np.sum(scales[0].id != EMPTY)) + len(failures)
             broken += len(failures)
             for failure in failures:
                 if failure.file_name not in named:
@@ -262,7 +267,7 @@ def _results(
                     f"config.data.max_broken_share = {recipe.max_broken_share} allows: "
                     + ", ".join(sorted(named)[:10])
                 )
-            yield batch, truths, failures
+            yield scales, truths, failures
     finally:
         iterator.close()
 
