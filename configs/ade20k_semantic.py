@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             # Of matrix products: float32 is exact, tensorfloat32 much faster on recent GPUs.
             "precision": "float32",
-            # npz or safetensors of the backbone; "" starts from scratch.
+            # pth, npz or safetensors of the backbone; "" starts from scratch.
             "init_weights": "",
             "model": {
                 "num_proposals": 0,  # kernels: one a class

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             # Of matrix products: float32 is exact, tensorfloat32 much faster on recent GPUs.
             "precision": "float32",
-            # npz or safetensors of the backbone in torchvision's names; "" starts from scratch.
+            # pth, npz or safetensors of the backbone, torchvision's names; "" starts from scratch.
             "init_weights": "",
             "model": {
                 "num_proposals": 100,  # kernels: 100 proposals + 53 stuff = 153

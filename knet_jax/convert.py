@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 from knet_jax.backbones.swin import resize_position_bias
 from knet_jax.configuration import one_line
+from knet_jax.torch_file import read_state_dict
 
 Variables = dict[str, Any]
 """Flax variables: {"params": …, "batch_stats": …}."""
@@ -263,7 +264,7 @@ def from_reference(state: Mapping[str, np.ndarray], template: Variables) -> Vari
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz or safetensors file by name.
+    """The arrays of an npz, safetensors or PyTorch file by name.
 
     Raises:
       ValueError: there is no such file, or it is of another kind, or broken.
@@ -272,9 +273,11 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     readers = {
         ".npz": lambda: _read_npz(path),
         ".safetensors": lambda: load_file(path),
+        ".pth": lambda: read_state_dict(path),
+        ".pt": lambda: read_state_dict(path),
     }
     if path.suffix not in readers:
-        raise ValueError(f"accepted are {' and '.join(readers)} files")
+        raise ValueError(f"accepted are {', '.join(readers)} files")
     if not path.is_file():
         raise ValueError("there is no such file")
     try:
@@ -330,7 +333,7 @@ def load_backbone(path: str | Path, variables: Variables) -> Variables:
     classifier has stays as it was initialized if the file lacks it.
 
     Args:
-      path: npz or safetensors.
+      path: npz, safetensors, or a checkpoint of PyTorch, be it of a whole segmentation network.
       variables: of the network, as initialized.
 
     Raises:
@@ -345,6 +348,12 @@ def load_backbone(path: str | Path, variables: Variables) -> Variables:
     new = {name: x for name, x in ours.items() if NEW.search(name)}
     try:
         tensors = read_tensors(path)
+        if any(name.startswith("backbone.") for name in tensors):
+            tensors = {
+                name.removeprefix("backbone."): x
+                for name, x in tensors.items()
+                if name.startswith("backbone.")
+            }
         if any(name.startswith("layers.") for name in tensors):
             tensors = from_swin_authors(tensors)
         tensors = {k: x for k, x in tensors.items() if not k.startswith("fc.")}

@@ -1,6 +1,8 @@
 """What every test shares: the CPU, a compilation cache, and the reference's data where it exists."""
 
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,22 @@ def fixtures() -> Path:
 def coco_mini() -> Path:
     """A small dataset of real pictures in COCO's own layout."""
     return _shared("data/coco_mini")
+
+
+@pytest.fixture
+def torch_names(monkeypatch):
+    """Makes something that pickles as `module.name`: torch_names("torch", "FloatStorage")."""
+    modules = {}
+
+    def fake(module, name):
+        parts = module.split(".")
+        for path in (".".join(parts[: i + 1]) for i in range(len(parts))):
+            if path not in modules:
+                modules[path] = types.ModuleType(path)
+                monkeypatch.setitem(sys.modules, path, modules[path])
+        if not hasattr(modules[module], name):
+            made = type(name, (), {"__module__": module, "__qualname__": name})
+            setattr(modules[module], name, made)
+        return getattr(modules[module], name)
+
+    return fake

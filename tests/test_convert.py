@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_format
 from flax import traverse_util
 from safetensors.numpy import save_file
 from tiny_model import MODEL, MODELS
+from torch_format import tensor
 
 from knet_jax.backbones.resnet import ResNet
 from knet_jax.backbones.swin import Swin, resize_position_bias
@@ -308,6 +310,22 @@ def test_a_backbone_from_a_file(tmp_path, variables, torchvision, suffix):
             assert_equal(loaded[kind][part], wanted[kind][part])
 
 
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_a_backbone_from_a_checkpoint_of_pytorch(
+    tmp_path, torch_names, variables, torchvision, prefix
+):
+    """As published: of the backbone alone, or within a network whose other parts are left out."""
+    tensors = {f"{prefix}{name}": x for name, x in torchvision.items()}
+    if prefix:
+        tensors = {"decode_head.conv.weight": np.zeros((2, 2), np.float32)} | tensors
+        tensors = {name: x for name, x in tensors.items() if ".fc." not in name}
+    state = {name: tensor(torch_names, x, str(i)) for i, (name, x) in enumerate(tensors.items())}
+    path = torch_format.write(tmp_path / "r.pth", {"state_dict": state, "meta": {"epoch": 1}})
+    fresh = jax.tree.map(lambda x: jnp.asarray(-x), variables)
+    loaded = load_backbone(path, fresh)
+    assert_equal(loaded["params"]["backbone"], variables["params"]["backbone"])
+
+
 def test_weights_of_other_types_become_ours(tmp_path, variables, torchvision):
     half = {name: x.astype(np.float16) for name, x in torchvision.items()}
     loaded = load_backbone(write(tmp_path, ".npz", half), variables)
@@ -434,15 +452,15 @@ def test_a_file_of_another_backbone_is_named(tmp_path, variables, torchvision):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_tensors(tmp_path / "none.npz")
-    (tmp_path / "model.pth").write_bytes(b"0")
-    with pytest.raises(ValueError, match=r"\.npz and \.safetensors"):
-        read_tensors(tmp_path / "model.pth")
-    for suffix in (".npz", ".safetensors"):
+    (tmp_path / "model.h5").write_bytes(b"0")
+    with pytest.raises(ValueError, match=r"\.npz, \.safetensors, \.pth"):
+        read_tensors(tmp_path / "model.h5")
+    for suffix in (".npz", ".safetensors", ".pth"):
         path = tmp_path / f"broken{suffix}"
         path.write_bytes(b"no weights here")
         with pytest.raises(ValueError, match="cannot be read") as caught:
             read_tensors(path)
-        assert "pickle" not in str(caught.value)
+        assert suffix != ".npz" or "pickle" not in str(caught.value)
     pickled = tmp_path / "pickled.npz"
     np.savez(pickled, x=np.array([{}], object))
     with pytest.raises(ValueError, match="cannot be read"):
