@@ -21,12 +21,15 @@ Examples:
   script.py --seconds=3
 """
 
+import signal
 import time
 
 from absl import flags
 
 from knet_jax.commandline import run
 
+# What a shell starts in the background would ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 flags.DEFINE_string("config", "configs/shapes_panoptic.py", "Config file and variants.")
 flags.DEFINE_integer("seconds", 60, "How long.")
 

@@ -41,8 +41,6 @@ SMALL = (
     # Enough for scores that are not 0.
     "--config.optim.lr=0.005",
     "--config.optim.warmup_steps=0",
-    "--config.eval.instance_threshold=0.0",
-    "--config.eval.overlap_threshold=0.0",
     "--config.train.ema_decay=0.5",
     "--config.eval.num_pictures=2",
     "--config.train.log_every=1",
@@ -73,6 +71,8 @@ def run(script, *arguments, **keywords):
 
 def train_arguments(workdir, data_dir, *more, config=CONFIG):
     where = ("--workdir", workdir, f"--config.data.data_dir={data_dir}")
+    if config == CONFIG:
+        more = ("--config.eval.instance_threshold=0", "--config.eval.overlap_threshold=0", *more)
     return ("train.py", "--config", config, *where, *SMALL, *more)
 
 
