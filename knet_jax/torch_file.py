@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Self
 import jax.numpy as jnp
 import numpy as np
 
+from knet_jax.configuration import one_line
+
 MAGIC = 0x1950A86A20F9469CFC6C
 """What files of before torch 1.6 begin with."""
 
@@ -95,8 +97,8 @@ def read(path: str | Path) -> Any:
         raise
     except Exception as error:
         # A broken pickle leads its reader to any error.
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"it is broken or no checkpoint of PyTorch: {message}") from error
+        reason = one_line(error) or type(error).__name__
+        raise ValueError(f"it is broken or no checkpoint of PyTorch: {reason}") from error
 
 
 class RefusedError(ValueError):
@@ -144,20 +146,30 @@ class _StorageType(NamedTuple):
     dtype: np.dtype
 
 
+class _Storage(NamedTuple):
+    """What tensors are views of. No name makes one: a view of a view could leave the memory."""
+
+    array: np.ndarray
+    """[numel]."""
+
+
 def _rebuild_tensor(
-    storage: np.ndarray, offset: int, size: Sequence[int], stride: Sequence[int], *rest: Any
+    storage: _Storage, offset: int, size: Sequence[int], stride: Sequence[int], *rest: Any
 ) -> np.ndarray:
-    """A view of a storage [numel]; what follows the strides are gradients and hooks."""
+    """A view of a storage; what follows the strides are gradients and hooks."""
     del rest
+    if not isinstance(storage, _Storage):
+        raise RefusedError("it has a tensor without a storage")
+    array = storage.array
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or any(not isinstance(n, int) or n < 0 for n in numbers):
         raise RefusedError(f"a tensor of size {size} and strides {stride} cannot be")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     # More elements than are stored would be a small file that fills the memory.
-    if math.prod(size) > storage.size or (0 not in size and last >= storage.size):
+    if math.prod(size) > array.size or (0 not in size and last >= array.size):
         raise RefusedError(f"a tensor of size {tuple(size)} goes beyond its storage")
-    strides = tuple(step * storage.itemsize for step in stride)
-    return np.lib.stride_tricks.as_strided(storage[offset:], tuple(size), strides)
+    strides = tuple(step * array.itemsize for step in stride)
+    return np.lib.stride_tricks.as_strided(array[offset:], tuple(size), strides)
 
 
 def _rebuild_parameter(tensor: np.ndarray, *rest: Any) -> np.ndarray:
@@ -190,7 +202,7 @@ class _Unpickler(pickle.Unpickler):
             )
         return ACCEPTED[module, name]
 
-    def persistent_load(self, reference: Any) -> np.ndarray:
+    def persistent_load(self, reference: Any) -> _Storage:
         if self._load_storage is None:
             raise RefusedError("it has a storage where none belongs")
         kind, storage_type, key, _, numel, *rest = reference
@@ -198,7 +210,7 @@ class _Unpickler(pickle.Unpickler):
             raise RefusedError(f"it refers to {reference!r:.80}, which is no storage")
         if not isinstance(numel, int) or numel < 0:
             raise RefusedError(f"a storage cannot have {numel!r:.80} elements")
-        return self._load_storage(str(key), storage_type.dtype, numel)
+        return _Storage(self._load_storage(str(key), storage_type.dtype, numel))
 
 
 def _read_archive(archive: zipfile.ZipFile) -> Any:

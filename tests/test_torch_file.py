@@ -128,6 +128,17 @@ def test_tensors_that_cannot_be(tmp_path, torch_names, legacy, changes, message)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+def test_a_view_of_a_view_is_refused(tmp_path, torch_names, legacy):
+    """Five times the last element, and from there five elements in a row: beyond the memory."""
+    base = np.arange(5, dtype=np.float32)
+    last = tensor(torch_names, base, base=base, size=(5,), stride=(0,), offset=4)
+    rebuild = torch_names("torch._utils", "_rebuild_tensor_v2")
+    path = write(tmp_path / "a.pth", {"weight": Call(rebuild, last, 0, (5,), (1,))}, legacy)
+    with pytest.raises(ValueError, match="a tensor without a storage"):
+        read(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
 def test_a_truncated_file(tmp_path, torch_names, legacy):
     path = write(tmp_path / "a.pth", bad(torch_names), legacy, cut=5)
     with pytest.raises(ValueError, match="is it truncated"):
