@@ -35,6 +35,11 @@ def area(rle: dict[str, Any]) -> int:
     return int(coco_mask.area(rle))
 
 
+def box(rle: dict[str, Any]) -> list[float]:
+    """The smallest box around a mask: left, top, width, height in pixels."""
+    return coco_mask.toBbox(rle).tolist()
+
+
 def from_annotation(segmentation: Any, size: tuple[int, int]) -> dict:
     """COCO's compressed run lengths of polygons, of plain or of compressed run lengths.
 

@@ -23,7 +23,7 @@ class Folder(records.RecordBuilder, skip_registration=True):
         """See the base class."""
         config = self.builder_config
         pictures = Path(config.images)
-        pairs = list(_pairs(pictures, Path(config.labels)))
+        pairs = list(find_pairs(pictures, Path(config.labels)))
         if not pairs:
             raise ValueError(
                 f"config.data.images: split '{config.split}': no picture in {pictures}"
@@ -100,7 +100,7 @@ def read_categories(path: Path, ignore_index: int) -> Categories:
     return index_maps.categories_of(names)
 
 
-def _pairs(pictures: Path, annotations: Path) -> Iterator[index_maps.Pair]:
+def find_pairs(pictures: Path, annotations: Path) -> Iterator[index_maps.Pair]:
     for path in index_maps.find_pictures(pictures):
         name = path.relative_to(pictures)
         yield index_maps.Pair(path, annotations / name.with_suffix(".png"), name.as_posix())

@@ -1,0 +1,193 @@
+"""Turns maps of classes and of instances into COCO's layout, panoptic and instance.
+
+python -m knet_jax.data.from_masks --images photos/train --class_maps classes/train \
+    --instance_maps instances/train --names classes.txt --things cell,fiber --root DATA --split train
+
+A map is a PNG of one index a pixel, named like its picture (and in the same subfolder). Line i of
+--names, counted from 0, names the class whose pixels hold i. In a map of instances each thing has a
+number of its own; things with the number 0 are a crowd. Without --instance_maps every connected
+region of a thing class is one thing.
+
+Writes ROOT/annotations/panoptic_SPLIT.json with its PNG files, and ROOT/annotations/instances_SPLIT.json;
+pictures go to ROOT/SPLIT, as links where the disk allows.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tqdm
+from absl import flags
+
+from knet_jax import rle
+from knet_jax.commandline import CommandLine, run
+from knet_jax.configuration import ConfigError
+from knet_jax.data import files, folder, index_maps
+from knet_jax.metrics.coco_files import PanopticResults
+from knet_jax.metrics.result_files import write_json
+from knet_jax.structs import Categories, PanopticMap, SegmentInfo
+
+IMAGES = flags.DEFINE_string("images", None, "folder of pictures")
+CLASS_MAPS = flags.DEFINE_string("class_maps", None, "folder of PNG files: the class of each pixel")
+INSTANCE_MAPS = flags.DEFINE_string(
+    "instance_maps", None, "folder of PNG files: the thing of each pixel; default: regions"
+)
+NAMES = flags.DEFINE_string("names", None, "text file with the name of a class on every line")
+THINGS = flags.DEFINE_list("things", None, "the classes whose things are told apart: NAME,NAME")
+VOID = flags.DEFINE_integer("void", 255, "the index of pixels of unknown class")
+ROOT = flags.DEFINE_string("root", None, "the dataset to write, config.data.root of the training")
+SPLIT = flags.DEFINE_string("split", None, "what it is: train, val")
+
+
+def main(command: CommandLine) -> None:
+    if command.overrides:
+        raise ConfigError(f"{command.overrides[0]!r}: no config is read here")
+    required = (IMAGES, CLASS_MAPS, NAMES, THINGS, ROOT, SPLIT)
+    missing = [f"--{flag.name}" for flag in required if not flag.value]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} missing (--help shows an example)")
+    folders = (IMAGES, CLASS_MAPS, INSTANCE_MAPS)
+    for flag in folders:
+        if flag.value and not Path(flag.value).is_dir():
+            raise ConfigError(f"--{flag.name}: there is no folder {flag.value}")
+    if not Path(NAMES.value).is_file():
+        raise ConfigError(f"--names: there is no file {NAMES.value}")
+    indices, categories = order_classes(folder.read_categories(Path(NAMES.value), VOID.value))
+    images, class_maps = Path(IMAGES.value), Path(CLASS_MAPS.value)
+    pairs = list(folder.find_pairs(images, class_maps))
+    if not pairs:
+        raise ConfigError(f"--images: no picture ({', '.join(files.PICTURES)}) in {images}")
+
+    root = Path(ROOT.value)
+    panoptic = PanopticResults(root / f"annotations/panoptic_{SPLIT.value}.json", categories)
+    pictures, things, problems = [], [], []
+    for number, pair in enumerate(tqdm.tqdm(pairs, "Converting", unit="img"), 1):
+        try:
+            found = read_maps(pair, indices, categories)
+            panoptic.add(number, pair.name, found)
+        except ValueError as error:
+            problems.append(f"{pair.name}: {error}, left out")
+            continue
+        link(pair.path, root / SPLIT.value / pair.name)
+        height, width = found.ids.shape
+        pictures.append({"id": number, "file_name": pair.name, "height": height, "width": width})
+        things.extend(describe_things(found, number, len(things), categories))
+    for problem in problems:
+        print(problem)
+    if not pictures:
+        raise ConfigError(f"no picture of {images} can be used, see above")
+    panoptic.close()
+    named = zip(categories.dataset_ids[: categories.num_things], categories.names)
+    content = {
+        "images": pictures,
+        "annotations": things,
+        "categories": [{"id": id, "name": name} for id, name in named],
+    }
+    write_json(root / f"annotations/instances_{SPLIT.value}.json", content)
+    print(
+        f"wrote {len(pictures)} pictures with {len(things)} things of {categories.num_things} "
+        f"classes, and {categories.num_stuff} classes of stuff, to {root}; {len(problems)} problems"
+    )
+
+
+def order_classes(named: Categories) -> tuple[dict[int, int], Categories]:
+    """{index in the maps: label}, and the classes with the things first, ids counted from 1.
+
+    Raises:
+      ConfigError: --things names what is no class, or a class twice.
+    """
+    wanted = [name.strip() for name in THINGS.value]
+    for name in wanted:
+        if name not in named.names or wanted.count(name) > 1:
+            raise ConfigError(f"--things: {name!r}; accepted, each once: {', '.join(named.names)}")
+    is_stuff = [name not in wanted for name in named.names]
+    order = sorted(range(len(is_stuff)), key=is_stuff.__getitem__)
+    indices = {named.dataset_ids[i]: label for label, i in enumerate(order)}
+    names = tuple(named.names[i] for i in order)
+    return indices, Categories(names, tuple(1 + index for index in indices), len(wanted))
+
+
+def read_maps(
+    pair: index_maps.Pair, indices: dict[int, int], categories: Categories
+) -> PanopticMap:
+    """The segments of a picture. Raises ValueError where a map is missing, broken or does not fit."""
+    classes = read_map(pair.png)
+    files.matching_size(pair.path, classes.shape, "map of classes")
+    strange = set(np.unique(classes).tolist()) - set(indices) - {VOID.value}
+    if strange:
+        raise ValueError(
+            f"{pair.png} holds {sorted(strange)[:10]}, which --names has no line for "
+            f"and which is not --void={VOID.value}"
+        )
+    instances = None
+    if INSTANCE_MAPS.value:
+        path = Path(INSTANCE_MAPS.value) / Path(pair.name).with_suffix(".png")
+        instances = read_map(path)
+        if instances.shape != classes.shape:
+            raise ValueError(f"{path} is {instances.shape}, the map of classes {classes.shape}")
+    ids, segments = np.zeros(classes.shape, np.int32), []
+    for index in sorted(set(np.unique(classes).tolist()) - {VOID.value}):
+        label, mask = indices[index], classes == index
+        for part, is_crowd in split_class(mask, instances, label < categories.num_things):
+            segments.append(SegmentInfo(len(segments) + 1, label, is_crowd))
+            ids[part] = len(segments)
+    return PanopticMap(ids, tuple(segments))
+
+
+def read_map(path: Path) -> np.ndarray:
+    """int [H, W]. Raises ValueError where there is no such map."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    return index_maps.read_indices(path.read_bytes(), str(path))
+
+
+def split_class(
+    mask: np.ndarray, instances: np.ndarray | None, is_thing: bool
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """The segments of one class: masks, and whether each is a crowd."""
+    if not is_thing:
+        yield mask, False
+        return
+    if instances is None:
+        instances = cv2.connectedComponents(mask.astype(np.uint8))[1]
+    for number in np.unique(instances[mask]).tolist():
+        yield mask & (instances == number), number == 0
+
+
+def describe_things(
+    found: PanopticMap, image_id: int, num_before: int, categories: Categories
+) -> Iterator[dict]:
+    """The things of a picture as COCO's instance annotations."""
+    things = [info for info in found.segments if info.label < categories.num_things]
+    for number, info in enumerate(things, num_before + 1):
+        encoded = rle.encode(found.ids == info.id)
+        yield {
+            "id": number,
+            "image_id": image_id,
+            "category_id": categories.dataset_ids[info.label],
+            "segmentation": encoded | {"counts": encoded["counts"].decode()},
+            "area": float(rle.area(encoded)),
+            "bbox": rle.box(encoded),
+            "iscrowd": int(info.iscrowd),
+        }
+
+
+def link(picture: Path, place: Path) -> None:
+    """Puts a picture to a place, without a second copy where the file system can."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists() and place.samefile(picture):
+        return
+    place.unlink(missing_ok=True)
+    try:
+        os.link(picture, place)
+    except OSError:
+        shutil.copyfile(picture, place)
+
+
+if __name__ == "__main__":
+    run(main)
