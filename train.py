@@ -245,6 +245,7 @@ class Interval:
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
+        self._speed_before: dict[str, float] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -267,15 +268,19 @@ class Interval:
     def last(self) -> dict[str, Any]:
         """For the progress line; the loss is that of the last step which is surely done."""
         known = self._metrics[-2:][0]
-        return {"loss": known["loss/total"]} | self._speed()
+        speed = self._speed()
+        # Steps are handed to the device before they are done: a few of them seem fast.
+        if len(self._metrics) < 5:
+            speed |= self._speed_before
+        return {"loss": known["loss/total"]} | speed
 
     def close(self) -> dict[str, float]:
         """The record of the interval, which ends here."""
         metrics = jax.device_get(self._metrics)
         means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-        values = means | self._speed()
+        self._speed_before = self._speed()
         self.restart()
-        return values
+        return means | self._speed_before
 
     def _speed(self) -> dict[str, float]:
         seconds = time.monotonic() - self._began
