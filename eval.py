@@ -17,16 +17,15 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from knet_jax.checkpoint import Checkpoints, check_writable
+from knet_jax.checkpoint import check_writable
 from knet_jax.commandline import CommandLine, run
-from knet_jax.configuration import ConfigError, load_saved_config
+from knet_jax.configuration import ConfigError
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator, Gallery, Prediction
-from knet_jax.knet import make_model
 from knet_jax.metrics.result_files import place_png
+from knet_jax.runs import open_run
 from knet_jax.tasks import TASKS
-from knet_jax.training import check_categories, check_same_categories, init_variables
-from knet_jax.validation import validate
+from knet_jax.training import check_categories, check_same_categories
 from knet_jax.visualize import panel, save_picture
 
 WORKDIR = flags.DEFINE_string("workdir", None, "of the run")
@@ -45,11 +44,13 @@ def main(command: CommandLine) -> None:
     if WORKDIR.value is None:
         raise ConfigError("--workdir is missing: the folder of a run of train.py")
     workdir, output = Path(WORKDIR.value), Path(OUTPUT.value or WORKDIR.value)
-    config = load_saved_config(workdir, command.overrides)
     devices = jax.local_devices()
-    validate(config, jax.device_count(), parts=("eval",))
-    jax.config.update("jax_default_matmul_precision", config.precision)
+    trained = open_run(
+        workdir, CHECKPOINT.value, EMA.value, command.overrides, num_devices=jax.device_count()
+    )
     check_writable(output)
+    config, step = trained.config, trained.step
+    jax.config.update("jax_default_matmul_precision", config.precision)
 
     task = TASKS[config.task]
     metric = task.metric
@@ -57,31 +58,13 @@ def main(command: CommandLine) -> None:
         raise ConfigError(f"--boundary: config.task is {config.task!r}; accepted: instance")
     split = pipeline.load_split(config.data, config.data.val_split, config.task)
     check_categories(config, split.categories)
-    model = make_model(**config.model)
-    template = jax.eval_shape(lambda: init_variables(model, config.seed))
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        metric=f"{'val_ema' if EMA.value else 'val'}/{metric.HEADLINE[0]}",
-        model=config.model.to_dict(),
-        read_only=True,
-    )
-    step = choose_step(checkpoints, CHECKPOINT.value)
-    params = "params"
-    if EMA.value:
-        if not config.train.ema_decay:
-            raise ConfigError("--ema: the run kept no average, its config.train.ema_decay is 0")
-        params = "ema"
-        template[params] = template.pop("params")
-    variables, record = checkpoints.restore(template, step)
-    variables["params"] = variables.pop(params)
-    check_same_categories(record["progress"]["categories"], split.categories)
-    checkpoints.close()
+    check_same_categories(trained.categories._asdict(), split.categories)
 
     num_images = min(len(split), LIMIT.value or len(split))
     print(
         f"evaluating step {step} on {num_images} images, {len(devices)} x {devices[0].device_kind}"
     )
-    evaluator = Evaluator(model, split, config, devices, LIMIT.value)
+    evaluator = Evaluator(trained.model, split, config, devices, LIMIT.value)
     gallery = Gallery(split, config.eval.num_pictures)
     results = None
     if RESULTS.value:
@@ -99,7 +82,7 @@ def main(command: CommandLine) -> None:
             image_id, overlap = split.image_id(index), metric.boundary_iou
             boundaries.append(metric.count(truth, result, num_classes, image_id, overlap))
 
-    counts = evaluator.evaluate(variables, visit)
+    counts = evaluator.evaluate(trained.variables, visit)
 
     print(metric.table(counts, split.categories))
     metrics = {
@@ -117,8 +100,8 @@ def main(command: CommandLine) -> None:
     if ROUNDS.value:
         metrics["rounds"] = rounds = []
         for stage in range(config.model.num_stages):
-            evaluator = Evaluator(model, split, config, devices, LIMIT.value, stage)
-            summary = metric.summarize(evaluator.evaluate(variables), split.categories)
+            evaluator = Evaluator(trained.model, split, config, devices, LIMIT.value, stage)
+            summary = metric.summarize(evaluator.evaluate(trained.variables), split.categories)
             rounds.append({"updates": stage, **summary})
         rounds.append(
             {"updates": config.model.num_stages, **metric.summarize(counts, split.categories)}
@@ -138,21 +121,6 @@ def print_rounds(rounds: Sequence[Mapping[str, float]], names: Sequence[str]) ->
     print(f"\n{'updates':>7} " + " ".join(f"{name:>10}" for name in names))
     for row in rounds:
         print(f"{row['updates']:7} " + " ".join(f"{row[name]:10.1f}" for name in names))
-
-
-def choose_step(checkpoints: Checkpoints, name: str) -> int:
-    """The step that `--checkpoint` names. Raises ValueError where there is none."""
-    steps = checkpoints.steps()
-    if not steps:
-        raise ConfigError(f"no checkpoints in {checkpoints.directory}")
-    if name == "latest":
-        return steps[-1]
-    if name == "best":
-        best = checkpoints.best_step()
-        return steps[-1] if best is None else best
-    if not name.isdecimal():
-        raise ConfigError(f"--checkpoint={name}; accepted: best, latest, or a step of {steps}")
-    return int(name)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ def load_saved_config(workdir: str | Path, overrides: Sequence[str] = ()) -> Con
     """
     path = Path(workdir) / SAVED_NAME
     if not path.is_file():
-        raise ConfigError(f"--workdir={workdir}: no run has been started here, no {SAVED_NAME}")
+        raise ConfigError(
+            f"{workdir} is no model: no run has been started here, there is no {SAVED_NAME}"
+        )
     try:
         config = ConfigDict(to_tuples(json.loads(path.read_text())))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:

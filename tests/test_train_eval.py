@@ -405,7 +405,7 @@ def test_a_run_of_another_class_count_is_not_resumed(whole, data_dir):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--config.model.num_things=7"], ["config.model.num_things is 7", "5"]),
+        (["--config.model.num_things=7"], ["config.model.num_things is 5 in it, 7 here"]),
         (["--config.model.channels=32"], ["config.model.channels is 16 in it, 32 here"]),
         (["--checkpoint", "3"], ["no checkpoint of step 3"]),
         (["--boundary"], ["--boundary: config.task is 'panoptic'", "instance"]),
