@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from knet_jax import optim, training
 from knet_jax.data import pipeline
-from knet_jax.evaluation import run_network
+from knet_jax.inference import run_network
 from knet_jax.knet import make_model
 from knet_jax.layers import AXIS
 from knet_jax.matching import Weights

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from knet_jax.evaluation import run_network
+from knet_jax.inference import run_network
 from knet_jax.knet import make_model
 from knet_jax.structs import (
     EMPTY,

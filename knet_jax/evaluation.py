@@ -14,21 +14,16 @@ from tqdm import tqdm
 
 from knet_jax.data import pipeline
 from knet_jax.data.splits import Split
-from knet_jax.knet import KNet, normalize
+from knet_jax.inference import look
+from knet_jax.knet import KNet
 from knet_jax.metrics import states
-from knet_jax.passes import cut, join, mirror
+from knet_jax.passes import both_ways
 from knet_jax.preemption import StopRequest
 from knet_jax.resampling import Canvas
-from knet_jax.structs import Batch, Pass, Stage
-from knet_jax.tasks import TASKS, stage_of
+from knet_jax.structs import Batch, Pass
+from knet_jax.tasks import TASKS
 from knet_jax.training import replicate
 from knet_jax.visualize import Row, panel
-
-
-def run_network(variables: Any, batch: Batch, *, model: KNet, stage: int = -1) -> Stage:
-    """What one device's images give after an update, the last one unless told otherwise."""
-    image = normalize(batch.image, batch.size, model.backbone.dtype)
-    return stage_of(model.apply(variables, image), stage, model.sizes)
 
 
 class Prediction(NamedTuple):
@@ -68,17 +63,12 @@ class Evaluator:
         self._devices = devices
         self._limit = limit
         on_devices = partial(jax.pmap, devices=devices)
-        network = partial(run_network, model=model, stage=stage)
-        self._network = on_devices(network, in_axes=(None, 0))
         options = config.eval
         self._scales = options.get("scales", (1.0,))
         self._flip = options.get("flip", False)
-        self._window, self._step = (options.get(key, ()) for key in ("window", "window_step"))
-        self._join = cache(
-            lambda canvas: on_devices(
-                partial(join, canvas=canvas, window=self._window, step=self._step)
-            )
-        )
+        window, step = (options.get(key, ()) for key in ("window", "window_step"))
+        look_ = partial(look, model=model, stage=stage, window=window, step=step)
+        self._look = on_devices(look_, in_axes=(None, 0))
         # Pictures come in many sizes: only this small program is compiled for each canvas.
         predict = partial(self.task.predict, sizes=model.sizes, options=config.eval.to_dict())
         self._predict = cache(
@@ -101,11 +91,9 @@ class Evaluator:
         def start(scales: Sequence[Batch]) -> Any:
             split = partial(split_over, num_devices=len(self._devices))
             seen = []
-            for batch in scales:
-                for mirrored in (False, True) if self._flip else (False,):
-                    stage = self._look(variables, mirror(batch) if mirrored else batch)
-                    flags = np.full(len(batch.id), mirrored)
-                    seen.append(Pass(stage, *split((batch.size, flags))))
+            for batch, mirrored in both_ways(scales, self._flip):
+                stage = self._look(variables, split(batch))
+                seen.append(Pass(stage, *split((batch.size, mirrored))))
             canvas = Canvas.of(np.max([batch.size for batch in scales], 0), batch.original_size)
             stride = batch.image.shape[1] // seen[-1].stage.masks.shape[3]
             return self._predict(canvas, stride)(tuple(seen), split(batch.original_size))
@@ -119,14 +107,6 @@ class Evaluator:
                     jax.tree.map(lambda x, i=i: x[i], result), batch.original_size[i]
                 )
                 yield Prediction(index, truth, prediction)
-
-    def _look(self, variables: Any, batch: Batch) -> Stage:
-        """What the network makes of a batch, whole or window by window. Arrays [device, b, …]."""
-        shown = cut(batch, self._window, self._step) if self._window else [batch]
-        stages = [self._network(variables, split_over(b, len(self._devices))) for b in shown]
-        if not self._window:
-            return stages[0]
-        return self._join(batch.image.shape[1:3])(stages)
 
     def evaluate(
         self,

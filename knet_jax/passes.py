@@ -1,4 +1,4 @@
-"""Batches seen in other ways: mirrored, and window by window. On the host, but for `join`."""
+"""Batches seen in other ways: at several scales, mirrored, and window by window."""
 
 from __future__ import annotations
 
@@ -14,8 +14,20 @@ Pair = tuple[int, int]
 """(height, width), or (row, column)."""
 
 
+def both_ways(scales: Sequence[Batch], flip: bool) -> Iterator[tuple[Batch, np.ndarray]]:
+    """The batches of all passes, each with bool [b]: whether it shows its pictures mirrored.
+
+    Args:
+      scales: the same pictures at every scale, on the host.
+      flip: whether each scale is also shown mirrored.
+    """
+    for batch in scales:
+        for mirrored in (False, True) if flip else (False,):
+            yield mirror(batch) if mirrored else batch, np.full(len(batch.id), mirrored)
+
+
 def mirror(batch: Batch) -> Batch:
-    """The same pictures left for right, each within its own size."""
+    """The same pictures left for right, each within its own size. On the host."""
     image = batch.image.copy()
     for picture, (_, width) in zip(image, batch.size):
         picture[:, :width] = picture[:, :width][:, ::-1]
@@ -38,7 +50,7 @@ def cut(batch: Batch, window: Pair, step: Pair) -> Iterator[Batch]:
     """What each window shows of a batch, in the order of `corners`."""
     for row, column in corners(batch.image.shape[1:3], window, step):
         image = batch.image[:, row : row + window[0], column : column + window[1]]
-        size = np.clip(batch.size - (row, column), 0, image.shape[1:3])
+        size = (batch.size - np.int32([row, column])).clip(0, np.int32(image.shape[1:3]))
         yield batch._replace(image=image, size=size)
 
 

@@ -7,7 +7,7 @@ import pytest
 import tiny_model
 from devices import call
 
-from knet_jax import evaluation
+from knet_jax import evaluation, inference
 from knet_jax.configuration import load_config
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator, Gallery, lookahead
@@ -91,7 +91,7 @@ def oracle(data, monkeypatch):
 
     rows = {"panoptic": TASKS["panoptic"]._replace(predict=predict)}
     monkeypatch.setattr(evaluation, "TASKS", rows)
-    monkeypatch.setattr(evaluation, "run_network", run_network)
+    monkeypatch.setattr(inference, "run_network", run_network)
     return lambda limit=None: Evaluator(
         make_model(**config.model), split, config, jax.devices()[:1], limit
     )

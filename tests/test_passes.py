@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from knet_jax import evaluation
+from knet_jax import inference
 from knet_jax.configuration import load_config
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator
@@ -116,7 +116,7 @@ def plain_network(monkeypatch):
         shown.append(batch.image.shape[1:3])
         return Stage(None, means(batch.image), None)
 
-    monkeypatch.setattr(evaluation, "run_network", run_network)
+    monkeypatch.setattr(inference, "run_network", run_network)
     return shown
 
 
