@@ -52,11 +52,11 @@ class _Axis(NamedTuple):
     """bool [tiles, TILE]: pixels of the picture."""
 
 
-def _axis(size, original_size, num_logits: int, num_pixels: int, shrink: int, dtype) -> _Axis:
+def _axis(size, original_size, num_logits: int, num_pixels: int, shrink: float, dtype) -> _Axis:
     """Resampling along one axis: logits -> x2 -> sigmoid -> input size, cropped -> original."""
     num_rows = 2 * num_logits
     # A tile spans at most TILE * shrink input pixels; on top come the taps at both ends.
-    d = min(TILE * shrink // MASK_STRIDE + 4, num_rows)
+    d = min(int(TILE * shrink) // MASK_STRIDE + 4, num_rows)
     c = min(d // 2 + 2, num_logits)
 
     def tile(start: jax.Array) -> _Axis:

@@ -22,7 +22,7 @@ class Canvas(NamedTuple):
 
     height: int
     width: int
-    shrink: int
+    shrink: float
     """Upper bound of resized over original side, a power of two."""
 
     @classmethod
@@ -34,9 +34,51 @@ class Canvas(NamedTuple):
           original_sizes: [b, 2], heights and widths to return to.
         """
         original_sizes = np.maximum(original_sizes, 1)  # padding images have no size
-        height, width = (128 * math.ceil(int(side) / 128) for side in original_sizes.max(axis=0))
-        ratio = max(1.0, float((sizes / original_sizes).max()))
-        return cls(height, width, 2 ** math.ceil(math.log2(ratio)))
+        height, width = (_round_up(int(side)) for side in original_sizes.max(axis=0))
+        return cls(height, width, _shrink(sizes, original_sizes))
+
+    @classmethod
+    def scaled(cls, inside: tuple[int, int], size, original_size) -> Canvas:
+        """One of few canvases that hold a picture: that of the network's input, enlarged or reduced.
+
+        Pictures of all aspects share it where they are resized by about the same factor; only one
+        that would leave almost all of it empty has a canvas of its own.
+
+        Args:
+          inside: height and width of the network's input.
+          size: [2], height and width of the picture within it.
+          original_size: [2], height and width to return to.
+        """
+        size, original_size = np.asarray(size), np.asarray(original_size)
+        scale = _coarse(float((original_size / size).max()))
+        height, width = (_round_up(math.ceil(scale * side)) for side in inside)
+        if height * width > WASTE * original_size.prod(dtype=float):
+            height, width = (int(128 * _coarse(max(1.0, side / 128))) for side in original_size)
+        return cls(height, width, _shrink(size, original_size))
+
+
+WASTE = 8
+"""How many times as large as its picture a shared canvas may be."""
+
+LEAST_SHRINK = 1 / 8
+"""Below it tiles of a panoptic map need no fewer logits."""
+
+
+def _round_up(side: int) -> int:
+    return 128 * math.ceil(side / 128)
+
+
+def _coarse(scale: float) -> float:
+    """The next larger number among ... 1/4, 1/2, 1, 1.5, 2, 3, 4, 6, ...; small pictures cost so
+    little that they need no steps between."""
+    power = 2.0 ** math.ceil(math.log2(scale))
+    return 0.75 * power if 1 < scale <= 0.75 * power else power
+
+
+def _shrink(sizes, original_sizes) -> float:
+    """The bound that a canvas has for these pictures."""
+    ratio = max(LEAST_SHRINK, float((sizes / original_sizes).max()))
+    return 2.0 ** math.ceil(math.log2(ratio))
 
 
 def taps(position: jax.Array, scale: jax.Array | float, size) -> tuple[jax.Array, jax.Array]:

@@ -35,9 +35,18 @@ def area(rle: dict[str, Any]) -> int:
     return int(coco_mask.area(rle))
 
 
-def box(rle: dict[str, Any]) -> list[float]:
-    """The smallest box around a mask: left, top, width, height in pixels."""
-    return coco_mask.toBbox(rle).tolist()
+def box(rle: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the smallest box around a mask; all 0 without a pixel."""
+    return tuple(map(int, coco_mask.toBbox(rle)))
+
+
+def to_json(rle: dict[str, Any]) -> dict[str, Any]:
+    """The same as JSON holds it: counts as text."""
+    counts = rle["counts"]
+    return {
+        "size": [int(side) for side in rle["size"]],
+        "counts": counts.decode() if isinstance(counts, bytes) else counts,
+    }
 
 
 def from_annotation(segmentation: Any, size: tuple[int, int]) -> dict:

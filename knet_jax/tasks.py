@@ -251,8 +251,9 @@ def predict_panoptic(
     )
 
 
-def read_panoptic(fused: Fused, original_size: np.ndarray) -> PanopticMap:
-    """A panoptic map without its padding."""
+def read_panoptic(fused: Fused, original_size: np.ndarray, threshold: float = 0.0) -> PanopticMap:
+    """A panoptic map without its padding; its things were chosen when it was fused."""
+    del threshold
     height, width = original_size
     infos = tuple(
         SegmentInfo(number + 1, int(label), score=float(score))
@@ -284,9 +285,13 @@ def predict_instances(
     )
 
 
-def read_instances(best: Instances, original_size: np.ndarray) -> tuple[Instance, ...]:
+def read_instances(
+    best: Instances, original_size: np.ndarray, threshold: float = 0.0
+) -> tuple[Instance, ...]:
     """Instances with their masks as run lengths; a kernel's mask is encoded once."""
     height, width = original_size
+    good = best.scores >= threshold
+    best = jax.tree.map(lambda x: x[good], best)
     encoded = {}
     for kernel, bits in zip(best.kernels.tolist(), best.bits):
         if kernel not in encoded:
@@ -314,8 +319,11 @@ def predict_labels(
     return label_maps(passes, original_size, canvas=canvas, stride=stride)
 
 
-def read_labels(labels: np.ndarray, original_size: np.ndarray) -> np.ndarray:
-    """A label map without its padding."""
+def read_labels(
+    labels: np.ndarray, original_size: np.ndarray, threshold: float = 0.0
+) -> np.ndarray:
+    """A label map without its padding; there are no things in it."""
+    del threshold
     height, width = original_size
     return labels[:height, :width]
 
@@ -336,7 +344,8 @@ class Task(NamedTuple):
     """(passes, original_size, and what is static) -> results of a batch, on the device; more than
     one `Pass` where the config of the task has scales and flips."""
     read: Callable[..., Any]
-    """(results of one picture, original_size) -> the same as people and metrics take it."""
+    """(results of one picture, original_size, least score of a thing) -> the same as people and
+    metrics take it."""
     metric: ModuleType
     """Counts pictures and summarizes the counts."""
     results: Callable[..., Any]

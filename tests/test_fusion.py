@@ -153,13 +153,15 @@ def test_equals_the_reference_on_the_smallest_canvas(size, original_size):
     check(*case(1), [size], [original_size], low=0.0, share=0.0)
 
 
-@pytest.mark.parametrize("shrink", [1, 2, 4, 8])
+@pytest.mark.parametrize("shrink", [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8])
 def test_tiles_read_all_the_logits_that_they_need(shrink):
     """A map much larger than a tile, at the largest ratios that a canvas is made for."""
-    rng = np.random.default_rng(shrink)
-    masks = rng.normal(0, 4, (3, 4, 40, 56)).astype(np.float32)  # no two neighbors alike
-    _, logits = case(shrink, 3, 4)
-    size = np.array([(320, 448), (301, 430), (319, 447)])
+    seed, parts = round(8 * shrink), 1 if shrink >= 1 else 4
+    rng = np.random.default_rng(seed)
+    shape = (3, 4, 40 // parts, 56 // parts)
+    masks = rng.normal(0, 4, shape).astype(np.float32)  # no two neighbors alike
+    _, logits = case(seed, 3, 4)
+    size = np.array([(320, 448), (301, 430), (319, 447)]) // parts
     original_size = np.ceil(size / np.array([1.0, 0.99, 0.7])[:, None] / shrink).astype(int)
     assert Canvas.of(size, original_size).shrink == shrink
     check(masks, logits, size, original_size, low=0.0, share=0.0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from plain import to_picture
 
+from knet_jax.data.recipes import WholePicture
 from knet_jax.resampling import Canvas, to_original
 
 # The matrix of one axis.
@@ -56,3 +57,48 @@ def test_canvas_holds_all_pictures_and_there_are_few():
     assert Canvas.of(np.array([[100, 100]]), np.array([[128, 129]])) == Canvas(128, 256, 1)
     assert Canvas.of(np.array([[256, 256]]), np.array([[128, 128]])) == Canvas(128, 128, 2)
     assert Canvas.of(np.array([[257, 257]]), np.array([[128, 128]])) == Canvas(128, 128, 4)
+    assert Canvas.of(np.array([[300, 100]]), np.array([[600, 200]])) == Canvas(640, 256, 1 / 2)
+    assert Canvas.of(np.array([[8, 8]]), np.array([[900, 800]])) == Canvas(1024, 896, 1 / 8)
+
+
+RECIPE = WholePicture((800, 1344), (800, 800), 1333, 0.0, 100, 0, 0.0)
+
+
+def scaled(original_size):
+    size, inside = RECIPE.eval_size(original_size), RECIPE.eval_canvas(original_size)
+    return Canvas.scaled(inside, size, original_size), size
+
+
+@pytest.mark.parametrize("limit, count", [(1000, 16), (10_000, 40)])
+def test_pictures_of_all_sizes_share_few_canvases(limit, count):
+    """Of ordinary aspects, and both orientations."""
+    rng = np.random.default_rng(0)
+    canvases = set()
+    for _ in range(5000):
+        side = np.exp(rng.uniform(np.log(100), np.log(limit)))
+        height, width = int(side), int(side * rng.uniform(1, 2))
+        for original_size in ((height, width), (width, height)):
+            canvas, _ = scaled(original_size)
+            assert canvas.height >= original_size[0] and canvas.width >= original_size[1]
+            canvases.add(canvas)
+    assert len(canvases) <= count
+
+
+@pytest.mark.parametrize(
+    "original_size",
+    [(1, 1), (1, 5000), (5000, 1), (3, 70_000), (6120, 8160), (800, 1333), (2, 700), (1, 1333)],
+)
+def test_a_canvas_holds_any_picture_and_wastes_little(original_size):
+    canvas, size = scaled(original_size)
+    assert canvas.height >= original_size[0] and canvas.width >= original_size[1]
+    assert all(side % 128 == 0 for side in canvas[:2])
+    assert np.max(np.array(size) / original_size) <= canvas.shrink
+    least = np.prod([max(128, side) for side in original_size])
+    assert canvas.height * canvas.width <= 8 * least
+
+
+def test_pictures_of_one_camera_share_a_canvas():
+    """By hand: 4032 / 1067 = 3.78, up to 4; 640 / 1067 = 0.6, up to 1."""
+    assert scaled((3024, 4032))[0] == Canvas(3200, 5376, 1 / 2)
+    assert scaled((2268, 4032))[0] == scaled((3024, 4032))[0] != scaled((4032, 3024))[0]
+    assert scaled((480, 640))[0] == scaled((427, 640))[0] == scaled((500, 500))[0]

@@ -64,7 +64,7 @@ def train_batch(
                 failures.append(Failure(record.file_name, str(error)))
                 continue
             view = split.kind.train_view(recipe, loaded, record.size, rng)
-            _fill(batch, place, position, record, image, view)
+            fill(batch, place, position, image, view)
             split.kind.fill(batch.targets, place, loaded, view, canvas, split.categories)
             break
     return (batch,), [], failures
@@ -98,7 +98,7 @@ def eval_batch(
             continue
         for batch, recipe in zip(scales, recipes):
             view = transforms.whole(recipe.eval_size(record.size))
-            _fill(batch, place, position, record, image, view)
+            fill(batch, place, position, image, view)
         truths.append((position, split.kind.truth(loaded, split.categories)))
     return scales, truths, failures
 
@@ -132,16 +132,17 @@ def _load(split: splits.Split, record: records.Record) -> tuple[np.ndarray, Any]
     return image, split.kind.load(record.annotation, record.size, split.categories)
 
 
-def _fill(
-    batch: Batch,
-    place: int,
-    position: int,
-    record: records.Record,
-    image: np.ndarray,
-    view: transforms.View,
-) -> None:
-    """Writes a picture into a place of a batch."""
+def fill(batch: Batch, place: int, position: int, image: np.ndarray, view: transforms.View) -> None:
+    """Writes a picture into a place of a batch.
+
+    Args:
+        batch: written in place.
+        place: row of it.
+        position: of the picture in its split.
+        image: uint8 [h, w, 3].
+        view: what is shown of it.
+    """
     transforms.place_image(image, view, batch.image[place])
     batch.size[place] = view.shown
-    batch.original_size[place] = record.size
+    batch.original_size[place] = image.shape[:2]
     batch.id[place] = position

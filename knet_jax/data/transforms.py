@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -17,11 +18,44 @@ NUM_IDS = 1 << 24
 """How many ids three bytes can tell apart, void included."""
 
 
-def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
+def decode_image(data: bytes) -> np.ndarray:
     """Decodes a picture of any kind that cv2 reads: grey, CMYK, 16 bits, alpha, palette.
 
-    A picture is turned as its EXIF orientation says, as the reference does, unless only the
-    unturned one has the size of the annotation (test_exif_follows_the_annotation).
+    It is turned as its EXIF orientation says, as in the reference.
+
+    Args:
+        data: encoded picture.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        ValueError: the picture is damaged.
+    """
+    if _may_be_truncated(data):
+        # cv2 would fill up with grey; Pillow refuses to.
+        try:
+            Image.open(io.BytesIO(data)).load()
+        except (OSError, SyntaxError) as error:
+            raise ValueError("the picture is truncated") from error
+    return _decode(data, cv2.IMREAD_COLOR_RGB)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture from a file, as `decode_image` gives it. Raises ValueError, which names the file."""
+    try:
+        return decode_image(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Decodes the picture of an annotation.
+
+    It is turned as its EXIF orientation says, unless only the unturned one has the size of the
+    annotation (test_exif_follows_the_annotation).
 
     Args:
         data: encoded picture.
@@ -33,13 +67,7 @@ def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: the picture is damaged, or of another size.
     """
-    if _may_be_truncated(data):
-        # cv2 would fill up with grey; Pillow refuses to.
-        try:
-            Image.open(io.BytesIO(data)).load()
-        except (OSError, SyntaxError) as error:
-            raise ValueError("the picture is truncated") from error
-    image = _decode(data, cv2.IMREAD_COLOR_RGB)
+    image = decode_image(data)
     if image.shape[:2] == (size[1], size[0]) != tuple(size):
         image = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     _check_size(image, size)

@@ -194,14 +194,10 @@ class InstanceResults:
                 )
         self._names[image_id] = file_name
         for one in instances:
-            counts = one.rle["counts"]
             record = {
                 "image_id": int(image_id),
                 "category_id": int(self._categories.dataset_ids[one.label]),
-                "segmentation": {
-                    "size": list(map(int, one.rle["size"])),
-                    "counts": counts.decode() if isinstance(counts, bytes) else counts,
-                },
+                "segmentation": rle.to_json(one.rle),
                 "score": float(one.score),
             }
             self._file.write(f"{self._separator}{json.dumps(record)}")
