@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from knet_jax.data import pipeline
 from knet_jax.data.splits import Split
-from knet_jax.inference import look
+from knet_jax.inference import look, lookahead
 from knet_jax.knet import KNet
 from knet_jax.metrics import states
 from knet_jax.passes import both_ways
@@ -167,14 +166,3 @@ class Gallery:
 def split_over(batch: Any, num_devices: int) -> Any:
     """A batch, or some of its arrays, with a leading axis over devices."""
     return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
-
-
-def lookahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each given out after the next one has been drawn: what drawing one starts on
-    the device or in a worker goes on while the one before it is used."""
-    iterator = iter(items)
-    drawn = list(islice(iterator, 1))
-    for item in iterator:
-        yield drawn.pop()
-        drawn.append(item)
-    yield from drawn

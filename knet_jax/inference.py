@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -96,3 +97,14 @@ def predict(
         stride=stride,
         options={**options, **thresholds},
     )
+
+
+def lookahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each given out after the next one has been drawn: what drawing one starts on
+    the device or in a worker goes on while the one before it is used."""
+    iterator = iter(items)
+    drawn = list(islice(iterator, 1))
+    for item in iterator:
+        yield drawn.pop()
+        drawn.append(item)
+    yield from drawn

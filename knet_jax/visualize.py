@@ -251,3 +251,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
     """Writes uint8 [H, W, 3], RGB, as PNG or JPEG. Raises OSError where that is not possible."""
     Image.fromarray(picture).save(path)
+
+
+def overlay(image: np.ndarray, segmentation: Segmentation, categories: Categories) -> np.ndarray:
+    return draw(image, segmentation, categories)

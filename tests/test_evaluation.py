@@ -10,8 +10,9 @@ from devices import call
 from knet_jax import evaluation, inference
 from knet_jax.configuration import load_config
 from knet_jax.data import pipeline
-from knet_jax.evaluation import Evaluator, Gallery, lookahead
+from knet_jax.evaluation import Evaluator, Gallery
 from knet_jax.fusion import Fused
+from knet_jax.inference import lookahead
 from knet_jax.knet import make_model
 from knet_jax.metrics import panoptic
 from knet_jax.structs import EMPTY, SegmentInfo, Stage

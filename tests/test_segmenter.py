@@ -1,0 +1,412 @@
+"""Pictures in, segments out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+import knet_jax
+from knet_jax import rle
+from knet_jax.data import pipeline
+from knet_jax.evaluation import Evaluator
+from knet_jax.metrics.coco_files import InstanceFile, InstanceResults
+from knet_jax.runs import open_run
+from knet_jax.segmenter import Result, Segmenter, as_image, keep_programs
+from knet_jax.structs import EMPTY, Categories, Instance, PanopticMap, SegmentInfo
+
+TASKS = ("panoptic", "instance", "semantic")
+SEVERAL_PASSES = (
+    "--config.eval.scales=(0.5, 1.0)",
+    "--config.eval.flip=True",
+    "--config.eval.window=(64, 64)",
+    "--config.eval.window_step=(32, 32)",
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of models by task."""
+    folder = tmp_path_factory.mktemp("models")
+    return {task: tiny_runs.write(folder / task, task) for task in TASKS}
+
+
+@pytest.fixture(scope="module")
+def segmenters(models):
+    """Opened, by task."""
+    return {task: Segmenter(open_run(path)) for task, path in models.items()}
+
+
+def picture(height, width, seed=0):
+    """Smooth spots."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+# What it sees.
+
+
+@pytest.mark.parametrize(
+    "task, overrides",
+    [
+        ("panoptic", ()),
+        ("instance", ()),
+        ("semantic", ()),
+        pytest.param("semantic", SEVERAL_PASSES, marks=pytest.mark.slow),
+    ],
+)
+def test_it_sees_what_an_evaluation_sees(models, tmp_path, task, overrides):
+    run = open_run(models[task], overrides=[f"--config.data.data_dir={tmp_path}", *overrides])
+    split = pipeline.load_split(run.config.data, "val", task)
+    evaluator = Evaluator(run.model, split, run.config, jax.devices()[:1])
+    sees = Segmenter(run)
+    for prediction in evaluator.predictions(run.variables):
+        ours = sees(split.image(prediction.index), threshold=0.2).prediction
+        theirs = prediction.prediction
+        if task == "panoptic":
+            assert len(ours.segments) == len(theirs.segments) > 0
+            assert (ours.ids != theirs.ids).mean() < 1e-3
+            np.testing.assert_allclose(
+                [s.score for s in ours.segments], [s.score for s in theirs.segments], rtol=1e-4
+            )
+        elif task == "instance":
+            theirs = [one for one in theirs if one.score >= 0.2]
+            assert [one.label for one in ours] == [one.label for one in theirs] != []
+            for one, other in zip(ours, theirs):
+                assert (rle.decode(one.rle) != rle.decode(other.rle)).mean() < 1e-3
+        else:
+            assert len(np.unique(ours)) > 1
+            assert (ours != theirs).mean() < 2e-3
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_pictures_of_one_shape_share_one_program(models, task):
+    sees = Segmenter(open_run(models[task]))
+    for height, width in ((63, 94), (50, 75), (40, 60), (60, 90)):
+        assert sees(picture(height, width)).size == (height, width)
+    assert sees._predict._cache_size() == 1
+    sees(picture(94, 63))
+    assert sees._predict._cache_size() == 2
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (900, 2), (400, 500), (8, 12)])
+def test_pictures_of_any_size(segmenters, task, size):
+    result = segmenters[task](picture(*size))
+    assert result.size == size and result.draw().shape == (*size, 3)
+    for segment in result.segments:
+        assert segment.mask.shape == size and segment.area == segment.mask.sum()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_list_is_its_pictures_in_order(models, task):
+    sizes = [(64, 96), (96, 64), (60, 90), (33, 44), (64, 96)]
+    pictures = [picture(*size, seed) for seed, size in enumerate(sizes)]
+    run = open_run(models[task])
+    one, several = Segmenter(run, batch_size=1), Segmenter(run, batch_size=3)
+    together = several(pictures, threshold=0.2)
+    assert [result.size for result in together] == sizes
+    for image, result in zip(pictures, together):
+        alone = one(image, threshold=0.2)
+        assert result.image is image
+        assert [s.label for s in result.segments] == [s.label for s in alone.segments]
+        for a, b in zip(result.segments, alone.segments):
+            assert abs(a.score - b.score) < 1e-4 and (a.mask != b.mask).mean() < 1e-3
+    assert several([]) == []
+
+
+def test_a_stream_reads_only_a_little_ahead(segmenters):
+    drawn = []
+
+    def pictures():
+        for seed in range(6):
+            drawn.append(seed)
+            yield picture(64, 96, seed)
+
+    ahead = []
+    for i, result in enumerate(segmenters["panoptic"].stream(pictures())):
+        ahead.append(len(drawn) - i)
+        assert result.size == (64, 96)
+    assert max(ahead) == 2 and len(ahead) == 6
+
+
+def middle(segments):
+    """A score that some are above and some below."""
+    return float(np.median([segment.score for segment in segments if segment.is_thing]))
+
+
+def test_thresholds_change_the_result_and_not_the_program(segmenters):
+    sees, image = segmenters["panoptic"], picture(64, 96)
+    by_config = sees(image)
+    count = sees._predict._cache_size()
+    every = sees(image, threshold=0.0, overlap=0.0)
+    strict = sees(image, threshold=1.0, overlap=1.0)
+    assert len(every.segments) > len(by_config.segments) > len(strict.segments)
+    assert not strict.instances
+    threshold = middle(every.segments)
+    some = sees(image, threshold=threshold, overlap=0.0)
+    assert sees._predict._cache_size() == count
+    assert 0 < len(some.instances) < len(every.instances)
+    filtered = every.above(threshold)
+    np.testing.assert_array_equal(filtered.semantic, some.semantic)
+    assert [s.score for s in filtered.segments] == [s.score for s in some.segments]
+    assert [s.area for s in filtered.segments] == [s.area for s in some.segments]
+
+
+def test_thresholds_of_instances(segmenters):
+    sees, image = segmenters["instance"], picture(64, 96)
+    every = sees(image, threshold=0.0)
+    threshold = middle(every.segments)
+    some = sees(image, threshold=threshold)
+    assert len(every.instances) > len(some.instances) > 0
+    assert [s.score for s in some.instances] == [s.score for s in every.above(threshold).instances]
+    assert min(s.score for s in some.instances) >= threshold
+    labels = segmenters["semantic"](image)
+    assert labels.above(0.9) is labels
+
+
+@pytest.mark.parametrize(
+    "options", [{"threshold": 1.5}, {"threshold": -0.1}, {"overlap": 2}, {"threshold": np.nan}]
+)
+def test_thresholds_that_make_no_sense(segmenters, options):
+    with pytest.raises(ValueError, match="threshold is .*; accepted: a number from 0 to 1"):
+        segmenters["panoptic"](picture(8, 8), **options)
+
+
+# What a result holds.
+
+CATEGORIES = Categories(("cat", "dog", "sky"), (17, 18, 119), 2)
+IMAGE = np.full((4, 6, 3), 100, np.uint8)
+IDS = np.array([[1, 1, 3, 3, 3, 0], [1, 1, 3, 3, 3, 0], [2, 2, 2, 3, 0, 0], [2, 2, 2, 3, 0, 0]])
+PANOPTIC = PanopticMap(
+    IDS.astype(np.int32),
+    (SegmentInfo(3, 2, score=0.9), SegmentInfo(1, 0, score=0.8), SegmentInfo(2, 1, score=0.4)),
+)
+SKY = IDS == 3
+
+
+def test_a_panoptic_result():
+    result = Result("panoptic", CATEGORIES, IMAGE, PANOPTIC)
+    sky, cat, dog = result.segments
+    assert (sky.name, sky.is_thing, sky.score, sky.area, sky.box) == (
+        "sky",
+        False,
+        0.9,
+        8,
+        (2, 0, 3, 4),
+    )
+    assert (dog.name, dog.is_thing, dog.score, dog.area, dog.box) == (
+        "dog",
+        True,
+        0.4,
+        6,
+        (0, 2, 3, 2),
+    )
+    assert result.instances == (cat, dog)
+    np.testing.assert_array_equal(sky.mask, SKY)
+    np.testing.assert_array_equal(rle.decode(sky.rle), SKY)
+    labels = np.select([IDS == 1, IDS == 2, IDS == 3], [0, 1, 2], EMPTY)
+    np.testing.assert_array_equal(result.semantic, labels)
+    assert result.semantic.dtype == np.int32 and result.panoptic is PANOPTIC
+
+    above = result.above(0.5)
+    assert [s.name for s in above.segments] == ["sky", "cat"]
+    np.testing.assert_array_equal(above.panoptic.ids, np.where(IDS == 2, 0, IDS))
+    assert [s.name for s in result.above(1.0).segments] == ["sky"]
+
+
+def test_an_instance_result():
+    one = Instance(rle.encode(SKY), 1, 0.75, area=8.0)
+    result = Result("instance", CATEGORIES._replace(num_things=3), IMAGE, (one,))
+    [segment] = result.segments
+    assert result.instances == result.segments and result.panoptic is result.semantic is None
+    assert (segment.id, segment.name, segment.score, segment.area) == (1, "dog", 0.75, 8)
+    assert segment.box == (2, 0, 3, 4) and segment.is_thing and segment.rle is one.rle
+    np.testing.assert_array_equal(segment.mask, SKY)
+
+
+def test_a_semantic_result():
+    labels = np.select([IDS == 1, IDS == 3], [1, 3], 0).astype(np.uint8)
+    result = Result("semantic", CATEGORIES._replace(num_things=0), IMAGE, labels)
+    assert [(s.id, s.name, s.area) for s in result.segments] == [(1, "cat", 4), (3, "sky", 8)]
+    assert result.instances is result.panoptic is None
+    np.testing.assert_array_equal(result.semantic, labels.astype(int) - 1)
+    np.testing.assert_array_equal(result.segments[1].mask, SKY)
+
+
+def test_results_of_nothing():
+    void = PanopticMap(np.zeros((4, 6), np.int32), ())
+    for task, nothing in zip(TASKS, (void, (), np.zeros((4, 6), np.uint8))):
+        result = Result(task, CATEGORIES, IMAGE, nothing)
+        assert result.segments == () and result.draw().shape == (4, 6, 3)
+        assert json.dumps(result.to_coco())
+    assert (Result("panoptic", CATEGORIES, IMAGE, void).semantic == EMPTY).all()
+
+
+def test_results_in_the_form_of_coco(tmp_path):
+    panoptic = Result("panoptic", CATEGORIES, IMAGE, PANOPTIC).to_coco(7)
+    assert panoptic["image_id"] == 7
+    first = panoptic["segments_info"][0]
+    counts = first.pop("segmentation")
+    assert first == {
+        "id": 3,
+        "category_id": 119,
+        "isthing": 0,
+        "iscrowd": 0,
+        "bbox": [2, 0, 3, 4],
+        "area": 8,
+        "score": 0.9,
+    }
+    np.testing.assert_array_equal(coco_mask.decode(json.loads(json.dumps(counts))), SKY)
+
+    one = Instance(rle.encode(SKY), 1, 0.75, area=8.0)
+    things = CATEGORIES._replace(num_things=3)
+    [record] = Result("instance", things, IMAGE, (one,)).to_coco(7)
+    results = InstanceResults(tmp_path / "instance.json", things)
+    results.add(7, "7.jpg", (one,))
+    results.close()
+    [written] = json.loads((tmp_path / "instance.json").read_text())
+    assert written.items() <= record.items()
+    truth = {
+        "images": [{"id": 7, "height": 4, "width": 6}],
+        "annotations": [record],
+        "categories": [
+            {"id": id, "name": name} for id, name in zip(things.dataset_ids, things.names)
+        ],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    [read] = InstanceFile(tmp_path / "truth.json")[7]
+    np.testing.assert_array_equal(rle.decode(read.rle), SKY)
+
+
+def test_results_are_saved_by_their_suffix(tmp_path):
+    result = Result("panoptic", CATEGORIES, IMAGE, PANOPTIC)
+    result.save(tmp_path / "a.PNG")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.PNG")), result.draw())
+    result.save(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == result.to_coco()
+    with pytest.raises(ValueError, match=r"ends in '.gif'; accepted: .json, .bmp, "):
+        result.save(tmp_path / "a.gif")
+
+
+# What it takes.
+
+
+def test_files_of_all_kinds(segmenters, tmp_path):
+    image = picture(40, 60)
+    grey = Image.fromarray(image).convert("L")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {
+        "plain.png": lambda path: Image.fromarray(image).save(path),
+        "grey.png": grey.save,
+        "cmyk.jpg": lambda path: Image.fromarray(image).convert("CMYK").save(path),
+        "palette.png": lambda path: Image.fromarray(image).quantize().save(path),
+        "alpha.webp": lambda path: Image.fromarray(image).convert("RGBA").save(path),
+        "deep.tif": lambda path: cv2.imwrite(str(path), image.astype(np.uint16) * 257),
+        "turned.jpg": lambda path: Image.fromarray(image).save(path, exif=exif),
+    }
+    for name, write in files.items():
+        write(tmp_path / name)
+        result = segmenters["panoptic"](tmp_path / name)
+        assert result.size == ((60, 40) if name == "turned.jpg" else (40, 60)), name
+    np.testing.assert_array_equal(as_image(str(tmp_path / "plain.png")), image)
+    np.testing.assert_array_equal(as_image(Image.open(tmp_path / "plain.png")), image)
+
+
+def test_what_is_no_picture_is_named(segmenters, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    Image.fromarray(picture(64, 64)).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(data[:-100])
+    for name, words in {
+        "text.jpg": "cannot be decoded",
+        "empty.png": "cannot be decoded",
+        "half.jpg": "the picture is truncated",
+        "missing.jpg": "No such file",
+        ".": "Is a directory",
+    }.items():
+        with pytest.raises(ValueError, match=f"{tmp_path / name}: .*{words}"):
+            segmenters["panoptic"]([picture(8, 8), tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 5), np.uint8),
+        np.zeros((4, 5, 4), np.uint8),
+        np.zeros((4, 5, 3)),
+        np.zeros((0, 5, 3), np.uint8),
+        np.zeros((2, 4, 5, 3), np.uint8),
+        None,
+    ],
+)
+def test_arrays_that_are_no_picture(segmenters, array):
+    with pytest.raises(ValueError, match=r"accepted: uint8 \[H, W, 3\] in RGB"):
+        segmenters["panoptic"](array)
+
+
+# Opening a model.
+
+
+def test_load_opens_a_model(models):
+    sees = knet_jax.load(models["panoptic"], checkpoint="latest")
+    assert isinstance(sees, knet_jax.Segmenter) and sees.task == "panoptic" and sees.step == 1
+    assert sees.categories == tiny_runs.categories("panoptic") and sees.batch_size == 1
+    assert sees.config.model.dtype == "float32"
+    half = knet_jax.load(models["panoptic"], dtype="bfloat16", batch_size=2)
+    assert half.config.model.dtype == "bfloat16" and half.batch_size == 2
+    assert half(picture(64, 96)).size == (64, 96)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        knet_jax.load(models["panoptic"], batch_size=0)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = knet_jax.lod
+
+
+def test_importing_the_package_costs_nothing():
+    code = "import sys, knet_jax; assert knet_jax.__version__; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_programs_are_kept_where_the_user_keeps_such_things(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    assert before  # the tests have a folder of their own
+    keep_programs()
+    assert jax.config.jax_compilation_cache_dir == before
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        keep_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "knet_jax" / "programs")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.slow
+def test_the_second_start_compiles_nothing(models, tmp_path):
+    code = (
+        "import sys, numpy, jax, knet_jax\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)\n"
+        "jax.config.update('jax_explain_cache_misses', True)\n"
+        "knet_jax.load(sys.argv[1])(numpy.zeros((64, 96, 3), 'uint8'))\n"
+    )
+    cache = tmp_path / "knet_jax" / "programs"
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    kept = []
+    for _ in range(2):
+        arguments = [sys.executable, "-c", code, str(models["panoptic"])]
+        subprocess.run(arguments, env=environment, check=True)
+        kept.append({path.name for path in cache.glob("jit_predict*-cache")})
+    assert len(kept[0]) == 1 and kept[0] == kept[1]

@@ -1,0 +1,71 @@
+"""Models on disk, one a task, that compile in seconds; their weights are random, but see segments."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from knet_jax.checkpoint import Checkpoints
+from knet_jax.configuration import load_config, save_config
+from knet_jax.knet import make_model
+from knet_jax.structs import Categories
+from knet_jax.training import init_variables
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+OVERRIDES = (
+    "--config.data.num_val=6",
+    "--config.data.image_side=(48, 96)",
+    "--config.model.channels=16",
+    "--config.model.ffn_channels=32",
+    "--config.model.num_heads=2",
+    "--config.model.num_stages=1",
+    "--config.model.backbone.width=8",
+)
+OF_TASKS = {
+    "panoptic": (
+        "--config.data.canvas=(64, 96)",
+        "--config.data.short_side=(64, 64)",
+        "--config.data.long_side=96",
+        "--config.model.num_proposals=12",
+        "--config.eval.instance_threshold=0.2",
+        "--config.eval.overlap_threshold=0.05",
+    ),
+    "semantic": ("--config.data.scale=(96, 64)", "--config.data.eval_multiple=32"),
+}
+OF_TASKS["instance"] = (*OF_TASKS["panoptic"][:4], "--config.eval.num_results=20")
+
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+PATTERNS = ("stripes", "checks", "dots", "noise")
+
+
+def categories(task: str) -> Categories:
+    """The classes of the drawn shapes, as the data of a task lists them."""
+    names = SHAPES if task == "instance" else SHAPES + PATTERNS
+    return Categories(names, tuple(range(1, 1 + len(names))), 0 if task == "semantic" else 5)
+
+
+def write(workdir: Path, task: str, *overrides: str) -> Path:
+    """Writes a run of one step."""
+    spec = f"{CONFIGS / f'shapes_{task}.py'}:tiny"
+    config = load_config(spec, [*OVERRIDES, *OF_TASKS[task], *overrides])
+    workdir.mkdir(parents=True)
+    save_config(config, workdir)
+    shapes = jax.eval_shape(lambda: init_variables(make_model(**config.model), 0))
+    variables = random_variables(shapes, np.random.default_rng(5))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(1, variables, {"categories": categories(task)._asdict()})
+    return workdir
+
+
+def random_variables(shapes, rng: np.random.Generator):
+    """Weights that see segments of all sorts, with scores from 0 to 1."""
+
+    def draw(path, shape):
+        *_, layer, name = (part.key for part in path)
+        spread = 0.1 if len(shape.shape) < 2 else np.prod(shape.shape[:-1]) ** -0.5
+        # Strong heads: masks with an outside, and classes that differ.
+        spread *= 8 if layer == "output" and len(shape.shape) > 1 else 1
+        return (rng.normal(name in ("scale", "var"), spread, shape.shape)).astype(shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
