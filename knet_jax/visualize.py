@@ -12,6 +12,7 @@ import cv2
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from knet_jax import rle
 from knet_jax.metrics.panoptic import segment_index
@@ -67,11 +68,44 @@ def draw(image: np.ndarray, segmentation: Segmentation, categories: Categories) 
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
     colors = np.array([(0, 0, 0), *_colors(panoptic.segments, categories)], np.float32)
     tinted = gray + OPACITY * (np.where(stripe[..., None], 0, colors[index]) - gray)
-    _outline(tinted, index)
-    return _write_names(tinted.astype(np.uint8), index, panoptic.segments, categories)
+    picture = tinted.astype(np.uint8)
+    edge = _edges(index)
+    picture[edge] += ((255 - picture[edge]) * 0.75).astype(np.uint8)
+    return _write_names(picture, index, panoptic.segments, categories)
 
 
-def as_panoptic(segmentation: Segmentation, size: tuple[int, int]) -> PanopticMap:
+def overlay(image: np.ndarray, segmentation: Segmentation, categories: Categories) -> np.ndarray:
+    """The picture in its colors under its segments, with names and scores where there is room.
+
+    Colors and names are as those of `draw`; here every instance is drawn, stuff is paler than
+    things, what belongs to no segment is left as it is, and outlines are bright.
+
+    Args:
+        image: uint8 [H, W, 3], RGB.
+        segmentation: of the same size.
+        categories: names of its labels.
+
+    Returns:
+        uint8 [H, W, 3], RGB.
+    """
+    panoptic = as_panoptic(segmentation, image.shape[:2], min_score=0.0)
+    index = segment_index(panoptic)
+    colors = np.array([(0, 0, 0), *_colors(panoptic.segments, categories)])
+    opacity = np.array(
+        [0, *(0.55 if s.label < categories.num_things else 0.4 for s in panoptic.segments)]
+    )[:, None]
+    # Both are looked up, and blended in bytes: pictures may have many millions of pixels.
+    tint, rest = (opacity * colors).astype(np.uint8), 255 * (1 - opacity).repeat(3, 1)
+    picture = cv2.multiply(image, rest.round().astype(np.uint8)[index], scale=1 / 255) + tint[index]
+    bright = (0.4 * colors + 0.6 * 255).astype(np.uint8)
+    edge = _edges(index)
+    picture[edge] = bright[index[edge]]
+    return _write_names(picture, index, panoptic.segments, categories)
+
+
+def as_panoptic(
+    segmentation: Segmentation, size: tuple[int, int], min_score: float = MIN_SCORE
+) -> PanopticMap:
     """What can be seen of any segmentation of a picture, each pixel with one owner.
 
     Of instances small ones hide large ones, and all hide crowds.
@@ -79,6 +113,7 @@ def as_panoptic(segmentation: Segmentation, size: tuple[int, int]) -> PanopticMa
     Args:
         segmentation: as `draw` takes it.
         size: height and width of the picture.
+        min_score: of an instance that is seen.
 
     Raises:
         ValueError: the segmentation is of another size.
@@ -93,7 +128,7 @@ def as_panoptic(segmentation: Segmentation, size: tuple[int, int]) -> PanopticMa
         return PanopticMap(segmentation.astype(np.int32), segments)
 
     ids = np.zeros(size, np.int32)
-    shown = [instance for instance in segmentation if instance.score >= MIN_SCORE]
+    shown = [instance for instance in segmentation if instance.score >= min_score]
     for i in sorted(
         range(len(shown)), key=lambda i: (not shown[i].iscrowd, -rle.area(shown[i].rle))
     ):
@@ -180,14 +215,13 @@ def _colors(
     return colors
 
 
-def _outline(image: np.ndarray, index: np.ndarray) -> None:
-    """Draw white lines between segments, in place."""
+def _edges(index: np.ndarray) -> np.ndarray:
+    """bool [H, W]: lines between segments, wider in large pictures."""
     edge = np.zeros(index.shape, np.uint8)
     edge[:, 1:] |= index[:, 1:] != index[:, :-1]
     edge[1:] |= index[1:] != index[:-1]
-    if max(index.shape) > 1.5 * CELL:
-        edge = cv2.dilate(edge, np.ones((3, 3), np.uint8))
-    image[edge > 0] += 0.75 * (255 - image[edge > 0])
+    width = 1 + 2 * round(max(index.shape) / (3 * CELL))
+    return cv2.dilate(edge, np.ones((width, width), np.uint8)) > 0
 
 
 def _write_names(
@@ -200,27 +234,42 @@ def _write_names(
     gap = font.size // 5
     height, width = index.shape
     areas = np.bincount(index.ravel(), minlength=len(segments) + 1)[1:]
+    found = ndimage.find_objects(index, len(segments))
     taken: list[tuple[float, ...]] = []
     for i in np.argsort(-areas, kind="stable"):
-        x, y, radius = _middle(index == i + 1)
+        if found[i] is None:
+            continue
+        x, y, radius = _middle(index[found[i]] == i + 1)
+        x, y = x + found[i][1].start, y + found[i][0].start
         if radius < 0.6 * font.size:
             continue
         text = _name(segments[i], categories)
         left, top, right, bottom = pen.textbbox((x, y), text, font, anchor="mm")
         left, top, right, bottom = left - gap, top - gap, right + gap, bottom + gap
-        # Names at the border are moved into the picture.
+        # Names at the border are moved into the picture, those that would hide others up or down.
         dx = max(0, -left) - max(0, right - width)
         dy = max(0, -top) - max(0, bottom - height)
-        box = (left + dx, top + dy, right + dx, bottom + dy)
-        if any(
-            box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
-            for other in taken
-        ):
+        line = bottom - top + 1
+        boxes = (
+            (left + dx, top + dy + shift, right + dx, bottom + dy + shift)
+            for shift in (0, -line, line)
+        )
+        free = (box for box in boxes if 0 <= box[1] and box[3] <= height and _is_free(box, taken))
+        box = next(free, None)
+        if box is None:
             continue
         taken.append(box)
         pen.rounded_rectangle(box, gap, fill=(0, 0, 0, 150))
-        pen.text((x + dx, y + dy), text, "white", font, anchor="mm")
+        pen.text((x + dx, y + box[1] - top), text, "white", font, anchor="mm")
     return np.array(canvas)
+
+
+def _is_free(box: Sequence[float], taken: Sequence[Sequence[float]]) -> bool:
+    """Whether (left, top, right, bottom) overlaps with no other such box."""
+    return not any(
+        box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+        for other in taken
+    )
 
 
 def _name(segment: SegmentInfo, categories: Categories) -> str:
@@ -251,7 +300,3 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
     """Writes uint8 [H, W, 3], RGB, as PNG or JPEG. Raises OSError where that is not possible."""
     Image.fromarray(picture).save(path)
-
-
-def overlay(image: np.ndarray, segmentation: Segmentation, categories: Categories) -> np.ndarray:
-    return draw(image, segmentation, categories)
