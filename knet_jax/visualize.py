@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
 
 CELL = 640
 """Longer side, in pixels, of a picture of a panel."""
+THUMBNAIL = 320
+"""Longer side, in pixels, of a picture of a contact sheet."""
 MARGIN = 8
 """Pixels between the pictures of a panel."""
 MIN_FONT_SIZE = 12
@@ -297,6 +300,37 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     )
 
 
+def thumbnail(picture: np.ndarray, caption: str) -> np.ndarray:
+    """A small picture over its name, of the size of all others: uint8 [H, W, 3], RGB."""
+    scale = THUMBNAIL / max(picture.shape[:2])
+    height, width = (max(1, round(scale * side)) for side in picture.shape[:2])
+    small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+    font = _font(MIN_FONT_SIZE)
+    line = 2 * font.size
+    cell = Image.new("RGB", (THUMBNAIL, THUMBNAIL + line), "white")
+    cell.paste(Image.fromarray(small), ((THUMBNAIL - width) // 2, (THUMBNAIL - height) // 2))
+    while len(caption) > 1 and font.getlength(caption) > THUMBNAIL:
+        caption = "…" + caption.removeprefix("…")[1:]
+    middle = (THUMBNAIL // 2, THUMBNAIL + line // 2)
+    ImageDraw.Draw(cell).text(middle, caption, "black", font, anchor="mm")
+    return np.array(cell)
+
+
+def contact_sheet(thumbnails: Sequence[np.ndarray]) -> np.ndarray:
+    """Thumbnails in rows: uint8 [H, W, 3], RGB."""
+    columns = min(len(thumbnails), max(3, math.ceil(len(thumbnails) ** 0.5)))
+    blank = np.full_like(thumbnails[0], 255)
+    cells = [*thumbnails, *[blank] * (-len(thumbnails) % columns)]
+    cells = [
+        np.pad(cell, ((MARGIN,) * 2, (MARGIN,) * 2, (0, 0)), constant_values=255) for cell in cells
+    ]
+    rows = [np.concatenate(cells[i : i + columns], 1) for i in range(0, len(cells), columns)]
+    return np.concatenate(rows)
+
+
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3], RGB, as PNG or JPEG. Raises OSError where that is not possible."""
-    Image.fromarray(picture).save(path)
+    """Writes uint8 [H, W, 3], RGB, in the form that the name ends in, such as PNG or JPEG.
+
+    Raises OSError where that is not possible.
+    """
+    Image.fromarray(picture).save(path, quality=92)

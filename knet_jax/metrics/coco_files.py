@@ -24,7 +24,7 @@ from knet_jax.data.coco_json import read_categories, read_things
 from knet_jax.data.transforms import NUM_IDS, load_panoptic, segment_colors, segment_ids
 from knet_jax.metrics import instance
 from knet_jax.metrics.panoptic import PQCounts, count, merge, no_counts, segment_index
-from knet_jax.metrics.result_files import place_png, write_json
+from knet_jax.metrics.result_files import JsonList, place_png, write_json
 from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
 
 
@@ -41,13 +41,13 @@ class PanopticResults:
         self._annotations: dict[str, dict] = {}
         self.path.with_suffix("").mkdir(parents=True, exist_ok=True)
 
-    def add(self, image_id: int, file_name: str, panoptic: PanopticMap) -> None:
-        """Write the map of one picture, the PNG named like the picture.
+    def add(self, image_id: int, file_name: str, panoptic: PanopticMap, png: str = "") -> None:
+        """Write the map of one picture, the PNG named like the picture unless it is given a name.
 
         Raises ValueError where that PNG was written before, an id does not fit the format, a
         segment has no pixel, or as `segment_index`.
         """
-        png, place = place_png(self.path.with_suffix(""), file_name)
+        png, place = place_png(self.path.with_suffix(""), png or file_name)
         if png in self._annotations:
             raise ValueError(f"{self.path}: {png} was added before")
         areas = np.bincount(segment_index(panoptic).ravel(), minlength=1 + len(panoptic.segments))
@@ -63,6 +63,7 @@ class PanopticResults:
                     "category_id": int(self._categories.dataset_ids[segment.label]),
                     "iscrowd": int(segment.iscrowd),
                     "area": area,
+                    "score": float(segment.score),
                 }
             )
         rgb = segment_colors(panoptic.ids)
@@ -172,16 +173,16 @@ class InstanceResults:
         self.path = Path(path)
         self._categories = categories
         self._names: dict[int, str] = {}
-        self._separator = "["
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._unfinished = self.path.with_suffix(".json.part")
-        self._file = self._unfinished.open("w")
+        self._list = JsonList(self.path)
 
-    def add(self, image_id: int, file_name: str, instances: Sequence[Instance]) -> None:
-        """Write the instances of one picture.
+    def add(
+        self, image_id: int, file_name: str, instances: Sequence[Instance], png: str = ""
+    ) -> None:
+        """Write the instances of one picture; there is no PNG of them.
 
         Raises ValueError where its id was added before, or a label is not of a class.
         """
+        del png
         if image_id in self._names:
             raise ValueError(
                 f"{self.path}: {file_name} has id {image_id}, as has {self._names[image_id]}"
@@ -200,14 +201,11 @@ class InstanceResults:
                 "segmentation": rle.to_json(one.rle),
                 "score": float(one.score),
             }
-            self._file.write(f"{self._separator}{json.dumps(record)}")
-            self._separator = ",\n"
+            self._list.add(record)
 
     def close(self) -> None:
         """Finish the JSON."""
-        self._file.write("[]" if self._separator == "[" else "]")
-        self._file.close()
-        self._unfinished.replace(self.path)
+        self._list.close()
 
 
 class InstanceFile:

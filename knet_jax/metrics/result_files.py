@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Self
 
 
 def place_png(folder: Path, file_name: str) -> tuple[str, Path]:
@@ -32,3 +32,34 @@ def write_json(path: Path, content: Any) -> None:
     unfinished = path.with_suffix(".json.part")
     unfinished.write_text(json.dumps(content))
     unfinished.replace(path)
+
+
+class JsonList:
+    """Writes a JSON list record by record, so that none of them stays in memory.
+
+    path: of the file; it appears when it is whole.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._unfinished = path.with_suffix(".json.part")
+        self._separator = "["
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._unfinished.open("w")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def add(self, record: Any) -> None:
+        """Writes what JSON can hold."""
+        self._file.write(f"{self._separator}{json.dumps(record)}")
+        self._separator = ",\n"
+
+    def close(self) -> None:
+        """Ends the list."""
+        self._file.write("[]" if self._separator == "[" else "]")
+        self._file.close()
+        self._unfinished.replace(self._path)

@@ -36,19 +36,20 @@ class SemanticResults:
         self._values = np.array([self._void or 0, *ids], np.uint8)
         self.path.with_suffix("").mkdir(parents=True, exist_ok=True)
 
-    def add(self, image_id: int, file_name: str, labels: np.ndarray) -> None:
-        """Write the map of one picture, the PNG named like the picture.
+    def add(self, image_id: int, file_name: str, labels: np.ndarray, png: str = "") -> None:
+        """Write the map of one picture, the PNG named like the picture unless it is given a name.
 
         Args:
             image_id: of the picture.
             file_name: of the picture.
             labels: integers [H, W], 1 + class, 0 = none.
+            png: name of the PNG.
 
         Raises:
             ValueError: that PNG was written before, a label is not of a class, or a pixel has none
                 although classes have both of the ids 0 and 255.
         """
-        png, place = place_png(self.path.with_suffix(""), file_name)
+        png, place = place_png(self.path.with_suffix(""), png or file_name)
         if png in self._images:
             raise ValueError(f"{self.path}: {png} was added before")
         low, high = int(labels.min()), int(labels.max())

@@ -1,0 +1,78 @@
+"""Segments pictures and videos with a trained model.
+
+python predict.py photo.jpg --model runs/demo --output out
+python predict.py pictures/ more/1.jpg --model runs/demo --output out --threshold 0.5
+python predict.py clip.mp4 --model runs/demo --output out
+
+Takes pictures, videos, and folders with all that is in them, subfolders included. Writes to the
+output, as they come: overlays/ (the pictures under their segments), the results in COCO's format
+(panoptic.json and panoptic/*.png, instance.json, or semantic.json and semantic/*.png), images.json
+(which id is which file) and contact_sheet.jpg; of a video an .mp4 and a .json of its name.
+
+Exit status: 0, or 3 where files could not be read; they are named and skipped.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from knet_jax.checkpoint import check_writable
+from knet_jax.commandline import CommandLine, run
+from knet_jax.configuration import ConfigError
+from knet_jax.predictions import Predictions, find_sources, predict_pictures, predict_video
+from knet_jax.segmenter import load
+
+MODEL = flags.DEFINE_string("model", None, "folder of a run of train.py, or of a conversion")
+OUTPUT = flags.DEFINE_string("output", "predictions", "folder where results go")
+THRESHOLD = flags.DEFINE_float(
+    "threshold", None, "least score of a thing; default: the config's, else 0.3", 0, 1
+)
+CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest, or the number of a step")
+EMA = flags.DEFINE_boolean("ema", False, "take the moving average of the parameters")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "pictures at a time; default: 1 on a CPU, else 8", 1
+)
+
+SOME_SKIPPED = 3
+"""Exit status where files could not be read."""
+
+
+def main(command: CommandLine) -> None:
+    if MODEL.value is None:
+        raise ConfigError("--model is missing: the folder of a run of train.py")
+    if not command.paths:
+        raise ConfigError("no picture is named: predict.py PICTURE|FOLDER|VIDEO … --model DIR")
+    output = Path(OUTPUT.value)
+    pictures, videos = find_sources(command.paths, output)
+    segmenter = load(
+        MODEL.value,
+        CHECKPOINT.value,
+        EMA.value,
+        batch_size=BATCH_SIZE.value,
+        overrides=command.overrides,
+    )
+    check_writable(output)
+    print(
+        f"{len(pictures)} pictures and {len(videos)} videos, {segmenter.task} model of step "
+        f"{segmenter.step}, {jax.devices()[0].device_kind}; the first picture of a size compiles"
+    )
+    problems = []
+    if pictures:
+        with Predictions(output, segmenter.task, segmenter.categories) as predictions:
+            problems += predict_pictures(segmenter, pictures, predictions, THRESHOLD.value)
+        print(predictions.table())
+    for video in videos:
+        if problem := predict_video(segmenter, video, output, THRESHOLD.value):
+            print(f"skipped {problem}", file=sys.stderr)
+            problems.append(problem)
+    print(f"wrote {output}/" + (f", skipped {len(problems)} files" if problems else ""))
+    if problems:
+        sys.exit(SOME_SKIPPED)
+
+
+if __name__ == "__main__":
+    run(main)
