@@ -75,4 +75,4 @@ def main(command: CommandLine) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, takes_paths=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
@@ -19,7 +20,7 @@ from knet_jax.metrics.result_files import JsonList, write_json
 from knet_jax.segmenter import Result, Segmenter
 from knet_jax.structs import Categories
 from knet_jax.tasks import TASKS
-from knet_jax.visualize import contact_sheet, save_picture, thumbnail
+from knet_jax.visualize import CELL, contact_sheet, save_picture, thumbnail
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 """How the names of videos end."""
@@ -140,7 +141,8 @@ class Predictions:
         self._results.add(image_id, source.name, result.prediction, f"{source.stem}.png")
         overlay = self.folder / "overlays" / f"{source.stem}.jpg"
         overlay.parent.mkdir(parents=True, exist_ok=True)
-        drawn = result.draw()
+        # Names of a small picture would cover it.
+        drawn = result.draw(max(CELL, *result.size))
         save_picture(overlay, drawn)
         height, width = result.size
         self._images.append(
@@ -192,7 +194,7 @@ def predict_pictures(
                     image = read_image(source.path)
                 except ValueError as error:
                     problems.append(str(error))
-                    tqdm.write(f"skipped {error}")
+                    tqdm.write(f"skipped {error}", file=sys.stderr)
                     bar.update()
                     continue
                 waiting.append(source)

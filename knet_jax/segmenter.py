@@ -173,11 +173,15 @@ class Result:
             )
         return self
 
-    def draw(self) -> np.ndarray:
-        """The picture under its segments, with outlines, names and scores: uint8 [H, W, 3], RGB."""
+    def draw(self, side: int | None = None) -> np.ndarray:
+        """The picture under its segments, with outlines, names and scores: uint8 [h, w, 3], RGB.
+
+        Args:
+          side: the longer one of what is drawn, in pixels; default: that of the picture.
+        """
         from knet_jax.visualize import overlay
 
-        return overlay(self.image, self.prediction, self.categories)
+        return overlay(self.image, self.prediction, self.categories, side)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes what `draw` gives, or, where the name ends in `.json`, what `to_coco` gives.

@@ -77,7 +77,12 @@ def draw(image: np.ndarray, segmentation: Segmentation, categories: Categories) 
     return _write_names(picture, index, panoptic.segments, categories)
 
 
-def overlay(image: np.ndarray, segmentation: Segmentation, categories: Categories) -> np.ndarray:
+def overlay(
+    image: np.ndarray,
+    segmentation: Segmentation,
+    categories: Categories,
+    side: int | None = None,
+) -> np.ndarray:
     """The picture in its colors under its segments, with names and scores where there is room.
 
     Colors and names are as those of `draw`; here every instance is drawn, stuff is paler than
@@ -87,11 +92,14 @@ def overlay(image: np.ndarray, segmentation: Segmentation, categories: Categorie
         image: uint8 [H, W, 3], RGB.
         segmentation: of the same size.
         categories: names of its labels.
+        side: the longer one of what is drawn, in pixels; default: that of the picture.
 
     Returns:
-        uint8 [H, W, 3], RGB.
+        uint8 [h, w, 3], RGB.
     """
     panoptic = as_panoptic(segmentation, image.shape[:2], min_score=0.0)
+    if side:
+        image, (panoptic,) = _at_side(side, image, panoptic)
     index = segment_index(panoptic)
     colors = np.array([(0, 0, 0), *_colors(panoptic.segments, categories)])
     opacity = np.array(
@@ -166,34 +174,38 @@ def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:
 
 def _strip(row: Row, categories: Categories) -> np.ndarray:
     """One row of a panel, captions above."""
-    height, width = row.image.shape[:2]
-    scale = CELL / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    image = cv2.resize(
-        row.image, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
-    )
-    truth, prediction = (
-        draw(image, _resize(as_panoptic(each, (height, width)), size), categories)
-        for each in (row.truth, row.prediction)
-    )
+    given = (as_panoptic(each, row.image.shape[:2]) for each in (row.truth, row.prediction))
+    image, maps = _at_side(CELL, row.image, *given)
+    truth, prediction = (draw(image, each, categories) for each in maps)
+    height, width = image.shape[:2]
 
     font = _font(18)
     top = 2 * font.size
-    canvas = Image.new("RGB", (3 * (size[0] + MARGIN) + MARGIN, top + size[1] + MARGIN), "white")
+    canvas = Image.new("RGB", (3 * (width + MARGIN) + MARGIN, top + height + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
     columns = ((row.title, image), ("truth", truth), ("prediction", prediction))
     for i, (caption, picture) in enumerate(columns):
-        left = MARGIN + i * (size[0] + MARGIN)
+        left = MARGIN + i * (width + MARGIN)
         pen.text((left, top // 2), caption, "black", font, anchor="lm")
         canvas.paste(Image.fromarray(picture), (left, top))
     return np.array(canvas)
 
 
-def _resize(panoptic: PanopticMap, size: tuple[int, int]) -> PanopticMap:
-    """The map at another width and height; thin segments may lose their last pixel."""
-    return panoptic._replace(
-        ids=cv2.resize(panoptic.ids, size, interpolation=cv2.INTER_NEAREST_EXACT)
-    )
+def _at_side(
+    side: int, image: np.ndarray, *maps: PanopticMap
+) -> tuple[np.ndarray, list[PanopticMap]]:
+    """A picture whose longer side has so many pixels, and maps of it alike.
+
+    Thin segments may lose their last pixel.
+    """
+    scale = side / max(image.shape[:2])
+    height, width = (max(1, round(scale * length)) for length in image.shape[:2])
+    smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+    nearest = cv2.INTER_NEAREST_EXACT
+    return cv2.resize(image, (width, height), interpolation=smooth), [
+        each._replace(ids=cv2.resize(each.ids, (width, height), interpolation=nearest))
+        for each in maps
+    ]
 
 
 def _colors(
@@ -302,9 +314,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def thumbnail(picture: np.ndarray, caption: str) -> np.ndarray:
     """A small picture over its name, of the size of all others: uint8 [H, W, 3], RGB."""
-    scale = THUMBNAIL / max(picture.shape[:2])
-    height, width = (max(1, round(scale * side)) for side in picture.shape[:2])
-    small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+    small, _ = _at_side(THUMBNAIL, picture)
+    height, width = small.shape[:2]
     font = _font(MIN_FONT_SIZE)
     line = 2 * font.size
     cell = Image.new("RGB", (THUMBNAIL, THUMBNAIL + line), "white")

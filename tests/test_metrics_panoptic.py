@@ -211,8 +211,8 @@ def test_files_are_what_the_test_server_takes(tmp_path):
             "image_id": 139,
             "file_name": "000000000139.png",
             "segments_info": [
-                {"id": id, "category_id": 17, "iscrowd": 0, "area": 3},
-                {"id": 5, "category_id": 187, "iscrowd": 0, "area": 2},
+                {"id": id, "category_id": 17, "iscrowd": 0, "area": 3, "score": 0.9},
+                {"id": 5, "category_id": 187, "iscrowd": 0, "area": 2, "score": 1.0},
             ],
         }
     ]
