@@ -23,13 +23,15 @@ import scenes
 from ml_collections import ConfigDict
 
 from knet_jax import optim, training
-from knet_jax.data import pipeline
+from knet_jax.data import kinds, pipeline
 from knet_jax.inference import run_network
-from knet_jax.knet import make_model
+from knet_jax.knet import KNet, make_model
 from knet_jax.layers import AXIS
 from knet_jax.matching import Weights
 from knet_jax.resampling import Canvas
-from knet_jax.structs import Pass, Sizes
+from knet_jax.runs import Run
+from knet_jax.segmenter import Segmenter
+from knet_jax.structs import Categories, Output, Pass, Sizes, Stage
 from knet_jax.tasks import TASKS
 
 LOADER_WINDOW = 4
@@ -56,9 +58,9 @@ class Case(NamedTuple):
     size: Size | None = None
     """Of the network's input."""
     original: Size | None = None
-    """What a fusion returns to."""
+    """What a fusion returns to; of a segmenter, the size of the pictures."""
     scene: str | None = None
-    """Of a fusion, one of `scenes.SCENES`."""
+    """Of a fusion or a segmenter, one of `scenes.SCENES`."""
     workers: int | None = None
     """Of the loader."""
 
@@ -205,6 +207,66 @@ def fusion_torch(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     return times | {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
+class SceneModel(NamedTuple):
+    """A network that is computed, and whose results are those of a scene: random weights would see
+    what no trained network does."""
+
+    model: KNet
+    stage: Stage
+
+    @property
+    def backbone(self) -> Any:
+        """Of the network."""
+        return self.model.backbone
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the network."""
+        return self.model.sizes
+
+    def apply(self, variables: Any, image: jax.Array) -> Output:
+        """The output of the network, but for the masks and logits of its last stage."""
+        output = self.model.apply(variables, image)
+        last = output.stages[-1]
+        # The network's own count for nothing, which XLA does not know.
+        blended = jax.tree.map(
+            lambda scene, own: scene + 1e-30 * own,
+            self.stage._replace(kernels=None),
+            last._replace(kernels=None),
+        )
+        return output._replace(stages=(*output.stages[:-1], blended))
+
+
+def segmenter(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
+    """uint8 pictures on the host -> results on the host, as a user of the package gets them; and the
+    network alone, in turn with it."""
+    config.precision = case.precision
+    model = make_model(**config.model)
+    variables = training.init_variables(model, config.seed)
+    recipe = kinds.find(config.task).recipe(config.data)
+    canvas = Size(*recipe.eval_canvas(case.original))
+    stage = jax.device_put(scenes.stage(case.scene, case.batch, canvas, config))
+    names = tuple(f"class {i}" for i in range(config.model.num_things + config.model.num_stuff))
+    categories = Categories(names, tuple(range(1, 1 + len(names))), config.model.num_things)
+    run = Run(config, SceneModel(model, stage), variables, categories, 0)
+    sees = Segmenter(run, case.batch)
+    rng = np.random.default_rng(0)
+    pictures = list(rng.integers(0, 256, (case.batch, *case.original, 3)).astype(np.uint8))
+
+    batch = jax.device_put(scenes.batch(case.batch, canvas, config, seed=0))
+    network = jax.jit(partial(run_network, model=model))
+    whole, alone = [], []
+    timed = ((whole, lambda: sees(pictures)), (alone, lambda: network(variables, batch)))
+    for _ in range(2 + repeat):
+        for times, function in timed:
+            began = time.perf_counter()
+            jax.block_until_ready(function())
+            times.append(1e3 * (time.perf_counter() - began))
+    record = summary(whole[2:]) | {"compile_s": max(0.0, whole[0] - whole[1]) / 1e3}
+    record["network_ms"] = statistics.median(alone[2:])
+    return record | {"overhead": record["median_ms"] / record["network_ms"] - 1}
+
+
 def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """Forward, matching, losses, gradients and AdamW on one device, as train.py does it."""
     devices, task = jax.local_devices()[:1], TASKS[config.task]
@@ -289,6 +351,7 @@ PARTS = {
     "network": network,
     "fuse": fusion,
     "fuse_torch": fusion_torch,
+    "segmenter": segmenter,
     "train": train,
     "loader": loader,
 }

@@ -31,7 +31,7 @@ from scenes import SCENES
 
 from knet_jax.configuration import ConfigError, load_config
 
-PARTS = ("network", "fuse", "train", "loader")
+PARTS = ("network", "fuse", "segmenter", "train", "loader")
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
 COLUMNS = {
@@ -45,6 +45,8 @@ COLUMNS = {
     "utilization": ("of peak", "{:.0%}"),
     "reference_ms": ("reference ms", "{:.1f}"),
     "ratio": ("ratio", "{:.2f}"),
+    "network_ms": ("network ms", "{:.1f}"),
+    "overhead": ("overhead", "{:.1%}"),
 }
 """Keys of a record that are printed: title and format."""
 
@@ -119,6 +121,11 @@ def cases_of(config: ConfigDict, args: argparse.Namespace) -> Iterator[Case]:
             args.fuse_size, args.batch, SCENES, kinds
         ):
             yield Case(kind, "float32", batch, *sizes, scene)
+    if "segmenter" in args.parts:
+        for size, precision, batch, scene in itertools.product(
+            args.picture_size, args.precision, args.batch, SCENES
+        ):
+            yield Case("segmenter", precision, batch, original=size, scene=scene)
     if "train" in args.parts:
         for size, precision, batch in itertools.product(
             args.train_size, args.precision, args.train_batch
@@ -211,13 +218,19 @@ def parse_arguments() -> argparse.Namespace:
         "--batch",
         type=each(count),
         default="1",
-        help=f"pictures at a time, of network and fusion {default}",
+        help=f"pictures at a time, of network, fusion and segmenter {default}",
     )
     add(
         "--fuse-size",
         type=each(size_pair),
         default=fusions,
         help=f"INPUT:ORIGINAL,... of the fusion {default}",
+    )
+    add(
+        "--picture-size",
+        type=each(size),
+        default="800x1333,480x640",
+        help=f"of the pictures of the segmenter {default}",
     )
     add("--train-size", type=each(input_size), default="512x512", help=f"of a train step {default}")
     add("--train-batch", type=each(count), default="2", help=f"of a train step {default}")

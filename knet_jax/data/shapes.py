@@ -3,6 +3,10 @@ split's name and the picture's position).
 
 Five thing classes differ in outline and mostly in hue, four stuff classes in texture. Pictures have
 different sizes and orientations; some have no things, some a crowd of tiny ones, some a void patch.
+
+    python -m knet_jax.data.shapes FOLDER
+
+writes some that no network was trained on, to try predictions with.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -17,6 +22,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from pycocotools import mask as run_lengths
 
+from knet_jax.commandline import CommandLine, run
+from knet_jax.configuration import ConfigError
 from knet_jax.data import instance, panoptic, records, semantic, transforms
 from knet_jax.rules import at_least_one, pair
 from knet_jax.structs import Categories
@@ -35,6 +42,8 @@ LEAST_VISIBLE = 0.4
 """The share of a thing that later things leave uncovered."""
 LEAST_SIDE = 48
 """Pixels below which things do not fit."""
+NUM_SAMPLES, SAMPLE_SIDE = 12, (96, 128)
+"""Pictures that are written for a user, and their sides in pixels."""
 WITHOUT_THINGS, WITH_CROWD, WITH_VOID = 0.1, 0.1, 0.2
 """The shares of such pictures."""
 
@@ -291,3 +300,19 @@ def _draw_void(rng, image: np.ndarray, slots: np.ndarray) -> None:
     top, left = rng.integers(slots.shape[0] - height), rng.integers(slots.shape[1] - width)
     image[top : top + height, left : left + width] = 128
     slots[top : top + height, left : left + width] = 0
+
+
+def main(command: CommandLine) -> None:
+    """Writes pictures to the folder on the command line."""
+    if len(command.paths) != 1:
+        raise ConfigError("accepted: python -m knet_jax.data.shapes FOLDER")
+    folder = Path(command.paths[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(NUM_SAMPLES):
+        drawing = draw("samples", index, SAMPLE_SIDE)
+        (folder / f"{index:02}.png").write_bytes(_encode(drawing.image))
+    print(f"wrote {NUM_SAMPLES} pictures to {folder}/")
+
+
+if __name__ == "__main__":
+    run(main, takes_paths=True)
