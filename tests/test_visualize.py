@@ -5,7 +5,7 @@ import pytest
 
 from knet_jax import rle
 from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
-from knet_jax.visualize import CELL, MIN_SCORE, Row, as_panoptic, draw, panel
+from knet_jax.visualize import CELL, MIN_SCORE, Row, as_panoptic, draw, overlay, panel
 
 CATEGORIES = Categories(("cat", "dog", "sky", "grass"), (1, 2, 3, 4), num_things=2)
 CAT, DOG, SKY, GRASS = range(4)
@@ -214,3 +214,66 @@ def test_panel_of_instances_and_of_label_maps():
     truth, prediction = (first[-20, x * CELL + CELL // 4] for x in (1, 2))
     assert max(truth) - min(truth) > 20
     assert max(prediction) == min(prediction) < 60
+
+
+# Overlays.
+
+COLORFUL = np.tile(np.uint8([200, 120, 40]), (200, 300, 1))
+
+
+def test_an_overlay_leaves_the_colors_of_the_picture():
+    picture = overlay(COLORFUL, halves(None, SegmentInfo(1, GRASS)), CATEGORIES)
+    np.testing.assert_array_equal(picture[:, :145], COLORFUL[:, :145])
+    assert (COLORFUL == [200, 120, 40]).all()  # the input stays
+    plain, colorful = (
+        overlay(image, halves(None, SegmentInfo(1, GRASS)), CATEGORIES)[20, -20].astype(int)
+        for image in (np.full_like(COLORFUL, 120), COLORFUL)
+    )
+    # As much redder and less blue as the picture, but for what the segment covers.
+    assert 30 < colorful[0] - plain[0] < 70 and -70 < colorful[2] - plain[2] < -30
+
+
+def test_things_are_stronger_than_stuff():
+    black = np.zeros_like(GRAY)
+    for thing, stuff in ((CAT, SKY), (DOG, GRASS)):
+        picture = overlay(black, halves(SegmentInfo(1, thing), SegmentInfo(2, stuff)), CATEGORIES)
+        assert picture[20, 20].max() > 90 > picture[20, -20].max() * 0.9
+    left, right = (
+        overlay(black, halves(SegmentInfo(1, CAT), SegmentInfo(2, CAT)), CATEGORIES)[20, x]
+        for x in (20, -20)
+    )
+    assert np.abs(left.astype(int) - right).max() > 15
+
+
+def test_outlines_of_an_overlay_are_bright():
+    picture = overlay(GRAY, halves(SegmentInfo(1, SKY), SegmentInfo(2, SKY)), CATEGORIES)
+    line = picture[10].astype(int).sum(-1)
+    assert line[150] > line[140] + 100 and line[140] == line[160]
+
+
+def test_every_instance_of_an_overlay_is_drawn():
+    doubtful = columns(0, 150, CAT, score=MIN_SCORE / 2)
+    picture = overlay(GRAY, (doubtful,), CATEGORIES)
+    assert (picture[20, 20] != GRAY[20, 20]).any()
+    np.testing.assert_array_equal(picture[:, 155:], GRAY[:, 155:])
+
+
+@pytest.mark.parametrize("side, shape", [(600, (400, 600)), (30, (20, 30)), (None, (200, 300))])
+def test_an_overlay_of_another_size(side, shape):
+    picture = overlay(GRAY, halves(SegmentInfo(1, CAT), SegmentInfo(2, SKY)), CATEGORIES, side)
+    assert picture.shape == (*shape, 3) and picture.dtype == np.uint8
+    left, right = picture[2, 2].astype(int), picture[2, -2].astype(int)
+    assert np.abs(left - right).max() > 15
+
+
+def test_names_that_would_hide_others_move():
+    """Of two small things side by side, whose names are wider than they are, both get theirs."""
+    ids = np.zeros((200, 300), np.int32)
+    ids[80:120, 110:150], ids[80:120, 150:190] = 1, 2
+    pair = PanopticMap(ids, (SegmentInfo(1, CAT), SegmentInfo(2, DOG)))
+    names = ("crocodile", "elephant", "sky", "grass")
+    pictures = [
+        overlay(GRAY, pair, CATEGORIES._replace(names=each))
+        for each in (names, ("kangaroo", *names[1:]), (names[0], "porcupine", *names[2:]))
+    ]
+    assert (pictures[0] != pictures[1]).any() and (pictures[0] != pictures[2]).any()
