@@ -44,6 +44,7 @@ def best_instances(
     *,
     canvas: Canvas,
     num_results: int = 100,
+    threshold: jax.Array | float = 0.0,
 ) -> Instances:
     """The best (kernel, class) pairs of each picture, and their masks.
 
@@ -57,27 +58,37 @@ def best_instances(
       original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
       canvas: static, from `Canvas.of`.
       num_results: r, at most n·k.
+      threshold: a score; masks of pairs below it need not be there.
     """
-    k = logits.shape[2]
+    b, _, k = logits.shape
     num_results = min(num_results, logits.shape[1] * k)
-    scores, pairs = jax.lax.top_k(jax.nn.sigmoid(logits).reshape(len(logits), -1), num_results)
+    scores, pairs = jax.lax.top_k(jax.nn.sigmoid(logits).reshape(b, -1), num_results)
     kernels, labels = pairs // k, pairs % k
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    probs = jax.nn.sigmoid(upsample2x(masks, axes=(2, 3)))
 
-    def one(masks, kernels, size, original_size):
-        probs = jax.nn.sigmoid(upsample2x(masks, axes=(1, 2)))
-        y, x = (
-            to_original(size[i], original_size[i], rows, pixels, MASK_STRIDE, probs.dtype)
-            for i, (rows, pixels) in enumerate(zip(probs.shape[1:], (canvas.height, canvas.width)))
+    def axis(i: int, rows: int, pixels: int) -> jax.Array:
+        one = partial(
+            to_original, num_rows=rows, num_pixels=pixels, stride=MASK_STRIDE, dtype=probs.dtype
         )
-        above = einsum("jw,nhw->njh", x, probs)
+        return jax.vmap(one)(size[:, i], original_size[:, i])
 
-        def bits(kernel: jax.Array) -> jax.Array:
-            return jnp.packbits(einsum("ih,jh->ji", y, above[kernel]) > 0.5, axis=1)
+    y, x = axis(0, probs.shape[2], canvas.height), axis(1, probs.shape[3], canvas.width)
 
-        return jax.lax.map(bits, kernels, batch_size=MASKS)
+    # Pairs are sorted by their score: only the groups that reach the threshold are resampled.
+    group = min(MASKS, num_results)
+    padded = jnp.pad(kernels, ((0, 0), (0, -num_results % group)))
 
-    bits = jax.vmap(one)(masks, kernels, size, original_size)
+    def add_group(i: jax.Array, bits: jax.Array) -> jax.Array:
+        chosen = jax.lax.dynamic_slice_in_dim(padded, i * group, group, axis=1)
+        some = jnp.take_along_axis(probs, chosen[:, :, None, None], axis=1)
+        above = einsum("bjw,bnhw->bnjh", x, some)
+        packed = jnp.packbits(einsum("bih,bnjh->bnji", y, above) > 0.5, axis=3)
+        return jax.lax.dynamic_update_slice_in_dim(bits, packed, i * group, axis=1)
+
+    bits = jnp.zeros((b, padded.shape[1], canvas.width, canvas.height // 8), jnp.uint8)
+    wanted = (scores >= threshold).sum(1).max()
+    bits = jax.lax.fori_loop(0, -(-wanted // group), add_group, bits)[:, :num_results]
     return Instances(scores, labels.astype(jnp.int32), kernels.astype(jnp.int32), bits)
 
 

@@ -282,6 +282,7 @@ def predict_instances(
         original_size,
         canvas=canvas,
         num_results=options["num_results"],
+        threshold=options.get("instance_threshold", 0.0),
     )
 
 

@@ -23,12 +23,13 @@ SIZES = [
 ]
 
 
-def ours_instances(masks, logits, size, original_size, num_results=100, canvas=None):
+def ours_instances(masks, logits, size, original_size, num_results=100, canvas=None, threshold=0.0):
     size, original_size = np.asarray(size, np.int32), np.asarray(original_size, np.int32)
     run = partial(
         best_instances,
         canvas=canvas or Canvas.of(size, original_size),
         num_results=num_results,
+        threshold=threshold,
     )
     masks, logits = jnp.asarray(masks, jnp.float32), jnp.asarray(logits, jnp.float32)
     return jax.device_get(jax.jit(run)(masks, logits, size, original_size))
@@ -136,6 +137,23 @@ def test_a_larger_canvas_changes_no_instance():
         one, two = (unpack(best.bits[i], original) for best in (small, large))
         np.testing.assert_array_equal(one, two)
         assert 0.1 < one.mean() < 0.9
+
+
+def test_masks_below_a_threshold_are_left_out():
+    """In a batch whose second picture needs more groups than the first."""
+    masks, logits = case(5, 2, 20, 3)
+    logits[0] -= 2
+    args = masks, logits, [(64, 96)] * 2, [(50, 70)] * 2
+    every = ours_instances(*args, num_results=30)
+    threshold = float(np.median(every.scores[1]))
+    some = ours_instances(*args, num_results=30, threshold=threshold)
+    for name in ("scores", "labels", "kernels"):
+        np.testing.assert_array_equal(getattr(every, name), getattr(some, name))
+    good = every.scores >= threshold
+    assert good[0].sum() < 8 < good[1].sum() < 30
+    np.testing.assert_array_equal(every.bits[good], some.bits[good])
+    assert every.bits[:, 24:].any() and not some.bits[:, 24:].any()
+    assert not ours_instances(*args, num_results=30, threshold=1.1).bits.any()
 
 
 def test_padding_pictures_end():
