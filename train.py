@@ -32,7 +32,6 @@ from knet_jax.configuration import (
     load_config,
     save_config,
 )
-from knet_jax.convert import load_backbone
 from knet_jax.data import pipeline
 from knet_jax.data.splits import Split
 from knet_jax.evaluation import Evaluator, Gallery, lookahead
@@ -44,6 +43,7 @@ from knet_jax.structs import EMPTY
 from knet_jax.tasks import TASKS
 from knet_jax.validation import validate
 from knet_jax.visualize import save_picture
+from knet_jax.weights import load_backbone
 
 CONFIG = flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; default: runs/NAME_VARIANT")

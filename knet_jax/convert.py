@@ -1,366 +1,407 @@
-"""Parameters under the reference's names: one mapping, in both directions.
+"""Makes a model of a checkpoint of PyTorch, and a checkpoint in PyTorch's names of a model.
 
-The reference is the authors' PyTorch code on MMDetection 2 (instance, panoptic) and MMSegmentation
-(semantic); its ResNets carry torchvision's names, its Swin those of OpenMMLab. A tensor of theirs
-belongs to exactly one of our arrays, or to three in the case of the packed query, key and value
-matrices of attention.
+python -m knet_jax.convert knet_r50.pth --config configs/coco_panoptic.py --output models/knet_r50
+python -m knet_jax.convert knet_r50.pth --config configs/coco_panoptic.py --output models/mine \\
+    --new_classes --categories mine.json --config.model.num_things=12 --config.model.num_stuff=5
+python -m knet_jax.convert models/knet_r50 --output knet_r50.safetensors
+
+A checkpoint is pth, safetensors or npz: of K-Net, in the names of its authors or of OpenMMLab, or of
+an ImageNet backbone, of torchvision, timm, OpenMMLab or the authors of Swin. Torch is not needed, and
+nothing in the file is run. The config must be that of the network in the file. The model is a folder,
+as train.py leaves one, for eval.py, predictions and further training; conversion.json in it says
+which tensor went where.
 """
 
 from __future__ import annotations
 
-import math
-import re
-import zipfile
-from collections.abc import Mapping
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from flax import traverse_util
-from safetensors.numpy import load_file
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
-from knet_jax.backbones.swin import resize_position_bias
-from knet_jax.configuration import one_line
-from knet_jax.torch_file import read_state_dict
+from knet_jax.checkpoint import Checkpoints, check_writable
+from knet_jax.commandline import CommandLine, run
+from knet_jax.configuration import ConfigError, load_config, save_config
+from knet_jax.data import coco_json
+from knet_jax.data.datasets import DATASETS
+from knet_jax.knet import make_model
+from knet_jax.reference import CLASSES, Fit, Variables, fit, to_reference
+from knet_jax.runs import open_run
+from knet_jax.structs import Categories
+from knet_jax.tasks import TASKS
+from knet_jax.training import check_categories, init_variables
+from knet_jax.validation import validate
+from knet_jax.weights import CLASSES_KEY, NETWORK, NEW, Weights, read_weights
 
-Variables = dict[str, Any]
-"""Flax variables: {"params": …, "batch_stats": …}."""
+REPORT_NAME = "conversion.json"
 
-# (pattern of our module path, their module). The first that matches the whole path wins.
-MODULES = (
-    (r"backbone/stem_conv", r"backbone.conv1"),
-    (r"backbone/stem_norm", r"backbone.bn1"),
-    (r"backbone/stem_conv1", r"backbone.stem.0"),
-    (r"backbone/stem_norm1", r"backbone.stem.1"),
-    (r"backbone/stem_conv2", r"backbone.stem.3"),
-    (r"backbone/stem_norm2", r"backbone.stem.4"),
-    (r"backbone/stem_conv3", r"backbone.stem.6"),
-    (r"backbone/stem_norm3", r"backbone.stem.7"),
-    (r"backbone/layer(\d)_block(\d+)/conv(\d)", r"backbone.layer\1.\2.conv\3"),
-    (
-        r"backbone/layer(\d)_block(\d+)/conv2/conv_offset",
-        r"backbone.layer\1.\2.conv2.conv_offset",
-    ),
-    (r"backbone/layer(\d)_block(\d+)/norm(\d)", r"backbone.layer\1.\2.bn\3"),
-    (r"backbone/layer(\d)_block(\d+)/shortcut_conv", r"backbone.layer\1.\2.downsample.0"),
-    (r"backbone/layer(\d)_block(\d+)/shortcut_norm", r"backbone.layer\1.\2.downsample.1"),
-    (r"backbone/patches", r"backbone.patch_embed.projection"),
-    (r"backbone/patches_norm", r"backbone.patch_embed.norm"),
-    (r"backbone/stage(\d)_block(\d+)/norm(\d)", r"backbone.stages.\1.blocks.\2.norm\3"),
-    (r"backbone/stage(\d)_block(\d+)/attention", r"backbone.stages.\1.blocks.\2.attn.w_msa"),
-    (
-        r"backbone/stage(\d)_block(\d+)/attention/qkv",
-        r"backbone.stages.\1.blocks.\2.attn.w_msa.qkv",
-    ),
-    (
-        r"backbone/stage(\d)_block(\d+)/attention/output",
-        r"backbone.stages.\1.blocks.\2.attn.w_msa.proj",
-    ),
-    (
-        r"backbone/stage(\d)_block(\d+)/ffn_hidden",
-        r"backbone.stages.\1.blocks.\2.ffn.layers.0.0",
-    ),
-    (r"backbone/stage(\d)_block(\d+)/ffn_output", r"backbone.stages.\1.blocks.\2.ffn.layers.1"),
-    (r"backbone/stage(\d)_merge/(norm|reduction)", r"backbone.stages.\1.downsample.\2"),
-    (r"backbone/norm(\d)", r"backbone.norm\1"),
-    (r"neck/fpn/lateral(\d)", r"neck.lateral_convs.\1.conv"),
-    (r"neck/fpn/output(\d)", r"neck.fpn_convs.\1.conv"),
-    (
-        r"neck/level(\d)_conv(\d)/(\w+)",
-        r"rpn_head.localization_fpn.convs_all_levels.\1.conv\2.\3",
-    ),
-    (r"neck/localization/(\w+)", r"rpn_head.localization_fpn.conv_pred.\1"),
-    (r"neck/semantic/(\w+)", r"rpn_head.localization_fpn.aux_convs.0.\1"),
-    (r"initial/localization/(\w+)", r"rpn_head.loc_convs.0.\1"),
-    (r"initial/semantic/(\w+)", r"rpn_head.seg_convs.0.\1"),
-    (r"initial/proposals", r"rpn_head.init_kernels"),
-    (r"initial/class", r"initial.conv_seg"),
-    (r"neck/conv(\d)/(\w+)", r"decoder.convs.\1.\2"),
-    (r"neck/fuse/(\w+)", r"decoder.conv_cat.\1"),
-    (r"neck/(?:psp/)?pool(\d)/(\w+)", r"decoder.psp_modules.\1.1.\2"),
-    (r"neck/image_pool/(\w+)", r"decoder.image_pool.1.\1"),
-    (r"neck/atrous(\d)/(\w+)", r"decoder.aspp_modules.\1.\2"),
-    (r"neck/(?:psp/)?bottleneck/(\w+)", r"decoder.bottleneck.\1"),
-    (r"neck/lateral(\d)/(\w+)", r"decoder.lateral_convs.\1.\2"),
-    (r"neck/output(\d)/(\w+)", r"decoder.fpn_convs.\1.\2"),
-    (r"neck/pyramid/(\w+)", r"decoder.fpn_bottleneck.\1"),
-    (r"auxiliary/conv/(\w+)", r"auxiliary_head.convs.0.\1"),
-    (r"auxiliary/classifier", r"auxiliary_head.conv_seg"),
-    (r"(stage\d+)/transform", r"\1.feat_transform.conv"),
-    (r"(stage\d+)/update/from_pixels", r"\1.kernel_update_conv.dynamic_layer"),
-    (r"(stage\d+)/update/from_kernel", r"\1.kernel_update_conv.input_layer"),
-    (r"(stage\d+)/update/kernel_gate", r"\1.kernel_update_conv.input_gate"),
-    (r"(stage\d+)/update/kernel_gate_norm", r"\1.kernel_update_conv.input_norm_in"),
-    (r"(stage\d+)/update/kernel_norm", r"\1.kernel_update_conv.input_norm_out"),
-    (r"(stage\d+)/update/pixel_gate", r"\1.kernel_update_conv.update_gate"),
-    (r"(stage\d+)/update/pixel_gate_norm", r"\1.kernel_update_conv.norm_in"),
-    (r"(stage\d+)/update/pixel_norm", r"\1.kernel_update_conv.norm_out"),
-    (r"(stage\d+)/update/output", r"\1.kernel_update_conv.fc_layer"),
-    (r"(stage\d+)/update/output_norm", r"\1.kernel_update_conv.fc_norm"),
-    (r"(stage\d+)/interaction/attention/(query|key|value)", r"\1.attention.attn.in_proj"),
-    (r"(stage\d+)/interaction/attention/out", r"\1.attention.attn.out_proj"),
-    (r"(stage\d+)/interaction/attention_norm", r"\1.attention_norm"),
-    (r"(stage\d+)/interaction/ffn_hidden", r"\1.ffn.layers.0.0"),
-    (r"(stage\d+)/interaction/ffn_output", r"\1.ffn.layers.1"),
-    (r"(stage\d+)/interaction/ffn_norm", r"\1.ffn_norm"),
-    (r"(stage\d+)/class_head/hidden", r"\1.cls_fcs.0"),
-    (r"(stage\d+)/class_head/norm", r"\1.cls_fcs.1"),
-    (r"(stage\d+)/class_head/output", r"\1.fc_cls"),
-    (r"(stage\d+)/mask_head/hidden", r"\1.mask_fcs.0"),
-    (r"(stage\d+)/mask_head/norm", r"\1.mask_fcs.1"),
-    (r"(stage\d+)/mask_head/output", r"\1.fc_mask"),
-)
-
-LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-    "kernels": "weight",
-    "proposals": "weight",
-    "position_bias": "relative_position_bias_table",
-}
-
-DERIVED = ("num_batches_tracked", "relative_position_index")
-"""Tensors of the reference that are no weights: counters, and what follows from the architecture."""
-
-PACKED = ("query", "key", "value")
+SAME = 0.9
+"""The least share of names in which two lists of the same classes agree; some are spelled anew."""
 
 
-class Places(NamedTuple):
-    """What differs between the code bases that the reference consists of."""
-
-    initial: str
-    """Where the classifier of pixels is."""
-    decoder: str
-    stage: str
-    norm: str
-    """How they call the norm of a convolution block."""
-
-    @classmethod
-    def of(cls, variables: Variables) -> Places:
-        """Instance and panoptic networks, semantic ones, and semantic ones without updates."""
-        params = variables["params"]
-        if "proposals" in params.get("initial", {}):
-            return cls("rpn_head", "", "roi_head.mask_head", "gn")
-        decoder = "decode_head.kernel_generate_head" if "stage1" in params else "decode_head"
-        return cls(decoder, decoder, "decode_head.kernel_update_head", "bn")
+# From a file to a model.
 
 
-def reference_name(path: str, places: Places) -> tuple[str, int | None]:
-    """The reference's tensor for one of our arrays, and the third of it that is meant, if packed.
+def import_weights(
+    source: Path,
+    spec: str,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    entry: str = "",
+    categories_file: Path | None = None,
+    new_classes: bool = False,
+    partial: bool = False,
+) -> dict[str, Any]:
+    """Makes a model of a file of weights.
 
     Args:
-      path: of the array below "params" or "batch_stats", such as `stage1/class_head/norm/scale`.
-      places: of the network.
-    """
-    module, _, leaf = path.rpartition("/")
-    # Four parameters belong to no submodule of ours: name them as if they did.
-    if leaf in ("class_kernels", "class_bias", "transform_kernel", "transform_bias"):
-        owner, leaf = leaf.split("_")
-        module = f"{module}/{owner}"
-    elif leaf == "proposals":
-        module = f"{module}/{leaf}"
-    leaf = LEAVES[leaf]
+      source: the file.
+      spec: of the config.
+      output: the folder to be made.
+      overrides: `--config.x.y=value` arguments.
+      entry: of the file that holds the tensors; "" finds it.
+      categories_file: names the classes.
+      new_classes: whether what belongs to the classes starts anew.
+      partial: whether anything may start anew, and be left over.
 
-    for pattern, theirs in MODULES:
-        match = re.fullmatch(pattern, module)
-        if match:
-            break
-    else:
-        raise ValueError(f"the reference has no name for the parameter {path}")
-    name = match.expand(theirs)
-    name = re.sub(r"^stage(\d+)", lambda m: f"{places.stage}.{int(m[1]) - 1}", name)
-    name = re.sub(r"^(initial|decoder)\b", lambda m: getattr(places, m[1]), name)
-    name = re.sub(r"^(?!backbone)(.*)\.norm$", rf"\1.{places.norm}", name)
-    part = module.rpartition("/")[2]
-    if part in PACKED:
-        return f"{name}_{leaf}", PACKED.index(part)
-    return f"{name}.{leaf}", None
-
-
-def to_reference_layout(path: str, array: np.ndarray) -> np.ndarray:
-    """Our array as (its part of) the reference's tensor: outputs first, then inputs, then space."""
-    module, _, leaf = path.rpartition("/")
-    if leaf in ("proposals", "class_kernels"):  # [n, c]: the weight of a 1x1 convolution
-        return array[:, :, None, None]
-    if leaf == "transform_kernel":
-        return array.T[:, :, None, None]
-    if leaf == "position_bias":  # [relative positions, heads], as theirs
-        return array
-    if leaf != "kernel":
-        return array.reshape(-1)
-    if array.ndim == 4:
-        return array.transpose(3, 2, 0, 1)
-    if module.endswith("/out"):  # attention: [heads, width, c]
-        return array.reshape(-1, array.shape[-1]).T
-    return array.reshape(array.shape[0], -1).T
-
-
-def from_reference_layout(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `to_reference_layout` for an array of `shape`."""
-    if path.endswith("kernel"):
-        tensor = np.moveaxis(tensor, (0, 1), (-1, -2))
-    return np.ascontiguousarray(tensor.reshape(shape))
-
-
-def to_reference(variables: Variables) -> dict[str, np.ndarray]:
-    """Variables, or gradients of the same structure, as {the reference's name: tensor}."""
-    tensors: dict[str, Any] = {}
-    places = Places.of(variables)
-    for key, array in traverse_util.flatten_dict(variables, sep="/").items():
-        path = key.partition("/")[2]
-        name, part = reference_name(path, places)
-        tensor = to_reference_layout(path, np.asarray(array))
-        if part is None:
-            tensors[name] = tensor
-        else:
-            tensors.setdefault(name, [None] * len(PACKED))[part] = tensor
-    return {k: np.concatenate(v) if isinstance(v, list) else v for k, v in tensors.items()}
-
-
-def from_reference(state: Mapping[str, np.ndarray], template: Variables) -> Variables:
-    """Variables from a state dict in the reference's names. Every tensor is used exactly once.
-
-    Args:
-      state: {name: tensor}; those of `DERIVED` are ignored. Position biases of Swin for another
-        window are interpolated.
-      template: variables of the network, arrays or shapes (`jax.eval_shape` of `init` will do).
+    Returns:
+      the report.
 
     Raises:
-      ValueError: a tensor is missing, of another shape, or belongs to nothing in the network.
+      ValueError: the file, the config and the rest do not go together.
     """
-    unused = {name for name in state if not name.endswith(DERIVED)}
-    flat, places = {}, Places.of(template)
-    for key, leaf in traverse_util.flatten_dict(template, sep="/").items():
-        path = key.partition("/")[2]
-        name, part = reference_name(path, places)
-        if name not in state:
-            raise ValueError(f"the weights have no tensor {name} (for {path})")
-        tensor = np.asarray(state[name])
-        expected = to_reference_layout(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
-        if part is not None:
-            expected = (len(PACKED) * expected[0], *expected[1:])
-        if path.endswith("position_bias") and tensor.shape[1:] == expected[1:]:
-            tensor = resize_position_bias(tensor, window=(math.isqrt(expected[0]) + 1) // 2)
-        if tensor.shape != expected:
-            raise ValueError(
-                f"the tensor {name} has shape {list(tensor.shape)}; "
-                f"the network needs {list(expected)} (for {path})"
-            )
-        if part is not None:
-            tensor = np.split(tensor, len(PACKED))[part]
-        flat[key] = from_reference_layout(path, tensor, leaf.shape)
-        unused.discard(name)
-    if unused:
-        raise ValueError(
-            f"the network has no place for {len(unused)} tensors of the weights: "
-            f"{', '.join(sorted(unused)[:5])}{', …' if len(unused) > 5 else ''}"
-        )
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz, safetensors or PyTorch file by name.
-
-    Raises:
-      ValueError: there is no such file, or it is of another kind, or broken.
-    """
-    path = Path(path)
-    readers = {
-        ".npz": lambda: _read_npz(path),
-        ".safetensors": lambda: load_file(path),
-        ".pth": lambda: read_state_dict(path),
-        ".pt": lambda: read_state_dict(path),
-    }
-    if path.suffix not in readers:
-        raise ValueError(f"accepted are {', '.join(readers)} files")
-    if not path.is_file():
-        raise ValueError("there is no such file")
+    config = load_config(spec, overrides)
+    validate(config, parts=())
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ConfigError(f"--output={output} is there already; accepted: a new folder")
+    model = make_model(**config.model)
+    template = jax.eval_shape(lambda: init_variables(model, config.seed))
     try:
-        return readers[path.suffix]()
-    except Exception as error:
-        # Both readers raise whatever a broken file leads them to.
-        raise ValueError(f"the file cannot be read: {one_line(error)}") from error
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    if not zipfile.is_zipfile(path):  # which numpy would offer to unpickle
-        raise ValueError("it is no npz")
-    return dict(np.load(path, allow_pickle=False))
-
-
-# (pattern in the names of the authors of Swin, the reference's).
-SWIN_NAMES = (
-    (r"^patch_embed\.proj\b", "patch_embed.projection"),
-    (r"^layers\.", "stages."),
-    (r"\.attn\.", ".attn.w_msa."),
-    (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
-    (r"\.mlp\.fc2\.", ".ffn.layers.1."),
-)
-
-
-def from_swin_authors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors of the ImageNet models of the authors of Swin in the reference's names and order.
-
-    They merge four pixels column by column, each with all its channels, where the reference goes
-    channel by channel and row by row. Their classifier, the norm before it, and masks are left out.
-    """
-    renamed = {}
-    for name, tensor in tensors.items():
-        if name.startswith(("norm.", "head.")) or name.endswith("attn_mask"):
-            continue
-        if ".downsample." in name:
-            columns = tensor.reshape(*tensor.shape[:-1], 2, 2, -1)
-            tensor = np.moveaxis(columns, (-1, -2), (-3, -2)).reshape(tensor.shape)
-        for pattern, theirs in SWIN_NAMES:
-            name = re.sub(pattern, theirs, name)
-        renamed[name] = tensor
-    return renamed
-
-
-NEW = re.compile(r"\.conv_offset\.|^norm\d\.")
-"""Tensors of a backbone that no classifier has: offsets, and the norms of Swin's levels."""
-
-
-def load_backbone(path: str | Path, variables: Variables) -> Variables:
-    """Variables whose backbone comes from a file of an ImageNet model; its classifier is left out.
-
-    Names are torchvision's for ResNet, OpenMMLab's or those of the authors for Swin. What no
-    classifier has stays as it was initialized if the file lacks it.
-
-    Args:
-      path: npz, safetensors, or a checkpoint of PyTorch, be it of a whole segmentation network.
-      variables: of the network, as initialized.
-
-    Raises:
-      ValueError: as `read_tensors` and `from_reference`, with the file's name.
-    """
-    template = {
-        kind: {"backbone": tree["backbone"]}
-        for kind, tree in variables.items()
-        if "backbone" in tree  # a backbone without running statistics has parameters only
-    }
-    ours = {k.removeprefix("backbone."): x for k, x in to_reference(template).items()}
-    new = {name: x for name, x in ours.items() if NEW.search(name)}
-    try:
-        tensors = read_tensors(path)
-        if any(name.startswith("backbone.") for name in tensors):
-            tensors = {
-                name.removeprefix("backbone."): x
-                for name, x in tensors.items()
-                if name.startswith("backbone.")
-            }
-        if any(name.startswith("layers.") for name in tensors):
-            tensors = from_swin_authors(tensors)
-        tensors = {k: x for k, x in tensors.items() if not k.startswith("fc.")}
-        state = {f"backbone.{name}": x for name, x in (new | tensors).items()}
-        loaded = from_reference(state, template)
+        weights = read_weights(source, entry)
+        found = fit_network(weights, template, config, new_classes, partial)
     except ValueError as error:
-        message = str(error).replace("backbone.", "")  # the file has no such prefix
-        raise ValueError(f"config.init_weights: {path}: {message}") from error
-    as_ours = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), loaded, template)
-    return {kind: tree | as_ours.get(kind, {}) for kind, tree in variables.items()}
+        raise ConfigError(f"{source}: {error}") from error
+    listed = () if new_classes else weights.classes
+    categories, origin = find_categories(config, listed, categories_file)
+
+    flat = traverse_util.flatten_dict(template, sep="/")
+    anew = sorted(flat.keys() - found.arrays.keys())
+    arrays = found.arrays
+    if anew:
+        fresh = traverse_util.flatten_dict(init_variables(model, config.seed), sep="/")
+        arrays = {key: arrays.get(key, fresh[key]) for key in flat}
+    arrays = {key: np.asarray(arrays[key], leaf.dtype) for key, leaf in flat.items()}
+    report = describe(source, spec, weights, found, anew, flat, categories, origin)
+    write_model(output, config, traverse_util.unflatten_dict(arrays, sep="/"), categories, report)
+    return report
+
+
+def fit_network(
+    weights: Weights, template: Variables, config: ConfigDict, new_classes: bool, partial: bool
+) -> Fit:
+    """Finds the places of all tensors, and judges what has none. Raises ValueError as documented."""
+    tensors = weights.tensors
+    if new_classes:
+        tensors = {name: x for name, x in tensors.items() if not CLASSES.fullmatch(name)}
+    found = fit(tensors, template)
+    if not found.used:
+        raise ValueError("nothing of it belongs to this network; is it that of --config?")
+    infinite = [key for key, array in found.arrays.items() if not np.isfinite(array).all()]
+    if infinite:
+        raise ValueError(f"its numbers for {infinite[0]} are not all finite")
+    if partial:
+        return found
+
+    for name, (given, needed) in found.misfits.items():
+        if CLASSES.fullmatch(name) and given[1:] == needed[1:]:
+            raise ValueError(
+                f"it has {given[0]} classes, but config.model.num_things="
+                f"{config.model.num_things} and num_stuff={config.model.num_stuff}; give its own, "
+                "or --new_classes to keep all that does not belong to the classes"
+            )
+    # An ImageNet model has a backbone only, and lacks some of that.
+    is_classifier = not any(name.startswith(NETWORK[1:]) for name in weights.tensors)
+
+    def may_start_anew(name: str) -> bool:
+        return (
+            (new_classes and CLASSES.fullmatch(name) is not None)
+            or name.startswith("auxiliary_head.")  # for training only
+            or (is_classifier and (not name.startswith("backbone.") or bool(NEW.fullmatch(name))))
+        )
+
+    strict = found._replace(
+        missing={name: path for name, path in found.missing.items() if not may_start_anew(name)},
+        left=tuple(name for name in found.left if not is_spare(name, is_classifier)),
+    )
+    for problem in strict.problems(weights.original):
+        raise ValueError(f"{problem}; --partial keeps what fits")
+    return found
+
+
+def is_spare(name: str, is_classifier: bool) -> bool:
+    """Whether a tensor that belongs nowhere may be left over."""
+    return name.startswith("auxiliary_head.") or (
+        is_classifier and not name.startswith("backbone.")
+    )
+
+
+def find_categories(
+    config: ConfigDict, listed: Sequence[str], file: Path | None
+) -> tuple[Categories, str]:
+    """The classes of a network, and where their names come from.
+
+    Args:
+      config: of the network.
+      listed: names that the file of weights has, in order, or none.
+      file: a JSON in COCO's form, or a text with one name a line, things first.
+
+    Raises:
+      ConfigError: the file is something else, or lists another number of classes.
+    """
+    num_things, num_classes = config.model.num_things, config.model.num_things
+    num_classes += config.model.num_stuff
+    if file:
+        categories = read_categories(file, config.task, num_things)
+        try:
+            check_categories(config, categories)
+        except ValueError as error:
+            raise ConfigError(f"--categories={file}: {error}") from error
+        return categories, str(file)
+    published = DATASETS[config.data.dataset].categories(config.task)
+    if published and (len(published.names), published.num_things) != (num_classes, num_things):
+        published = None
+    if len(listed) == num_classes:
+        numbers = tuple(range(1, 1 + num_classes))
+        own = Categories(tuple(listed), numbers, num_things), "the checkpoint"
+        if not published:
+            return own
+        same = sum(a == b for a, b in zip(listed, published.names)) / num_classes
+        return (published, "the dataset") if same >= SAME else own
+    if published:
+        return published, "the dataset"
+    names = tuple(f"class {i}" for i in range(1, 1 + num_classes))
+    return Categories(names, tuple(range(1, 1 + num_classes)), num_things), "nowhere"
+
+
+def read_categories(file: Path, task: str, num_things: int) -> Categories:
+    """Classes from a JSON in COCO's form or a text. Raises ConfigError where it is neither."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".json":
+            content = json.loads(text)["categories"]
+            read = coco_json.read_things if task == "instance" else coco_json.read_categories
+            categories = read(content)
+            return categories._replace(num_things=0) if task == "semantic" else categories
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--categories={file}: accepted are a JSON with COCO's categories, and a text with one "
+            f"name a line: {error!r:.100}"
+        ) from error
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    return Categories(names, tuple(range(1, 1 + len(names))), num_things)
+
+
+def write_model(
+    output: Path,
+    config: ConfigDict,
+    variables: Variables,
+    categories: Categories,
+    report: Mapping[str, Any],
+) -> None:
+    """Writes a model in the form that train.py leaves, as its step 0, whole or not at all."""
+    check_writable(output.parent)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as draft:
+        folder = Path(draft) / "model"
+        folder.mkdir()
+        save_config(config, folder)
+        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+        with Checkpoints(
+            folder / "checkpoints",
+            metric=f"val/{TASKS[config.task].metric.HEADLINE[0]}",
+            model=config.model.to_dict(),
+        ) as checkpoints:
+            progress = {"examples_seen": 0, "categories": categories._asdict()}
+            checkpoints.save(0, variables, progress)
+        folder.rename(output)
+
+
+# What is said of it.
+
+
+def describe(
+    source: Path,
+    spec: str,
+    weights: Weights,
+    found: Fit,
+    anew: Sequence[str],
+    flat: Mapping[str, Any],
+    categories: Categories,
+    origin: str,
+) -> dict[str, Any]:
+    """The report of a conversion, as JSON."""
+    original = weights.original
+
+    def sizes(keys: Sequence[str]) -> int:
+        return sum(int(np.prod(flat[key].shape)) for key in keys)
+
+    return {
+        "source": source.name,
+        "entry": weights.entry,
+        "other_entries": [name for name in weights.entries if name != weights.entry],
+        "config": spec,
+        "used": sorted(original[name] for name in found.used),
+        "renamed": {original[n]: n for n in sorted(found.used) if original[n] != n},
+        "interpolated": [original[name] for name in found.resized],
+        "rounded": sorted(key for key, x in found.arrays.items() if jnp.finfo(x.dtype).bits > 32),
+        "surplus": list(weights.surplus),
+        "left_over": [original[name] for name in weights.tensors if name not in found.used],
+        "wrong_shape": {
+            original[name]: {"given": list(given), "needed": list(needed)}
+            for name, (given, needed) in found.misfits.items()
+        },
+        "missing": list(found.missing),
+        "anew": list(anew),
+        "numbers": sizes(list(flat)),
+        "numbers_anew": sizes(anew),
+        "categories": categories._asdict(),
+        "categories_from": origin,
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    rows = [
+        ("tensors used", len(report["used"]), ""),
+        ("  under another name", len(report["renamed"]), _some(report["renamed"])),
+        ("  interpolated", len(report["interpolated"]), _some(report["interpolated"])),
+        ("  rounded to float32", len(report["rounded"]), _some(report["rounded"])),
+        ("tensors of no use", len(report["surplus"]), _kinds(report["surplus"])),
+        ("tensors left over", len(report["left_over"]), _some(report["left_over"])),
+        ("  of another shape", len(report["wrong_shape"]), _some(report["wrong_shape"])),
+        ("arrays that start anew", len(report["anew"]), _parts(report)),
+    ]
+    lines = [f"{name:24} {count:6}  {note}".rstrip() for name, count, note in rows]
+    names, things = report["categories"]["names"], report["categories"]["num_things"]
+    about = (
+        f"{things} things and {len(names) - things} stuff, names from {report['categories_from']}"
+    )
+    lines.append(f"{'classes':24} {len(names):6}  {about}")
+    if report["categories_from"] == "nowhere":
+        lines[-1] += "; --categories gives them"
+    if report["other_entries"]:
+        chosen = report["entry"] or "the top"
+        lines.append(f"taken from {chosen}; also there: {', '.join(report['other_entries'])}")
+    return "\n".join(lines)
+
+
+def _some(names: Sequence[str] | Mapping[str, Any]) -> str:
+    return ", ".join(list(names)[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """The last parts of names, the most frequent first."""
+    kinds = Counter(name.rpartition(".")[2] for name in names)
+    return _some([kind for kind, _ in kinds.most_common()])
+
+
+def _parts(report: Mapping[str, Any]) -> str:
+    """What starts anew, by the parts of the network."""
+    if not report["anew"]:
+        return ""
+    parts = dict.fromkeys("/".join(key.split("/")[1:-1][:2]) for key in report["anew"])
+    share = f"{report['numbers_anew'] / 1e6:.1f} of {report['numbers'] / 1e6:.1f} M numbers"
+    return f"{share}: {_some(parts)}"
+
+
+# From a model to a file.
+
+
+def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bool = False) -> str:
+    """Writes the weights of a model in the reference's names.
+
+    Args:
+      source: the model, as `open_run` takes it.
+      output: a file of safetensors to be made.
+      checkpoint: best, latest, or a step.
+      ema: the moving average instead of the parameters.
+
+    Returns:
+      what was written, in a sentence.
+
+    Raises:
+      ValueError: there is no such model, or the reference has no such network.
+    """
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"--output={output}: accepted for a model is a file .safetensors")
+    opened = open_run(source, checkpoint, ema)
+    tensors = {name: np.ascontiguousarray(x) for name, x in to_reference(opened.variables).items()}
+    metadata = {
+        "format": "pt",  # loaders of other libraries ask for it
+        CLASSES_KEY: json.dumps(opened.categories.names),
+        "model": json.dumps(opened.config.model.to_dict()),
+    }
+    check_writable(output.parent)
+    draft = output.with_suffix(".part")
+    save_file(tensors, draft, metadata)
+    draft.replace(output)
+    size = sum(x.nbytes for x in tensors.values()) / 2**20
+    return f"wrote {len(tensors)} tensors of step {opened.step} ({size:.1f} MiB) to {output}"
+
+
+def main(command: CommandLine) -> None:
+    """One of the two, as the source is a file or a folder."""
+    given = flags.FLAGS
+    if len(command.paths) != 1 or not given.output:
+        raise ConfigError(
+            "accepted: CHECKPOINT --config configs/FILE.py --output FOLDER, "
+            "or FOLDER --output FILE.safetensors (--help tells more)"
+        )
+    source, output = Path(command.paths[0]), Path(given.output)
+    if source.is_dir():
+        ours = ("config", "entry", "categories", "new_classes", "partial")
+        for flag in [*command.overrides, *(f"--{name}" for name in ours if given[name].present)]:
+            raise ConfigError(f"{flag} is for a file; {source} is a model, with its config")
+        print(export_weights(source, output, given.checkpoint, given.ema))
+        return
+    for name in ("checkpoint", "ema"):
+        if given[name].present:
+            raise ConfigError(f"--{name} is for a model; {source} is none (see --entry)")
+    if not given.config:
+        raise ConfigError("--config is missing, such as --config configs/coco_panoptic.py")
+    report = import_weights(
+        source,
+        given.config,
+        output,
+        command.overrides,
+        entry=given.entry,
+        categories_file=Path(given.categories) if given.categories else None,
+        new_classes=given.new_classes,
+        partial=given.partial,
+    )
+    print(table(report))
+    print(f"wrote {output}, which {output / REPORT_NAME} describes")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
+    flags.DEFINE_string(
+        "output", None, "the model to be made, a folder; of a model, a .safetensors"
+    )
+    flags.DEFINE_string("entry", "", "which set of weights, such as ema_state_dict or ema_buffers")
+    flags.DEFINE_string("categories", None, "names the classes: COCO's JSON, or a text, one a line")
+    flags.DEFINE_boolean("new_classes", False, "what belongs to the classes starts anew")
+    flags.DEFINE_boolean("partial", False, "whatever does not fit starts anew, or is left over")
+    flags.DEFINE_string("checkpoint", "best", "of a model: best, latest, or the number of a step")
+    flags.DEFINE_boolean("ema", False, "of a model: the moving average of the parameters")
+    run(main, takes_paths=True)

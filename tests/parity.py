@@ -26,7 +26,6 @@ import optax
 from ml_collections import ConfigDict
 
 from knet_jax.configuration import load_config
-from knet_jax.convert import from_reference, to_reference
 from knet_jax.data.transforms import resized_size
 from knet_jax.deformable import deform_conv
 from knet_jax.fusion import Fused, fuse
@@ -38,6 +37,7 @@ from knet_jax.metrics.coco_files import score_files, score_instance_files
 from knet_jax.metrics.panoptic import summarize
 from knet_jax.optim import gradient_norm, make_optimizer, trainable
 from knet_jax.postprocess import best_instances, label_maps
+from knet_jax.reference import from_reference, to_reference
 from knet_jax.resampling import Canvas
 from knet_jax.structs import EMPTY, Categories, Output, Pass, Segments, Stage
 from knet_jax.tasks import TASKS, KernelTargets, match_stages

@@ -1,15 +1,15 @@
 """Files are written here the way torch writes them; where torch is installed, by torch itself."""
 
 import pickle
+import tracemalloc
 import zipfile
-from collections import OrderedDict
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from torch_format import Call, tensor, write
 
-from knet_jax.torch_file import read, read_state_dict
+from knet_jax.torch_file import read
 
 ARRAYS = {
     "float": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -26,7 +26,7 @@ ARRAYS = {
 @pytest.mark.parametrize("legacy", [False, True])
 def test_tensors_of_all_kinds(tmp_path, torch_names, legacy):
     state = {name: tensor(torch_names, x, str(i)) for i, (name, x) in enumerate(ARRAYS.items())}
-    loaded = read_state_dict(write(tmp_path / "a.pth", state, legacy))
+    loaded = read(write(tmp_path / "a.pth", state, legacy))
     assert list(loaded) == list(ARRAYS)
     for name, wanted in ARRAYS.items():
         assert loaded[name].dtype == wanted.dtype and loaded[name].shape == wanted.shape
@@ -38,36 +38,9 @@ def test_views_of_a_shared_storage(tmp_path, torch_names, legacy):
     base = np.arange(12, dtype=np.float32)
     row = tensor(torch_names, base, base=base, size=(3,), stride=(1,), offset=3)
     transposed = tensor(torch_names, base, base=base, size=(4, 3), stride=(1, 4))
-    loaded = read_state_dict(write(tmp_path / "a.pth", {"a": row, "b": transposed}, legacy))
+    loaded = read(write(tmp_path / "a.pth", {"a": row, "b": transposed}, legacy))
     np.testing.assert_array_equal(loaded["a"], [3, 4, 5])
     np.testing.assert_array_equal(loaded["b"], base.reshape(3, 4).T)
-
-
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-def test_what_tensors_are_wrapped_in(tmp_path, torch_names, wrapper):
-    """With what training leaves beside them: settings, logs, the state of an optimizer."""
-    parameter = torch_names("torch._utils", "_rebuild_parameter")
-    state = OrderedDict()
-    state["module.conv.weight"] = tensor(torch_names, ARRAYS["float"])
-    state["module.bias"] = Call(
-        parameter, tensor(torch_names, ARRAYS["double"], "1"), True, OrderedDict()
-    )
-    state._metadata = OrderedDict({"": {"version": 1}})
-    buffer = torch_names("mmengine.logging.history_buffer", "HistoryBuffer")
-    log = buffer()
-    log.history = np.arange(3)
-    content = {
-        wrapper: state,
-        "meta": {"epoch": 12, "CLASSES": ("wall", "sky"), "config": "model = dict()"},
-        "optimizer": {"param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]},
-        "message_hub": {"loss": log, "best": np.float64(3), "device": {1, 2}},
-    }
-    path = write(tmp_path / "a.pth", content if wrapper else state)
-    loaded = read_state_dict(path)
-    assert list(loaded) == ["conv.weight", "bias"]
-    np.testing.assert_array_equal(loaded["bias"], ARRAYS["double"])
-    if wrapper:
-        assert read(path)["meta"] == content["meta"]
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -88,18 +61,139 @@ def test_other_names_are_refused_and_not_called(tmp_path, torch_names, legacy, m
         "x": Call(function, f"touch {called}"),
     }
     path = write(tmp_path / "a.pth", content, legacy)
-    with pytest.raises(ValueError, match=rf"names ({shown})\.{name}; accepted are ten") as caught:
+    with pytest.raises(ValueError, match=rf"names ({shown})\.{name}; accepted are dense") as caught:
         read(path)
     assert not called.exists() and "\n" not in str(caught.value)
 
 
+def write_pickle(folder, pickled):
+    """A checkpoint without storages of a pickle that is written by hand."""
+    path = folder / "a.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + pickled)
+    return path
+
+
 def test_functions_cannot_be_changed(tmp_path):
     """BUILD gives an object attributes; that of a function would be anything's."""
-    pickled = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb."
-    path = tmp_path / "a.pth"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled)
+    pickled = b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb."
     with pytest.raises(ValueError, match="changes a function"):
+        read(write_pickle(tmp_path, pickled))
+
+
+LAUGHS = b")" + b"2\x86" * 60
+"""A pair of the same pair of the same pair …: 2^60 to whom follows it to the end."""
+DEEP = b")" + b"\x85" * 200_000
+"""A tuple in a tuple in a tuple …: more calls in one another than the stack has room for."""
+ORDERED = b"ccollections\nOrderedDict\n"
+
+
+@pytest.mark.parametrize("nest", [LAUGHS, DEEP], ids=["laughs", "deep"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"}", b"Ns."),
+        (b"}(", b"Nu."),
+        (b"(", b"Nd."),
+        (b"\x8f(", b"\x90."),
+        (b"(", b"\x91."),
+        (b"c__builtin__\nset\n(]", b"atR."),
+        (ORDERED + b"(]", b"N\x86atR."),
+        (ORDERED + b")R", b"Ns."),
+    ],
+    ids=["SETITEM", "SETITEMS", "DICT", "ADDITEMS", "FROZENSET", "set", "pairs", "ordered"],
+)
+def test_nests_are_not_hashed(tmp_path, nest, before, after):
+    """Which would take for ever, or end the process."""
+    with pytest.raises(ValueError, match="a key that is neither text nor number"):
+        read(write_pickle(tmp_path, before + nest + after))
+
+
+@pytest.mark.parametrize("nest", [LAUGHS, DEEP], ids=["laughs", "deep"])
+def test_nests_are_not_printed(tmp_path, nest):
+    for reference in (nest, b"(X\x07\x00\x00\x00storage" + nest + b"NNNt", b"X\x01\x00\x00\x00a"):
+        with pytest.raises(ValueError, match="which is no storage") as caught:
+            read(write_pickle(tmp_path, reference + b"Q."))
+        assert len(str(caught.value)) < 1000
+    tensor_of = b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00" + nest + b")tR."
+    with pytest.raises(ValueError, match="without a storage"):
+        read(write_pickle(tmp_path, tensor_of))
+    assert read(write_pickle(tmp_path, b"(" + nest + b"K\x01" + b"t."))[1] == 1
+
+
+def test_sizes_that_a_pickle_makes_up_take_no_memory(tmp_path):
+    far = (1 << 28).to_bytes(4, "little")
+    huge = (1 << 40).to_bytes(8, "little")
+    axes = b"(" + b"K\x01" * 40 + b"t"
+    tracemalloc.start()
+    assert read(write_pickle(tmp_path, b"Nr" + far + b".")) is None
+    for pickled, message in {
+        b"\x8e" + huge + b".": "broken or no checkpoint",
+        b"\x8d" + huge + b".": "broken or no checkpoint",
+        b"\x96" + huge + b".": "as torch never does",
+        b"\x95" + huge + b".": "broken or no checkpoint",
+        b"ctorch\nSize\n(" + axes + b"tR.": "40 axes",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            read(write_pickle(tmp_path, pickled))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("code", [b"\x82\x01", b"(cos\nsystem\no", b"(ios\nsystem\n"])
+def test_other_ways_to_make_things_are_refused(tmp_path, code):
+    with pytest.raises(ValueError, match=r"as torch never does|names os\.system"):
+        read(write_pickle(tmp_path, code + b"."))
+
+
+@pytest.mark.parametrize("name", ["_rebuild_sparse_tensor", "_rebuild_qtensor"])
+def test_tensors_that_are_not_dense_are_refused(tmp_path, torch_names, name):
+    content = {"weight": Call(torch_names("torch._utils", name), 1)}
+    with pytest.raises(ValueError, match=rf"names torch\._utils\.{name}; accepted are dense"):
+        read(write(tmp_path / "a.pth", content))
+
+
+def test_long_names_are_shown_in_part(tmp_path):
+    for pickled in (b"c" + b"a" * 100_000 + b"\nb\n.", b"X" + b"\xa0\x86\x01\x00" + b"a" * 99_999):
+        with pytest.raises(ValueError, match="names aaa|broken") as caught:
+            read(write_pickle(tmp_path, pickled))
+        assert len(str(caught.value)) < 300
+
+
+def test_a_storage_with_tensors_of_two_types(tmp_path, torch_names):
+    base = np.arange(4, dtype=np.float32)
+    content = {
+        "a": tensor(torch_names, base),
+        "b": tensor(torch_names, base.view(np.int32)),
+        "c": tensor(torch_names, base, numel=5, size=(5,), stride=(1,)),
+    }
+    with pytest.raises(ValueError, match="storage 0 cannot have 16 bytes and 20"):
+        read(write(tmp_path / "a.pth", content))
+    del content["c"]
+    loaded = read(write(tmp_path / "a.pth", content))
+    np.testing.assert_array_equal(loaded["a"], base)
+    np.testing.assert_array_equal(loaded["b"], base.view(np.int32))
+
+
+def test_legacy_storages_together_fit_the_file(tmp_path, torch_names):
+    content = {
+        str(i): tensor(torch_names, np.zeros(1, np.float32), str(i), numel=150) for i in range(9)
+    }
+    path = write(tmp_path / "a.pth", content, legacy=True)
+    assert path.stat().st_size > 4 * 150
+    with pytest.raises(ValueError, match="does not fit the file"):
+        read(path)
+
+
+def test_a_legacy_storage_that_is_not_there(tmp_path, torch_names):
+    """Its tensors would be zero."""
+    path = write(tmp_path / "a.pth", bad(torch_names), legacy=True)
+    data = path.read_bytes()
+    listed = pickle.dumps(["0"], protocol=2)
+    assert data.count(listed) == 1
+    path.write_bytes(data[: data.index(listed)] + pickle.dumps([], protocol=2))
+    with pytest.raises(ValueError, match="not those that its tensors refer to"):
         read(path)
 
 
@@ -148,15 +242,6 @@ def test_a_truncated_file(tmp_path, torch_names, legacy):
         read(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [([1, 2], "no tensors by name but a list"), ({"epoch": 3}, "no tensors by name but epoch")],
-)
-def test_no_tensors(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
-        read_state_dict(write(tmp_path / "a.pth", content))
-
-
 def test_other_files(tmp_path, torch_names):
     path = tmp_path / "a.pth"
     for data, message in {
@@ -197,7 +282,7 @@ def test_files_of_torch_itself(tmp_path, zipped):
     content = {"state_dict": state, "optimizer": optimizer.state_dict(), "meta": {"epoch": 1}}
     path = tmp_path / "a.pth"
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    loaded = read_state_dict(path)
+    loaded = read(path)["state_dict"]
     assert list(loaded) == list(state)
     for name, value in state.items():
         wanted = value.detach()

@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from knet_jax.data import files, index_maps, records
+from knet_jax.data import files, index_maps, names, records
 from knet_jax.structs import Categories
 
 FOLDER = "ADEChallengeData2016"
-NUM_CLASSES = 150
+NUM_CLASSES = len(names.ADE20K)
+CATEGORIES = index_maps.categories_of(dict(enumerate(names.ADE20K, 1)))
+"""Where no file says more."""
 
 
 class Ade20k(records.RecordBuilder, skip_registration=True):
@@ -69,22 +71,17 @@ def read_categories(root: Path) -> Categories:
         ValueError: the file is there, but does not list the classes.
     """
     path = root / "objectInfo150.txt"
-    names = default_names()
-    if path.is_file():
-        # A header, then lines of tab-separated index, ratio, counts and names.
-        try:
-            lines = path.read_text().splitlines()[1:]
-            rows = [line.split("\t") for line in lines if line.strip()]
-            names = {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
-        except ValueError as error:
-            raise ValueError(f"config.data.root: {path} is not a table of classes") from error
-        if list(names) != list(range(1, 1 + NUM_CLASSES)):
-            raise ValueError(
-                f"config.data.root: {path} lists {len(names)} classes, expected 1 to {NUM_CLASSES}"
-            )
-    return index_maps.categories_of(names)
-
-
-def default_names() -> dict[int, str]:
-    """What the classes are called by index, where no file says more."""
-    return {1 + label: f"class {1 + label}" for label in range(NUM_CLASSES)}
+    if not path.is_file():
+        return CATEGORIES
+    # A header, then lines of tab-separated index, ratio, counts and names.
+    try:
+        lines = path.read_text().splitlines()[1:]
+        rows = [line.split("\t") for line in lines if line.strip()]
+        listed = {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
+    except ValueError as error:
+        raise ValueError(f"config.data.root: {path} is not a table of classes") from error
+    if list(listed) != list(range(1, 1 + NUM_CLASSES)):
+        raise ValueError(
+            f"config.data.root: {path} lists {len(listed)} classes, expected 1 to {NUM_CLASSES}"
+        )
+    return index_maps.categories_of(listed)

@@ -12,13 +12,16 @@ from knet_jax.data import (
     cityscapes,
     coco,
     folder,
+    index_maps,
     kinds,
+    names,
     records,
     scene_parse150,
     shapes,
     splits,
 )
 from knet_jax.rules import Rule, check, one_of
+from knet_jax.structs import Categories
 
 PATH = (lambda value: isinstance(value, str), "a path, or '' for none")
 SPLIT = (lambda value: isinstance(value, str), "a name, or a slice of one")
@@ -33,6 +36,8 @@ class Dataset(NamedTuple):
     """What it reads of `config.data` beside the keys of `RULES`."""
     split_config: Callable[..., records.SplitConfig]
     """config.data, name of the split, task -> the config of its builder."""
+    categories: Callable[[str], Categories | None]
+    """task -> the classes as they are published, None where every such dataset has its own."""
 
 
 def _shapes(config_data, split: str, task: str) -> shapes.ShapesConfig:
@@ -51,36 +56,42 @@ DATASETS = {
         ("semantic",),
         (),
         lambda data, split, task: ade20k.split_config(data.root, split),
+        lambda task: ade20k.CATEGORIES,
     ),
     "cityscapes": Dataset(
         cityscapes.Cityscapes,
         ("semantic",),
         (),
         lambda data, split, task: cityscapes.split_config(data.root, split),
+        lambda task: index_maps.categories_of(cityscapes.CLASSES),
     ),
     "coco": Dataset(
         coco.Coco,
         tuple(kinds.KINDS),
         (),
         lambda data, split, task: coco.split_config(data.root, split, task),
+        names.coco,
     ),
     "folder": Dataset(
         folder.Folder,
         ("semantic",),
         ("images", "labels", "classes", "ignore_index"),
         lambda data, split, task: folder.split_config(data, split),
+        lambda task: None,
     ),
     "scene_parse150": Dataset(
         scene_parse150.SceneParse150,
         ("semantic",),
         (),
         lambda data, split, task: scene_parse150.split_config(data_dir(data), split),
+        lambda task: ade20k.CATEGORIES,
     ),
     "shapes": Dataset(
         shapes.Shapes,
         tuple(kinds.KINDS),
         ("num_train", "num_val", "image_side"),
         _shapes,
+        lambda task: shapes.ANNOTATIONS[task][0],
     ),
 }
 """By name, `config.data.dataset`."""

@@ -41,7 +41,7 @@ class SceneParse150(records.RecordBuilder, skip_registration=True):
         """See the base class."""
         config = self.builder_config
         source = _open(Path(config.directory), config.split)
-        categories = index_maps.categories_of(ade20k.default_names())
+        categories = ade20k.CATEGORIES
         sound, problems = [], []
         for i in range(len(source)):
             try:
