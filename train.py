@@ -43,7 +43,7 @@ from knet_jax.structs import EMPTY
 from knet_jax.tasks import TASKS
 from knet_jax.validation import validate
 from knet_jax.visualize import save_picture
-from knet_jax.weights import load_backbone
+from knet_jax.weights import load_start
 
 CONFIG = flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; default: runs/NAME_VARIANT")
@@ -125,8 +125,9 @@ def main(command: CommandLine) -> None:
         if warning := training.explain_change(model, was, parts):
             print(warning)
     elif config.init_weights:
-        state = state._replace(**load_backbone(config.init_weights, variables))
-        print(f"backbone from {config.init_weights}")
+        loaded, origin = load_start(config.init_weights, variables)
+        state = state._replace(**loaded)
+        print(origin)
     else:
         print("FROM SCRATCH: config.init_weights names no weights of a backbone")
     if ema_decay and not restored:

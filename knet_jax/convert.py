@@ -9,7 +9,7 @@ A checkpoint is pth, safetensors or npz: of K-Net, in the names of its authors o
 an ImageNet backbone, of torchvision, timm, OpenMMLab or the authors of Swin. Torch is not needed, and
 nothing in the file is run. The config must be that of the network in the file. The model is a folder,
 as train.py leaves one, for eval.py, predictions and further training; conversion.json in it says
-which tensor went where.
+which tensor went where. A model may stand in the place of the checkpoint, for other classes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from knet_jax.structs import Categories
 from knet_jax.tasks import TASKS
 from knet_jax.training import check_categories, init_variables
 from knet_jax.validation import validate
-from knet_jax.weights import CLASSES_KEY, NETWORK, NEW, Weights, read_weights
+from knet_jax.weights import CLASSES_KEY, NETWORK, NEW, READERS, Weights, read_weights
 
 REPORT_NAME = "conversion.json"
 
@@ -59,6 +59,7 @@ def import_weights(
     overrides: Sequence[str] = (),
     *,
     entry: str = "",
+    ema: bool = False,
     categories_file: Path | None = None,
     new_classes: bool = False,
     partial: bool = False,
@@ -66,11 +67,12 @@ def import_weights(
     """Makes a model of a file of weights.
 
     Args:
-      source: the file.
+      source: the file, or the folder of another model.
       spec: of the config.
       output: the folder to be made.
       overrides: `--config.x.y=value` arguments.
-      entry: of the file that holds the tensors; "" finds it.
+      entry: of the file that holds the tensors, "" finds it; of a model, the name of a checkpoint.
+      ema: of a model, the moving average.
       categories_file: names the classes.
       new_classes: whether what belongs to the classes starts anew.
       partial: whether anything may start anew, and be left over.
@@ -88,7 +90,7 @@ def import_weights(
     model = make_model(**config.model)
     template = jax.eval_shape(lambda: init_variables(model, config.seed))
     try:
-        weights = read_weights(source, entry)
+        weights = read_model(source, entry, ema) if source.is_dir() else read_weights(source, entry)
         found = fit_network(weights, template, config, new_classes, partial)
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from error
@@ -105,6 +107,14 @@ def import_weights(
     report = describe(source, spec, weights, found, anew, flat, categories, origin)
     write_model(output, config, traverse_util.unflatten_dict(arrays, sep="/"), categories, report)
     return report
+
+
+def read_model(source: Path, checkpoint: str, ema: bool) -> Weights:
+    """The weights of a model, as if from a file. Raises ValueError as `open_run`."""
+    opened = open_run(source, checkpoint or "best", ema)
+    tensors = to_reference(opened.variables)
+    where = f"step {opened.step}"
+    return Weights(tensors, {n: n for n in tensors}, (), where, (where,), opened.categories.names)
 
 
 def fit_network(
@@ -282,7 +292,7 @@ def describe(
 def table(report: Mapping[str, Any]) -> str:
     """The report for people."""
     rows = [
-        ("tensors used", len(report["used"]), ""),
+        ("tensors used", len(report["used"]), f"of {report['source']}"),
         ("  under another name", len(report["renamed"]), _some(report["renamed"])),
         ("  interpolated", len(report["interpolated"]), _some(report["interpolated"])),
         ("  rounded to float32", len(report["rounded"]), _some(report["rounded"])),
@@ -291,7 +301,11 @@ def table(report: Mapping[str, Any]) -> str:
         ("  of another shape", len(report["wrong_shape"]), _some(report["wrong_shape"])),
         ("arrays that start anew", len(report["anew"]), _parts(report)),
     ]
-    lines = [f"{name:24} {count:6}  {note}".rstrip() for name, count, note in rows]
+    lines = [
+        f"{name:24} {count:6}  {note}".rstrip()
+        for name, count, note in rows
+        if count or not name.startswith(" ")
+    ]
     names, things = report["categories"]["names"], report["categories"]["num_things"]
     about = (
         f"{things} things and {len(names) - things} stuff, names from {report['categories_from']}"
@@ -340,10 +354,10 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
       what was written, in a sentence.
 
     Raises:
-      ValueError: there is no such model, or the reference has no such network.
+      ValueError: there is no such model, or the output is no such file.
     """
     if output.suffix != ".safetensors":
-        raise ConfigError(f"--output={output}: accepted for a model is a file .safetensors")
+        raise ConfigError(f"--output={output}; accepted: a new folder, or a file .safetensors")
     opened = open_run(source, checkpoint, ema)
     tensors = {name: np.ascontiguousarray(x) for name, x in to_reference(opened.variables).items()}
     metadata = {
@@ -360,23 +374,26 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
 
 
 def main(command: CommandLine) -> None:
-    """One of the two, as the source is a file or a folder."""
+    """One of the two, as --output is a file or a folder."""
     given = flags.FLAGS
     if len(command.paths) != 1 or not given.output:
         raise ConfigError(
-            "accepted: CHECKPOINT --config configs/FILE.py --output FOLDER, "
-            "or FOLDER --output FILE.safetensors (--help tells more)"
+            "accepted: CHECKPOINT --config configs/FILE.py --output MODEL, "
+            "or MODEL --output FILE.safetensors (--help tells more)"
         )
     source, output = Path(command.paths[0]), Path(given.output)
-    if source.is_dir():
-        ours = ("config", "entry", "categories", "new_classes", "partial")
-        for flag in [*command.overrides, *(f"--{name}" for name in ours if given[name].present)]:
-            raise ConfigError(f"{flag} is for a file; {source} is a model, with its config")
+    for_models, for_files = ("checkpoint", "ema"), ("entry",)
+    for name in for_files if source.is_dir() else for_models:
+        if given[name].present:
+            kind = "a file" if source.is_dir() else "a model"
+            raise ConfigError(f"--{name} is for {kind}, which {source} is not")
+    if output.suffix in READERS:
+        written = ("config", "categories", "new_classes", "partial")
+        unused = [f"--{name}" for name in written if given[name].present] + command.overrides
+        if unused:
+            raise ConfigError(f"{unused[0]} is for a folder as --output, which {output} is not")
         print(export_weights(source, output, given.checkpoint, given.ema))
         return
-    for name in ("checkpoint", "ema"):
-        if given[name].present:
-            raise ConfigError(f"--{name} is for a model; {source} is none (see --entry)")
     if not given.config:
         raise ConfigError("--config is missing, such as --config configs/coco_panoptic.py")
     report = import_weights(
@@ -384,7 +401,8 @@ def main(command: CommandLine) -> None:
         given.config,
         output,
         command.overrides,
-        entry=given.entry,
+        entry=given.checkpoint if source.is_dir() else given.entry,
+        ema=given.ema,
         categories_file=Path(given.categories) if given.categories else None,
         new_classes=given.new_classes,
         partial=given.partial,

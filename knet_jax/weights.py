@@ -23,6 +23,7 @@ from safetensors import safe_open
 from knet_jax import torch_file
 from knet_jax.configuration import one_line, suggest
 from knet_jax.reference import DERIVED, Variables, fit, to_reference
+from knet_jax.runs import open_run
 
 Tensors = dict[str, np.ndarray]
 
@@ -43,6 +44,9 @@ for `backbone.conv1.weight`."""
 
 CLASSES_KEY = "classes"
 """Of the metadata of safetensors: a JSON list."""
+
+MAX_COMPRESSION = 100
+"""Of a file of arrays, whose numbers are hardly ever alike."""
 
 WRAPPED = re.compile(r"((module|model|_orig_mod)\.)+")
 """What a name begins with where a network was trained within another module."""
@@ -106,25 +110,21 @@ def read_weights(path: str | Path, entry: str = "") -> Weights:
         (name for name in ("", *ENTRIES) if name in entries), next(iter(entries))
     )
     if chosen not in entries:
-        raise ValueError(f"it has no entry {entry!r} of tensors; {suggest(entry, entries)}")
+        raise ValueError(
+            f"it has no entry {entry!r} of tensors; {suggest(entry, filter(None, entries))}"
+        )
     tensors, original, surplus = bring_to_reference(entries[chosen])
     return Weights(tensors, original, surplus, chosen, tuple(entries), classes)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensors], tuple[str, ...]]:
     """Every set of tensors in a file by the name of its entry, and names of the classes."""
-    readers = {
-        ".npz": _read_npz,
-        ".safetensors": _read_safetensors,
-        ".pth": _read_torch,
-        ".pt": _read_torch,
-    }
-    if path.suffix not in readers:
-        raise ValueError(f"accepted are {', '.join(readers)} files")
+    if path.suffix not in READERS:
+        raise ValueError(f"accepted are {', '.join(READERS)} files")
     if not path.is_file():
         raise ValueError("there is no such file")
     try:
-        return readers[path.suffix](path)
+        return READERS[path.suffix](path)
     except Exception as error:
         # Readers raise whatever a broken file leads them to.
         raise ValueError(f"the file cannot be read: {one_line(error)[:300]}") from error
@@ -133,6 +133,10 @@ def _read(path: Path) -> tuple[dict[str, Tensors], tuple[str, ...]]:
 def _read_npz(path: Path) -> tuple[dict[str, Tensors], tuple[str, ...]]:
     if not zipfile.is_zipfile(path):  # which numpy would offer to unpickle
         raise ValueError("it is no npz")
+    with zipfile.ZipFile(path) as archive:
+        size = sum(info.file_size for info in archive.infolist())
+    if size > MAX_COMPRESSION * path.stat().st_size:  # and might fill the memory
+        raise ValueError("it is compressed further than weights can be")
     return {"": dict(np.load(path, allow_pickle=False))}, ()
 
 
@@ -181,6 +185,14 @@ def _class_names(meta: Any) -> tuple[str, ...]:
     names = [about.get(key) for key in ("classes", "CLASSES")] if isinstance(about, Mapping) else []
     found = next((x for x in names if isinstance(x, list | tuple)), ())
     return tuple(name.strip() for name in found if isinstance(name, str))
+
+
+READERS = {
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+}
 
 
 # Names.
@@ -270,3 +282,32 @@ def load_backbone(path: str | Path, variables: Variables) -> Variables:
     loaded = traverse_util.unflatten_dict(found.arrays, sep="/")
     as_ours = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), loaded, template)
     return {kind: tree | as_ours.get(kind, {}) for kind, tree in variables.items()}
+
+
+def load_start(path: str | Path, variables: Variables) -> tuple[Variables, str]:
+    """Variables where training starts, and what they are, in words.
+
+    Args:
+      path: the folder of a model, all of which is taken, or a file, as for `load_backbone`.
+      variables: of the network, as initialized.
+
+    Raises:
+      ValueError: as `load_backbone`, or the model is of another network.
+    """
+    if not Path(path).is_dir():
+        return load_backbone(path, variables), f"backbone from {path}"
+    opened = open_run(path)
+    found, needed = (
+        traverse_util.flatten_dict(tree, sep="/") for tree in (opened.variables, variables)
+    )
+    for key in sorted(found.keys() | needed.keys()):
+        given, wanted = (
+            tuple(tree[key].shape) if key in tree else None for tree in (found, needed)
+        )
+        if given != wanted:
+            raise ValueError(
+                f"config.init_weights: {path}: {key} is {given or 'absent'} in it, "
+                f"{wanted or 'absent'} here; python -m knet_jax.convert makes a model of other "
+                "classes of it"
+            )
+    return opened.variables, f"network of step {opened.step} from {path}"

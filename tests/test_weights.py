@@ -1,4 +1,5 @@
 import re
+from collections import Counter, OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 from tiny_model import MODEL
 from tiny_weights import BACKBONES, TINY, assert_equal, fill, shapes_of
-from torch_format import tensor
+from torch_format import Call, tensor
 
 from knet_jax.backbones.swin import resize_position_bias
 from knet_jax.reference import from_reference, to_reference
@@ -200,6 +201,157 @@ def test_a_file_of_another_backbone_is_named(tmp_path, variables, torchvision):
         load_backbone(write(tmp_path, ".npz", deeper), variables)
 
 
+# What tensors are wrapped in.
+
+A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1.5, -2.0])
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_ema", "weights"])
+def test_what_tensors_are_wrapped_in(tmp_path, torch_names, wrapper):
+    """With what training leaves beside them: settings, logs, the states of other objects."""
+    parameter = torch_names("torch._utils", "_rebuild_parameter")
+    state = OrderedDict()
+    state["module.neck.conv.weight"] = tensor(torch_names, A)
+    state["_orig_mod.module.neck.bias"] = Call(
+        parameter, tensor(torch_names, B, "1"), True, OrderedDict()
+    )
+    state["neck.bn.num_batches_tracked"] = tensor(torch_names, np.array(3), "2")
+    state._metadata = OrderedDict({"": {"version": 1}})
+    buffer = torch_names("mmengine.logging.history_buffer", "HistoryBuffer")
+    log = buffer()
+    log.history = np.arange(3)
+    meta = {"epoch": 12, "CLASSES": ("wall", " sky"), "config": "model = dict()"}
+    content = {
+        wrapper: state,
+        "meta": meta,
+        "optimizer": {"param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}], "state": {0: {}}},
+        "param_schedulers": [{"milestones": Counter([8, 11])}],
+        "message_hub": {"loss": log, "best": np.float64(3), "device": {1, 2}},
+        "args": tmp_path,
+    }
+    path = torch_format.write(tmp_path / "a.pth", content if wrapper else state)
+    weights = read_weights(path)
+    assert list(weights.tensors) == ["neck.conv.weight", "neck.bias"]
+    np.testing.assert_array_equal(weights.tensors["neck.bias"], B)
+    assert weights.surplus == ("neck.bn.num_batches_tracked",)
+    assert weights.entry == (wrapper or "") and weights.entries == (wrapper or "",)
+    assert weights.classes == (("wall", "sky") if wrapper else ())
+
+
+def test_the_second_set_of_weights_of_a_checkpoint(tmp_path, torch_names):
+    """As MMEngine keeps it, and timm."""
+    content = {
+        "state_dict": {"neck.w": tensor(torch_names, A, "0")},
+        "ema_state_dict": {
+            "steps": tensor(torch_names, np.array(9), "1"),
+            "module.neck.w": tensor(torch_names, 2 * A, "2"),
+        },
+        "meta": {"dataset_meta": {"classes": ["a", "b"], "palette": [[1, 2, 3]]}},
+    }
+    path = torch_format.write(tmp_path / "a.pth", content)
+    weights = read_weights(path)
+    assert (weights.entry, weights.entries) == ("state_dict", ("state_dict", "ema_state_dict"))
+    np.testing.assert_array_equal(weights.tensors["neck.w"], A)
+    assert weights.classes == ("a", "b")
+    second = read_weights(path, "ema_state_dict")
+    assert list(second.tensors) == ["neck.w"] and second.surplus == ("steps",)
+    np.testing.assert_array_equal(second.tensors["neck.w"], 2 * A)
+    with pytest.raises(
+        ValueError, match="no entry 'ema' of tensors; accepted: ema_state_dict, state_dict"
+    ):
+        read_weights(path, "ema")
+
+
+def test_the_second_set_of_weights_as_buffers(tmp_path, torch_names):
+    """As MMCV keeps it: no mean of running statistics."""
+    state = {
+        "neck.conv_0.weight": tensor(torch_names, A, "0"),
+        "neck.bn.running_mean": tensor(torch_names, B, "1"),
+        "ema_neck_conv_0_weight": tensor(torch_names, 2 * A, "2"),
+    }
+    path = torch_format.write(tmp_path / "a.pth", {"state_dict": state})
+    weights = read_weights(path)
+    assert (weights.entry, weights.entries) == ("state_dict", ("state_dict", "ema_buffers"))
+    assert list(weights.tensors) == ["neck.conv_0.weight", "neck.bn.running_mean"]
+    np.testing.assert_array_equal(weights.tensors["neck.conv_0.weight"], A)
+    average = read_weights(path, "ema_buffers").tensors
+    np.testing.assert_array_equal(average["neck.conv_0.weight"], 2 * A)
+    np.testing.assert_array_equal(average["neck.bn.running_mean"], B)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([1, 2], "no tensors by name but a list"), ({"epoch": 3}, "no tensors by name but epoch")],
+)
+def test_no_tensors(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_weights(torch_format.write(tmp_path / "a.pth", content))
+
+
+def test_what_is_no_weight_is_told_apart(tmp_path, state):
+    surplus = {
+        "backbone.bn1.num_batches_tracked": np.array(3),
+        "data_preprocessor.mean": np.zeros(3, np.float32),
+        "criterion.empty_weight": np.zeros(3, np.float32),
+    }
+    weights = read_weights(write(tmp_path, ".npz", state | surplus))
+    assert set(weights.surplus) == surplus.keys() and weights.tensors.keys() == state.keys()
+    assert weights.original == {name: name for name in state}
+
+
+# Names of others.
+
+
+def test_a_deep_stem_of_timm(tmp_path):
+    variables = fill(shapes_of(MODEL | {"backbone": BACKBONES["deep stem"]}))
+    ours = to_reference({kind: {"backbone": x["backbone"]} for kind, x in variables.items()})
+    stem = {"0": "conv1.0", "1": "conv1.1", "3": "conv1.3", "4": "conv1.4", "6": "conv1.6"}
+    tensors = {}
+    for name, x in ours.items():
+        name = name.removeprefix("backbone.")
+        if match := re.fullmatch(r"stem\.(\d)\.(\w+)", name):
+            name = f"{stem.get(match[1], 'bn1')}.{match[2]}"
+        tensors[name] = x
+    assert {"conv1.6.weight", "bn1.running_var", "conv1.4.bias"} <= tensors.keys()
+    tensors["fc.weight"] = np.zeros((10, 256), np.float32)
+    weights = read_weights(write(tmp_path, ".safetensors", tensors))
+    assert weights.original["backbone.stem.7.bias"] == "bn1.bias"
+    assert_equal(
+        from_reference(
+            weights.tensors, {k: {"backbone": x["backbone"]} for k, x in variables.items()}
+        ),
+        {k: {"backbone": x["backbone"]} for k, x in variables.items()},
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_swin_of_timm(tmp_path, swin, later, prefix):
+    """Later versions merge at the beginning of a stage. Or a network around the authors' Swin."""
+    tensors = {}
+    for name, x in authors_file(swin).items():
+        if later:
+            name = re.sub(
+                r"layers\.(\d)\.downsample",
+                lambda match: f"layers.{int(match[1]) + 1}.downsample",
+                name,
+            ).replace("head.", "head.fc.")
+        if not prefix or not name.startswith(("head.", "norm.")):
+            tensors[prefix + name] = x
+    fresh = jax.tree.map(lambda x: -x, swin)
+    loaded = load_backbone(write(tmp_path, ".safetensors", tensors), fresh)
+    for name, tree in loaded["params"]["backbone"].items():
+        kept = fresh if name in ("norm0", "norm1", "norm2", "norm3") else swin
+        assert_equal(tree, kept["params"]["backbone"][name])
+
+
+def test_a_merging_of_the_wrong_shape_is_named(tmp_path, swin):
+    tensors = authors_file(swin)
+    tensors["layers.1.downsample.norm.weight"] = np.zeros(7, np.float32)
+    with pytest.raises(ValueError, match=r"layers\.1\.downsample\.norm\.weight has shape \[7\]"):
+        load_backbone(write(tmp_path, ".npz", tensors), swin)
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_weights(tmp_path / "none.npz")
@@ -216,3 +368,7 @@ def test_files_that_cannot_be_read(tmp_path):
     np.savez(pickled, x=np.array([{}], object))
     with pytest.raises(ValueError, match="cannot be read"):
         read_weights(pickled)
+    bomb = tmp_path / "bomb.npz"
+    np.savez_compressed(bomb, x=np.zeros(10_000_000, np.uint8))
+    with pytest.raises(ValueError, match="compressed further than weights can be"):
+        read_weights(bomb)
