@@ -15,6 +15,7 @@ which tensor went where. A model may stand in the place of the checkpoint, for o
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,24 +30,20 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
+from knet_jax.categories import find_categories
 from knet_jax.checkpoint import Checkpoints, check_writable
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError, load_config, save_config
-from knet_jax.data import coco_json
-from knet_jax.data.datasets import DATASETS
 from knet_jax.knet import make_model
 from knet_jax.reference import CLASSES, Fit, Variables, fit, to_reference
 from knet_jax.runs import open_run
 from knet_jax.structs import Categories
 from knet_jax.tasks import TASKS
-from knet_jax.training import check_categories, init_variables
+from knet_jax.training import init_variables
 from knet_jax.validation import validate
 from knet_jax.weights import CLASSES_KEY, NETWORK, NEW, READERS, Weights, read_weights
 
 REPORT_NAME = "conversion.json"
-
-SAME = 0.9
-"""The least share of names in which two lists of the same classes agree; some are spelled anew."""
 
 
 # From a file to a model.
@@ -98,13 +95,18 @@ def import_weights(
     categories, origin = find_categories(config, listed, categories_file)
 
     flat = traverse_util.flatten_dict(template, sep="/")
-    anew = sorted(flat.keys() - found.arrays.keys())
     arrays = found.arrays
-    if anew:
+    if arrays.keys() != flat.keys():
         fresh = traverse_util.flatten_dict(init_variables(model, config.seed), sep="/")
         arrays = {key: arrays.get(key, fresh[key]) for key in flat}
     arrays = {key: np.asarray(arrays[key], leaf.dtype) for key, leaf in flat.items()}
-    report = describe(source, spec, weights, found, anew, flat, categories, origin)
+    report = {
+        "source": source.name,
+        "config": spec,
+        **describe(weights, found, {key: math.prod(leaf.shape) for key, leaf in flat.items()}),
+        "categories": categories._asdict(),
+        "categories_from": origin,
+    }
     write_model(output, config, traverse_util.unflatten_dict(arrays, sep="/"), categories, report)
     return report
 
@@ -120,7 +122,14 @@ def read_model(source: Path, checkpoint: str, ema: bool) -> Weights:
 def fit_network(
     weights: Weights, template: Variables, config: ConfigDict, new_classes: bool, partial: bool
 ) -> Fit:
-    """Finds the places of all tensors, and judges what has none. Raises ValueError as documented."""
+    """Finds the places of all tensors, and judges what has none.
+
+    The auxiliary head, which only training needs, may be missing or left over; so may all but the
+    backbone where the file is of an ImageNet model.
+
+    Raises:
+      ValueError: anything else is missing, left over or of another shape.
+    """
     tensors = weights.tensors
     if new_classes:
         tensors = {name: x for name, x in tensors.items() if not CLASSES.fullmatch(name)}
@@ -143,83 +152,23 @@ def fit_network(
     # An ImageNet model has a backbone only, and lacks some of that.
     is_classifier = not any(name.startswith(NETWORK[1:]) for name in weights.tensors)
 
+    def is_optional(name: str) -> bool:
+        of_backbone = name.startswith("backbone.")
+        return name.startswith("auxiliary_head.") or (is_classifier and not of_backbone)
+
     def may_start_anew(name: str) -> bool:
-        return (
-            (new_classes and CLASSES.fullmatch(name) is not None)
-            or name.startswith("auxiliary_head.")  # for training only
-            or (is_classifier and (not name.startswith("backbone.") or bool(NEW.fullmatch(name))))
+        expected = (new_classes and CLASSES.fullmatch(name)) or (
+            is_classifier and NEW.fullmatch(name)
         )
+        return bool(expected) or is_optional(name)
 
     strict = found._replace(
         missing={name: path for name, path in found.missing.items() if not may_start_anew(name)},
-        left=tuple(name for name in found.left if not is_spare(name, is_classifier)),
+        left=tuple(name for name in found.left if not is_optional(name)),
     )
     for problem in strict.problems(weights.original):
         raise ValueError(f"{problem}; --partial keeps what fits")
     return found
-
-
-def is_spare(name: str, is_classifier: bool) -> bool:
-    """Whether a tensor that belongs nowhere may be left over."""
-    return name.startswith("auxiliary_head.") or (
-        is_classifier and not name.startswith("backbone.")
-    )
-
-
-def find_categories(
-    config: ConfigDict, listed: Sequence[str], file: Path | None
-) -> tuple[Categories, str]:
-    """The classes of a network, and where their names come from.
-
-    Args:
-      config: of the network.
-      listed: names that the file of weights has, in order, or none.
-      file: a JSON in COCO's form, or a text with one name a line, things first.
-
-    Raises:
-      ConfigError: the file is something else, or lists another number of classes.
-    """
-    num_things, num_classes = config.model.num_things, config.model.num_things
-    num_classes += config.model.num_stuff
-    if file:
-        categories = read_categories(file, config.task, num_things)
-        try:
-            check_categories(config, categories)
-        except ValueError as error:
-            raise ConfigError(f"--categories={file}: {error}") from error
-        return categories, str(file)
-    published = DATASETS[config.data.dataset].categories(config.task)
-    if published and (len(published.names), published.num_things) != (num_classes, num_things):
-        published = None
-    if len(listed) == num_classes:
-        numbers = tuple(range(1, 1 + num_classes))
-        own = Categories(tuple(listed), numbers, num_things), "the checkpoint"
-        if not published:
-            return own
-        same = sum(a == b for a, b in zip(listed, published.names)) / num_classes
-        return (published, "the dataset") if same >= SAME else own
-    if published:
-        return published, "the dataset"
-    names = tuple(f"class {i}" for i in range(1, 1 + num_classes))
-    return Categories(names, tuple(range(1, 1 + num_classes)), num_things), "nowhere"
-
-
-def read_categories(file: Path, task: str, num_things: int) -> Categories:
-    """Classes from a JSON in COCO's form or a text. Raises ConfigError where it is neither."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".json":
-            content = json.loads(text)["categories"]
-            read = coco_json.read_things if task == "instance" else coco_json.read_categories
-            categories = read(content)
-            return categories._replace(num_things=0) if task == "semantic" else categories
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"--categories={file}: accepted are a JSON with COCO's categories, and a text with one "
-            f"name a line: {error!r:.100}"
-        ) from error
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    return Categories(names, tuple(range(1, 1 + len(names))), num_things)
 
 
 def write_model(
@@ -249,27 +198,19 @@ def write_model(
 # What is said of it.
 
 
-def describe(
-    source: Path,
-    spec: str,
-    weights: Weights,
-    found: Fit,
-    anew: Sequence[str],
-    flat: Mapping[str, Any],
-    categories: Categories,
-    origin: str,
-) -> dict[str, Any]:
-    """The report of a conversion, as JSON."""
+def describe(weights: Weights, found: Fit, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What became of every tensor and every array, as JSON.
+
+    Args:
+      weights: of the file.
+      found: where they belong.
+      sizes: numbers in every array of the network.
+    """
     original = weights.original
-
-    def sizes(keys: Sequence[str]) -> int:
-        return sum(int(np.prod(flat[key].shape)) for key in keys)
-
+    anew = sorted(sizes.keys() - found.arrays.keys())
     return {
-        "source": source.name,
         "entry": weights.entry,
         "other_entries": [name for name in weights.entries if name != weights.entry],
-        "config": spec,
         "used": sorted(original[name] for name in found.used),
         "renamed": {original[n]: n for n in sorted(found.used) if original[n] != n},
         "interpolated": [original[name] for name in found.resized],
@@ -281,11 +222,9 @@ def describe(
             for name, (given, needed) in found.misfits.items()
         },
         "missing": list(found.missing),
-        "anew": list(anew),
-        "numbers": sizes(list(flat)),
-        "numbers_anew": sizes(anew),
-        "categories": categories._asdict(),
-        "categories_from": origin,
+        "anew": anew,
+        "numbers": sum(sizes.values()),
+        "numbers_anew": sum(sizes[key] for key in anew),
     }
 
 

@@ -23,7 +23,7 @@ from torch_format import Call, tensor
 
 from knet_jax.checkpoint import Checkpoints
 from knet_jax.configuration import ConfigError, load_config
-from knet_jax.convert import export_weights, find_categories, import_weights, table
+from knet_jax.convert import export_weights, import_weights, table
 from knet_jax.data import names
 from knet_jax.knet import make_model
 from knet_jax.reference import CLASSES, from_reference, to_reference
@@ -46,6 +46,7 @@ SPECS = (
     "configs/ade20k_semantic.py:tiny,baseline",
 )
 """A small network of every family."""
+QUICK = (TINY, "configs/ade20k_semantic.py:tiny,uper")
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +79,12 @@ def variables():
 
 @pytest.fixture
 def tensors(variables):
-    return to_reference(variables)
+    return {name: x.copy() for name, x in to_reference(variables).items()}
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "spec", [pytest.param(s, marks=[pytest.mark.slow] * (s not in QUICK)) for s in SPECS]
+)
 def test_there_and_back_is_equal_in_every_bit(tmp_path, save, spec):
     """From torch to a model, to safetensors, to a model."""
     variables = fill(shapes(spec))
@@ -244,7 +247,7 @@ def test_what_is_wrong_ends_in_one_line(tmp_path, save, tensors, make, message):
         (["a.pth", "--output", "c", "--ema"], "--ema is for a model"),
         (["docs", "--output", "c.safetensors", "--config", TINY], "--config is for a folder"),
         (["docs", "--output", "c.pth"], r"--output=c\.pth; accepted: a new folder, or"),
-        (["docs", "--output", "c.safetensors"], "docs: no run has been started here"),
+        (["docs", "--output", "c.safetensors"], "docs is no model: no run has been started here"),
     ],
 )
 def test_wrong_flags_end_in_one_line(arguments, message):
@@ -382,54 +385,6 @@ def test_numbers_of_other_types_become_ours(tmp_path, save, tensors, variables):
     assert {x.dtype for x in jax.tree.leaves(opened)} == {np.dtype("float32")}
     for a, b in zip(jax.tree.leaves(opened), jax.tree.leaves(variables)):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
-
-
-# Classes.
-
-
-def test_where_names_of_classes_come_from(tmp_path):
-    config = load_config(TINY)
-    coco = names.coco("panoptic")
-    assert find_categories(config, (), None) == (coco, "the dataset")
-    # As OpenMMLab spells them, and those of another dataset with as many classes.
-    spelled = ("person ", *coco.names[1:])
-    assert find_categories(config, spelled, None) == (coco, "the dataset")
-    own = tuple(f"kind {i}" for i in range(133))
-    categories, origin = find_categories(config, own, None)
-    assert (categories.names, categories.num_things, origin) == (own, 80, "the checkpoint")
-    assert find_categories(config, own[:5], None) == (coco, "the dataset")
-
-    listed = [{"id": 9, "name": "sky", "isthing": 0}, {"id": 4, "name": "cat", "isthing": 1}]
-    path = tmp_path / "c.json"
-    path.write_text(json.dumps({"categories": listed}))
-    small = load_config(TINY, ("--config.model.num_things=1", "--config.model.num_stuff=1"))
-    categories, origin = find_categories(small, own, path)
-    assert categories == (("cat", "sky"), (4, 9), 1) and origin == str(path)
-    unknown, origin = find_categories(small, (), None)
-    assert unknown.names == ("class 1", "class 2") and origin == "nowhere"
-    with pytest.raises(
-        ConfigError, match=r"--categories=.*num_things is 80, but the data lists 1;"
-    ):
-        find_categories(config, (), path)
-    for text in ("[1]", "{", '{"categories": [{"id": 1}]}'):
-        path.write_text(text)
-        with pytest.raises(ConfigError, match="--categories=.*accepted are a JSON with COCO's"):
-            find_categories(small, (), path)
-
-    ade = load_config("configs/ade20k_semantic.py")
-    assert find_categories(ade, (), None)[0].names == names.ADE20K
-    instance = load_config("configs/coco_instance.py")
-    assert find_categories(instance, (), None)[0] == names.coco("instance")
-    semantic = load_config("configs/coco_semantic.py")
-    assert find_categories(semantic, (), None)[0].num_things == 0
-
-
-def test_names_of_coco_are_those_of_its_files(coco_mini):
-    for task, prefix in {"panoptic": "panoptic", "instance": "instances"}.items():
-        listed = json.loads((coco_mini / f"annotations/{prefix}_val2017.json").read_text())
-        categories = names.coco(task)
-        wanted = [(category["id"], category["name"]) for category in listed["categories"]]
-        assert list(zip(categories.dataset_ids, categories.names)) == wanted
 
 
 # From a model to a file.

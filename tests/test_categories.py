@@ -1,0 +1,62 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from knet_jax.categories import find_categories
+from knet_jax.configuration import ConfigError, load_config
+from knet_jax.data import names
+
+ROOT = Path(__file__).parents[1]
+TINY = "configs/coco_panoptic.py:tiny"
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def test_where_names_of_classes_come_from(tmp_path):
+    config = load_config(TINY)
+    coco = names.coco("panoptic")
+    assert find_categories(config, (), None) == (coco, "the dataset")
+    # As OpenMMLab spells them, and those of another dataset with as many classes.
+    spelled = ("person ", *coco.names[1:])
+    assert find_categories(config, spelled, None) == (coco, "the dataset")
+    own = tuple(f"kind {i}" for i in range(133))
+    categories, origin = find_categories(config, own, None)
+    assert (categories.names, categories.num_things, origin) == (own, 80, "the checkpoint")
+    assert find_categories(config, own[:5], None) == (coco, "the dataset")
+
+    listed = [{"id": 9, "name": "sky", "isthing": 0}, {"id": 4, "name": "cat", "isthing": 1}]
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"categories": listed}))
+    small = load_config(TINY, ("--config.model.num_things=1", "--config.model.num_stuff=1"))
+    categories, origin = find_categories(small, own, path)
+    assert categories == (("cat", "sky"), (4, 9), 1) and origin == str(path)
+    unknown, origin = find_categories(small, (), None)
+    assert unknown.names == ("class 1", "class 2") and origin == "nowhere"
+    with pytest.raises(
+        ConfigError, match=r"--categories=.*num_things is 80, but the data lists 1;"
+    ):
+        find_categories(config, (), path)
+    for text in ("[1]", "{", '{"categories": [{"id": 1}]}'):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="--categories=.*accepted are a JSON with COCO's"):
+            find_categories(small, (), path)
+
+    ade = load_config("configs/ade20k_semantic.py")
+    assert find_categories(ade, (), None)[0].names == names.ADE20K
+    instance = load_config("configs/coco_instance.py")
+    assert find_categories(instance, (), None)[0] == names.coco("instance")
+    semantic = load_config("configs/coco_semantic.py")
+    assert find_categories(semantic, (), None)[0].num_things == 0
+
+
+def test_names_of_coco_are_those_of_its_files(coco_mini):
+    for task, prefix in {"panoptic": "panoptic", "instance": "instances"}.items():
+        listed = json.loads((coco_mini / f"annotations/{prefix}_val2017.json").read_text())
+        categories = names.coco(task)
+        wanted = [(category["id"], category["name"]) for category in listed["categories"]]
+        assert list(zip(categories.dataset_ids, categories.names)) == wanted
