@@ -58,7 +58,7 @@ def check_categories(config: ConfigDict, categories: Categories) -> None:
 
 def check_same_categories(saved: dict[str, Any], categories: Categories) -> None:
     """Raises ValueError where a checkpoint was trained on other classes than the data lists."""
-    old, new = saved["names"], list(categories.names)
+    old, new = list(saved["names"]), list(categories.names)
     if old != new:
         pairs = enumerate(zip_longest(old, new, fillvalue="absent"))
         first, (was, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
