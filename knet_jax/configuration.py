@@ -24,6 +24,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 SAVED_NAME = "config.json"
+CONVERSION_NAME = "conversion.json"
+"""Beside it where the weights come from elsewhere, and there has been no run."""
 
 # A resumed run must be the run that was stopped. These keys may differ all the same: where things
 # lie, how they are shown, how long and how fast to go on.
@@ -173,8 +175,14 @@ def check_resume(config: ConfigDict, workdir: str | Path) -> list[str]:
       One sentence for every difference that a resumed run can live with.
 
     Raises:
-      ConfigError: a difference that would make it another run, all of them named.
+      ConfigError: a difference that would make it another run, all of them named; or a folder in
+        which no run can go on, because there was none.
     """
+    if (Path(workdir) / CONVERSION_NAME).exists():
+        raise ConfigError(
+            f"--workdir={workdir} holds a converted model and no run; start from it by "
+            f"--config.init_weights={workdir} in another --workdir"
+        )
     old = flatten_dict(load_saved_config(workdir).to_dict(), sep=".")
     new = flatten_dict(to_tuples(config.to_dict()), sep=".")
     fine, fatal = [], []

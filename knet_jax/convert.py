@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 from knet_jax.categories import find_categories
 from knet_jax.checkpoint import Checkpoints, check_writable
 from knet_jax.commandline import CommandLine, run
-from knet_jax.configuration import ConfigError, load_config, save_config
+from knet_jax.configuration import CONVERSION_NAME, ConfigError, load_config, save_config
 from knet_jax.knet import make_model
 from knet_jax.reference import CLASSES, Fit, Variables, fit, to_reference
 from knet_jax.runs import open_run
@@ -42,9 +42,6 @@ from knet_jax.tasks import TASKS
 from knet_jax.training import init_variables
 from knet_jax.validation import validate
 from knet_jax.weights import CLASSES_KEY, NETWORK, NEW, READERS, Weights, read_weights
-
-REPORT_NAME = "conversion.json"
-
 
 # From a file to a model.
 
@@ -97,6 +94,7 @@ def import_weights(
     flat = traverse_util.flatten_dict(template, sep="/")
     arrays = found.arrays
     if arrays.keys() != flat.keys():
+        print("initializing what starts anew, which can take a minute", flush=True)
         fresh = traverse_util.flatten_dict(init_variables(model, config.seed), sep="/")
         arrays = {key: arrays.get(key, fresh[key]) for key in flat}
     arrays = {key: np.asarray(arrays[key], leaf.dtype) for key, leaf in flat.items()}
@@ -184,7 +182,7 @@ def write_model(
         folder = Path(draft) / "model"
         folder.mkdir()
         save_config(config, folder)
-        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+        (folder / CONVERSION_NAME).write_text(json.dumps(report, indent=2) + "\n")
         with Checkpoints(
             folder / "checkpoints",
             metric=f"val/{TASKS[config.task].metric.HEADLINE[0]}",
@@ -347,7 +345,7 @@ def main(command: CommandLine) -> None:
         partial=given.partial,
     )
     print(table(report))
-    print(f"wrote {output}, which {output / REPORT_NAME} describes")
+    print(f"wrote {output}, which {output / CONVERSION_NAME} describes")
 
 
 if __name__ == "__main__":

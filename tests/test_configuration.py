@@ -156,3 +156,10 @@ def test_resuming_says_what_differs_and_refuses_another_run(spec, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match=r"config.model.dtype was 'absent', now 'float32'"):
         configuration.check_resume(load_config(spec), tmp_path)
+
+
+def test_a_converted_model_is_no_run(spec, tmp_path):
+    configuration.save_config(load_config(spec), tmp_path)
+    (tmp_path / configuration.CONVERSION_NAME).write_text("{}")
+    with pytest.raises(ConfigError, match=r"no run; start from it by --config\.init_weights="):
+        configuration.check_resume(load_config(spec), tmp_path)
