@@ -164,8 +164,10 @@ def fit_network(
         missing={name: path for name, path in found.missing.items() if not may_start_anew(name)},
         left=tuple(name for name in found.left if not is_optional(name)),
     )
-    for problem in strict.problems(weights.original):
-        raise ValueError(f"{problem}; --partial keeps what fits")
+    try:
+        strict.check(weights.original)
+    except ValueError as error:
+        raise ValueError(f"{error}; --partial keeps what fits") from error
     return found
 
 

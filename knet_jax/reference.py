@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sized
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -242,30 +242,35 @@ class Fit(NamedTuple):
     left: tuple[str, ...]
     """Tensors that belong nowhere."""
 
-    def problems(self, original: Mapping[str, str] | None = None) -> list[str]:
-        """Sentences, the most telling first; `original` has the names of tensors in their file."""
+    def check(self, original: Mapping[str, str] | None = None) -> None:
+        """Raises ValueError where not all belongs together.
+
+        Args:
+          original: names of the tensors in their file, where they are others.
+        """
         known = original or {}
-
-        def several(names: Sequence[str]) -> str:
-            shown = ", ".join(known.get(name, name) for name in names[:5])
-            return shown + (", …" if len(names) > 5 else "")
-
-        sentences = []
+        problems = []
         if self.missing:
             name, path = next(iter(self.missing.items()))
-            more = f", and {len(self.missing) - 1} more" if len(self.missing) > 1 else ""
-            sentences.append(f"the weights have no tensor {name} (for {path}){more}")
-        for name, (given, needed) in self.misfits.items():
-            sentences.append(
+            problems.append(f"the weights have no tensor {name} (for {path}){_more(self.missing)}")
+        if self.misfits:
+            name, (given, needed) = next(iter(self.misfits.items()))
+            problems.append(
                 f"the tensor {known.get(name, name)} has shape {list(given)}; "
-                f"the network needs {list(needed)}"
+                f"the network needs {list(needed)}{_more(self.misfits)}"
             )
         if self.left:
-            sentences.append(
-                f"the network has no place for {len(self.left)} tensors of the weights: "
-                f"{several(self.left)}"
+            shown = ", ".join(known.get(name, name) for name in self.left[:5])
+            problems.append(
+                f"the network has no place for {len(self.left)} tensors of the weights: {shown}"
+                + (", …" if len(self.left) > 5 else "")
             )
-        return sentences
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def _more(problems: Sized) -> str:
+    return f", and {len(problems) - 1} more" if len(problems) > 1 else ""
 
 
 def fit(state: Mapping[str, np.ndarray], template: Variables) -> Fit:
@@ -322,6 +327,5 @@ def from_reference(state: Mapping[str, np.ndarray], template: Variables) -> Vari
         network.
     """
     found = fit(state, template)
-    for problem in found.problems():
-        raise ValueError(problem)
+    found.check()
     return traverse_util.unflatten_dict(found.arrays, sep="/")

@@ -97,7 +97,7 @@ def read_weights(path: str | Path, entry: str = "") -> Weights:
     """Reads a file of weights.
 
     Args:
-      path: npz, safetensors, or a checkpoint of PyTorch (pth or pt).
+      path: npz, safetensors, or a checkpoint of PyTorch (pth, pt or bin).
       entry: which set of tensors, where the file holds several; "" takes the first of `ENTRIES`.
 
     Raises:
@@ -192,6 +192,7 @@ READERS = {
     ".safetensors": _read_safetensors,
     ".pth": _read_torch,
     ".pt": _read_torch,
+    ".bin": _read_torch,
 }
 
 
@@ -274,8 +275,7 @@ def load_backbone(path: str | Path, variables: Variables) -> Variables:
         weights = read_weights(path)
         tensors = {k: x for k, x in weights.tensors.items() if k.startswith("backbone.")}
         found = fit(new | tensors, template)
-        for problem in found.problems(weights.original):
-            raise ValueError(problem)
+        found.check(weights.original)
     except ValueError as error:
         message = str(error).replace("backbone.", "")  # an ImageNet model has no such prefix
         raise ValueError(f"config.init_weights: {path}: {message}") from error

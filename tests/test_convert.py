@@ -238,6 +238,7 @@ def test_what_is_wrong_ends_in_one_line(tmp_path, save, tensors, make, message):
     assert not out.exists() and [file.name for file in tmp_path.iterdir()] == ["a.pth"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,8 +1,11 @@
 """Files are written here the way torch writes them; where torch is installed, by torch itself."""
 
+import io
 import pickle
+import struct
 import tracemalloc
 import zipfile
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -262,6 +265,47 @@ def test_other_files(tmp_path, torch_names):
         read(path)
     with pytest.raises(ValueError, match="TorchScript"):
         read(write(path, bad(torch_names), extra=["constants.pkl"]))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_random_changes_end_in_an_error_of_ours_or_in_nothing(tmp_path, torch_names, legacy):
+    content = {"state_dict": bad(torch_names), "meta": {"epoch": 1, "set": {1, 2}}}
+    path = write(tmp_path / "a.pth", content, legacy)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    start, stop = 0, len(whole)
+    if not legacy:  # within the pickle: elsewhere, the zip file notices
+        with zipfile.ZipFile(path) as archive:
+            pickled = archive.read("archive/data.pkl")
+        start = whole.index(pickled)
+        stop = start + len(pickled)
+    failures = 0
+    for _ in range(300):
+        changed = bytearray(whole)
+        for at in rng.integers(start, stop, rng.integers(1, 6)):
+            changed[at] = rng.integers(256)
+        if not legacy:
+            changed[:] = with_sums(changed)
+        path.write_bytes(changed)
+        try:
+            read(path)
+        except ValueError as error:
+            failures += 1
+            assert len(str(error)) < 500
+    assert 150 < failures < 300
+
+
+def with_sums(data):
+    """A zip file whose checksums fit its content again."""
+    file = io.BytesIO(data)
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            head = info.header_offset
+            name, extra = struct.unpack("<HH", data[head + 26 : head + 30])
+            begin = head + 30 + name + extra
+            total = zlib.crc32(data[begin : begin + info.file_size])
+            old = struct.pack("<L", info.CRC)
+            data = data.replace(old, struct.pack("<L", total))
+    return data
 
 
 @pytest.mark.parametrize("zipped", [True, False])
