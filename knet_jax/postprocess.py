@@ -60,10 +60,9 @@ def best_instances(
       num_results: r, at most n·k.
       threshold: a score; masks of pairs below it need not be there.
     """
-    b, _, k = logits.shape
-    num_results = min(num_results, logits.shape[1] * k)
-    scores, pairs = jax.lax.top_k(jax.nn.sigmoid(logits).reshape(b, -1), num_results)
-    kernels, labels = pairs // k, pairs % k
+    b = len(logits)
+    scores, kernels, labels = best_pairs(logits, num_results)
+    num_results = scores.shape[1]
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     probs = jax.nn.sigmoid(upsample2x(masks, axes=(2, 3)))
 
@@ -89,7 +88,15 @@ def best_instances(
     bits = jnp.zeros((b, padded.shape[1], canvas.width, canvas.height // 8), jnp.uint8)
     wanted = (scores >= threshold).sum(1).max()
     bits = jax.lax.fori_loop(0, -(-wanted // group), add_group, bits)[:, :num_results]
-    return Instances(scores, labels.astype(jnp.int32), kernels.astype(jnp.int32), bits)
+    return Instances(scores, labels, kernels, bits)
+
+
+def best_pairs(logits: jax.Array, num_results: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best pairs of a kernel and a class: class logits [b, n, k] -> scores, kernels, labels [b, r]
+    of at most `num_results`, best first."""
+    b, n, k = logits.shape
+    scores, pairs = jax.lax.top_k(jax.nn.sigmoid(logits).reshape(b, n * k), min(num_results, n * k))
+    return scores, (pairs // k).astype(jnp.int32), (pairs % k).astype(jnp.int32)
 
 
 def label_maps(

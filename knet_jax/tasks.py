@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from knet_jax import losses, rle
+from knet_jax import losses, portable, rle
 from knet_jax.fusion import Fused, fuse
 from knet_jax.kernels import claim_hard
 from knet_jax.layers import resize, upsample2x
@@ -347,6 +347,9 @@ class Task(NamedTuple):
     read: Callable[..., Any]
     """(results of one picture, original_size, least score of a thing) -> the same as people and
     metrics take it."""
+    portable: Callable[..., dict[str, jax.Array]]
+    """(one `Pass`, original_size, and what is static) -> results as named arrays, at the pixels of
+    pictures of any size."""
     metric: ModuleType
     """Counts pictures and summarizes the counts."""
     results: Callable[..., Any]
@@ -360,6 +363,7 @@ TASKS = {
         kernel_loss,
         predict_panoptic,
         read_panoptic,
+        portable.panoptic,
         panoptic,
         PanopticResults,
     ),
@@ -369,6 +373,7 @@ TASKS = {
         kernel_loss,
         predict_instances,
         read_instances,
+        portable.instances,
         instance,
         InstanceResults,
     ),
@@ -378,6 +383,7 @@ TASKS = {
         semantic_loss,
         predict_labels,
         read_labels,
+        portable.labels,
         semantic,
         SemanticResults,
     ),

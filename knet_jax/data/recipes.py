@@ -104,9 +104,14 @@ class WholePicture(NamedTuple):
         resized = transforms.resized_size(size, short_side, self.long_side)
         return transforms.whole(resized, bool(rng.random() < self.flip))
 
+    @property
+    def eval_sides(self) -> tuple[int, int]:
+        """What the short and the long side of a picture become at most in evaluation."""
+        return self.short_side[1], self.long_side
+
     def eval_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of a picture in evaluation, by the greatest short side."""
-        return transforms.resized_size(size, self.short_side[1], self.long_side)
+        """Height and width of a picture in evaluation."""
+        return transforms.resized_size(size, *self.eval_sides)
 
     def eval_canvas(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the canvas of a picture in evaluation."""
@@ -190,9 +195,14 @@ class Crop(NamedTuple):
             view = view._replace(distortion=photometric.draw(rng))
         return view._replace(flip=flip)
 
+    @property
+    def eval_sides(self) -> tuple[int, int]:
+        """What the short and the long side of a picture become at most in evaluation."""
+        return min(self.scale), max(self.scale)
+
     def eval_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of a picture in evaluation."""
-        return transforms.resized_size(size, min(self.scale), max(self.scale))
+        return transforms.resized_size(size, *self.eval_sides)
 
     def eval_canvas(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the canvas of a picture in evaluation."""
