@@ -48,7 +48,7 @@ def convert(
     function: Callable[..., Mapping[str, jax.Array]],
     weights: Mapping[str, np.ndarray],
     inputs: Mapping[str, jax.ShapeDtypeStruct],
-    metadata: Mapping[str, str],
+    properties: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> onnx.ModelProto:
     """The model of `function(weights, *inputs)`, which returns named arrays.
 
@@ -56,7 +56,7 @@ def convert(
       function: of jax.
       weights: by name, kept in the model.
       inputs: their shapes by name; symbols must stand alone in a shape, as "b" and not "2*b".
-      metadata: texts that are kept with the model.
+      properties: texts that are kept with the model, by the shapes of its outputs.
 
     Raises:
       ValueError: a primitive, or a variant of one, has no translation.
@@ -77,20 +77,43 @@ def convert(
         shape = [d if isinstance(d, INTEGER) else str(d) for d in struct.shape]
         return helper.make_tensor_value_info(name, _onnx_type(struct.dtype), shape)
 
+    nodes, used = _prune(graph.nodes, set(names))
     model = helper.make_model(
         helper.make_graph(
-            graph.nodes,
+            nodes,
             "knet",
             [describe(name, struct) for name, struct in inputs.items()],
             [describe(name, outputs[name]) for name in names],
-            [numpy_helper.from_array(array, name) for name, array in graph.constants.items()],
+            [
+                numpy_helper.from_array(a, name)
+                for name, a in graph.constants.items()
+                if name in used
+            ],
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="knet_jax",
     )
-    helper.set_model_props(model, dict(metadata))
+    helper.set_model_props(model, dict(properties(outputs)))
     return model
+
+
+def _prune(
+    nodes: Sequence[onnx.NodeProto], wanted: set[str]
+) -> tuple[list[onnx.NodeProto], set[str]]:
+    """The nodes that some results need, and the names of everything that they need."""
+    kept, wanted = [], set(wanted)
+    for node in reversed(nodes):
+        if wanted.isdisjoint(node.output):
+            continue
+        kept.append(node)
+        wanted.update(node.input)
+        for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+            inner, names = _prune(body.node, {output.name for output in body.output})
+            del body.node[:]
+            body.node.extend(inner)
+            wanted |= names
+    return kept[::-1], wanted
 
 
 def _onnx_type(dtype: Any) -> int:
@@ -194,7 +217,7 @@ class _Graph:
                 "max": lambda a, b: a._with("Max", a, b),
                 "min": lambda a, b: a._with("Min", a, b),
             }
-            self._dims[text] = eval(text, {"__builtins__": {}}, functions | self._dims)  # noqa: S307
+            self._dims[text] = eval(text, {"__builtins__": {}}, functions | self._dims)
         return self._dims[text].name
 
     def shape(self, sizes: Sequence[Any]) -> str:
