@@ -242,10 +242,10 @@ def expected(run: Run, image: np.ndarray) -> Results:
 
 
 def agreement(ours: Results, theirs: Results) -> float:
-    """The share of what either says about a picture's pixels that both say."""
+    """The share of what either says about a picture's pixels that both say; 1 if neither does."""
     ours, theirs = layers(ours), layers(theirs)
     said = (ours > 0) | (theirs > 0)
-    return float((said & (ours == theirs)).sum() / max(said.sum(), 1))
+    return float((ours == theirs)[said].mean()) if said.any() else 1.0
 
 
 def layers(results: Results) -> np.ndarray:

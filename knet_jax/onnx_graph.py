@@ -1,8 +1,8 @@
 """From a traced function to an ONNX model: one ONNX operator, or a few, for each primitive of JAX.
 
 Sizes may be symbols, as `jax.export` makes them; they become computations on the shapes of the
-inputs. Weights keep their names, constants are shared, and what follows from constants alone is
-computed here. Only what the networks and results of this project are made of is understood; anything
+inputs. Matrices keep the names of their weights, constants are shared, and small results of constants
+are computed here. Only what the networks and results of this project are made of is understood; anything
 else is refused by name.
 
 The `onnx` package is an optional dependency: `pip install 'knet-jax[onnx]'`.

@@ -1,0 +1,303 @@
+"""Files that run without this project, and say what it says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from PIL import Image
+from test_train_eval import says
+
+from knet_jax import export
+from knet_jax.checkpoint import Checkpoints
+from knet_jax.configuration import ConfigError, load_config, save_config
+from knet_jax.data.shapes import CATEGORIES, draw
+from knet_jax.knet import make_model
+from knet_jax.portable import View
+from knet_jax.runs import Run, open_run
+from knet_jax.structs import Categories
+from knet_jax.tasks import TASKS
+from knet_jax.training import init_variables
+
+ROOT = Path(__file__).parents[1]
+FORMATS = list(export.FORMATS)
+
+SMALL = {
+    "model.channels": 16,
+    "model.ffn_channels": 32,
+    "model.num_heads": 2,
+    "model.num_stages": 1,
+    "model.backbone.width": 8,
+}
+WHOLE = {
+    "model.num_proposals": 12,
+    "data.canvas": (64, 96),
+    "data.short_side": (64, 64),
+    "data.long_side": 96,
+}
+CHANGES = {
+    "panoptic": WHOLE | {"eval.instance_threshold": 0.0, "eval.overlap_threshold": 0.1},
+    "instance": WHOLE | {"eval.num_results": 20},
+    "semantic": {"data.scale": (96, 64), "data.eval_multiple": 32},
+}
+"""Of the demos: networks that compile in seconds, with a canvas for each orientation."""
+
+
+def lively(variables):
+    """Weights under which a network sees several segments."""
+    rng = np.random.default_rng(3)
+    flat = flatten_dict(variables["params"], sep="/")
+    flat = {
+        name: np.asarray(x) + (0.1 * rng.standard_normal(x.shape)).astype(np.float32)
+        for name, x in flat.items()
+    }
+    return variables | {"params": unflatten_dict(flat, sep="/")}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder of a run for each task."""
+    root = tmp_path_factory.mktemp("models")
+    for task in TASKS:
+        config = load_config(f"{ROOT}/configs/shapes_{task}.py:tiny")
+        config.update_from_flattened_dict(SMALL | CHANGES[task])
+        (root / task).mkdir()
+        save_config(config, root / task)
+        model = make_model(**config.model)
+        variables = lively(jax.jit(lambda model=model: init_variables(model, 0))())
+        with Checkpoints(root / task / "checkpoints") as checkpoints:
+            checkpoints.save(1, variables, {"categories": CATEGORIES._asdict()})
+    return root
+
+
+# A process in which this project cannot be imported runs the lines of the documentation on every
+# file, then on two pictures in one array.
+ALONE = """
+import sys
+sys.modules["knet_jax"] = None
+import os, pathlib
+import numpy as np
+
+code = sys.argv[1]
+for folder in map(pathlib.Path, sys.argv[2:]):
+    os.chdir(folder)
+    names = {}
+    exec(code, names)
+    np.savez("alone.npz", **names["results"])
+    pair = [np.load("pair.npz")[name] for name in ("image", "size")]
+    if "session" in names:
+        inputs = dict(zip(("image", "size"), pair))
+        results = names["session"].run(None, inputs)
+        results = dict(zip(names["metadata"]["outputs"], results))
+    else:
+        results = names["program"](names["weights"], *pair)
+    np.savez("together.npz", **results)
+    print(names["metadata"]["task"], [c["name"] for c in names["metadata"]["categories"]][-1])
+"""
+
+
+def documented(name):
+    """The lines of Python under a heading of the documentation."""
+    text = (ROOT / "docs" / "exporting.md").read_text().split(f"\n## {name}\n")[1]
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+PICTURES = [draw("val", i, (60, 100)).image for i in (0, 3)]
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    """What this project says about each picture, by task."""
+    results = {}
+    for task in TASKS:
+        run = open_run(folders / task)
+        results[task] = [export.expected(run, picture) for picture in PICTURES]
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_files_run_without_this_project(name, folders, expected, tmp_path):
+    if export.FORMATS[name].packages:
+        pytest.importorskip("onnxruntime")
+    shapes = [picture.shape[:2] for picture in PICTURES]
+    image = np.full((2, 96, 112, 3), 7, np.uint8)
+    for place, picture in zip(image, PICTURES):
+        place[: picture.shape[0], : picture.shape[1]] = picture
+    places = []
+    for task in TASKS:
+        places.append(tmp_path / task)
+        places[-1].mkdir()
+        run = open_run(folders / task)
+        path = places[-1] / f"model{export.FORMATS[name].suffix}"
+        share = export.export(run, path, name, image=PICTURES[0])
+        assert share > 0.98 and [file.name for file in path.parent.iterdir()] == [path.name]
+        Image.fromarray(PICTURES[0]).save(places[-1] / "photo.png")
+        np.savez(places[-1] / "pair.npz", image=image, size=np.int32(shapes))
+    heading = {"stablehlo": "StableHLO", "onnx": "ONNX"}[name]
+    code = documented(heading).replace("photo.jpg", "photo.png")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, code, *map(str, places)],
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n")[:-1] == [f"{task} noise" for task in TASKS]
+    for task, place in zip(TASKS, places):
+        alone = {key: array[0] for key, array in np.load(place / "alone.npz").items()}
+        assert len(np.unique(export.layers(expected[task][0])[-1])) > 2, task
+        assert export.agreement(expected[task][0], alone) > 0.98, task
+        together = np.load(place / "together.npz")
+        for i, (height, width) in enumerate(shapes):
+            one = {key: array[i] for key, array in together.items()}
+            for key in ("ids", "masks", *(["labels"] if task == "semantic" else [])):
+                if key in one:
+                    one[key] = one[key][..., :height, :width]
+            assert export.agreement(expected[task][i], one) > 0.98, (task, i)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_upright_pictures_have_their_own_canvas(name, folders, tmp_path):
+    if export.FORMATS[name].packages:
+        pytest.importorskip("onnxruntime")
+    run = open_run(folders / "panoptic")
+    picture = draw("val", 2, (60, 100)).image
+    assert picture.shape[0] > picture.shape[1]
+    views = export.make_views(run.config)
+    assert [view.canvas for view in views] == [(64, 96), (96, 64)]
+    share = export.export(run, tmp_path / "model", name, image=picture)
+    assert share > 0.98
+
+
+# Networks that the demos do not have.
+
+OTHERS = {
+    "deformable": ("coco_panoptic.py:tiny,tiny_dcn", {}),
+    "swin": ("coco_panoptic.py:tiny,tiny_swin", {}),
+    "coordinates": ("coco_panoptic.py:tiny", {"model.neck.coordinates": True}),
+    "no updates": ("coco_instance.py:tiny", {"model.num_stages": 0}),
+    "psp": ("ade20k_semantic.py:psp,tiny", {}),
+    "deeplabv3": ("ade20k_semantic.py:deeplabv3,tiny", {}),
+    "uper": ("ade20k_semantic.py:uper,tiny", {}),
+    "bfloat16": ("ade20k_semantic.py:uper,tiny,bf16", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_every_network_has_a_translation(case, tmp_path):
+    """To ONNX, which computes what the exported program computes in jax."""
+    pytest.importorskip("onnxruntime")
+    spec, changes = OTHERS[case]
+    config = load_config(f"{ROOT}/configs/{spec}")
+    config.update_from_flattened_dict(changes | {"model.dtype": "float32"})
+    model = make_model(**config.model)
+    variables = lively(jax.jit(lambda: init_variables(model, 0))())
+    weights = {k: np.asarray(v) for k, v in flatten_dict(variables, sep="/").items()}
+    program = export.make_program(config, model, [View((64, 96), 64, 96)])
+    categories = Categories(("a", "b"), (1, 2), 1)
+    run = Run(config, model, variables, categories, 7)
+    export.write_onnx(tmp_path / "model", program, weights, export.input_shapes((50, 70), 1), run)
+    theirs = export.open_onnx(tmp_path / "model")
+    image, size = export.draw_picture((50, 70))[None], np.int32([[50, 70]])
+    theirs = {name: array[0] for name, array in theirs(image, size).items()}
+    ours = jax.tree.map(lambda x: np.asarray(x)[0], jax.jit(program)(weights, image, size))
+    assert ours.keys() == theirs.keys()
+    assert export.agreement(ours, theirs) > 0.98
+    if "scores" in ours:
+        np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-3)
+
+
+# What is refused.
+
+
+def test_a_file_that_says_something_else_is_not_written(folders, tmp_path, monkeypatch):
+    run = open_run(folders / "semantic")
+    shape = (48, 64)
+    nothing = {"labels": np.full(shape, -1)}
+    monkeypatch.setattr(export, "expected", lambda run, image: nothing)
+    path = tmp_path / "model"
+    with pytest.raises(ValueError, match="is not written: it agrees with the model in 0.0%"):
+        export.export(run, path, "stablehlo", size=shape, batch=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_agreement_is_of_what_is_said():
+    ids = np.array([[0, 0, 1], [2, 2, 1]])
+    ours = {"ids": ids, "labels": np.array([5, 3]), "scores": np.ones(2)}
+    assert export.agreement(ours, ours) == 1
+    padded = ours | {"labels": np.array([5, 3, -1])}
+    assert export.agreement(ours, padded) == 1
+    assert export.agreement(ours, ours | {"labels": np.array([5, 4])}) == 6 / 8
+    assert export.agreement(ours, ours | {"ids": np.minimum(ids, 1)}) == 4 / 8
+    nothing = {"ids": 0 * ids, "labels": np.array([], int)}
+    assert export.agreement(nothing, nothing) == 1 and export.agreement(ours, nothing) == 0
+    masks = {"masks": np.ones((2, 2, 2), bool), "labels": np.array([0, 1])}
+    assert export.agreement(masks, masks | {"labels": np.array([0, 2])}) == 0.5
+
+
+def test_packages_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    export.check_packages("stablehlo")
+    with pytest.raises(ConfigError, match="pip install onnx onnxruntime"):
+        export.check_packages("onnx")
+
+
+def command(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "knet_jax.export", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_for_pictures_of_one_size(folders, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "new" / "one.onnx"
+    arguments = ("--format", "onnx", "--size", "48,64", "--batch", 1, "--output", path)
+    status, out, err = command(folders / "semantic", *arguments)
+    assert status == 0, err
+    assert f"wrote {path}: semantic, 9 classes, step 1" in out and "uint8 [1, 48, 64, 3]" in out
+    model = onnx.load(path)
+    shapes = {
+        value.name: [side.dim_value for side in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {"image": [1, 48, 64, 3], "size": [1, 2], "labels": [1, 48, 64]}
+    assert "If" not in {node.op_type for node in model.graph.node}
+    metadata = json.loads({p.key: p.value for p in model.metadata_props}["knet_jax"])
+    assert metadata["categories"][0] == {"name": "circle", "dataset_id": 1, "is_thing": True}
+    assert metadata["config"]["task"] == metadata["task"] == "semantic"
+
+
+def test_the_command_explains_itself():
+    status, out, _ = command("--help")
+    assert status == 0
+    assert all(word in out for word in ("--format onnx", "--output", "--size", "--ema", "picture"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], ["name one model"]),
+        (["nowhere"], ["nowhere", "no run"]),
+        (["runs", "--format", "torch"], ["torch", "stablehlo", "onnx"]),
+        (["runs", "--size", "480x640"], ["--size=480x640", "480,640"]),
+        (["runs", "--batch", "0"], ["batch", "0"]),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, words):
+    says(command(*arguments), *words)
