@@ -55,7 +55,9 @@ def shown_size(size: jax.Array, view: View) -> jax.Array:
 
 
 def show(image: jax.Array, size: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
-    """Resizes pictures bilinearly into the top left corner of a canvas, to whole colors.
+    """Resizes pictures bilinearly into the top left corner of a canvas, as cv2 does for evaluation.
+
+    In whole numbers: weights are 2048ths, and so are the colors in between.
 
     Args:
       image: uint8 [b, H, W, 3], of which pictures fill the top left corner.
@@ -68,20 +70,27 @@ def show(image: jax.Array, size: jax.Array, view: View) -> tuple[jax.Array, jax.
     shown = shown_size(size, view)
 
     def one(image: jax.Array, size: jax.Array, shown: jax.Array) -> jax.Array:
-        x = image
-        for axis, side in enumerate(view.canvas):
-            scale = size[axis].astype(jnp.float32) / shown[axis]
-            lower, upper_share = taps(jnp.arange(side), scale, size[axis])
-            upper = jnp.minimum(lower + 1, size[axis] - 1)
-            first, second = (
-                jnp.take(x, rows, axis=axis, mode="clip").astype(jnp.float32)
-                for rows in (lower, upper)
-            )
-            upper_share = jnp.expand_dims(upper_share, (1, 2) if axis == 0 else (0, 2))
-            x = first + upper_share * (second - first)
-        return x
+        def pairs(x: jax.Array, axis: int) -> list[tuple[jax.Array, jax.Array]]:
+            """What the rows (or columns) of the canvas read of x, and the weights."""
+            scale = size[axis] / shown[axis].astype(jnp.float32)
+            lower, share = taps(jnp.arange(view.canvas[axis]), scale, size[axis])
+            share = jnp.where(lower < size[axis] - 1, share, 0)
+            at = (lower, jnp.minimum(lower + 1, size[axis] - 1))
+            shape = (-1, 1, 1) if axis == 0 else (-1, 1)
+            return [
+                (
+                    jnp.take(x, places, axis=axis, mode="clip").astype(jnp.int32),
+                    jnp.round(2048 * weight).astype(jnp.int32).reshape(shape),
+                )
+                for places, weight in zip(at, (1 - share, share))
+            ]
 
-    return jnp.round(jax.vmap(one)(image, size, shown)).astype(jnp.uint8), shown
+        x = sum(weight * column for column, weight in pairs(image, axis=1))
+        div = jax.lax.div  # of numbers that are not negative
+        x = sum(div(weight * div(row, 16), 65536) for row, weight in pairs(x, axis=0))
+        return div(x + 2, 4)
+
+    return jax.vmap(one)(image, size, shown).astype(jnp.uint8), shown
 
 
 # After the network.

@@ -48,7 +48,7 @@ def test_a_canvas_limits_what_is_shown():
 
 @pytest.mark.parametrize("size", [(48, 64), (31, 90), (100, 60), (301, 402)])
 def test_pictures_are_resized_as_in_evaluation(size):
-    """But for one color in 256: cv2 computes in whole numbers."""
+    """But where a weight is rounded otherwise: cv2 computes positions in double precision."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
     padded = np.full((1, size[0] + 7, size[1] + 3, 3), 99, np.uint8)
@@ -59,7 +59,7 @@ def test_pictures_are_resized_as_in_evaluation(size):
     canvas = np.zeros((64, 96, 3), np.uint8)
     transforms.place_image(image, transforms.whole((int(height), int(width))), canvas)
     difference = np.abs(np.asarray(result)[0].astype(int) - canvas)[:height, :width]
-    assert height > 20 and difference.max() <= 1 and difference.mean() < 0.15
+    assert height > 20 and difference.max() <= 1 and difference.mean() < 0.02
 
 
 def scene(task, seed=0, b=2, h=12, w=16, stride=8):
