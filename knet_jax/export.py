@@ -167,12 +167,12 @@ def write_onnx(
     path: Path, program: Program, weights: Weights, inputs: Mapping[str, Any], run: Run
 ) -> None:
     """An ONNX model; what is no tensor is JSON in its metadata, under `knet_jax`."""
-    from knet_jax import onnx_graph
+    from knet_jax import onnx_model
 
     def properties(outputs: Mapping[str, Any]) -> dict[str, str]:
         return {"knet_jax": json.dumps(describe(run, inputs, outputs))}
 
-    model = onnx_graph.convert(program, weights, inputs, properties)
+    model = onnx_model.convert(program, weights, inputs, properties)
     path.write_bytes(model.SerializeToString())
 
 

@@ -1,29 +1,21 @@
-"""From a traced function to an ONNX model: one ONNX operator, or a few, for each primitive of JAX.
+"""An ONNX model as it grows, and the walk through a traced function that makes it grow.
 
-Sizes may be symbols, as `jax.export` makes them; they become computations on the shapes of the
-inputs. Matrices keep the names of their weights, constants are shared, and small results of constants
-are computed here. Only what the networks and results of this project are made of is understood; anything
-else is refused by name.
-
-The `onnx` package is an optional dependency: `pip install 'knet-jax[onnx]'`.
+Sizes may be symbols, as `jax.export` makes them; they become computations on the shapes of the inputs.
+Constants are shared, and small results of constants are computed here.
 """
 
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import onnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
-from onnx import helper, numpy_helper
-
-OPSET = 18
-IR_VERSION = 9
-"""What runtimes of 2023 already read."""
+from onnx import helper
 
 FOLD = 1 << 16
 """Constants of at most so many elements are computed here rather than by the model."""
@@ -33,6 +25,12 @@ INTEGER = (int, np.integer)
 
 WIDE = {"int8": "int32", "int16": "int32", "uint16": "int32"}
 """Types that runtimes have few kernels for, and what they are computed in."""
+
+CALLS = (
+    *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call"),
+)
+"""Primitives that are programs of their own."""
 
 
 class Tensor(NamedTuple):
@@ -44,127 +42,65 @@ class Tensor(NamedTuple):
     """Whether its axes have their length; those of a broadcast may still be 1."""
 
 
-def convert(
-    function: Callable[..., Mapping[str, jax.Array]],
-    weights: Mapping[str, np.ndarray],
-    inputs: Mapping[str, jax.ShapeDtypeStruct],
-    properties: Callable[[Mapping[str, Any]], Mapping[str, str]],
-) -> onnx.ModelProto:
-    """The model of `function(weights, *inputs)`, which returns named arrays.
-
-    Args:
-      function: of jax.
-      weights: by name, kept in the model.
-      inputs: their shapes by name; symbols must stand alone in a shape, as "b" and not "2*b".
-      properties: texts that are kept with the model, by the shapes of its outputs.
-
-    Raises:
-      ValueError: a primitive, or a variant of one, has no translation.
-    """
-    shapes = {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()}
-    closed, outputs = jax.make_jaxpr(function, return_shape=True)(shapes, *inputs.values())
-    graph = _Graph()
-    for name, struct in inputs.items():
-        graph.add_dims(name, struct.shape)
-    flat = [Tensor(name, weights[name]) for name in jax.tree.leaves({n: n for n in shapes})]
-    arguments = [*flat, *map(Tensor, inputs)]
-    results = graph.run(closed, arguments)
-    names = jax.tree.leaves({name: name for name in outputs})
-    for name, result in zip(names, results):
-        graph.nodes.append(helper.make_node("Identity", [graph.read(graph.fill(result))], [name]))
-
-    def describe(name: str, struct: jax.ShapeDtypeStruct) -> onnx.ValueInfoProto:
-        shape = [d if isinstance(d, INTEGER) else str(d) for d in struct.shape]
-        return helper.make_tensor_value_info(name, _onnx_type(struct.dtype), shape)
-
-    nodes, used = _prune(graph.nodes, set(names))
-    model = helper.make_model(
-        helper.make_graph(
-            nodes,
-            "knet",
-            [describe(name, struct) for name, struct in inputs.items()],
-            [describe(name, outputs[name]) for name in names],
-            [
-                numpy_helper.from_array(a, name)
-                for name, a in graph.constants.items()
-                if name in used
-            ],
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="knet_jax",
-    )
-    helper.set_model_props(model, dict(properties(outputs)))
-    return model
+Operator = Callable[["Graph", JaxprEqn, list[Tensor]], list[Tensor]]
+"""What adds the nodes of a primitive, and gives their results."""
 
 
-def _prune(
-    nodes: Sequence[onnx.NodeProto], wanted: set[str]
-) -> tuple[list[onnx.NodeProto], set[str]]:
-    """The nodes that some results need, and the names of everything that they need."""
-    kept, wanted = [], set(wanted)
-    for node in reversed(nodes):
-        if wanted.isdisjoint(node.output):
-            continue
-        kept.append(node)
-        wanted.update(node.input)
-        for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
-            inner, names = _prune(body.node, {output.name for output in body.output})
-            del body.node[:]
-            body.node.extend(inner)
-            wanted |= names
-    return kept[::-1], wanted
+def onnx_type(dtype: Any) -> int:
+    """The number that ONNX has for the type in which values of a type are computed."""
+    return helper.np_dtype_to_tensor_dtype(wide_dtype(dtype))
 
 
-def _onnx_type(dtype: Any) -> int:
-    return helper.np_dtype_to_tensor_dtype(_dtype(dtype))
-
-
-def _dtype(dtype: Any) -> np.dtype:
+def wide_dtype(dtype: Any) -> np.dtype:
+    """The type in which values of a type are computed."""
     return np.dtype(WIDE.get(np.dtype(dtype).name, dtype))
 
 
-class _Dim:
-    """A size that the model computes: an int64 tensor [1] by its name."""
+class Dim:
+    """A size that the model computes: an int64 tensor [1] by its name. It adds, and multiplies."""
 
-    def __init__(self, graph: _Graph, name: str):
+    def __init__(self, graph: Graph, name: str):
         self.graph, self.name = graph, name
 
-    def _with(self, op: str, first: Any, second: Any) -> _Dim:
-        names = [
-            side.name if isinstance(side, _Dim) else self.graph.constant(np.int64([side]))
-            for side in (first, second)
-        ]
-        return _Dim(self.graph, self.graph.op(op, *names, outside=True))
+    @classmethod
+    def of(cls, graph: Graph, op: str, *sides: Any) -> Dim:
+        """What an operator makes of two sizes, numbers or symbols."""
+        names = [graph.dim(side) if isinstance(side, INTEGER) else side.name for side in sides]
+        return cls(graph, graph.op(op, *names, outside=True))
 
-    def __add__(self, other: Any) -> _Dim:
-        return self._with("Add", self, other)
+    def __add__(self, other: Any) -> Dim:
+        return self.of(self.graph, "Add", self, other)
 
-    def __sub__(self, other: Any) -> _Dim:
-        return self._with("Sub", self, other)
+    def __sub__(self, other: Any) -> Dim:
+        return self.of(self.graph, "Sub", self, other)
 
-    def __rsub__(self, other: Any) -> _Dim:
-        return self._with("Sub", other, self)
+    def __rsub__(self, other: Any) -> Dim:
+        return self.of(self.graph, "Sub", other, self)
 
-    def __mul__(self, other: Any) -> _Dim:
-        return self._with("Mul", self, other)
+    def __mul__(self, other: Any) -> Dim:
+        return self.of(self.graph, "Mul", self, other)
 
-    def __neg__(self) -> _Dim:
+    def __neg__(self) -> Dim:
         return self * -1
 
     __radd__, __rmul__ = __add__, __mul__
 
 
-class _Graph:
-    """The model as it grows."""
+class Graph:
+    """The model as it grows.
 
-    def __init__(self):
+    Args:
+      operators: by the name of the primitive.
+    """
+
+    def __init__(self, operators: Mapping[str, Operator]):
+        self._operators = operators
         self.constants: dict[str, np.ndarray] = {}
         self.nodes: list[onnx.NodeProto] = []
         self._top = self.nodes
         self._count = 0
         self._named: dict[Any, str] = {}
-        self._dims: dict[str, _Dim] = {}
+        self._dims: dict[str, Dim] = {}
 
     # Nodes and constants.
 
@@ -182,7 +118,7 @@ class _Graph:
 
     def constant(self, array: np.ndarray, name: str | None = None) -> str:
         """The name of a constant; equal ones have one."""
-        array = np.asarray(array, _dtype(array.dtype))
+        array = np.asarray(array, wide_dtype(array.dtype))
         key = name or (array.dtype.str, array.shape, array.tobytes())
         if key not in self._named:
             self._named[key] = name or self.new_name("constant")
@@ -202,7 +138,7 @@ class _Graph:
         for i, size in enumerate(shape):
             if not isinstance(size, INTEGER) and str(size) not in self._dims:
                 size_name = self.op("Shape", name, start=i, end=i + 1)
-                self._dims[str(size)] = _Dim(self, size_name)
+                self._dims[str(size)] = Dim(self, size_name)
 
     def dim(self, size: Any) -> str:
         """The name of an int64 tensor [1] that holds a size."""
@@ -211,12 +147,8 @@ class _Graph:
         text = str(size)
         if text not in self._dims:
             # The text of a symbolic size is an expression of this grammar, which JAX documents.
-            functions = {
-                "floordiv": lambda a, b: a._with("Div", a, b),  # of numbers that are not negative
-                "mod": lambda a, b: a._with("Mod", a, b),
-                "max": lambda a, b: a._with("Max", a, b),
-                "min": lambda a, b: a._with("Min", a, b),
-            }
+            operators = {"floordiv": "Div", "mod": "Mod", "max": "Max", "min": "Min"}
+            functions = {name: partial(Dim.of, self, op) for name, op in operators.items()}
             self._dims[text] = eval(text, {"__builtins__": {}}, functions | self._dims)
         return self._dims[text].name
 
@@ -268,7 +200,7 @@ class _Graph:
         nodes, self.nodes = self.nodes, outer
 
         def describe(name: str, aval: Any) -> onnx.ValueInfoProto:
-            return helper.make_tensor_value_info(name, _onnx_type(aval.dtype), None)
+            return helper.make_tensor_value_info(name, onnx_type(aval.dtype), None)
 
         return helper.make_graph(
             nodes,
@@ -284,24 +216,14 @@ class _Graph:
             return self.run(inner, inputs)
         if name != "dim_as_value" and (folded := _fold(eqn, inputs)):
             return folded
-        if name in LAZY:
-            return LAZY[name](self, eqn, inputs)
-        if name not in TRANSLATIONS:
+        if name not in self._operators:
             raise ValueError(f"there is no ONNX operator for the primitive {name!r} of jax")
-        inputs = [self.fill(x, v.aval.shape) for x, v in zip(inputs, eqn.invars)]
-        results = TRANSLATIONS[name](self, eqn, *map(self.read, inputs))
-        return [Tensor(r) for r in ([results] if isinstance(results, str) else results)]
-
-
-CALLS = (
-    *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
-    *("custom_jvp_call", "custom_vjp_call"),
-)
+        return self._operators[name](self, eqn, inputs)
 
 
 def _fold(eqn: JaxprEqn, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     """Results that are empty, or small and of constants alone; else None."""
-    sizes = [math.prod(v.aval.shape) for v in eqn.outvars if _is_static(v.aval.shape)]
+    sizes = [math.prod(v.aval.shape) for v in eqn.outvars if is_static(v.aval.shape)]
     if len(sizes) == len(eqn.outvars) and not any(sizes):  # runtimes differ on empty tensors
         return [Tensor("", np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars]
     if len(sizes) < len(eqn.outvars) or sum(sizes) > FOLD or any(x.array is None for x in inputs):
@@ -313,374 +235,5 @@ def _fold(eqn: JaxprEqn, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     return [Tensor("", np.asarray(result)) for result in results]
 
 
-def _is_static(shape: Sequence[Any]) -> bool:
+def is_static(shape: Sequence[Any]) -> bool:
     return all(isinstance(size, INTEGER) for size in shape)
-
-
-# Element by element: axes of length 1 stretch by themselves.
-
-ELEMENTWISE: dict[str, Any] = {
-    "abs": "Abs",
-    "add": "Add",
-    "add_any": "Add",
-    "and": "And",
-    "ceil": "Ceil",
-    "cos": "Cos",
-    "div": "Div",
-    "eq": "Equal",
-    "erf": "Erf",
-    "exp": "Exp",
-    "floor": "Floor",
-    "ge": "GreaterOrEqual",
-    "gt": "Greater",
-    "le": "LessOrEqual",
-    "log": "Log",
-    "logistic": "Sigmoid",
-    "lt": "Less",
-    "max": "Max",
-    "min": "Min",
-    "mul": "Mul",
-    "neg": "Neg",
-    "not": "Not",
-    "or": "Or",
-    "pow": "Pow",
-    "sign": "Sign",
-    "sin": "Sin",
-    "sqrt": "Sqrt",
-    "sub": "Sub",
-    "tanh": "Tanh",
-    "clamp": lambda g, eqn, low, x, high: g.op("Min", g.op("Max", x, low), high),
-    "convert_element_type": lambda g, eqn, x: _cast(g, x, eqn.params["new_dtype"]),
-    "copy": lambda g, eqn, x: x,
-    "copy_p": lambda g, eqn, x: x,
-    "integer_pow": lambda g, eqn, x: g.op(
-        "Pow", x, g.constant(np.array(eqn.params["y"], eqn.invars[0].aval.dtype))
-    ),
-    "log1p": lambda g, eqn, x: g.op("Log", g.op("Add", x, _one(g, eqn))),
-    "ne": lambda g, eqn, x, y: g.op("Not", g.op("Equal", x, y)),
-    "rem": lambda g, eqn, x, y: g.op("Mod", x, y, fmod=1),
-    "rsqrt": lambda g, eqn, x: g.op("Reciprocal", g.op("Sqrt", x)),
-    "square": lambda g, eqn, x: g.op("Mul", x, x),
-    "stop_gradient": lambda g, eqn, x: x,
-}
-
-
-def _one(g: _Graph, eqn: JaxprEqn) -> str:
-    return g.constant(np.ones((), eqn.outvars[0].aval.dtype))
-
-
-def _cast(g: _Graph, x: str, dtype: Any) -> str:
-    return g.op("Cast", x, to=_onnx_type(dtype))
-
-
-def _round(g: _Graph, eqn: JaxprEqn, x: str) -> str:
-    if eqn.params["rounding_method"] != jax.lax.RoundingMethod.TO_NEAREST_EVEN:
-        raise ValueError("ONNX rounds halves to even numbers only")
-    return g.op("Round", x)
-
-
-def _select(g: _Graph, eqn: JaxprEqn, which: str, *cases: str) -> str:
-    dtype = eqn.outvars[0].aval.dtype
-    if len(cases) != 2 or eqn.invars[0].aval.dtype != bool:
-        raise ValueError("ONNX selects between two cases only")
-    if dtype != bool:
-        return g.op("Where", which, cases[1], cases[0])
-    cases = [_cast(g, case, np.uint8) for case in cases]  # runtimes have no kernel for bool
-    return _cast(g, g.op("Where", which, cases[1], cases[0]), bool)
-
-
-ELEMENTWISE |= {"round": _round, "select_n": _select}
-
-
-def _elementwise(g: _Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
-    rule = ELEMENTWISE[eqn.primitive.name]
-    if isinstance(rule, str):
-        if rule in ("And", "Or", "Not") and eqn.invars[0].aval.dtype != bool:
-            raise ValueError(f"there is no ONNX operator for {eqn.primitive.name!r} of numbers")
-        name = g.op(rule, *map(g.read, inputs))
-    else:
-        name = rule(g, eqn, *map(g.read, inputs))
-    rank = len(eqn.outvars[0].aval.shape)
-    full = any(x.full and v.aval.ndim == rank for x, v in zip(inputs, eqn.invars))
-    return [Tensor(name, full=full)]
-
-
-def _broadcast(g: _Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
-    x, shape = inputs[0], eqn.params["shape"]
-    if x.array is None:
-        x = g.fill(x, eqn.invars[0].aval.shape)
-    ones = [1] * len(shape)
-    for axis, size in zip(
-        eqn.params["broadcast_dimensions"],
-        eqn.invars[0].aval.shape if x.array is None else x.array.shape,
-    ):
-        ones[axis] = size
-    full = tuple(ones) == tuple(shape)
-    if x.array is not None:
-        return [Tensor("", x.array.reshape(ones), full)]
-    if tuple(ones) != eqn.invars[0].aval.shape:
-        x = Tensor(g.reshape(x.name, ones))
-    return [x._replace(full=full)]
-
-
-def _transpose(g: _Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
-    [x] = inputs
-    if x.array is not None and x.full:
-        return [Tensor("", x.array.transpose(eqn.params["permutation"]))]
-    name = g.op("Transpose", g.read(x), perm=eqn.params["permutation"])
-    return [Tensor(name, full=x.full)]
-
-
-def _conv(g: _Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
-    params = eqn.params
-    layout = params["dimension_numbers"]
-    if {*params["lhs_dilation"], params["feature_group_count"]} != {1}:
-        raise ValueError("a convolution of groups, or with dilated inputs, has no translation")
-    x, kernel = (g.fill(t, v.aval.shape) for t, v in zip(inputs, eqn.invars))
-    if kernel.array is not None:  # turned here: to runtimes it is a constant then
-        oihw = kernel.array.transpose(layout.rhs_spec)
-        kernel = Tensor(g.constant(oihw, kernel.name and f"{kernel.name}:oihw"))
-    else:
-        kernel = Tensor(g.op("Transpose", kernel.name, perm=layout.rhs_spec))
-    low, high = zip(*params["padding"])
-    y = g.op(
-        "Conv",
-        g.op("Transpose", g.read(x), perm=layout.lhs_spec),
-        kernel.name,
-        strides=params["window_strides"],
-        pads=low + high,
-        dilations=params["rhs_dilation"],
-    )
-    return [Tensor(g.op("Transpose", y, perm=np.argsort(layout.out_spec).tolist()))]
-
-
-def _iota(g: _Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
-    shape, axis = eqn.params["shape"], eqn.params["dimension"]
-    scalar = g.constant(np.array([], np.int64))
-    limits = (g.constant(np.int64(0)), g.op("Reshape", g.dim(shape[axis]), scalar))
-    numbers = _cast(g, g.op("Range", *limits, g.constant(np.int64(1))), eqn.params["dtype"])
-    ones = [1] * len(shape)
-    ones[axis] = -1
-    name = g.op("Reshape", numbers, g.constant(np.int64(ones)))
-    return [Tensor(name, full=len(shape) == 1)]
-
-
-def _gather(g: _Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
-    """A constant window; or whole slices at indices of one axis, in each element of those batched."""
-    params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    shape, rank = eqn.invars[0].aval.shape, eqn.invars[0].aval.ndim
-    x, indices = (g.fill(t, v.aval.shape) for t, v in zip(inputs, eqn.invars))
-    sizes = params["slice_sizes"]
-    if indices.array is not None and indices.array.ndim == 1:
-        axes = numbers.start_index_map
-        start = g.constant(indices.array.astype(np.int64))
-        end = g.op("Add", start, g.shape([sizes[axis] for axis in axes]))
-        y = g.op("Slice", g.read(x), start, end, g.constant(np.int64(axes)))
-        return [Tensor(g.reshape(y, eqn.outvars[0].aval.shape))]
-
-    batch, axes = numbers.operand_batching_dims, numbers.start_index_map
-    whole = [i for i in range(rank) if i not in (*batch, *axes)]
-    plain = (
-        len(axes) == 1
-        and tuple(numbers.collapsed_slice_dims) == tuple(axes)
-        and all(sizes[i] == shape[i] for i in whole)
-        and tuple(numbers.start_indices_batching_dims) == tuple(range(len(batch)))
-    )
-    modes = jax.lax.GatherScatterMode
-    if not plain or params["mode"] not in (modes.CLIP, modes.PROMISE_IN_BOUNDS):
-        raise ValueError(f"a gather of {numbers} and {params['mode']} has no translation")
-    places = _cast(g, g.read(indices), np.int64)  # the last axis, of length 1, has the coordinates
-    if params["mode"] == modes.CLIP:
-        limit = g.op("Sub", g.dim(shape[axes[0]]), g.constant(np.int64([1])))
-        places = g.op("Max", g.op("Min", places, limit), g.constant(np.int64([0])))
-    y = g.op("Transpose", g.read(x), perm=[*batch, *axes, *whole])
-    y = g.op("GatherND", y, places, batch_dims=len(batch))
-    # First the axes of the indices, then those of the slices, for which JAX names other places.
-    offsets = list(numbers.offset_dims)
-    others = [i for i in range(eqn.outvars[0].aval.ndim) if i not in offsets]
-    return [Tensor(g.op("Transpose", y, perm=np.argsort([*others, *offsets]).tolist()))]
-
-
-LAZY: dict[str, Callable[..., list[Tensor]]] = {
-    **dict.fromkeys(ELEMENTWISE, _elementwise),
-    "broadcast_in_dim": _broadcast,
-    "conv_general_dilated": _conv,
-    "gather": _gather,
-    "iota": _iota,
-    "transpose": _transpose,
-}
-"""Translations that can do with axes of length 1, or look at constants."""
-
-
-# Everything else.
-
-
-def _reshape(g: _Graph, eqn: JaxprEqn, x: str, *_: str) -> str:
-    return g.reshape(x, eqn.outvars[0].aval.shape)
-
-
-def _reduce(op: str) -> Callable[..., str]:
-    def translate(g: _Graph, eqn: JaxprEqn, x: str) -> str:
-        axes = g.constant(np.int64(eqn.params["axes"]))
-        return g.op(op, x, axes, keepdims=0)
-
-    return translate
-
-
-def _reduce_bool(op: str) -> Callable[..., str]:
-    def translate(g: _Graph, eqn: JaxprEqn, x: str) -> str:
-        return _cast(g, _reduce(op)(g, eqn, _cast(g, x, np.int32)), bool)
-
-    return translate
-
-
-def _argmax(g: _Graph, eqn: JaxprEqn, x: str) -> str:
-    [axis] = eqn.params["axes"]
-    return _cast(g, g.op("ArgMax", x, axis=axis, keepdims=0), eqn.params["index_dtype"])
-
-
-def _cumsum(g: _Graph, eqn: JaxprEqn, x: str) -> str:
-    axis = g.constant(np.int64(eqn.params["axis"]))
-    return g.op("CumSum", x, axis, reverse=int(eqn.params["reverse"]))
-
-
-def _concatenate(g: _Graph, eqn: JaxprEqn, *parts: str) -> str:
-    parts = [part for part, v in zip(parts, eqn.invars) if 0 not in v.aval.shape]
-    return g.op("Concat", *parts, axis=eqn.params["dimension"])
-
-
-def _stack(g: _Graph, eqn: JaxprEqn, *parts: str) -> str:
-    axis = eqn.params["axis"]
-    parts = [g.op("Unsqueeze", part, g.constant(np.int64([axis]))) for part in parts]
-    return g.op("Concat", *parts, axis=axis)
-
-
-def _pad(g: _Graph, eqn: JaxprEqn, x: str, value: str) -> str:
-    low, high, inner = zip(*eqn.params["padding_config"])
-    if any(inner) or any(isinstance(n, INTEGER) and n < 0 for n in low + high):
-        raise ValueError("ONNX pads at the ends only")
-    return g.op("Pad", x, g.shape(low + high), value)
-
-
-def _slice(g: _Graph, eqn: JaxprEqn, x: str) -> str:
-    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
-    steps = eqn.params["strides"] or [1] * len(start)
-    axes = g.constant(np.arange(len(start)))
-    return g.op("Slice", x, g.shape(start), g.shape(limit), axes, g.shape(steps))
-
-
-def _split(g: _Graph, eqn: JaxprEqn, x: str) -> list[str]:
-    names = [g.new_name("split") for _ in eqn.outvars]
-    sizes = g.shape(eqn.params["sizes"])
-    g.nodes.append(helper.make_node("Split", [x, sizes], names, axis=eqn.params["axis"]))
-    return names
-
-
-def _dot(g: _Graph, eqn: JaxprEqn, x: str, y: str) -> str:
-    contract, batch = eqn.params["dimension_numbers"]
-    ranks = [v.aval.ndim for v in eqn.invars]
-    if ranks[1] == 2 and contract == ((ranks[0] - 1,), (0,)) and not batch[0]:
-        return g.op("MatMul", x, y)
-    letters = iter(string.ascii_letters)
-    names = [[next(letters) for _ in range(rank)] for rank in ranks]
-    for first, second in (*zip(*contract), *zip(*batch)):
-        names[1][second] = names[0][first]
-    shared = [names[0][axis] for axis in batch[0]]
-    gone = {names[0][axis] for axis in contract[0]} | set(shared)
-    free = [letter for side in names for letter in side if letter not in gone]
-    equation = f"{''.join(names[0])},{''.join(names[1])}->{''.join(shared + free)}"
-    return g.op("Einsum", x, y, equation=equation)
-
-
-def _max_pool(g: _Graph, eqn: JaxprEqn, x: str) -> str:
-    params = eqn.params
-    dilations = {*params["base_dilation"], *params["window_dilation"]}
-    window, strides, padding = (
-        params[key] for key in ("window_dimensions", "window_strides", "padding")
-    )
-    if dilations != {1} or len(window) != 4 or {window[0], window[3]} != {1}:
-        raise ValueError("a pooling that is not of rows and columns has no translation")
-    low, high = zip(*padding[1:3])
-    x = g.op("Transpose", x, perm=(0, 3, 1, 2))
-    y = g.op("MaxPool", x, kernel_shape=window[1:3], strides=strides[1:3], pads=low + high)
-    return g.op("Transpose", y, perm=(0, 2, 3, 1))
-
-
-def _top_k(g: _Graph, eqn: JaxprEqn, x: str) -> list[str]:
-    axis = eqn.params.get("axis", eqn.invars[0].aval.ndim - 1)
-    return _ranked(g, x, eqn.params["k"], axis, eqn.outvars[1].aval.dtype, largest=1)
-
-
-def _sort(g: _Graph, eqn: JaxprEqn, keys: str, *others: str) -> list[str]:
-    axis, size = eqn.params["dimension"], eqn.invars[0].aval.shape[eqn.params["dimension"]]
-    if eqn.params["num_keys"] != 1:
-        raise ValueError("ONNX sorts by one key only")
-    keys, places = _ranked(g, keys, size, axis, np.int64, largest=0)
-    return [keys, *(g.op("GatherElements", x, places, axis=axis) for x in others)]
-
-
-def _ranked(g: _Graph, x: str, count: Any, axis: int, dtype: Any, largest: int) -> list[str]:
-    """The first so many and where they were; of equals the first stays the first."""
-    values, places = g.new_name("topk"), g.new_name("topk")
-    node = helper.make_node("TopK", [x, g.dim(count)], [values, places], axis=axis, largest=largest)
-    g.nodes.append(node)
-    return [values, _cast(g, places, dtype)]
-
-
-def _scan(g: _Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
-    params = eqn.params
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
-    if params["reverse"] or len(inputs) == num_consts + num_carry:
-        raise ValueError("a loop backwards, or over nothing, has no translation")
-    consts = [Tensor(name) for name in inputs[:num_consts]]
-    looped = [Tensor(g.new_name("step")) for _ in inputs[num_consts:]]
-    avals = params["jaxpr"].in_avals[num_consts:]
-    body = g.body("step", params["jaxpr"], [*consts, *looped], list(zip(looped, avals)))
-    names = [g.new_name("scan") for _ in eqn.outvars]
-    num_xs = len(looped) - num_carry
-    node = helper.make_node("Scan", inputs[num_consts:], names, body=body, num_scan_inputs=num_xs)
-    g.nodes.append(node)
-    return names
-
-
-def _cond(g: _Graph, eqn: JaxprEqn, which: str, *inputs: str) -> list[str]:
-    branches = eqn.params["branches"]
-    if len(branches) != 2:
-        raise ValueError("ONNX has branches of two cases only")
-    arguments = [Tensor(name) for name in inputs]
-    no, yes = (g.body("branch", branch, arguments, []) for branch in branches)
-    names = [g.new_name("if") for _ in eqn.outvars]
-    which = _cast(g, which, bool)
-    g.nodes.append(helper.make_node("If", [which], names, then_branch=yes, else_branch=no))
-    return names
-
-
-def _dim_as_value(g: _Graph, eqn: JaxprEqn) -> str:
-    scalar = g.op("Reshape", g.dim(eqn.params["dim"]), g.constant(np.array([], np.int64)))
-    return _cast(g, scalar, eqn.outvars[0].aval.dtype)
-
-
-TRANSLATIONS: dict[str, Callable[..., str | list[str]]] = {
-    "argmax": _argmax,
-    "concatenate": _concatenate,
-    "cond": _cond,
-    "cumsum": _cumsum,
-    "dim_as_value": _dim_as_value,
-    "dot_general": _dot,
-    "expand_dims": _reshape,
-    "pad": _pad,
-    "reduce_and": _reduce_bool("ReduceMin"),
-    "reduce_max": _reduce("ReduceMax"),
-    "reduce_min": _reduce("ReduceMin"),
-    "reduce_or": _reduce_bool("ReduceMax"),
-    "reduce_sum": _reduce("ReduceSum"),
-    "reduce_window_max": _max_pool,
-    "reshape": _reshape,
-    "scan": _scan,
-    "slice": _slice,
-    "sort": _sort,
-    "split": _split,
-    "squeeze": _reshape,
-    "stack": _stack,
-    "top_k": _top_k,
-}

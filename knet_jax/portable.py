@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from knet_jax.fusion import best_classes, find_eligible, settle
 from knet_jax.layers import upsample2x
 from knet_jax.postprocess import ROWS, best_pairs, label_maps
+from knet_jax.ranking import best_classes, find_eligible, settle
 from knet_jax.resampling import MASK_STRIDE, Canvas, taps, to_original
 from knet_jax.structs import EMPTY, Pass, Sizes
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 onnxruntime = pytest.importorskip("onnxruntime")
-onnx_graph = pytest.importorskip("knet_jax.onnx_graph")
+onnx_model = pytest.importorskip("knet_jax.onnx_model")
 onnx = pytest.importorskip("onnx")
 
 ROWS, COLUMNS = 5, 6
@@ -20,7 +20,7 @@ def both(function, symbols="b, 5, 6", dtype=np.float32, weights=None):
     shape = jax.export.symbolic_shape(symbols)
     inputs = {"x": jax.ShapeDtypeStruct(shape, dtype)}
     named = lambda weights, x: {"y": function(x, **weights)}
-    model = onnx_graph.convert(named, weights, inputs, lambda outputs: {"about": f"{outputs['y']}"})
+    model = onnx_model.convert(named, weights, inputs, lambda outputs: {"about": f"{outputs['y']}"})
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 2
