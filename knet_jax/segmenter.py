@@ -262,7 +262,7 @@ class Segmenter:
             recipe.scaled(ratio) if ratio != 1 else recipe for ratio in options.get("scales", (1,))
         ]
         self._flip = options.get("flip", False)
-        self._thresholds = {
+        self.thresholds = {
             "instance_threshold": options.get("instance_threshold", THRESHOLD),
             "overlap_threshold": options.get("overlap_threshold", 0.0),
         }
@@ -270,6 +270,11 @@ class Segmenter:
             partial(predict, model=run.model, task=self._task, options=options),
             static_argnames="canvas",
         )
+
+    @property
+    def num_programs(self) -> int:
+        """How many have been compiled, or read from the cache on disk, for pictures so far."""
+        return self._predict._cache_size()
 
     def __call__(
         self,
@@ -310,7 +315,7 @@ class Segmenter:
         for name, value in given.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}; accepted: a number from 0 to 1")
-        thresholds = self._thresholds | {k: v for k, v in given.items() if v is not None}
+        thresholds = self.thresholds | {k: v for k, v in given.items() if v is not None}
         return self._stream(iter(images), thresholds)
 
     def _stream(self, images: Iterator[Image], thresholds: dict[str, float]) -> Iterator[Result]:

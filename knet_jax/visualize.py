@@ -69,7 +69,7 @@ def draw(image: np.ndarray, segmentation: Segmentation, categories: Categories) 
     stripe = crowd[index] & ((rows + columns) % period < period // 3)
 
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
-    colors = np.array([(0, 0, 0), *_colors(panoptic.segments, categories)], np.float32)
+    colors = np.array([(0, 0, 0), *colors_of(panoptic.segments, categories)], np.float32)
     tinted = gray + OPACITY * (np.where(stripe[..., None], 0, colors[index]) - gray)
     picture = tinted.astype(np.uint8)
     edge = _edges(index)
@@ -99,9 +99,9 @@ def overlay(
     """
     panoptic = as_panoptic(segmentation, image.shape[:2], min_score=0.0)
     if side:
-        image, (panoptic,) = _at_side(side, image, panoptic)
+        image, (panoptic,) = at_side(side, image, panoptic)
     index = segment_index(panoptic)
-    colors = np.array([(0, 0, 0), *_colors(panoptic.segments, categories)])
+    colors = np.array([(0, 0, 0), *colors_of(panoptic.segments, categories)])
     opacity = np.array(
         [0, *(0.55 if s.label < categories.num_things else 0.4 for s in panoptic.segments)]
     )[:, None]
@@ -175,7 +175,7 @@ def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:
 def _strip(row: Row, categories: Categories) -> np.ndarray:
     """One row of a panel, captions above."""
     given = (as_panoptic(each, row.image.shape[:2]) for each in (row.truth, row.prediction))
-    image, maps = _at_side(CELL, row.image, *given)
+    image, maps = at_side(CELL, row.image, *given)
     truth, prediction = (draw(image, each, categories) for each in maps)
     height, width = image.shape[:2]
 
@@ -191,7 +191,7 @@ def _strip(row: Row, categories: Categories) -> np.ndarray:
     return np.array(canvas)
 
 
-def _at_side(
+def at_side(
     side: int, image: np.ndarray, *maps: PanopticMap
 ) -> tuple[np.ndarray, list[PanopticMap]]:
     """A picture whose longer side has so many pixels, and maps of it alike.
@@ -208,7 +208,7 @@ def _at_side(
     ]
 
 
-def _colors(
+def colors_of(
     segments: Sequence[SegmentInfo], categories: Categories
 ) -> list[tuple[float, float, float]]:
     """RGB in 0 … 255 of every segment."""
@@ -314,7 +314,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def thumbnail(picture: np.ndarray, caption: str) -> np.ndarray:
     """A small picture over its name, of the size of all others: uint8 [H, W, 3], RGB."""
-    small, _ = _at_side(THUMBNAIL, picture)
+    small, _ = at_side(THUMBNAIL, picture)
     height, width = small.shape[:2]
     font = _font(MIN_FONT_SIZE)
     line = 2 * font.size
