@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import html
 import importlib.resources
+import logging
 import os
 import socket
 import tempfile
@@ -134,23 +135,20 @@ class Pictures:
           ValueError: there is no such picture, or it is too large.
         """
         try:
-            check_picture(path, name, self._max_megapixels)
+            check_picture(path, self._max_megapixels)
             seen = self._whole(path, overlap) if whole else self._reduced(path, overlap)
         except FileNotFoundError as error:
-            raise ValueError(f"{name} is no longer here; drop it again") from error
+            raise ValueError(f"{name}: no longer here; drop it again") from error
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         return seen._replace(result=as_task(seen.result.above(threshold), task))
 
 
-def check_picture(path: str, name: str, max_megapixels: float) -> None:
-    """Looks at the head of a file, before anything of its size is in memory.
-
-    Args:
-      path: of the file.
-      name: what the user calls it.
-      max_megapixels: millions of pixels that it may have.
+def check_picture(path: str, max_megapixels: float) -> None:
+    """Looks at the head of a file, before anything of the picture's size is in memory.
 
     Raises:
-      ValueError: it is no picture, or too large.
+      ValueError: it is no picture, or one of more than `max_megapixels`.
       FileNotFoundError: there is no file.
     """
     try:
@@ -161,12 +159,11 @@ def check_picture(path: str, name: str, max_megapixels: float) -> None:
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"{name} is no picture that can be read; accepted: {', '.join(PICTURES)}"
-        ) from error
+        accepted = ", ".join(PICTURES)
+        raise ValueError(f"no picture that can be read; accepted: {accepted}") from error
     if megapixels > max_megapixels:
-        size = f"{megapixels:.1f}" if np.isfinite(megapixels) else "far more"
-        raise ValueError(f"{name} has {size} megapixels; accepted: up to {max_megapixels:g}")
+        size = f"{megapixels:.1f}" if np.isfinite(megapixels) else "far too many"
+        raise ValueError(f"{size} megapixels; accepted: up to {max_megapixels:g}")
 
 
 def as_task(result: Result, task: str) -> Result:
@@ -211,7 +208,9 @@ def display(seen: Seen) -> dict[str, Any]:
 def data_url(picture: np.ndarray, suffix: str, options: list[int] | None = None) -> str:
     """A picture, uint8 [H, W, 3] in RGB, within an address."""
     data = cv2.imencode(suffix, picture[..., ::-1], options or [])[1].tobytes()
-    return f"data:image/{suffix[1:].replace('jpg', 'jpeg')};base64,{base64.b64encode(data).decode()}"
+    return (
+        f"data:image/{suffix[1:].replace('jpg', 'jpeg')};base64,{base64.b64encode(data).decode()}"
+    )
 
 
 def css_color(color: tuple[float, float, float]) -> str:
@@ -266,9 +265,9 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
     files = importlib.resources.files("knet_jax") / "viewer"
     limits = f"up to {max_upload_mb} MB and {max_megapixels:g} megapixels"
 
-    def see(upload: Any, view: str, *thresholds: float, whole: bool = False) -> Seen:
+    def see(upload: Any, view: str, *values: float, whole: bool = False) -> Seen:
         given = upload.orig_name or Path(upload.path).name
-        return pictures.see(upload.path, given, views[view], *thresholds, whole=whole)
+        return pictures.see(upload.path, given, views[view], *values, whole=whole)
 
     def show(upload: Any, view: str, threshold: float, overlap: float) -> dict[str, Any]:
         """Segments of a picture, as the page shows them."""
@@ -299,9 +298,10 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
         """The segments in the form of COCO's results, as a JSON."""
         return write(".json", upload, view, threshold, overlap)
 
-    async def keep(path: str) -> str:
-        if not Path(path).is_file():
-            raise gr.Error("Upload the picture: addresses are not followed.", print_exception=False)
+    async def only_uploads(path: str) -> str:
+        """In place of what Gradio would do: copy any file of this machine, or one of another."""
+        if not Path(path).resolve().is_relative_to(Path(upload.GRADIO_CACHE).resolve()):
+            raise gr.Error("Only a picture that was uploaded is read.", print_exception=False)
         return path
 
     with gr.Blocks(
@@ -317,9 +317,8 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
                     height=240,
                     buttons=[],
                 )
-                # Files are read by our own reader; only those that were uploaded are.
-                upload.preprocess = lambda payload: payload
-                upload.async_move_resource_to_block_cache = keep
+                upload.preprocess = lambda payload: payload  # files are read by our own reader
+                upload.async_move_resource_to_block_cache = only_uploads
             with gr.Column(elem_id="desk-settings"):
                 view = gr.Radio(
                     list(views), value=next(iter(views)), label="Show", visible=len(views) > 1
@@ -430,8 +429,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno > 0 else error.strerror
         raise ConfigError(
             f"--host={host} --port={port}: {reason}; --port=0 takes a free port"
         ) from error
@@ -467,8 +466,12 @@ def main(command: CommandLine) -> None:
             app = make_app(segmenter, name, values.max_megapixels, values.max_upload_mb)
             print(f"{name} ({segmenter.task}, step {segmenter.step}): {address(listener)}")
             print("Ctrl-C ends it", flush=True)
-            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-            uvicorn.Server(config).run(sockets=[listener])
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+            )
+            # Connections that are cut off at the end are no errors.
+            logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
+            server.run(sockets=[listener])
 
 
 if __name__ == "__main__":
