@@ -277,6 +277,45 @@ def test_help_teaches():
         assert text in said
 
 
+@pytest.mark.parametrize(
+    "task, views, sliders",
+    [
+        ("panoptic", ["Panoptic", "Instances", "Semantic"], {"Score": 0.2, "Overlap": 0.05}),
+        ("instance", [], {"Score": 0.3}),
+        ("semantic", [], {}),
+    ],
+)
+def test_the_page_offers_what_the_model_does(task, views, sliders, model, tmp_path):
+    pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[demo]'")
+    import httpx
+
+    folder = model if task == "panoptic" else tiny_runs.write(tmp_path / "run", task)
+    segmenter = Segmenter(open_run(folder))
+    app = demo.make_app(segmenter, "<i>", 50, 50)
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return (await client.get("/config")).json()
+
+    config = asyncio.run(ask())
+    assert not config["analytics_enabled"]
+    seen = [one["props"] | {"type": one["type"]} for one in config["components"]]
+    seen = [one for one in seen if one.get("visible", True)]
+    offered = [[name for name, _ in one["choices"]] for one in seen if one["type"] == "radio"]
+    assert offered == ([views] if views else [])
+    found = {one["label"].split()[0]: one["value"] for one in seen if one["type"] == "slider"}
+    assert found == sliders
+    [head, *_] = [one["value"] for one in seen if one["type"] == "html"]
+    assert f"{task} segmentation · model &lt;i&gt;, step 1 · float32 on cpu" in head
+
+    shown = demo.Pictures(segmenter, 1).see(
+        str(save(tmp_path / "a.png", picture(64, 96))), "a.png", task, 0.3, 0.0
+    )
+    assert summary(shown.result) == summary(segmenter(picture(64, 96), 0.3, 0.0))
+    assert len(demo.display(shown)["segments"]) == len(shown.result.segments) > 0
+
+
 @pytest.fixture(scope="module")
 def url(model, tmp_path_factory):
     """Of a server, which ends by Ctrl-C, leaves no file, and never asks the network."""
