@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
@@ -382,12 +383,13 @@ def test_numbers_of_other_types_become_ours(tmp_path, save, tensors, variables):
     names_ = sorted(tensors)
     half = {name: x.astype(np.float16) for name, x in tensors.items()}
     half[names_[0]] = tensors[names_[0]].astype(np.float64)
+    half[names_[1]] = tensors[names_[1]].astype(jnp.bfloat16)
     report = import_weights(save(half), TINY, tmp_path / "model")
     assert len(report["rounded"]) == 1
     opened = open_run(tmp_path / "model").variables
     assert {x.dtype for x in jax.tree.leaves(opened)} == {np.dtype("float32")}
     for a, b in zip(jax.tree.leaves(opened), jax.tree.leaves(variables)):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-6)
 
 
 # From a model to a file.
