@@ -81,7 +81,7 @@ SAVE = """(file) => {
 
 
 class Seen(NamedTuple):
-    """What a network sees in a picture, every thing included, whatever its score."""
+    """What a network sees in a picture."""
 
     result: Result
     size: tuple[int, int]
@@ -105,14 +105,15 @@ class Pictures:
         # For both buttons.
         self._whole = lru_cache(maxsize=1)(self._find)
 
-    def _find(self, path: str, overlap: float, max_side: int | None = None) -> Seen:
+    def _find(
+        self, path: str, overlap: float, threshold: float = 0.0, max_side: int | None = None
+    ) -> Seen:
         image = decode_image(Path(path).read_bytes())
         size = image.shape[:2]
         if max_side and max(size) > max_side:
             image, _ = at_side(max_side, image)
         start, programs = time.perf_counter(), self._segmenter.num_programs
-        # Which things are shown changes nothing else: `above` gives what a threshold would.
-        result = self._segmenter(image, threshold=0.0, overlap=overlap)
+        result = self._segmenter(image, threshold, overlap)
         speed = f"segmented in {time.perf_counter() - start:.2f} s"
         if self._segmenter.num_programs > programs:
             speed += ", the first of its size"
@@ -136,7 +137,9 @@ class Pictures:
         """
         try:
             check_picture(path, self._max_megapixels)
-            seen = self._whole(path, overlap) if whole else self._reduced(path, overlap)
+            # Which things are shown changes nothing else: `above` gives what a threshold would, but
+            # to find all costs more.
+            seen = self._whole(path, overlap, threshold) if whole else self._reduced(path, overlap)
         except FileNotFoundError as error:
             raise ValueError(f"{name}: no longer here; drop it again") from error
         except ValueError as error:
@@ -243,9 +246,10 @@ def list_categories(categories: Categories) -> str:
 
 def count_categories(categories: Categories) -> str:
     """How many there are of each kind."""
-    counts = {"things": categories.num_things, "kinds of stuff": categories.num_stuff}
-    parts = [f"{count} {kind}" for kind, count in counts.items() if count]
-    return f"Categories: {', '.join(parts)}"
+    if not categories.num_things:
+        return f"Categories: {categories.num_stuff} classes"
+    stuff = f", {categories.num_stuff} of stuff" if categories.num_stuff else ""
+    return f"Categories: {categories.num_things} of things{stuff}"
 
 
 def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_mb: int) -> Any:

@@ -150,10 +150,8 @@ def test_instances_of_which_one_hides_the_other():
 def test_names_are_no_html():
     assert "<b>" not in demo.list_categories(CATEGORIES)
     assert "&lt;b&gt;" in demo.list_categories(CATEGORIES)
-    assert demo.count_categories(CATEGORIES) == "Categories: 2 things, 1 kinds of stuff"
-    assert (
-        demo.count_categories(CATEGORIES._replace(num_things=0)) == "Categories: 3 kinds of stuff"
-    )
+    assert demo.count_categories(CATEGORIES) == "Categories: 2 of things, 1 of stuff"
+    assert demo.count_categories(CATEGORIES._replace(num_things=0)) == "Categories: 3 classes"
 
 
 # Pictures.

@@ -62,7 +62,7 @@ function light(id) {
   const canvas = find("canvas");
   const pen = canvas.getContext("2d");
   const shade = pen.createImageData(canvas.width, canvas.height);
-  if (id) new Uint32Array(shade.data.buffer).forEach((_, i, all) => (all[i] = ids[i] === id ? 0 : 0xb0000000));
+  if (id) new Uint32Array(shade.data.buffer).forEach((_, i, all) => (all[i] = ids[i] === id ? 0 : 0x99000000));
   pen.putImageData(shade, 0, 0);
   for (const button of root.querySelectorAll("button"))
     button.classList.toggle("lit", Number(button.dataset.id) === id);
