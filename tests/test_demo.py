@@ -260,6 +260,7 @@ def run_demo(code, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(model):
     status, _, said = run_demo(AT_HOME)
     assert (status, said.count("\n")) == (2, 1) and said.startswith("demo.py: --model is missing")
@@ -268,6 +269,7 @@ def test_mistakes_are_one_line(model):
     assert (status, said) == (2, "demo.py: the page needs gradio: pip install -e '.[demo]'\n")
 
 
+@pytest.mark.slow
 def test_help_teaches():
     status, said, _ = run_demo(AT_HOME, "--help")
     assert status == 0
