@@ -290,7 +290,8 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
         except ValueError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
         source = Path(upload.path)
-        path = source.parent / f"{source.stem}_{result.task}_{threshold:g}_{overlap:g}{suffix}"
+        stem = f"{source.stem[:100]}_{result.task}_{threshold:g}_{overlap:g}"  # names have limits
+        path = source.parent / f"{stem}{suffix}"
         result.save(path)
         return str(path)
 
