@@ -37,7 +37,7 @@ from knet_jax.knet import KNet
 from knet_jax.portable import View, show
 from knet_jax.runs import Run, open_run
 from knet_jax.segmenter import Segmenter
-from knet_jax.structs import Batch, PanopticMap, Pass
+from knet_jax.structs import EMPTY, Batch, PanopticMap, Pass
 from knet_jax.tasks import TASKS
 
 LANDSCAPE, PORTRAIT = (240, 320), (320, 240)
@@ -242,20 +242,40 @@ def expected(run: Run, image: np.ndarray) -> Results:
 
 
 def agreement(ours: Results, theirs: Results) -> float:
-    """The share of what either says about a picture's pixels that both say; 1 if neither does."""
-    ours, theirs = layers(ours), layers(theirs)
-    said = (ours > 0) | (theirs > 0)
-    return float((ours == theirs)[said].mean()) if said.any() else 1.0
+    """How far two results say the same about a picture, from 0 to 1.
+
+    Every segment is compared with that of the other side which has its class and overlaps it most,
+    whatever its rank: the mean of these overlaps (intersection over union), by area.
+    """
+    ours, theirs = find_masks(ours), find_masks(theirs)
+    return min(mean_overlap(ours, theirs), mean_overlap(theirs, ours))
 
 
-def layers(results: Results) -> np.ndarray:
-    """int [l, H, W]: class and segment, class, or class within each instance; 0 is none."""
-    labels = 1 + results["labels"]
-    if "ids" in results:
-        return np.stack([results["ids"], np.append(labels, 0)[results["ids"] - 1]])
+def find_masks(results: Results) -> tuple[np.ndarray, np.ndarray]:
+    """Class [s] and pixels [s, H·W] of each segment, instance or class of a picture."""
+    labels = results["labels"]
     if "masks" in results:
-        return np.where(results["masks"], labels[:, None, None], 0)
-    return labels[None]
+        masks = results["masks"]
+    elif "ids" in results:
+        masks = results["ids"] == np.arange(1, len(labels) + 1)[:, None, None]
+    else:
+        classes = np.unique(labels[labels != EMPTY])
+        masks, labels = labels == classes[:, None, None], classes
+    return labels, masks.reshape(len(labels), np.prod(masks.shape[1:])).astype(np.float32)
+
+
+def mean_overlap(
+    ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]
+) -> float:
+    """Of our masks with the best of theirs, by the area of ours; 1 where we have no pixel."""
+    (labels, masks), (their_labels, their_masks) = ours, theirs
+    areas, their_areas = masks.sum(1), their_masks.sum(1)
+    if not areas.sum():
+        return 1.0
+    common = masks @ their_masks.T
+    overlaps = common / np.maximum(areas[:, None] + their_areas - common, 1)
+    overlaps = np.where(labels[:, None] == their_labels, overlaps, 0).max(1, initial=0)
+    return float((overlaps * areas).sum() / areas.sum())
 
 
 # The command.
@@ -280,7 +300,7 @@ def export(
       image: uint8 [H, W, 3], what to try the file on; None is a drawn picture.
 
     Returns:
-      The share of what the file says about the pixels of a picture that this project says, too.
+      The agreement of the file with this project on the picture.
 
     Raises:
       ValueError: the model has a part that the format does not, or the file does something else.
@@ -307,8 +327,8 @@ def export(
             share = agreement(expected(run, image), {k: v[-1] for k, v in results.items()})
         if share < LEAST_AGREEMENT:
             raise ValueError(
-                f"{path} is not written: it agrees with the model in {share:.1%} of what it says "
-                f"about a picture; accepted: at least {LEAST_AGREEMENT:.0%}"
+                f"{path} is not written: its segments of a picture overlap those of the model by "
+                f"{share:.1%}; accepted: at least {LEAST_AGREEMENT:.0%}"
             )
         draft.replace(path)
     finally:
@@ -346,7 +366,7 @@ def main(command: CommandLine) -> None:
     shape = ", ".join(map(str, input_shapes(size, values.batch)["image"].shape))
     print(f"wrote {path}: {run.config.task}, {len(run.categories.names)} classes, step {run.step}")
     print(f"{path.stat().st_size / 2**20:.1f} MiB, images uint8 [{shape}]")
-    print(f"tried on a picture: {share:.2%} of what the file says is what the model says")
+    print(f"tried on a picture: its segments overlap those of the model by {share:.2%}")
 
 
 def define_flags() -> None:
