@@ -313,17 +313,18 @@ def _ranked(g: Graph, x: str, count: Any, axis: int, dtype: Any, largest: int) -
 
 
 def _scan(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
-    params = eqn.params
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
-    if params["reverse"] or len(inputs) == num_consts + num_carry:
+    body = eqn.params["jaxpr"]
+    # Told by their ranks: how parameters of the primitive count them differs between versions of JAX.
+    num_xs = sum(v.aval.ndim > a.ndim for v, a in zip(eqn.invars, body.in_avals))
+    num_carry = sum(v.aval.ndim == a.ndim for v, a in zip(eqn.outvars, body.out_avals))
+    num_consts = len(inputs) - num_carry - num_xs
+    if eqn.params["reverse"] or not num_xs:
         raise ValueError("a loop backwards, or over nothing, has no translation")
     consts = [Tensor(name) for name in inputs[:num_consts]]
     looped = [Tensor(g.new_name("step")) for _ in inputs[num_consts:]]
-    avals = params["jaxpr"].in_avals[num_consts:]
-    body = g.body("step", params["jaxpr"], [*consts, *looped], list(zip(looped, avals)))
+    graph = g.body("step", body, [*consts, *looped], list(zip(looped, body.in_avals[num_consts:])))
     names = [g.new_name("scan") for _ in eqn.outvars]
-    num_xs = len(looped) - num_carry
-    node = helper.make_node("Scan", inputs[num_consts:], names, body=body, num_scan_inputs=num_xs)
+    node = helper.make_node("Scan", inputs[num_consts:], names, body=graph, num_scan_inputs=num_xs)
     g.nodes.append(node)
     return names
 

@@ -188,7 +188,6 @@ OTHERS = {
     "psp": ("ade20k_semantic.py:psp,tiny", {}),
     "deeplabv3": ("ade20k_semantic.py:deeplabv3,tiny", {}),
     "uper": ("ade20k_semantic.py:uper,tiny", {}),
-    "bfloat16": ("ade20k_semantic.py:uper,tiny,bf16", {}),
 }
 
 
