@@ -42,7 +42,7 @@ WHOLE = {
     "data.long_side": 96,
 }
 CHANGES = {
-    "panoptic": WHOLE | {"eval.instance_threshold": 0.0, "eval.overlap_threshold": 0.1},
+    "panoptic": WHOLE | {"eval.instance_threshold": 0.0, "eval.overlap_threshold": 0.0},
     "instance": WHOLE | {"eval.num_results": 20},
     "semantic": {"data.scale": (96, 64), "data.eval_multiple": 32},
 }
@@ -154,7 +154,7 @@ def test_files_run_without_this_project(name, folders, expected, tmp_path):
     assert done.stdout.split("\n")[:-1] == [f"{task} noise" for task in TASKS]
     for task, place in zip(TASKS, places):
         alone = {key: array[0] for key, array in np.load(place / "alone.npz").items()}
-        assert (export.find_masks(expected[task][0])[1].any(1)).sum() > 2, task
+        assert export.find_masks(expected[task][0])[1].any(1).sum() > 1, task
         assert export.agreement(expected[task][0], alone) > 0.98, task
         together = np.load(place / "together.npz")
         for i, (height, width) in enumerate(shapes):
