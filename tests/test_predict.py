@@ -1,6 +1,5 @@
 """Pictures and videos on disk: what predict.py finds, writes and skips."""
 
-import importlib
 import json
 import re
 import signal
@@ -13,9 +12,9 @@ import cv2
 import numpy as np
 import pytest
 import tiny_runs
-from absl.testing import flagsaver
 from devices import environment
 from PIL import Image
+from programs import program
 
 from knet_jax import commandline, rle
 from knet_jax.configuration import ConfigError
@@ -48,9 +47,8 @@ def run(*arguments):
 
 def call(*arguments):
     """The same in this process."""
-    program = importlib.import_module("predict")
-    with flagsaver.flagsaver():
-        commandline.run(program.main, ["predict.py", *map(str, arguments)], takes_paths=True)
+    with program("predict") as predict:
+        commandline.run(predict.main, ["predict.py", *map(str, arguments)], takes_paths=True)
 
 
 @pytest.fixture(scope="module")

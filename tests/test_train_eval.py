@@ -1,6 +1,5 @@
 """The two programs from end to end, each in a process of its own, as a user runs them."""
 
-import importlib
 import json
 import shutil
 import signal
@@ -13,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 import tiny_coco
-from absl.testing import flagsaver
 from devices import environment
 from PIL import Image
+from programs import program
 
 from knet_jax import commandline
 from knet_jax.checkpoint import Checkpoints
@@ -300,10 +299,9 @@ def test_the_average_is_evaluated_with_the_statistics_of_the_run(
     def evaluate(self, variables, visit=None):
         raise Found(variables)
 
-    program = importlib.import_module("eval")
-    monkeypatch.setattr(program.Evaluator, "evaluate", evaluate)
-    with flagsaver.flagsaver(), pytest.raises(Found) as found:
-        commandline.run(program.main, ["eval.py", "--workdir", str(tmp_path), *flags_])
+    with program("eval") as eval_, pytest.raises(Found) as found:
+        monkeypatch.setattr(eval_.Evaluator, "evaluate", evaluate)
+        commandline.run(eval_.main, ["eval.py", "--workdir", str(tmp_path), *flags_])
     [variables] = found.value.args
     values = {"params": params, "batch_stats": 3}
     jax.tree.map(

@@ -1,0 +1,21 @@
+"""Programs of the top level, called in the process of a test."""
+
+import importlib
+import sys
+from contextlib import contextmanager
+
+from absl import flags
+from absl.testing import flagsaver
+
+
+@contextmanager
+def program(name: str):
+    """A program as a module. Its flags end with the context: two programs may call theirs the same."""
+    module = importlib.import_module(name)
+    try:
+        with flagsaver.flagsaver():
+            yield module
+    finally:
+        for flag in flags.FLAGS.get_flags_for_module(name):
+            delattr(flags.FLAGS, flag.name)
+        del sys.modules[name]
