@@ -32,8 +32,7 @@ from PIL import Image
 
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError
-from knet_jax.data.files import PICTURES
-from knet_jax.data.transforms import decode_image, segment_colors
+from knet_jax.data.transforms import PICTURES, decode_image, segment_colors
 from knet_jax.segmenter import Result, Segmenter, load
 from knet_jax.structs import Categories, Instance, SegmentInfo
 from knet_jax.visualize import as_panoptic, at_side, colors_of

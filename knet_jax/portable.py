@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from knet_jax.layers import upsample2x
 from knet_jax.postprocess import ROWS, best_pairs, label_maps
 from knet_jax.ranking import best_classes, find_eligible, settle
-from knet_jax.resampling import MASK_STRIDE, Canvas, taps, to_original
+from knet_jax.resampling import Canvas, both_to_original, taps
 from knet_jax.structs import EMPTY, Pass, Sizes
 
 Results = dict[str, jax.Array]
@@ -102,24 +102,6 @@ def pixels_of(original_size: jax.Array, shape: Sequence[int]) -> jax.Array:
     return rows[:, :, None] & columns[:, None, :]
 
 
-def resample(
-    seen: Pass, original_size: jax.Array, shape: Sequence[int], num_rows: Sequence[int]
-) -> tuple[jax.Array, jax.Array]:
-    """Matrices from masks of stride 4 to pictures: [b, H, rows] and [b, W, columns]."""
-
-    def axis(i: int) -> jax.Array:
-        to = partial(
-            to_original,
-            num_rows=num_rows[i],
-            num_pixels=shape[i],
-            stride=MASK_STRIDE,
-            dtype=seen.stage.masks.dtype,
-        )
-        return jax.vmap(to)(seen.size[:, i], original_size[:, i])
-
-    return axis(0), axis(1)
-
-
 def each_mask(
     masks: jax.Array, seen: Pass, original_size: jax.Array, shape: Sequence[int]
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
@@ -135,7 +117,7 @@ def each_mask(
       [n, b, 2h, 2w], and a function [b, 2h, 2w] -> [b, H, W].
     """
     probs = jax.nn.sigmoid(upsample2x(masks, axes=(2, 3))).swapaxes(0, 1)
-    y, x = resample(seen, original_size, shape, probs.shape[2:])
+    y, x = both_to_original(seen.size, original_size, probs.shape[2:], shape, probs.dtype)
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return probs, lambda probs: einsum("bih,bhj->bij", y, einsum("bhw,bjw->bhj", probs, x))
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax.layers import upsample2x
-from knet_jax.resampling import MASK_STRIDE, Canvas, to_original
+from knet_jax.resampling import Canvas, both_to_original, to_original
 from knet_jax.structs import Pass
 
 MASKS = 8
@@ -66,13 +66,8 @@ def best_instances(
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     probs = jax.nn.sigmoid(upsample2x(masks, axes=(2, 3)))
 
-    def axis(i: int, rows: int, pixels: int) -> jax.Array:
-        one = partial(
-            to_original, num_rows=rows, num_pixels=pixels, stride=MASK_STRIDE, dtype=probs.dtype
-        )
-        return jax.vmap(one)(size[:, i], original_size[:, i])
-
-    y, x = axis(0, probs.shape[2], canvas.height), axis(1, probs.shape[3], canvas.width)
+    shape = (canvas.height, canvas.width)
+    y, x = both_to_original(size, original_size, probs.shape[2:], shape, probs.dtype)
 
     # Pairs are sorted by their score: only the groups that reach the threshold are resampled.
     group = min(MASKS, num_results)

@@ -14,8 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from knet_jax.configuration import ConfigError
-from knet_jax.data.files import PICTURES
-from knet_jax.data.transforms import read_image
+from knet_jax.data.transforms import PICTURES, read_image
 from knet_jax.metrics.result_files import JsonList, write_json
 from knet_jax.segmenter import Result, Segmenter
 from knet_jax.structs import Categories

@@ -7,6 +7,8 @@ both are one matrix an axis, made on the device from sizes that the program does
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -171,3 +173,36 @@ def to_original(
     pixels = jnp.where(mirrored, original_size - 1 - pixels, pixels)
     reads = Reads.of(pixels, size, original_size, num_rows, stride, dtype)
     return reads.weights(jnp.arange(num_rows))
+
+
+def both_to_original(
+    size: jax.Array,
+    original_size: jax.Array,
+    num_rows: Sequence[int],
+    num_pixels: Sequence[int],
+    dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """Both axes from masks at stride 4 to the pictures of a batch, as `to_original`.
+
+    Args:
+      size: int32 [b, 2].
+      original_size: int32 [b, 2].
+      num_rows: height and width of the masks.
+      num_pixels: height and width of the result.
+      dtype: of the result.
+
+    Returns:
+      weights [b, H, rows] and [b, W, columns].
+    """
+
+    def axis(i: int) -> jax.Array:
+        one = partial(
+            to_original,
+            num_rows=num_rows[i],
+            num_pixels=num_pixels[i],
+            stride=MASK_STRIDE,
+            dtype=dtype,
+        )
+        return jax.vmap(one)(size[:, i], original_size[:, i])
+
+    return axis(0), axis(1)

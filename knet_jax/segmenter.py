@@ -44,9 +44,6 @@ THRESHOLD = 0.3
 BATCH_SIZE = 8
 """Pictures that are segmented together, but for the CPU, which takes one at a time."""
 
-PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""What `Result.save` draws; beside it there is `.json`."""
-
 
 @dataclass(frozen=True, eq=False)
 class Segment:
@@ -194,12 +191,14 @@ class Result:
         suffix = path.suffix.lower()
         if suffix == ".json":
             path.write_text(json.dumps(self.to_coco()) + "\n")
-        elif suffix in PICTURES:
+        elif suffix in transforms.PICTURES:
             from knet_jax.visualize import save_picture
 
             save_picture(path, self.draw())
         else:
-            raise ValueError(f"{path} ends in {suffix!r}; accepted: .json, {', '.join(PICTURES)}")
+            raise ValueError(
+                f"{path} ends in {suffix!r}; accepted: .json, {', '.join(transforms.PICTURES)}"
+            )
 
     def to_coco(self, image_id: int = 0) -> dict[str, Any] | list[dict[str, Any]]:
         """The segments as in COCO's results, masks as run lengths, ready for JSON.

@@ -16,8 +16,6 @@ from knet_jax.data import records
 EXIF_ORIENTATION = 0x0112
 TURNED = range(5, 9)
 """The EXIF orientations that swap height and width."""
-PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""How the names of pictures end."""
 
 
 class Picture(NamedTuple):

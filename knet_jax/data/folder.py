@@ -81,8 +81,12 @@ def split_config(config_data, split: str) -> FolderConfig:
     )
 
 
-def read_categories(path: Path, ignore_index: int) -> Categories:
+def read_categories(
+    path: Path, ignore_index: int, source: str = "config.data.classes"
+) -> Categories:
     """The classes of a text file, a line each; the one at `ignore_index` is none.
+
+    Errors call the file what the user has given it as, its `source`.
 
     Raises:
         ValueError: a class has no name, two have the same, there is none, or it is no text.
@@ -90,13 +94,11 @@ def read_categories(path: Path, ignore_index: int) -> Categories:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"config.data.classes: {path} must be text in UTF-8") from error
+        raise ValueError(f"{source}: {path} must be text in UTF-8") from error
     lines = [line.strip() for line in text.rstrip().splitlines()]
     names = {i: name for i, name in enumerate(lines) if i != ignore_index}
     if not names or not all(names.values()) or len(set(names.values())) != len(names):
-        raise ValueError(
-            f"config.data.classes: {path} must name a class on every line, each another one"
-        )
+        raise ValueError(f"{source}: {path} must name a class on every line, each another one")
     return index_maps.categories_of(names)
 
 

@@ -27,7 +27,7 @@ from absl import flags
 from knet_jax import rle
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError
-from knet_jax.data import files, folder, index_maps
+from knet_jax.data import files, folder, index_maps, transforms
 from knet_jax.metrics.coco_files import PanopticResults
 from knet_jax.metrics.result_files import write_json
 from knet_jax.structs import Categories, PanopticMap, SegmentInfo
@@ -57,11 +57,12 @@ def main(command: CommandLine) -> None:
             raise ConfigError(f"--{flag.name}: there is no folder {flag.value}")
     if not Path(NAMES.value).is_file():
         raise ConfigError(f"--names: there is no file {NAMES.value}")
-    indices, categories = order_classes(folder.read_categories(Path(NAMES.value), VOID.value))
+    named = folder.read_categories(Path(NAMES.value), VOID.value, source="--names")
+    indices, categories = order_classes(named)
     images, class_maps = Path(IMAGES.value), Path(CLASS_MAPS.value)
     pairs = list(folder.find_pairs(images, class_maps))
     if not pairs:
-        raise ConfigError(f"--images: no picture ({', '.join(files.PICTURES)}) in {images}")
+        raise ConfigError(f"--images: no picture ({', '.join(transforms.PICTURES)}) in {images}")
 
     root = Path(ROOT.value)
     panoptic = PanopticResults(root / f"annotations/panoptic_{SPLIT.value}.json", categories)
@@ -82,11 +83,11 @@ def main(command: CommandLine) -> None:
     if not pictures:
         raise ConfigError(f"no picture of {images} can be used, see above")
     panoptic.close()
-    named = zip(categories.dataset_ids[: categories.num_things], categories.names)
+    is_thing = zip(categories.dataset_ids[: categories.num_things], categories.names)
     content = {
         "images": pictures,
         "annotations": things,
-        "categories": [{"id": id, "name": name} for id, name in named],
+        "categories": [{"id": id, "name": name} for id, name in is_thing],
     }
     write_json(root / f"annotations/instances_{SPLIT.value}.json", content)
     print(

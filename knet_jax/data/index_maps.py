@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from knet_jax.data import files, records, semantic
+from knet_jax.data import files, records, semantic, transforms
 from knet_jax.structs import Categories
 
 MAX_INDEX = 65535
@@ -119,7 +119,7 @@ def read_indices(data: bytes, name: str) -> np.ndarray:
 
 def find_pictures(folder: Path) -> list[Path]:
     """The pictures of a folder and of the folders in it, by name."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in files.PICTURES)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in transforms.PICTURES)
 
 
 def categories_of(names: Mapping[int, str]) -> Categories:

@@ -13,6 +13,9 @@ from PIL import Image
 
 from knet_jax.data import photometric
 
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""How the names of pictures end."""
+
 TARGET_STRIDE = 4
 NUM_IDS = 1 << 24
 """How many ids three bytes can tell apart, void included."""
