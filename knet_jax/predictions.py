@@ -16,7 +16,8 @@ from tqdm import tqdm
 from knet_jax.configuration import ConfigError
 from knet_jax.data.transforms import PICTURES, read_image
 from knet_jax.metrics.result_files import JsonList, write_json
-from knet_jax.segmenter import Result, Segmenter
+from knet_jax.results import Result
+from knet_jax.segmenter import Segmenter
 from knet_jax.structs import Categories
 from knet_jax.tasks import TASKS
 from knet_jax.visualize import CELL, contact_sheet, save_picture, thumbnail

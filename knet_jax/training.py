@@ -18,9 +18,10 @@ from knet_jax import losses
 from knet_jax.knet import KNet, normalize
 from knet_jax.layers import AXIS, wide
 from knet_jax.matching import Weights
+from knet_jax.objectives import Judgement
 from knet_jax.optim import gradient_norm
 from knet_jax.structs import Batch, Categories, Sizes
-from knet_jax.tasks import Judgement, Task
+from knet_jax.tasks import Task
 
 
 class TrainState(NamedTuple):

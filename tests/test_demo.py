@@ -22,9 +22,12 @@ from PIL import Image
 from knet_jax import demo, rle
 from knet_jax.configuration import ConfigError
 from knet_jax.data.transforms import segment_ids
+from knet_jax.results import Result
 from knet_jax.runs import open_run
-from knet_jax.segmenter import Result, Segmenter
+from knet_jax.segmenter import Segmenter
 from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.viewer import views
+from knet_jax.viewer.page import Guard, count_categories, list_categories, make_app
 
 ROOT = Path(__file__).parents[1]
 MAX_UPLOAD_MB = 3
@@ -98,20 +101,20 @@ def decode(url):
 
 
 def test_a_panoptic_result_is_seen_as_each_task():
-    assert demo.as_task(PANOPTIC, "panoptic") is PANOPTIC
-    things = demo.as_task(PANOPTIC, "instance")
+    assert views.as_task(PANOPTIC, "panoptic") is PANOPTIC
+    things = views.as_task(PANOPTIC, "instance")
     assert [(s.name, s.score, s.area) for s in things.segments] == [
         ("cat", 0.8, 4),
         ("<b>", 0.4, 6),
     ]
     np.testing.assert_array_equal(things.segments[1].mask, IDS == 2)
-    classes = demo.as_task(PANOPTIC, "semantic")
+    classes = views.as_task(PANOPTIC, "semantic")
     np.testing.assert_array_equal(classes.semantic, PANOPTIC.semantic)
     assert [s.name for s in classes.segments] == ["cat", "<b>", "sky"]
 
 
 def test_what_the_page_is_given():
-    given = demo.display(demo.Seen(PANOPTIC, (40, 60), "segmented in 1.00 s"))
+    given = views.display(views.Seen(PANOPTIC, (40, 60), "segmented in 1.00 s"))
     assert json.loads(json.dumps(given)) == given
     picture, ids = decode(given["picture"]), segment_ids(decode(given["ids"]))
     assert picture.shape == (427, 640, 3) and ids.shape == (427, 640)  # enlarged
@@ -124,7 +127,7 @@ def test_what_the_page_is_given():
     ]
     assert len({s["color"] for s in given["segments"]}) == 3
 
-    classes = demo.display(demo.Seen(demo.as_task(PANOPTIC, "semantic"), (4, 6), ""))
+    classes = views.display(views.Seen(views.as_task(PANOPTIC, "semantic"), (4, 6), ""))
     assert [s["score"] for s in classes["segments"]] == [""] * 3
     assert classes["facts"][1] == "3 classes"
     np.testing.assert_array_equal(
@@ -138,8 +141,8 @@ def test_instances_of_which_one_hides_the_other():
         Instance(rle.encode(mask), label, 0.5 + label / 10, area=float(mask.sum()))
         for label, mask in enumerate(masks)
     )
-    given = demo.display(
-        demo.Seen(Result("instance", CATEGORIES, PANOPTIC.image, both), (4, 6), "")
+    given = views.display(
+        views.Seen(Result("instance", CATEGORIES, PANOPTIC.image, both), (4, 6), "")
     )
     ids = segment_ids(decode(given["ids"]))[50::107, 50::107]
     names = {s["id"]: s["name"] for s in given["segments"]}
@@ -148,10 +151,10 @@ def test_instances_of_which_one_hides_the_other():
 
 
 def test_names_are_no_html():
-    assert "<b>" not in demo.list_categories(CATEGORIES)
-    assert "&lt;b&gt;" in demo.list_categories(CATEGORIES)
-    assert demo.count_categories(CATEGORIES) == "Categories: 2 of things, 1 of stuff"
-    assert demo.count_categories(CATEGORIES._replace(num_things=0)) == "Categories: 3 classes"
+    assert "<b>" not in list_categories(CATEGORIES)
+    assert "&lt;b&gt;" in list_categories(CATEGORIES)
+    assert count_categories(CATEGORIES) == "Categories: 2 of things, 1 of stuff"
+    assert count_categories(CATEGORIES._replace(num_things=0)) == "Categories: 3 classes"
 
 
 # Pictures.
@@ -159,7 +162,7 @@ def test_names_are_no_html():
 
 def test_the_page_sees_what_the_segmenter_sees(segmenter, tmp_path):
     path = str(save(tmp_path / "a.png", picture(64, 96)))
-    pictures = demo.Pictures(segmenter, 1)
+    pictures = views.Pictures(segmenter, 1)
     for threshold in (0.0, 0.2, 0.5):
         seen = pictures.see(path, "a.png", "panoptic", threshold, 0.1)
         expected = segmenter(path, threshold, 0.1)
@@ -173,12 +176,12 @@ def test_the_page_sees_what_the_segmenter_sees(segmenter, tmp_path):
 
 def test_large_pictures_are_reduced_for_the_page_alone(segmenter, tmp_path):
     path = str(save(tmp_path / "a.png", picture(100, 2000)))
-    pictures = demo.Pictures(segmenter, 1)
+    pictures = views.Pictures(segmenter, 1)
     seen = pictures.see(path, "a.png", "panoptic", 0.2, 0.1)
-    assert seen.size == (100, 2000) and seen.result.size == (80, demo.SIDES[1])
+    assert seen.size == (100, 2000) and seen.result.size == (80, views.SIDES[1])
     whole = pictures.see(path, "a.png", "panoptic", 0.2, 0.1, whole=True)
     assert whole.result.size == whole.size == (100, 2000)
-    assert demo.display(seen)["facts"][0] == "2000 × 100 pixels"
+    assert views.display(seen)["facts"][0] == "2000 × 100 pixels"
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_what_is_no_picture(segmenter, tmp_path, name, message):
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(png)
     with pytest.raises(ValueError) as error:
-        demo.Pictures(segmenter, 0.5).see(str(tmp_path / name), name, "panoptic", 0.2, 0.1)
+        views.Pictures(segmenter, 0.5).see(str(tmp_path / name), name, "panoptic", 0.2, 0.1)
     assert str(error.value).startswith(message)
 
 
@@ -229,7 +232,7 @@ def test_a_guard_refuses_large_bodies_and_seals_pages():
         headers = [(b"content-type", b"text/html")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
-    guard = demo.Guard(app, 100)
+    guard = Guard(app, 100)
     for headers in ([], [(b"content-length", b"100")]):
         status, answered = ask(guard, headers)
         assert status == 200 and answered[b"content-type"] == b"text/html"
@@ -291,7 +294,7 @@ def test_the_page_offers_what_the_model_does(task, views, sliders, model, tmp_pa
 
     folder = model if task == "panoptic" else tiny_runs.write(tmp_path / "run", task)
     segmenter = Segmenter(open_run(folder))
-    app = demo.make_app(segmenter, "<i>", 50, 50)
+    app = make_app(segmenter, "<i>", 50, 50)
 
     async def ask():
         transport = httpx.ASGITransport(app)
@@ -309,11 +312,11 @@ def test_the_page_offers_what_the_model_does(task, views, sliders, model, tmp_pa
     [head, *_] = [one["value"] for one in seen if one["type"] == "html"]
     assert f"{task} segmentation · model &lt;i&gt;, step 1 · float32 on cpu" in head
 
-    shown = demo.Pictures(segmenter, 1).see(
+    shown = views.Pictures(segmenter, 1).see(
         str(save(tmp_path / "a.png", picture(64, 96))), "a.png", task, 0.3, 0.0
     )
     assert summary(shown.result) == summary(segmenter(picture(64, 96), 0.3, 0.0))
-    assert len(demo.display(shown)["segments"]) == len(shown.result.segments) > 0
+    assert len(views.display(shown)["segments"]) == len(shown.result.segments) > 0
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +519,7 @@ def test_the_page_in_a_browser(page, segmenter, tmp_path):
     assert len(without.segments) < len(expected.segments)
     settled(page, f"· {len(without.segments)} segments")
     page.get_by_label("Semantic").click()
-    settled(page, f"· {len(demo.as_task(without, 'semantic').segments)} classes")
+    settled(page, f"· {len(views.as_task(without, 'semantic').segments)} classes")
     page.get_by_label("Instances").click()
     settled(page, "· 0 segments")
 

@@ -8,9 +8,11 @@ from knet_jax.structs import (
     EMPTY,
     Batch,
     InstanceTargets,
+    Output,
     PanopticTargets,
     Segments,
     SemanticTargets,
+    Stage,
 )
 
 NUM_PROPOSALS, NUM_THINGS, NUM_STUFF = 6, 3, 2
@@ -47,6 +49,14 @@ MODELS = {
 
 def random(*shape, seed=0, scale=1.0):
     return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def make_output(num_stages, b=4, n=NUM_PROPOSALS + NUM_STUFF, k=NUM_THINGS + NUM_STUFF) -> Output:
+    """Random masks and logits at stride 8 of the pictures of `make_batch`."""
+    masks = [random(b, n, 8, 8, seed=s, scale=2) for s in range(num_stages + 1)]
+    logits = [None] + [random(b, n, k, seed=10 + s) for s in range(num_stages)]
+    stages = tuple(Stage(None, *both) for both in zip(masks, logits))
+    return Output(stages, random(b, k, 8, 8, seed=20))
 
 
 def make_batch(b=4, height=64, width=64, slots=4, seed=0, task="panoptic") -> Batch:
