@@ -7,6 +7,7 @@ import optax
 import pytest
 from devices import call
 from flax import traverse_util
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 from tiny_model import MODELS, make_batch
 
@@ -321,6 +322,28 @@ def test_a_step_depends_on_nothing_but_its_state(with_dropout):
 
 
 # What a run starts from.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_lower_for_gpus(dtype):
+    """Of classes: the matching of things calls the host, which lowers beside a GPU only."""
+    model, task = model_of("batch", "semantic", dtype=dtype), TASKS["semantic"]
+    batch = make_batch(2, task="semantic")
+    variables = jax.eval_shape(lambda: training.init_variables(model, 0))
+    counts = jax.eval_shape(
+        lambda: task.count(task.unpack(batch.targets, model.sizes), model.sizes)
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    gradients = jax.shard_map(
+        partial(training.accumulate, model=model, task=task, weights=Weights()),
+        mesh=Mesh(np.array(jax.devices()[:1]), (training.AXIS,)),
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    params = variables["params"]
+    traced = jax.jit(gradients).trace(params, params, variables["batch_stats"], batch, counts, key)
+    assert "convolution" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_initialization_is_a_function_of_the_seed():
