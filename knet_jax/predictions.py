@@ -241,9 +241,11 @@ def predict_video(
         rate = capture.get(cv2.CAP_PROP_FPS)
         rate = rate if 0 < rate < 1000 else FRAMES_PER_SECOND
         total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        writer = cv2.VideoWriter(str(place), cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height))
+        # An .mp4 cannot be read before it is closed: it gets its name then.
+        draft = place.with_name(f"{place.stem}.part.mp4")
+        writer = cv2.VideoWriter(str(draft), cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height))
         if not writer.isOpened():
-            raise OSError(f"{place}: OpenCV cannot write this video")
+            raise OSError(f"{draft}: OpenCV cannot write this video")
         try:
             with (
                 JsonList(place.with_suffix(".json")) as records,
@@ -258,6 +260,7 @@ def predict_video(
                     bar.update()
         finally:
             writer.release()
+            draft.replace(place)
     finally:
         capture.release()
     return None

@@ -130,6 +130,7 @@ def test_a_folder_of_all_sorts(models, tmp_path, task):
         labels = cv2.imread(str(output / "semantic" / "b" / "1.png"), cv2.IMREAD_UNCHANGED)
         assert labels.shape == (50, 75) and 1 <= labels.min() < labels.max() <= 9
 
+    assert not list(output.rglob("*.part*"))
     video = cv2.VideoCapture(str(output / "b" / "clip.mp4"))
     assert video.get(cv2.CAP_PROP_FPS) == 12
     frames = [video.read() for _ in range(6)]
