@@ -152,19 +152,18 @@ def fusion(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     sizes, originals = (
         np.array([size] * case.batch, np.int32) for size in (case.size, case.original)
     )
-    mirrored = np.zeros(case.batch, bool)
+    seen = Pass(stage, sizes, sizes, np.zeros(case.batch, bool))
     run = jax.jit(
         partial(
             task.predict,
             sizes=Sizes(*(config.model[name] for name in Sizes._fields)),
             canvas=Canvas.of(sizes, originals),
-            stride=case.size.height // stage.masks.shape[2],
             options=config.eval.to_dict(),
         )
     )
 
     def to_host() -> list[Any]:
-        results = jax.device_get(run([Pass(stage, sizes, mirrored)], originals))
+        results = jax.device_get(run([seen], originals))
         return [
             task.read(jax.tree.map(lambda x, i=i: x[i], results), original)
             for i, original in enumerate(originals)

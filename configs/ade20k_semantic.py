@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
                 "max_class_share": 0.75,
                 "flip": 0.5,
                 "photometric": True,
-                "eval_multiple": 32,  # sides of the canvas in evaluation
+                "eval_multiple": 32,  # of the canvas's sides in evaluation; 1 pads nothing
                 "num_workers": 2,
                 "max_broken_share": 0.01,
             },

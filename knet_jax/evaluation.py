@@ -16,7 +16,7 @@ from knet_jax.data.splits import Split
 from knet_jax.inference import look, lookahead
 from knet_jax.knet import KNet
 from knet_jax.metrics import states
-from knet_jax.passes import both_ways
+from knet_jax.passes import both_ways, canvas_of
 from knet_jax.preemption import StopRequest
 from knet_jax.resampling import Canvas
 from knet_jax.structs import Batch, Pass
@@ -70,9 +70,7 @@ class Evaluator:
         self._look = on_devices(look_, in_axes=(None, 0))
         # Pictures come in many sizes: only this small program is compiled for each canvas.
         predict = partial(self.task.predict, sizes=model.sizes, options=config.eval.to_dict())
-        self._predict = cache(
-            lambda canvas, stride: on_devices(partial(predict, canvas=canvas, stride=stride))
-        )
+        self._predict = cache(lambda canvas: on_devices(partial(predict, canvas=canvas)))
 
     def predictions(self, variables: Any) -> Iterator[Prediction]:
         """This process's pictures, one after the other."""
@@ -92,10 +90,9 @@ class Evaluator:
             seen = []
             for batch, mirrored in both_ways(scales, self._flip):
                 stage = self._look(variables, split(batch))
-                seen.append(Pass(stage, *split((batch.size, mirrored))))
+                seen.append(Pass(stage, *split((batch.size, canvas_of(batch), mirrored))))
             canvas = Canvas.of(np.max([batch.size for batch in scales], 0), batch.original_size)
-            stride = batch.image.shape[1] // seen[-1].stage.masks.shape[3]
-            return self._predict(canvas, stride)(tuple(seen), split(batch.original_size))
+            return self._predict(canvas)(tuple(seen), split(batch.original_size))
 
         for batch, truths, result in lookahead((b[0], t, start(b)) for b, t in elements):
             result = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), result)

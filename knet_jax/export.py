@@ -34,6 +34,7 @@ from knet_jax.configuration import ConfigError
 from knet_jax.data import kinds, transforms
 from knet_jax.inference import run_network
 from knet_jax.knet import KNet
+from knet_jax.passes import canvas_of
 from knet_jax.portable import View, show
 from knet_jax.runs import Run, open_run
 from knet_jax.segmenter import Segmenter
@@ -79,11 +80,10 @@ def make_program(config: ConfigDict, model: KNet, views: Sequence[View]) -> Prog
         batch = Batch(shown, None, shown_size, size, None)
         stage = run_network(variables, batch, model=model)
         return task.portable(
-            Pass(stage, shown_size, jnp.zeros(image.shape[0], bool)),
+            Pass(stage, shown_size, canvas_of(batch), jnp.zeros(image.shape[0], bool)),
             size,
             sizes=model.sizes,
             shape=image.shape[1:3],
-            stride=view.canvas[0] // stage.masks.shape[2],
             options=options,
         )
 

@@ -62,7 +62,7 @@ def _axis(size, original_size, num_logits: int, num_pixels: int, shrink: float, 
 
     def tile(start: jax.Array) -> _Axis:
         pixels = start + jnp.arange(TILE)
-        reads = Reads.of(pixels, size, original_size, num_rows, MASK_STRIDE, dtype)
+        reads = Reads.of(pixels, size, original_size, num_rows, 1 / MASK_STRIDE, dtype)
         first, _ = reads.lower
         rows = jnp.minimum(first[0] + jnp.arange(d), num_rows - 1)
 

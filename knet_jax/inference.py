@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax.knet import KNet, normalize
-from knet_jax.passes import Pair, cut, join
+from knet_jax.passes import Pair, canvas_of, cut, join
 from knet_jax.resampling import Canvas
 from knet_jax.structs import Batch, Pass, Stage
 from knet_jax.tasks import Task, stage_of
@@ -87,14 +87,15 @@ def predict(
         window=options.get("window", ()),
         step=options.get("window_step", ()),
     )
-    passes = [Pass(look_(batch), batch.size, flags) for batch, flags in zip(batches, mirrored)]
-    stride = batches[-1].image.shape[1] // passes[-1].stage.masks.shape[2]
+    passes = [
+        Pass(look_(batch), batch.size, canvas_of(batch), flags)
+        for batch, flags in zip(batches, mirrored)
+    ]
     return task.predict(
         passes,
         original_size,
         sizes=model.sizes,
         canvas=canvas,
-        stride=stride,
         options={**options, **thresholds},
     )
 

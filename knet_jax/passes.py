@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import product
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +25,11 @@ def both_ways(scales: Sequence[Batch], flip: bool) -> Iterator[tuple[Batch, np.n
     for batch in scales:
         for mirrored in (False, True) if flip else (False,):
             yield mirror(batch) if mirrored else batch, np.full(len(batch.id), mirrored)
+
+
+def canvas_of(batch: Batch) -> jax.Array:
+    """int32 [b, 2]: height and width of a batch's images, padding included."""
+    return jnp.broadcast_to(np.int32(batch.image.shape[1:3]), batch.size.shape)
 
 
 def mirror(batch: Batch) -> Batch:

@@ -128,7 +128,6 @@ def panoptic(
     *,
     sizes: Sizes,
     shape: Sequence[int],
-    stride: int,
     options: Mapping[str, Any],
 ) -> Results:
     """The map of `fusion.fuse`, every mask at every pixel.
@@ -137,7 +136,6 @@ def panoptic(
       ids int32 [b, H, W]: 0 = void, 1 + i = segment i; labels int32 [b, n] and scores [b, n] of the
       segments, best first, `EMPTY` and 0 after the last.
     """
-    del stride
     masks = seen.stage.masks
     n = masks.shape[1]
     scores, labels = best_classes(seen.stage.logits, sizes.num_things)
@@ -173,7 +171,6 @@ def instances(
     *,
     sizes: Sizes,
     shape: Sequence[int],
-    stride: int,
     options: Mapping[str, Any],
 ) -> Results:
     """The results of `postprocess.best_instances`, with masks that are not packed.
@@ -181,7 +178,7 @@ def instances(
     Returns:
       masks bool [b, r, H, W], labels int32 [b, r] and scores [b, r], best first.
     """
-    del sizes, stride
+    del sizes
     scores, kernels, labels = best_pairs(seen.stage.logits, options["num_results"])
     take = partial(jnp.take, axis=0, mode="clip")
     masks = jax.vmap(take)(seen.stage.masks, kernels)
@@ -197,7 +194,6 @@ def labels(
     *,
     sizes: Sizes,
     shape: Sequence[int],
-    stride: int,
     options: Mapping[str, Any],
 ) -> Results:
     """The classes of `postprocess.label_maps`, from 0 on.
@@ -208,6 +204,6 @@ def labels(
     del sizes, options
     height, width = shape
     canvas = Canvas((height + ROWS - 1) // ROWS * ROWS, width, shrink=1)
-    maps = label_maps([seen], original_size, canvas=canvas, stride=stride)
+    maps = label_maps([seen], original_size, canvas=canvas)
     labels = maps[:, :height].astype(jnp.int32) - 1
     return {"labels": jnp.where(pixels_of(original_size, shape), labels, EMPTY)}

@@ -94,16 +94,13 @@ def best_pairs(logits: jax.Array, num_results: int) -> tuple[jax.Array, jax.Arra
     return scores, (pairs // k).astype(jnp.int32), (pairs % k).astype(jnp.int32)
 
 
-def label_maps(
-    passes: Sequence[Pass], original_size: jax.Array, *, canvas: Canvas, stride: int
-) -> jax.Array:
+def label_maps(passes: Sequence[Pass], original_size: jax.Array, *, canvas: Canvas) -> jax.Array:
     """The class of every pixel: the most probable one by the mean of all passes, 1 + k for class k.
 
     Args:
       passes: of the same pictures; masks are logits [b, k, h, w].
       original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
       canvas: static, from `Canvas.of`.
-      stride: of the masks.
 
     Returns:
       uint8 (uint16 above 255 classes) [b, H, W]; beyond the picture it has no meaning.
@@ -112,12 +109,15 @@ def label_maps(
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
     def axes(seen: Pass, original_size: jax.Array) -> tuple[jax.Array, jax.Array]:
-        masks, size = seen.stage.masks, seen.size
-        resample = partial(to_original, stride=stride, dtype=masks.dtype)
-        y = resample(size[0], original_size[0], masks.shape[1], canvas.height)
-        x = resample(
-            size[1], original_size[1], masks.shape[2], canvas.width, mirrored=seen.mirrored
-        )
+        masks = seen.stage.masks
+        num_rows = masks.shape[1:]
+        scale = jnp.array(num_rows, masks.dtype) / seen.canvas
+
+        def axis(i: int, num_pixels: int, mirrored: jax.Array | bool = False) -> jax.Array:
+            sizes = seen.size[i], original_size[i], num_rows[i]
+            return to_original(*sizes, num_pixels, scale[i], masks.dtype, mirrored)
+
+        y, x = axis(0, canvas.height), axis(1, canvas.width, seen.mirrored)
         return y.reshape(-1, ROWS, y.shape[1]), x
 
     def one(passes: Sequence[Pass], original_size: jax.Array) -> jax.Array:

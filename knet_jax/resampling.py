@@ -121,7 +121,7 @@ class Reads(NamedTuple):
         size: jax.Array,
         original_size: jax.Array,
         num_rows: int,
-        stride: int,
+        scale: jax.Array | float,
         dtype,
     ) -> Reads:
         """What integer pixels [p] read; those beyond the original size read as the last one.
@@ -131,13 +131,13 @@ class Reads(NamedTuple):
           size: [] of the resized picture within the input.
           original_size: [] of the picture.
           num_rows: of the map.
-          stride: of the map.
+          scale: rows of the map for a pixel of the input.
           dtype: of the weights.
         """
         pixels = jnp.minimum(pixels, original_size - 1).astype(dtype)
         lower, fraction = taps(pixels, size / original_size.astype(dtype), size)
         upper = jnp.minimum(lower + 1, size - 1)
-        lower, upper = (taps(each.astype(dtype), 1 / stride, num_rows) for each in (lower, upper))
+        lower, upper = (taps(each.astype(dtype), scale, num_rows) for each in (lower, upper))
         return cls(lower, upper, fraction, num_rows)
 
     def weights(self, rows: jax.Array) -> jax.Array:
@@ -151,7 +151,7 @@ def to_original(
     original_size: jax.Array,
     num_rows: int,
     num_pixels: int,
-    stride: int,
+    scale: jax.Array | float,
     dtype,
     mirrored: jax.Array | bool = False,
 ) -> jax.Array:
@@ -162,7 +162,7 @@ def to_original(
       original_size: [] of the picture.
       num_rows: of the map.
       num_pixels: at least the original size; what lies beyond repeats the last pixel.
-      stride: of the map.
+      scale: rows of the map for a pixel of the input.
       dtype: of the result.
       mirrored: [] whether the map shows the picture from its other end.
 
@@ -171,7 +171,7 @@ def to_original(
     """
     pixels = jnp.arange(num_pixels)
     pixels = jnp.where(mirrored, original_size - 1 - pixels, pixels)
-    reads = Reads.of(pixels, size, original_size, num_rows, stride, dtype)
+    reads = Reads.of(pixels, size, original_size, num_rows, scale, dtype)
     return reads.weights(jnp.arange(num_rows))
 
 
@@ -200,7 +200,7 @@ def both_to_original(
             to_original,
             num_rows=num_rows[i],
             num_pixels=num_pixels[i],
-            stride=MASK_STRIDE,
+            scale=1 / MASK_STRIDE,
             dtype=dtype,
         )
         return jax.vmap(one)(size[:, i], original_size[:, i])

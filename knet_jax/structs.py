@@ -130,6 +130,8 @@ class Pass(NamedTuple):
     stage: Stage
     size: Array
     """int32 [b, 2]: height and width of the pictures as the network saw them, of the batch."""
+    canvas: Array
+    """int32 [b, 2]: height and width of the batch's images, padding included."""
     mirrored: Array
     """bool [b]: whether it saw them left for right."""
 

@@ -58,11 +58,9 @@ def predict_panoptic(
     *,
     sizes: Sizes,
     canvas: Canvas,
-    stride: int,
     options: Mapping[str, Any],
 ) -> Fused:
     """Panoptic maps of a batch."""
-    del stride
     [seen] = passes
     return fuse(
         seen.stage.masks,
@@ -94,11 +92,10 @@ def predict_instances(
     *,
     sizes: Sizes,
     canvas: Canvas,
-    stride: int,
     options: Mapping[str, Any],
 ) -> Instances:
     """The best instances of each picture of a batch."""
-    del sizes, stride
+    del sizes
     [seen] = passes
     return best_instances(
         seen.stage.masks,
@@ -137,12 +134,11 @@ def predict_labels(
     *,
     sizes: Sizes,
     canvas: Canvas,
-    stride: int,
     options: Mapping[str, Any],
 ) -> jax.Array:
     """Label maps of a batch, by the mean of all passes."""
     del sizes, options
-    return label_maps(passes, original_size, canvas=canvas, stride=stride)
+    return label_maps(passes, original_size, canvas=canvas)
 
 
 def read_labels(

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from knet_jax.configuration import ConfigError, to_tuples
 from knet_jax.data import datasets, kinds
-from knet_jax.data.recipes import CANVAS
+from knet_jax.data.recipes import CANVAS, STRIDE
 from knet_jax.knet import BACKBONES, NECKS, find_part, make_model
 from knet_jax.layers import NORMS
 from knet_jax.matching import Weights
@@ -224,6 +224,12 @@ def validate(
         raise ConfigError(
             f"config.eval.window_step is {step}; accepted: (height, width) of at most "
             f"config.eval.window, {window}, so that no pixel is left out"
+        )
+    multiple = values.get("data.eval_multiple", STRIDE)
+    if window and multiple % STRIDE:
+        raise ConfigError(
+            f"config.data.eval_multiple is {multiple}; accepted with config.eval.window: multiples "
+            f"of {STRIDE}, so that windows meet at the pixels of the masks"
         )
     channels, num_heads = values["model.channels"], values["model.num_heads"]
     if values["model.kernel_interaction"] and channels % num_heads:

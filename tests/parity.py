@@ -385,9 +385,8 @@ def segmentation_forward(fixture: Fixture) -> Iterator[Row]:
     size = np.array(
         [fixture.arrays["pred_labels"].shape[1:]] * len(fixture.arrays["image"]), np.int32
     )
-    stride = fixture.arrays["image"].shape[2] // output.stages[-1].masks.shape[2]
-    once = [Pass(output.stages[-1], size, np.zeros(len(size), bool))]
-    maps = label_maps(once, size, canvas=Canvas.of(size, size), stride=stride)
+    once = [Pass(output.stages[-1], size, size, np.zeros(len(size), bool))]
+    maps = label_maps(once, size, canvas=Canvas.of(size, size))
     maps = maps[:, : size[0, 0], : size[0, 1]]
     wrong = np.asarray(maps) != fixture.arrays["pred_labels"] + 1
     yield Row("pred_labels", float(wrong.mean()), 1e-3)

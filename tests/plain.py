@@ -12,10 +12,10 @@ def resample(x, axis, size, scale):
     return x.take(lower, axis) * (1 - fraction) + x.take(upper, axis) * fraction
 
 
-def to_picture(x, stride, size, original_size):
-    """[n, h, w] of a stride -> the size of the input, cropped to `size` -> [n, H, W]."""
-    for axis in (1, 2):
-        x = resample(x, axis, stride * x.shape[axis], 1 / stride)
+def to_picture(x, canvas, size, original_size):
+    """[n, h, w] -> the canvas of the input, cropped to `size` -> [n, H, W]."""
+    for axis, side in ((1, canvas[0]), (2, canvas[1])):
+        x = resample(x, axis, side, x.shape[axis] / side)
     x = x[:, : size[0], : size[1]]
     for axis in (1, 2):
         original = original_size[axis - 1]
@@ -28,4 +28,5 @@ def plain_probabilities(masks, size, original_size):
     x = np.asarray(masks, float)
     for axis in (1, 2):
         x = resample(x, axis, 2 * x.shape[axis], 1 / 2)
-    return to_picture(1 / (1 + np.exp(-x)), 4, size, original_size)
+    canvas = 4 * np.array(x.shape[1:])
+    return to_picture(1 / (1 + np.exp(-x)), canvas, size, original_size)

@@ -203,7 +203,7 @@ def test_pictures_with_too_few_things_are_left_out():
         {"max_class_share": 0.0},
         {"max_class_share": 1.1},
         {"photometric": 2},
-        {"eval_multiple": 16},
+        {"eval_multiple": 0},
         {"flip": -0.1},
         {"num_workers": -1},
         {"max_broken_share": 1.1},

@@ -72,10 +72,10 @@ def oracle(data, monkeypatch):
                     fused.scores[i, number] = 0.5
         return fused
 
-    def predict(passes, original_size, *, sizes, canvas, stride, options):
+    def predict(passes, original_size, *, sizes, canvas, options):
         [seen] = passes
         assert not isinstance(seen.mirrored, bool) and seen.mirrored.shape == (len(seen.size),)
-        assert sizes.num_things == 5 and (canvas.height, canvas.width) == side and stride == 8
+        assert sizes.num_things == 5 and (canvas.height, canvas.width) == side
         assert {"instance_threshold", "overlap_threshold"} <= set(options)
         b = len(seen.size)
         shapes = Fused(

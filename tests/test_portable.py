@@ -62,7 +62,7 @@ def test_pictures_are_resized_as_in_evaluation(size):
     assert height > 20 and difference.max() <= 1 and difference.mean() < 0.02
 
 
-def scene(task, seed=0, b=2, h=12, w=16, stride=8):
+def scene(task, seed=0, b=2, h=12, w=16):
     """A pass of smooth random masks, and pictures of two sizes."""
     rng = np.random.default_rng(seed)
     sizes = {"panoptic": Sizes(9, 4, 3), "instance": Sizes(9, 4, 0), "semantic": Sizes(0, 0, 7)}
@@ -72,17 +72,16 @@ def scene(task, seed=0, b=2, h=12, w=16, stride=8):
     masks = jax.image.resize(rng.normal(0, 6, (b, n, 4, 5)), (b, n, h, w), "cubic")
     logits = jnp.asarray(rng.normal(0, 2, (b, n, k)), jnp.float32) if sizes.num_proposals else None
     stage = Stage(None, jnp.asarray(masks, jnp.float32), logits)
-    size = np.int32([(90, 128), (96, 110)])
+    size, canvas = np.int32([(90, 128), (96, 110)]), np.int32([(96, 128)] * b)
     original_size = np.int32([(60, 85), (150, 172)])
-    seen = Pass(stage, size, np.zeros(b, bool))
-    return seen, original_size, sizes, stride
+    return Pass(stage, size, canvas, np.zeros(b, bool)), original_size, sizes
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
 def test_results_are_those_of_evaluation(task):
-    seen, original_size, sizes, stride = scene(task)
+    seen, original_size, sizes = scene(task)
     row = TASKS[task]
-    static = {"sizes": sizes, "stride": stride, "options": OPTIONS}
+    static = {"sizes": sizes, "options": OPTIONS}
     canvas = Canvas.of(seen.size, original_size)
     predict = jax.jit(partial(row.predict, canvas=canvas, **static))
     expected = jax.tree.map(np.asarray, predict((seen,), original_size))
@@ -118,8 +117,8 @@ def test_results_are_those_of_evaluation(task):
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
 def test_padding_and_company_change_nothing(task):
     """A picture alone, in an array of its size, gives what it gives beside another, padded."""
-    seen, original_size, sizes, stride = scene(task, seed=1)
-    static = {"sizes": sizes, "stride": stride, "options": OPTIONS}
+    seen, original_size, sizes = scene(task, seed=1)
+    static = {"sizes": sizes, "options": OPTIONS}
     both = TASKS[task].portable(seen, original_size, shape=(160, 181), **static)
     first = jax.tree.map(lambda x: x[:1], seen)
     alone = TASKS[task].portable(first, original_size[:1], shape=(60, 85), **static)

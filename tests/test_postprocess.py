@@ -170,17 +170,17 @@ def test_padding_pictures_end():
 def ours_labels(masks, size, original_size, stride, canvas=None):
     size, original_size = np.asarray(size, np.int32), np.asarray(original_size, np.int32)
     canvas = canvas or Canvas.of(size, original_size)
-    mirrored = np.zeros(len(size), bool)
-    return run_label_maps([(masks, size, mirrored)], original_size, stride, canvas)
+    inside = np.array([stride * np.array(masks.shape[2:])] * len(size), np.int32)
+    seen = make_pass(masks, size, inside, np.zeros(len(size), bool))
+    return run_label_maps([seen], original_size, canvas)
 
 
-def run_label_maps(passes, original_size, stride, canvas):
-    """Of passes (masks, size, mirrored)."""
-    run = jax.jit(partial(label_maps, canvas=canvas, stride=stride))
-    passes = [
-        Pass(Stage(None, jnp.asarray(masks, jnp.float32), None), np.asarray(size), mirrored)
-        for masks, size, mirrored in passes
-    ]
+def make_pass(masks, *rest):
+    return Pass(Stage(None, jnp.asarray(masks, jnp.float32), None), *rest)
+
+
+def run_label_maps(passes, original_size, canvas):
+    run = jax.jit(partial(label_maps, canvas=canvas))
     return np.asarray(run(passes, np.asarray(original_size, np.int32)))
 
 
@@ -192,13 +192,29 @@ def test_label_maps_equal_the_reference_at_any_size(stride):
     assert maps.dtype == np.uint8 and maps.shape == (len(SIZES), 384, 256)
     seen = set()
     for ours, logits, size, (height, width) in zip(maps, masks, sizes, original_sizes):
-        full = to_picture(np.asarray(logits, float), stride, size, (height, width))
+        full = to_picture(np.asarray(logits, float), (64, 96), size, (height, width))
         best = np.sort(full, axis=0)
         unsure = best[-1] - best[-2] < 1e-4  # rounding may decide here
         wrong = (ours[:height, :width] != 1 + full.argmax(0)) & ~unsure
         assert not wrong.any() and unsure.mean() < 0.01
         seen |= set(ours[:height, :width].ravel().tolist())
     assert seen == set(range(1, 8))
+
+
+@pytest.mark.parametrize("rows, columns", [(13, 17), (25, 33)])
+def test_the_input_need_not_be_a_multiple_of_the_stride(rows, columns):
+    """97 x 131 pixels give 13 x 17 at stride 8, and 25 x 33 at stride 4: of 7.5 and 3.9 pixels."""
+    inside = np.array([(97, 131)] * 2, np.int32)
+    sizes, originals = np.array([(97, 131), (80, 131)], np.int32), [(97, 131), (117, 200)]
+    masks = np.random.default_rng(0).normal(0, 4, (2, 5, rows, columns))
+    seen = make_pass(masks, sizes, inside, np.zeros(2, bool))
+    maps = run_label_maps([seen], originals, Canvas.of(sizes, originals))
+    for ours, logits, size, (height, width) in zip(maps, masks, sizes, originals):
+        full = to_picture(logits, (97, 131), size, (height, width))
+        best = np.sort(full, axis=0)
+        unsure = best[-1] - best[-2] < 1e-4
+        assert ((ours[:height, :width] == 1 + full.argmax(0)) | unsure).all()
+        assert unsure.mean() < 0.01
 
 
 @pytest.mark.parametrize("num_classes, dtype", [(255, np.uint8), (256, np.uint16)])
@@ -237,13 +253,15 @@ def test_label_maps_of_scales_and_mirrored_pictures_average_probabilities(stride
     for (height, width), size in sizes.items():
         for turn in ([False] * 4, [True] * 4, [True, False, True, False]):
             masks = rng.normal(0, 4, (4, 5, height // stride, width // stride))
-            passes.append((masks, np.array(size, np.int32), np.array(turn)))
+            inside = np.array([(height, width)] * 4, np.int32)
+            passes.append(make_pass(masks, np.array(size, np.int32), inside, np.array(turn)))
     canvas = Canvas.of(np.array(sizes[96, 160]), np.array(originals))
-    maps = run_label_maps(passes, originals, stride, canvas)
+    maps = run_label_maps(passes, originals, canvas)
     for i, (height, width) in enumerate(originals):
         mean = 0
-        for masks, size, turn in passes:
-            full = to_picture(masks[i], stride, size[i], (height, width))
+        for stage, size, inside, turn in passes:
+            masks = np.asarray(stage.masks[i], float)
+            full = to_picture(masks, inside[i], size[i], (height, width))
             probs = np.exp(full) / np.exp(full).sum(0)
             mean += (probs[:, :, ::-1] if turn[i] else probs) / len(passes)
         best = np.sort(mean, axis=0)

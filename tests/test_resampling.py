@@ -13,7 +13,12 @@ from knet_jax.resampling import Canvas, to_original
 def matrix(size, original_size, num_rows, num_pixels, stride):
     return np.asarray(
         jax.jit(to_original, static_argnums=(2, 3, 4, 5))(
-            jnp.asarray(size), jnp.asarray(original_size), num_rows, num_pixels, stride, "float32"
+            jnp.asarray(size),
+            jnp.asarray(original_size),
+            num_rows,
+            num_pixels,
+            1 / stride,
+            "float32",
         )
     )
 
@@ -35,7 +40,7 @@ def test_every_pixel_is_a_mean_of_at_most_four_rows(size, original_size, stride)
 def test_both_resizings_are_one_matrix(size, original_size, stride):
     weights = matrix(size, original_size, 40 // stride, 128, stride)
     x = np.random.default_rng(0).standard_normal(40 // stride)
-    wanted = to_picture(x[None, :, None], stride, (size, stride), (original_size, stride))
+    wanted = to_picture(x[None, :, None], (40, stride), (size, stride), (original_size, stride))
     np.testing.assert_allclose(weights[:original_size] @ x, wanted[0, :, 0], atol=1e-5)
     # Beyond the picture the last pixel is repeated.
     rest = np.broadcast_to(weights[original_size - 1], (128 - original_size, len(x)))

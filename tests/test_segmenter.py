@@ -57,6 +57,7 @@ def picture(height, width, seed=0):
         ("panoptic", ()),
         ("instance", ()),
         ("semantic", ()),
+        pytest.param("semantic", ("--config.data.eval_multiple=1",), marks=pytest.mark.slow),
         pytest.param("semantic", SEVERAL_PASSES, marks=pytest.mark.slow),
     ],
 )

@@ -274,6 +274,10 @@ def test_windows_may_touch_but_leave_no_gap():
     config = config_of("semantic")
     config.eval.update({"window": (512, 512), "window_step": (512, 352)})
     validate(config)
+    config.data.eval_multiple = 8
+    with pytest.raises(ConfigError, match=r"eval_multiple is 8; accepted with .*multiples of 32"):
+        validate(config)
+    config.data.eval_multiple = 64
     config.eval.window_step = (512, 544)
     with pytest.raises(ConfigError, match=r"window_step is \(512, 544\).*at most .*\(512, 512\)"):
         validate(config)

@@ -57,10 +57,7 @@ CROP_RULES: dict[str, Rule] = {
     "data.crop": CANVAS,
     "data.max_class_share": (lambda value: share(value) and value > 0, "a share above 0"),
     "data.photometric": YES_NO,
-    "data.eval_multiple": (
-        lambda value: at_least_one(value) and value % STRIDE == 0,
-        f"a multiple of {STRIDE}",
-    ),
+    "data.eval_multiple": ONE,
 }
 
 
