@@ -1,6 +1,8 @@
 # `make demo` and `make test` need only make and Python >= 3.11: they create the environment.
 
 VENV ?= .venv
+# What of pyproject.toml is installed besides the package.
+EXTRAS ?= dev
 # The interpreter that creates the environment: the first of these that exists and is new enough.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -8,9 +10,11 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 # What the demo trains: panoptic, instance or semantic.
 TASK ?= panoptic
 DEMO = runs/demo$(if $(filter-out panoptic,$(TASK)),_$(TASK))
-# How many test processes, which tests (`make test MARK="not slow"`), and the fixtures of `parity`.
+# How many test processes, which tests (`make test MARK="not slow" TESTS=tests/test_demo.py`), and the
+# fixtures of `parity`.
 WORKERS ?= 2
 MARK ?=
+TESTS ?=
 FIXTURES ?= fixtures
 
 INSTALLED := $(VENV)/.installed
@@ -23,7 +27,7 @@ demo: $(INSTALLED)  ## Train a small K-Net on drawn pictures, evaluate it, draw:
 	$(VENV)/bin/python eval.py --workdir $(DEMO)
 
 test: $(INSTALLED)  ## Run the tests.
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "$(MARK)"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "$(MARK)" $(TESTS)
 
 lint: $(INSTALLED)  ## Check style.
 	$(VENV)/bin/ruff check .
@@ -46,5 +50,5 @@ $(INSTALLED): pyproject.toml
 	@test -x $(VENV)/bin/pip || test -n "$(PYTHON)" || { \
 		echo "No Python >= 3.11 found: install one, or name it with 'make PYTHON=/path/to/python'." >&2; exit 2; }
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[$(EXTRAS)]'
 	@touch $@

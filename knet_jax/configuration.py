@@ -65,7 +65,9 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     path, names = parse_spec(spec)
     if not path.is_file():
-        known = ", ".join(map(str, sorted(Path("configs").glob("*.py")))) or "none in ./configs"
+        known = ", ".join(map(str, sorted(Path("configs").glob("*.py")))) or (
+            "the whole path, or one in configs/ of the repository's root, which is not here"
+        )
         raise ConfigError(f"--config={spec}: there is no file {path}; accepted: {known}")
     module = runpy.run_path(str(path))
     if "get_config" not in module:

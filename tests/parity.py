@@ -2,7 +2,8 @@
 
 A fixture is a manifest NAME.json, arrays NAME.npz, and no weights: those follow from the names of
 the parameters by a rule. Every line of the report is one array: its largest error relative to the
-array's largest value, and the tolerance. The exit status is 1 if anything fails.
+array's largest value, and the tolerance. The exit status is 1 if anything fails. What is compared is
+the package beside this folder, whatever else is installed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from knet_jax.configuration import load_config
 from knet_jax.data.transforms import resized_size
