@@ -7,9 +7,9 @@ python predict.py clip.mp4 --model runs/demo --output out
 Takes pictures, videos, and folders with all that is in them, subfolders included. Writes to the
 output, as they come: overlays/ (the pictures under their segments), the results in COCO's format
 (panoptic.json and panoptic/*.png, instance.json, or semantic.json and semantic/*.png), images.json
-(which id is which file) and contact_sheet.jpg; of a video an .mp4 and a .json of its name.
+(which id is which file) and contact_sheet.jpg; of a video videos/NAME.mp4 and videos/NAME.json.
 
-Exit status: 0, or 3 where files could not be read; they are named and skipped.
+Exit status: 0, or 3 where files could not be read, or not to their end; they are named.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from knet_jax.checkpoint import check_writable
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError
 from knet_jax.predictions import Predictions, find_sources, predict_pictures, predict_video
+from knet_jax.preemption import stop_on_sigterm
 from knet_jax.segmenter import load
 
 MODEL = flags.DEFINE_string("model", None, "folder of a run of train.py, or of a conversion")
@@ -38,7 +39,7 @@ BATCH_SIZE = flags.DEFINE_integer(
 )
 
 SOME_SKIPPED = 3
-"""Exit status where files could not be read."""
+"""Exit status where files could not be read or videos not be written."""
 
 
 def main(command: CommandLine) -> None:
@@ -61,15 +62,18 @@ def main(command: CommandLine) -> None:
         f"{segmenter.step}, {jax.devices()[0].device_kind}; the first picture of a size compiles"
     )
     problems = []
-    if pictures:
-        with Predictions(output, segmenter.task, segmenter.categories) as predictions:
-            problems += predict_pictures(segmenter, pictures, predictions, THRESHOLD.value)
-        print(predictions.table())
-    for video in videos:
-        if problem := predict_video(segmenter, video, output, THRESHOLD.value):
-            print(f"skipped {problem}", file=sys.stderr)
-            problems.append(problem)
-    print(f"wrote {output}/" + (f", skipped {len(problems)} files" if problems else ""))
+    with stop_on_sigterm() as stop:
+        if pictures:
+            with Predictions(output, segmenter.task, segmenter.categories) as predictions:
+                problems += predict_pictures(
+                    segmenter, pictures, predictions, THRESHOLD.value, stop
+                )
+            print(predictions.table())
+        for video in videos:
+            if problem := predict_video(segmenter, video, output, THRESHOLD.value, stop):
+                print(f"problem: {problem}", file=sys.stderr)
+                problems.append(problem)
+    print(f"wrote {output}/" + (f", problems with {len(problems)} files" if problems else ""))
     if problems:
         sys.exit(SOME_SKIPPED)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import re
 import runpy
 import sys
@@ -28,6 +29,13 @@ DISK_ERRORS = (
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EBUSY,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EFBIG,
+    errno.EIO,
 )
 
 
@@ -62,6 +70,12 @@ def run(
             paths = flags.FLAGS([argv[0], *rest])[1:]
         except flags.Error as error:
             raise ConfigError(f"{one_line(error)} (--help lists the flags)") from error
+        for name, value in flags.FLAGS.flag_values_dict().items():
+            # The bounds of a flag let nan through.
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(
+                    f"--{name} is {value}; accepted: a number (--help lists the flags)"
+                )
         if questions:
             print(usage())
             return
@@ -75,7 +89,8 @@ def run(
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        _exit(program, f"{error.strerror}: {error.filename or 'no file name'}", 1)
+        where = "" if error.filename is None else f": {error.filename}"
+        _exit(program, f"{error.strerror}{where}", 1)
     except ValueError as error:
         if not _is_ours(error):
             raise

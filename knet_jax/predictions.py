@@ -6,8 +6,10 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePath
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import cv2
 import numpy as np
@@ -16,6 +18,7 @@ from tqdm import tqdm
 from knet_jax.configuration import ConfigError
 from knet_jax.data.transforms import PICTURES, read_image
 from knet_jax.metrics.result_files import JsonList, write_json
+from knet_jax.preemption import Preempted, StopRequest
 from knet_jax.results import Result
 from knet_jax.segmenter import Segmenter
 from knet_jax.structs import Categories
@@ -24,6 +27,9 @@ from knet_jax.visualize import CELL, contact_sheet, save_picture, thumbnail
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 """How the names of videos end."""
+
+OVERLAYS, SHEET, VIDEO_RESULTS = "overlays", "contact_sheet.jpg", "videos"
+"""What predictions are called in their folder, beside the results of `TASKS`."""
 
 MAX_THUMBNAILS = 60
 """Pictures of a contact sheet."""
@@ -50,22 +56,29 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
 
     Args:
       paths: of files, and of folders, in which everything is found.
-      output: a folder whose content is left out: that of earlier predictions.
+      output: the folder of the predictions; those that it has are left out where a folder is named.
 
     Raises:
-      ConfigError: there is no such file, or nothing in a folder.
+      ConfigError: there is no such file, nothing in a folder, or what predictions would overwrite.
     """
     found: dict[Path, str] = {}
     for given in map(Path, paths):
         if given.is_dir():
-            inside = [path for path in _walk(given) if not path.is_relative_to(output.resolve())]
-            if not inside:
+            there = _walk(given)
+            if not there:
                 accepted = ", ".join(PICTURES + VIDEOS)
                 raise ConfigError(f"no picture or video in {given}; accepted: {accepted}")
+        elif given.is_file():
+            there = [given.resolve()]
         elif given.exists():
-            inside = [given.resolve()]
+            raise ConfigError(f"{given} is neither a file nor a folder")
         else:
             raise ConfigError(f"there is no file or folder {given}")
+        inside = [path for path in there if not _is_prediction(path, output.resolve())]
+        if not inside:
+            raise ConfigError(
+                f"predictions in {output} would overwrite {given}; accepted: another --output"
+            )
         root = given.resolve() if given.is_dir() else given.resolve().parent
         for path in inside:
             found.setdefault(path, path.relative_to(root).as_posix())
@@ -96,6 +109,21 @@ def _walk(folder: Path) -> list[Path]:
     return [path for path in paths if path.suffix.lower() in PICTURES + VIDEOS]
 
 
+def _is_prediction(path: Path, output: Path) -> bool:
+    """Whether a file lies where predictions go; both paths are resolved."""
+    return any(
+        path.is_relative_to(output / name) for name in (OVERLAYS, SHEET, VIDEO_RESULTS, *TASKS)
+    )
+
+
+def _until(stop: StopRequest | None, results: Iterable[Result]) -> Iterator[Result]:
+    """Results until the process is asked to stop. Raises Preempted after the one that is then due."""
+    for result in results:
+        yield result
+        if stop:
+            raise Preempted("stopped; what was done is kept")
+
+
 # Pictures.
 
 
@@ -104,7 +132,8 @@ class Predictions:
 
     For every picture `overlays/NAME.jpg`, and what the task's own format holds: `panoptic.json` with
     `panoptic/NAME.png`, `instance.json`, or `semantic.json` with `semantic/NAME.png`; then
-    `images.json`, which says which id of these is which file, and `contact_sheet.jpg`.
+    `images.json`, which says which id of these is which file, and `contact_sheet.jpg`. Before the
+    first picture nothing is written: what an earlier run has left stays.
 
     Args:
       folder: created if need be.
@@ -116,34 +145,40 @@ class Predictions:
         self.folder = folder
         self.counts = np.zeros((2, len(categories.names)), int)
         """Of each class, in how many pictures it was seen, and how many segments of it."""
+        self._task = task
         self._categories = categories
         self._images: list[dict] = []
         self._thumbnails: list[np.ndarray] = []
-        self._results = TASKS[task].results(folder / f"{task}.json", categories)
+
+    @cached_property
+    def _results(self) -> Any:
+        """The task's own format."""
+        return TASKS[self._task].results(self.folder / f"{self._task}.json", self._categories)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         """Whatever ends the predictions: what there is becomes whole files."""
+        if not self._images:
+            return
         self._results.close()
         categories = [
             {"id": id, "name": name}
             for id, name in zip(self._categories.dataset_ids, self._categories.names)
         ]
         write_json(self.folder / "images.json", {"images": self._images, "categories": categories})
-        if self._thumbnails:
-            save_picture(self.folder / "contact_sheet.jpg", contact_sheet(self._thumbnails))
+        save_picture(self.folder / SHEET, contact_sheet(self._thumbnails))
 
     def add(self, source: Source, result: Result) -> None:
         """Writes the result of a picture."""
         image_id = len(self._images) + 1
-        self._results.add(image_id, source.name, result.prediction, f"{source.stem}.png")
-        overlay = self.folder / "overlays" / f"{source.stem}.jpg"
+        overlay = self.folder / OVERLAYS / f"{source.stem}.jpg"
         overlay.parent.mkdir(parents=True, exist_ok=True)
         # Names of a small picture would cover it.
         drawn = result.draw(max(CELL, *result.size))
         save_picture(overlay, drawn)
+        self._results.add(image_id, source.name, result.prediction, f"{source.stem}.png")
         height, width = result.size
         self._images.append(
             {"id": image_id, "file_name": source.name, "height": height, "width": width}
@@ -172,6 +207,7 @@ def predict_pictures(
     sources: Sequence[Source],
     predictions: Predictions,
     threshold: float | None = None,
+    stop: StopRequest | None = None,
 ) -> list[str]:
     """Segments pictures from files, with a progress bar.
 
@@ -180,9 +216,13 @@ def predict_pictures(
       sources: the pictures.
       predictions: where results go.
       threshold: least score of a thing.
+      stop: what ends it early.
 
     Returns:
       what was wrong with each that could not be read.
+
+    Raises:
+      Preempted: it was asked to stop.
     """
     problems: list[str] = []
     waiting: deque[Source] = deque()
@@ -200,7 +240,7 @@ def predict_pictures(
                 waiting.append(source)
                 yield image
 
-        for result in segmenter.stream(readable(), threshold):
+        for result in _until(stop, segmenter.stream(readable(), threshold)):
             predictions.add(waiting.popleft(), result)
             bar.update()
     return problems
@@ -210,71 +250,148 @@ def predict_pictures(
 
 
 def predict_video(
-    segmenter: Segmenter, source: Source, folder: Path, threshold: float | None = None
+    segmenter: Segmenter,
+    source: Source,
+    folder: Path,
+    threshold: float | None = None,
+    stop: StopRequest | None = None,
 ) -> str | None:
     """Segments a video frame by frame, in constant memory, with a progress bar.
 
-    Writes `NAME.mp4`, and `NAME.json`: what `Result.to_coco` gives, the number of the frame being
-    the id of the picture, from 0 on.
+    Writes `videos/NAME.mp4`, and `videos/NAME.json`: what `Result.to_coco` gives, the number of the
+    frame being the id of the picture, from 0 on.
 
     Args:
       segmenter: how.
       source: the video.
       folder: where results go.
       threshold: least score of a thing.
+      stop: what ends it early.
 
     Returns:
-      what was wrong with the video, None where it could be read.
+      what was wrong with the video, None where all of it could be read and written.
 
     Raises:
-      OSError: this build of OpenCV cannot write such a video.
+      Preempted: it was asked to stop.
     """
     capture = cv2.VideoCapture(str(source.path))
     try:
-        frames = _frames(capture)
+        frames = _Frames(capture)
         first = next(frames, None)
         if first is None:
             return f"{source.path}: no frame of it can be decoded"
-        place = folder / f"{source.stem}.mp4"
+        results = segmenter.stream(chain([first], frames), threshold)
+        # Before the first result nothing is written: what an earlier run has left stays.
+        results = chain([next(results)], results)
+        place = folder / VIDEO_RESULTS / f"{source.stem}.mp4"
         place.parent.mkdir(parents=True, exist_ok=True)
-        height, width = first.shape[:2]
-        rate = capture.get(cv2.CAP_PROP_FPS)
-        rate = rate if 0 < rate < 1000 else FRAMES_PER_SECOND
-        total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        # An .mp4 cannot be read before it is closed: it gets its name then.
-        draft = place.with_name(f"{place.stem}.part.mp4")
-        writer = cv2.VideoWriter(str(draft), cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height))
-        if not writer.isOpened():
-            raise OSError(f"{draft}: OpenCV cannot write this video")
-        try:
-            with (
-                JsonList(place.with_suffix(".json")) as records,
-                tqdm(total=total if total > 0 else None, desc=source.name, unit="frame") as bar,
-            ):
-                results = segmenter.stream(_chain(first, frames), threshold)
-                for number, result in enumerate(results):
-                    writer.write(cv2.cvtColor(result.draw(), cv2.COLOR_RGB2BGR))
-                    found = result.to_coco(number)
-                    for record in found if isinstance(found, list) else [found]:
-                        records.add(record)
-                    bar.update()
-        finally:
-            writer.release()
-            draft.replace(place)
+        with (
+            _Film(place, frames.rate, first.shape[:2]) as film,
+            JsonList(place.with_suffix(".json")) as records,
+            tqdm(total=frames.total, desc=source.name, unit="frame") as bar,
+        ):
+            for number, result in enumerate(_until(stop, results)):
+                film.add(result.draw())
+                found = result.to_coco(number)
+                for record in found if isinstance(found, list) else [found]:
+                    records.add(record)
+                bar.update()
+        if frames.has_more:
+            return f"{source.path}: ends after {frames.number} of {frames.total} frames"
+    except _UnwritableError as error:
+        return f"{source.path}: {error}"
     finally:
         capture.release()
     return None
 
 
-def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    """uint8 [H, W, 3], RGB, until the video ends."""
-    while True:
-        is_there, frame = capture.read()
+class _Frames:
+    """The frames of a video, uint8 [H, W, 3], RGB, as far as they can be decoded."""
+
+    def __init__(self, capture: cv2.VideoCapture):
+        self._capture = capture
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        self.rate = rate if 0 < rate < 1000 else FRAMES_PER_SECOND
+        total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        self.total = total if total > 0 else None
+        """How many the file says there are, None where it does not."""
+        self.number = 0
+        """How many there were so far."""
+        self.seconds = 0.0
+        """When the last one is shown."""
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the file says that frames follow those that there were.
+
+        Some files only tell how long they last. Where frames are not evenly spaced, that stands for
+        another number of them than there are; so it is enough that the last one comes at the end.
+        """
+        reached = max(self.number, self.seconds * self.rate + 1)
+        return self.total is not None and reached < 0.98 * self.total - 1
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        is_there, frame = self._capture.read()
         if not is_there:
+            raise StopIteration
+        self.number += 1
+        self.seconds = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+
+class _UnwritableError(Exception):
+    """OpenCV cannot write a video."""
+
+
+class _Film:
+    """Writes a video; it appears when it is whole.
+
+    Args:
+      path: of the file.
+      rate: frames per second.
+      size: height and width.
+
+    Raises:
+      _UnwritableError: OpenCV does not take this, or has not written all frames in the end.
+    """
+
+    def __init__(self, path: Path, rate: float, size: tuple[int, int]):
+        self._path, self._size = path, size
+        # The name tells OpenCV the format.
+        self._draft = path.with_name(f"{path.name}.part.mp4")
+        self._number = 0
+        # OpenCV takes thousandths of a frame; MPEG-4 divides a second into at most 65535 ticks.
+        rate = round(rate, 3 if rate < 65 else 2 if rate < 655 else 1)
+        code = cv2.VideoWriter.fourcc(*"mp4v")
+        self._writer = cv2.VideoWriter(str(self._draft), code, rate, size[::-1])
+        if not self._writer.isOpened():
+            self._draft.unlink(missing_ok=True)
+            raise _UnwritableError(
+                f"OpenCV cannot write {path} of {size[1]}x{size[0]} at {rate} frames per second"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def add(self, frame: np.ndarray) -> None:
+        """Writes uint8 [H, W, 3], RGB; a frame of another size is resized."""
+        if frame.shape[:2] != self._size:
+            frame = cv2.resize(frame, self._size[::-1])
+        self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        self._number += 1
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._writer.release()
+        written = cv2.VideoCapture(str(self._draft))
+        # Ctrl-C may come between a frame and its number.
+        is_whole = written.get(cv2.CAP_PROP_FRAME_COUNT) >= max(1, self._number)
+        written.release()
+        if is_whole:
+            self._draft.replace(self._path)
             return
-        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-
-
-def _chain(first: np.ndarray, rest: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest
+        self._draft.unlink(missing_ok=True)
+        if kind is None:
+            raise _UnwritableError(f"OpenCV could not write all of {self._path}; is the disk full?")

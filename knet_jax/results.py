@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from knet_jax import rle
 from knet_jax.data import transforms
+from knet_jax.metrics.result_files import write_whole
 from knet_jax.structs import EMPTY, Categories, Instance, PanopticMap
 
 Box = tuple[int, int, int, int]
@@ -166,7 +167,7 @@ class Result:
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix == ".json":
-            path.write_text(json.dumps(self.to_coco()) + "\n")
+            write_whole(path, f"{json.dumps(self.to_coco())}\n".encode())
         elif suffix in transforms.PICTURES:
             from knet_jax.visualize import save_picture
 

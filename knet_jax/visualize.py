@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import functools
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from scipy import ndimage
 
 from knet_jax import rle
 from knet_jax.metrics.panoptic import segment_index
+from knet_jax.metrics.result_files import write_whole
 from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
 
 CELL = 640
@@ -340,8 +342,12 @@ def contact_sheet(thumbnails: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3], RGB, in the form that the name ends in, such as PNG or JPEG.
+    """Writes uint8 [H, W, 3], RGB, in the form that the name ends in, such as PNG or JPEG: whole or
+    not at all.
 
     Raises OSError where that is not possible.
     """
-    Image.fromarray(picture).save(path, quality=92)
+    path, encoded = Path(path), io.BytesIO()
+    form = Image.registered_extensions()[path.suffix.lower()]
+    Image.fromarray(picture).save(encoded, form, quality=92)
+    write_whole(path, encoded.getvalue())

@@ -84,6 +84,14 @@ def full_disk(command):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
 
 
+def full_disk_without_a_name(command):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def file_for_a_folder(command):
+    Path(__file__).mkdir()
+
+
 def missing_file(command):
     Path("/proc/no/file").read_text()
 
@@ -100,6 +108,8 @@ def preemption(command):
         (print, ["--verbosity=x"], 2, "flag --verbosity=x: "),
         (print, ["picture.png"], 2, "'picture.png' belongs to no flag (--help lists the flags)"),
         (full_disk, [], 1, "No space left on device: /some/file"),
+        (full_disk_without_a_name, [], 1, "No space left on device\n"),
+        (file_for_a_folder, [], 1, f"File exists: {__file__}"),
         (missing_file, [], 1, "No such file or directory: /proc/no/file"),
         (preemption, [], 143, "stopped after step 7, which is saved"),
     ],
@@ -111,6 +121,17 @@ def test_a_mistake_is_one_line_and_a_status(capsys, main, arguments, status, lin
     assert said.startswith(f"train.py: {line}")
     assert said.count("\n") == 1
     assert caught.value.code == status
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_float_flag_is_a_number(capsys, value):
+    flags.DEFINE_float("share", 0.5, "of something", 0, 1)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run(print, ["train.py", f"--share={value}"])
+    finally:
+        delattr(flags.FLAGS, "share")
+    assert caught.value.code == 2 and "share" in capsys.readouterr().err
 
 
 def reset(command):

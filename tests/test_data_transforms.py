@@ -43,6 +43,14 @@ def test_pictures_of_other_modes_become_rgb(mode, format):
     assert difference(image, expected) < 4
 
 
+def test_a_truncated_picture_that_says_it_is_huge_is_refused():
+    data = encoded(Image.fromarray(smooth(40, 60)), "JPEG")
+    frame = data.index(b"\xff\xc0")
+    huge = data[: frame + 5] + b"\xff\xdc" * 2 + data[frame + 9 : -50]
+    with pytest.raises(ValueError, match="truncated"):
+        transforms.decode_image(huge)
+
+
 def test_alpha_is_dropped():
     rgb = smooth(20, 30)
     alpha = np.dstack([rgb, np.full((20, 30), 77, np.uint8)])

@@ -174,6 +174,8 @@ def test_pixels_without_a_class_get_an_id_that_no_class_has(tmp_path):
 
     assert written((1, 255)) == [[0, 1, 255]]
     assert written((0, 1)) == [[255, 0, 1]]
+    assert written((255, 40000)) == [[0, 255, 40000]]
+    assert written((0, 256)) == [[65535, 0, 256]]
     results = SemanticResults(tmp_path / "both.json", Categories(("a", "b"), (0, 255), 0))
     results.add(1, "1.jpg", labels("12"))
     with pytest.raises(ValueError, match="2.png: a pixel without a class"):
@@ -181,8 +183,8 @@ def test_pixels_without_a_class_get_an_id_that_no_class_has(tmp_path):
 
 
 def test_writer_refuses_what_the_format_cannot_say(tmp_path):
-    with pytest.raises(ValueError, match="category id 256 is not one of 0 … 255"):
-        SemanticResults(tmp_path / "a.json", CATEGORIES._replace(dataset_ids=(1, 2, 256)))
+    with pytest.raises(ValueError, match="category id 65536 is not one of 0 … 65535"):
+        SemanticResults(tmp_path / "a.json", CATEGORIES._replace(dataset_ids=(1, 2, 65536)))
     results = SemanticResults(tmp_path / "a.json", CATEGORIES)
     results.add(1, "1.jpg", labels("1"))
     with pytest.raises(ValueError, match="1.png was added before"):

@@ -1,11 +1,14 @@
 """Pictures and videos on disk: what predict.py finds, writes and skips."""
 
 import json
+import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -19,9 +22,11 @@ from programs import program
 from knet_jax import commandline, rle
 from knet_jax.configuration import ConfigError
 from knet_jax.metrics.coco_files import PanopticFile
-from knet_jax.metrics.result_files import JsonList
-from knet_jax.predictions import find_sources
-from knet_jax.visualize import THUMBNAIL, contact_sheet, thumbnail
+from knet_jax.metrics.result_files import JsonList, write_json
+from knet_jax.predictions import Predictions, find_sources, predict_pictures, predict_video
+from knet_jax.preemption import Preempted
+from knet_jax.results import Result
+from knet_jax.visualize import MARGIN, THUMBNAIL, contact_sheet, save_picture, thumbnail
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("panoptic", "instance", "semantic")
@@ -70,11 +75,21 @@ def write_pictures(folder, names):
         Image.fromarray(picture(seed=seed)).save(place)
 
 
-def write_video(path, num_frames=5, size=(50, 76)):  # the codec drops odd columns
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 12, size[::-1])
+def write_video(path, num_frames=5, size=(50, 76), rate=12, code="mp4v"):
+    # The codec drops odd columns.
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), rate, size[::-1])
     for seed in range(num_frames):
         writer.write(picture(*size, seed))
     writer.release()
+
+
+def read_video(path):
+    """The frames, in OpenCV's BGR."""
+    capture = cv2.VideoCapture(str(path))
+    frames = []
+    while (read := capture.read())[0]:
+        frames.append(read[1])
+    return frames
 
 
 def files(folder):
@@ -100,11 +115,11 @@ def test_a_folder_of_all_sorts(models, tmp_path, task):
     assert status == 3, err
     assert "skipped" in err and f"{source / 'broken.jpg'}: cannot be decoded" in err
     assert f"{source / 'broken.avi'}: no frame of it can be decoded" in err
-    assert "skipped 2 files" in out and "Traceback" not in err
+    assert "problems with 2 files" in out and "Traceback" not in err
     assert any(f"{name}  " in out for name in tiny_runs.categories(task).names)
 
     wanted = {f"overlays/{stem}.jpg" for stem in STEMS} | {f"{task}.json", "images.json"}
-    wanted |= {"contact_sheet.jpg", "b/clip.mp4", "b/clip.json"}
+    wanted |= {"contact_sheet.jpg", "videos/b/clip.mp4", "videos/b/clip.json"}
     if task != "instance":
         wanted |= {f"{task}/{stem}.png" for stem in STEMS}
     assert files(output) == wanted
@@ -131,12 +146,11 @@ def test_a_folder_of_all_sorts(models, tmp_path, task):
         assert labels.shape == (50, 75) and 1 <= labels.min() < labels.max() <= 9
 
     assert not list(output.rglob("*.part*"))
-    video = cv2.VideoCapture(str(output / "b" / "clip.mp4"))
-    assert video.get(cv2.CAP_PROP_FPS) == 12
-    frames = [video.read() for _ in range(6)]
-    assert [is_there for is_there, _ in frames] == [True] * 5 + [False]
-    assert frames[0][1].shape == (50, 76, 3) and frames[0][1].std() > 10
-    records = json.loads((output / "b" / "clip.json").read_text())
+    place = output / "videos" / "b" / "clip.mp4"
+    assert cv2.VideoCapture(str(place)).get(cv2.CAP_PROP_FPS) == 12
+    frames = read_video(place)
+    assert len(frames) == 5 and frames[0].shape == (50, 76, 3) and frames[0].std() > 10
+    records = json.loads(place.with_suffix(".json").read_text())
     assert {record["image_id"] for record in records} == set(range(5))
 
 
@@ -167,7 +181,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-def test_what_was_done_before_an_interruption_is_kept(models, tmp_path):
+@pytest.mark.parametrize(
+    "signum, status, last",
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "stopped; what was done is kept"),
+    ],
+)
+def test_what_was_done_before_an_interruption_is_kept(models, tmp_path, signum, status, last):
     names = [f"{i:03}.png" for i in range(400)]
     write_pictures(tmp_path / "in", names)
     output = tmp_path / "out"
@@ -179,10 +200,10 @@ def test_what_was_done_before_an_interruption_is_kept(models, tmp_path):
     while len(files(output)) < 8 and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     _, err = process.communicate(timeout=100)
-    assert process.returncode == 130 and "Traceback" not in err
-    assert err.splitlines()[-1].endswith("predict.py: interrupted")
+    assert process.returncode == status and "Traceback" not in err
+    assert err.splitlines()[-1].endswith(f"predict.py: {last}")
     listed = json.loads((output / "images.json").read_text())["images"]
     results = PanopticFile(output / "panoptic.json")
     assert 2 < len(listed) < 400
@@ -204,6 +225,7 @@ def test_mistakes_end_in_one_line(models, tmp_path, capsys):
         ([tmp_path / "gone.jpg", *model], f"there is no file or folder {tmp_path / 'gone.jpg'}"),
         ([tmp_path / "empty", *model], f"no picture or video in {tmp_path / 'empty'}"),
         ([image, *model, "--threshold", "2"], "--threshold"),
+        ([image, *model, "--threshold", "nan"], "--threshold is nan"),
         ([image, *model, "--checkpoint", "7"], "no checkpoint of step 7"),
     ]:
         with pytest.raises(SystemExit) as ended:
@@ -211,6 +233,31 @@ def test_mistakes_end_in_one_line(models, tmp_path, capsys):
         printed = capsys.readouterr().err
         assert ended.value.code == 2 and len(printed.splitlines()) == 1
         assert words in printed and not (tmp_path / "out").exists()
+
+
+def test_no_file_of_the_user_is_overwritten(models, tmp_path, capsys):
+    write_pictures(tmp_path, ("overlays/q.jpg", "panoptic/a/q.png"))
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "clip.mp4")
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    for given in ("overlays/q.jpg", "panoptic/a/q.png", "videos/clip.mp4", "link/videos", "videos"):
+        with pytest.raises(SystemExit) as ended:
+            call(tmp_path / given, "--model", models["panoptic"], "--output", tmp_path)
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2 and len(printed.splitlines()) == 1
+        assert f"predictions in {tmp_path} would overwrite {tmp_path / given};" in printed
+        assert before == {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+
+
+def test_an_output_that_is_a_file_is_one_line(models, tmp_path, capsys):
+    write_pictures(tmp_path, ("1.png",))
+    (tmp_path / "overlays").touch()
+    with pytest.raises(SystemExit) as ended:
+        call(tmp_path / "1.png", "--model", models["instance"], "--output", tmp_path)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"predict.py: File exists: {tmp_path / 'overlays'}")
 
 
 def test_help():
@@ -249,7 +296,8 @@ def test_the_documentation_does_what_it_says(models, tmp_path):
 
 
 def test_sources_have_names_of_their_own(tmp_path):
-    write_pictures(tmp_path, ("a/1.jpg", "a/1.png", "a/b/1.JPG", "c/1.jpg", "a/out/9.jpg"))
+    write_pictures(tmp_path, ("a/1.jpg", "a/1.png", "a/b/1.JPG", "c/1.jpg"))
+    write_pictures(tmp_path, ("a/out/overlays/9.jpg", "a/out/contact_sheet.jpg"))
     write_video(tmp_path / "a" / "v.MP4")
     (tmp_path / "a" / "x.txt").touch()
 
@@ -264,9 +312,225 @@ def test_sources_have_names_of_their_own(tmp_path):
     assert find("a/1.jpg", "a/1.jpg", "a/../a/1.jpg") == ([("1.jpg", "1")], [])
     assert find("a/1.jpg", "c") == ([("a/1.jpg", "a/1"), ("c/1.jpg", "c/1")], [])
     assert find("a/x.txt")[0] == [("x.txt", "x")]  # asked for by name
-    for path in ("gone", "a/out"):
-        with pytest.raises(ConfigError, match=r"there is no file|no picture or video"):
+    os.mkfifo(tmp_path / "a" / "pipe.jpg")
+    assert find("a")[0] == inside
+    for path, problem in (
+        ("gone", "there is no file or folder"),
+        ("a/out", "predictions in .*/a/out would overwrite .*/a/out;"),
+        ("a/pipe.jpg", "pipe.jpg is neither a file nor a folder"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
             find(path)
+
+
+@pytest.mark.parametrize("output", ["in", "in/..", "in/b"])
+def test_an_output_around_the_pictures_hides_only_predictions(tmp_path, output):
+    write_pictures(tmp_path / "in", ("1.jpg", "b/2.jpg"))
+    for folder in ("overlays", "panoptic"):
+        write_pictures(tmp_path / output / folder, ("1.png",))
+    pictures, _ = find_sources([str(tmp_path / "in")], tmp_path / output)
+    assert [source.name for source in pictures] == ["1.jpg", "b/2.jpg"]
+
+
+class Seer:
+    """A segmenter that sees the first class in all of a picture, or nothing."""
+
+    def __init__(self, label=1):
+        self.label = label
+
+    def result(self, image):
+        labels = np.full(image.shape[:2], self.label)
+        return Result("semantic", tiny_runs.categories("semantic"), image, labels)
+
+    def stream(self, images, threshold=None):
+        return map(self.result, images)
+
+
+def sources(*paths):
+    found = find_sources([str(path) for path in paths], Path("/nowhere"))
+    return [source for kind in found for source in kind]
+
+
+def semantic_predictions(folder):
+    return Predictions(folder, "semantic", tiny_runs.categories("semantic"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_failed_start_leaves_earlier_predictions(tmp_path, task):
+    (tmp_path / f"{task}.json").write_text("earlier")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Predictions(tmp_path, task, tiny_runs.categories(task)),
+    ):
+        raise KeyboardInterrupt
+    assert files(tmp_path) == {f"{task}.json"}
+    assert (tmp_path / f"{task}.json").read_text() == "earlier"
+
+
+def test_a_failed_start_leaves_an_earlier_video(tmp_path):
+    class Fails:
+        def stream(self, images, threshold):
+            yield from iter([])
+            raise KeyboardInterrupt
+
+    write_video(tmp_path / "clip.mp4")
+    [source] = sources(tmp_path / "clip.mp4")
+    assert predict_video(Seer(), source, tmp_path / "out") is None
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / "videos").iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        predict_video(Fails(), source, tmp_path / "out")
+    assert len(before) == 2
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out" / "videos").iterdir()}
+
+
+def test_colors_stay_what_they_are(tmp_path):
+    red = np.full((48, 64, 3), (230, 20, 10), np.uint8)
+    Image.fromarray(red).save(tmp_path / "red.png")
+    writer = cv2.VideoWriter(
+        str(tmp_path / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 12, (64, 48)
+    )
+    writer.write(red[..., ::-1])
+    writer.release()
+    still, clip = sources(tmp_path / "red.png", tmp_path / "clip.mp4")
+    with semantic_predictions(tmp_path) as predictions:
+        assert predict_pictures(Seer(0), [still], predictions) == []
+    assert predict_video(Seer(0), clip, tmp_path) is None
+    for picture in (
+        cv2.imread(str(tmp_path / "overlays" / "red.jpg")),
+        cv2.imread(str(tmp_path / "contact_sheet.jpg"))[100:200, 100:200],
+        read_video(tmp_path / "videos" / "clip.mp4")[0],
+    ):
+        np.testing.assert_allclose(picture.mean((0, 1)), (10, 20, 230), atol=12)
+
+
+def test_results_of_a_video_replace_nothing_else(tmp_path):
+    names = ("semantic", "images", "contact_sheet")
+    write_pictures(tmp_path / "in", ("1.png",))
+    for name in names:
+        write_video(tmp_path / "in" / f"{name}.mp4", 1)
+    still, *clips = sources(tmp_path / "in")
+    with semantic_predictions(tmp_path) as predictions:
+        predict_pictures(Seer(), [still], predictions)
+    before = (tmp_path / "semantic.json").read_text(), (tmp_path / "images.json").read_text()
+    for clip in clips:
+        assert predict_video(Seer(), clip, tmp_path) is None
+    assert before == (
+        (tmp_path / "semantic.json").read_text(),
+        (tmp_path / "images.json").read_text(),
+    )
+    assert {path.stem for path in (tmp_path / "videos").iterdir()} == set(names)
+
+
+@pytest.mark.parametrize("code, name", [("MJPG", "clip.avi"), ("VP80", "clip.webm")])
+def test_a_video_that_is_cut_off_is_named_and_kept(tmp_path, code, name):
+    path = tmp_path / name
+    write_video(path, 60, code=code)
+    [source] = sources(path)
+    assert predict_video(Seer(), source, tmp_path) is None
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    problem = predict_video(Seer(), source, tmp_path)
+    number = len(read_video(tmp_path / "videos" / "clip.mp4"))
+    assert 10 < number < 50 and problem == f"{path}: ends after {number} of 60 frames"
+    records = json.loads((tmp_path / "videos" / "clip.json").read_text())
+    assert [record["image_id"] for record in records] == list(range(number))
+
+
+@pytest.mark.parametrize("rate", [29.97, 119.973, 239.76, 959.04])
+def test_videos_of_any_rate(tmp_path, rate):
+    write_video(tmp_path / "clip.avi", rate=rate, code="MJPG")
+    [source] = sources(tmp_path / "clip.avi")
+    assert predict_video(Seer(), source, tmp_path) is None
+    written = cv2.VideoCapture(str(tmp_path / "videos" / "clip.mp4"))
+    assert written.get(cv2.CAP_PROP_FPS) == pytest.approx(rate, rel=1e-3)
+
+
+def test_frames_of_other_sizes_are_kept(tmp_path):
+    class Shrinks(Seer):
+        def stream(self, images, threshold):
+            for number, image in enumerate(images):
+                yield self.result(image[: 50 - 10 * number])
+
+    write_video(tmp_path / "clip.mp4", 3)
+    [source] = sources(tmp_path / "clip.mp4")
+    assert predict_video(Shrinks(), source, tmp_path) is None
+    frames = read_video(tmp_path / "videos" / "clip.mp4")
+    assert [frame.shape for frame in frames] == [(50, 76, 3)] * 3
+
+
+def test_a_video_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.mp4")
+    monkeypatch.setattr(cv2.VideoWriter, "isOpened", lambda self: False)
+    [source] = sources(tmp_path / "clip.mp4")
+    problem = predict_video(Seer(), source, tmp_path)
+    assert "OpenCV cannot write" in problem and "76x50 at 12.0 frames per second" in problem
+    assert not list((tmp_path / "videos").iterdir())
+
+
+@contextmanager
+def largest_file(size):
+    """No file may grow beyond so many bytes: in place of a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_file_is_half_written(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3)).astype(np.uint8)
+    writers = {
+        "a.jpg": lambda path: save_picture(path, noise),
+        "a.json": lambda path: write_json(path, list(range(999))),
+        "b.json": lambda path: Seer().result(noise).save(path),
+        "semantic/a.png": lambda path: semantic_predictions(path.parents[1])._results.add(
+            1, "a.jpg", noise[..., 0] % 9
+        ),
+    }
+    for name, write in writers.items():
+        place = tmp_path / name
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("earlier")
+        with largest_file(100), pytest.raises(OSError, match="File too large") as caught:
+            write(place)
+        assert caught.value.filename == str(place) and place.read_text() == "earlier"
+    assert files(tmp_path) == set(writers)
+
+
+def test_a_video_that_is_not_written_whole_is_named(tmp_path):
+    write_video(tmp_path / "clip.mp4", 30, (200, 300))
+    [source] = sources(tmp_path / "clip.mp4")
+    with largest_file(20_000):
+        problem = predict_video(Seer(0), source, tmp_path)
+    assert "OpenCV could not write all of" in problem
+    assert files(tmp_path / "videos") == {"clip.json"}
+
+
+def test_a_picture_of_any_size_is_skipped(tmp_path):
+    write_pictures(tmp_path, ("1.jpg", "2.jpg"))
+    data = (tmp_path / "1.jpg").read_bytes()
+    start = data.index(b"\xff\xc0")
+    huge = data[: start + 5] + b"\xff\xdc" * 2 + data[start + 9 : -50]
+    (tmp_path / "1.jpg").write_bytes(huge)
+    with semantic_predictions(tmp_path / "out") as predictions:
+        [problem] = predict_pictures(Seer(), sources(tmp_path), predictions)
+    assert problem == f"{tmp_path / '1.jpg'}: the picture is truncated"
+    assert (tmp_path / "out" / "overlays" / "2.jpg").is_file()
+
+
+def test_predictions_end_when_asked_to(tmp_path):
+    write_pictures(tmp_path / "in", ("1.png", "2.png"))
+    write_video(tmp_path / "in" / "clip.mp4")
+    *stills, clip = sources(tmp_path / "in")
+    with pytest.raises(Preempted), semantic_predictions(tmp_path) as predictions:
+        predict_pictures(Seer(), stills, predictions, stop=True)
+    listed = json.loads((tmp_path / "images.json").read_text())["images"]
+    assert [image["file_name"] for image in listed] == ["1.png"]
+    with pytest.raises(Preempted):
+        predict_video(Seer(), clip, tmp_path, stop=True)
+    assert len(read_video(tmp_path / "videos" / "clip.mp4")) == 1
+    assert len(json.loads((tmp_path / "videos" / "clip.json").read_text())) == 1
 
 
 @pytest.mark.parametrize("count, cells", [(1, 1), (3, 3), (4, 6), (10, 12)])
@@ -275,11 +539,11 @@ def test_a_contact_sheet_holds_all_pictures(count, cells):
         thumbnail(np.full((30 + i, 90, 3), 40, np.uint8), f"{i}.jpg") for i in range(count)
     ]
     sheet = contact_sheet(thumbnails)
-    assert sheet.dtype == np.uint8 and sheet.shape[1] % min(count, 4) == 0 or count == 3
+    assert sheet.dtype == np.uint8
     dark = (sheet == 40).all(-1).sum()
     assert dark == sum((cell == 40).all(-1).sum() for cell in thumbnails)
-    height, width = thumbnails[0].shape[:2]
-    assert round(sheet.shape[0] / height) * round(sheet.shape[1] / width) == cells
+    rows, columns = np.divide(sheet.shape[:2], np.add(thumbnails[0].shape[:2], 2 * MARGIN))
+    assert rows * columns == cells and columns == {1: 1, 10: 4}.get(count, 3)
 
 
 def test_a_thumbnail_of_any_picture_has_one_size():

@@ -39,7 +39,7 @@ def decode_image(data: bytes) -> np.ndarray:
         # cv2 would fill up with grey; Pillow refuses to.
         try:
             Image.open(io.BytesIO(data)).load()
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError("the picture is truncated") from error
     return _decode(data, cv2.IMREAD_COLOR_RGB)
 

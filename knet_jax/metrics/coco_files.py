@@ -24,7 +24,7 @@ from knet_jax.data.coco_json import read_categories, read_things
 from knet_jax.data.transforms import NUM_IDS, load_panoptic, segment_colors, segment_ids
 from knet_jax.metrics import instance
 from knet_jax.metrics.panoptic import PQCounts, count, merge, no_counts, segment_index
-from knet_jax.metrics.result_files import JsonList, place_png, write_json
+from knet_jax.metrics.result_files import JsonList, place_png, write_json, write_whole
 from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
 
 
@@ -68,7 +68,7 @@ class PanopticResults:
             )
         rgb = segment_colors(panoptic.ids)
         _, data = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-        place.write_bytes(data)
+        write_whole(place, data.tobytes())
         height, width = panoptic.ids.shape
         self._images.append(
             {"id": int(image_id), "file_name": file_name, "height": height, "width": width}

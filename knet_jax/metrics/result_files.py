@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Self
 
@@ -27,25 +29,52 @@ def place_png(folder: Path, file_name: str) -> tuple[str, Path]:
     return name, place
 
 
+def draft_of(path: Path) -> Path:
+    """Where a file is written before it is whole and gets its name."""
+    return path.with_name(f"{path.name}.part")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all. Raises OSError, which names the file."""
+    draft = draft_of(path)
+    with _naming(path):
+        try:
+            draft.write_bytes(data)
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON, whole or not at all."""
-    unfinished = path.with_suffix(".json.part")
-    unfinished.write_text(json.dumps(content))
-    unfinished.replace(path)
+    """Writes a JSON, whole or not at all. Raises OSError, which names the file."""
+    write_whole(path, json.dumps(content).encode())
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Gives an OSError inside the name of a file: a full disk has none, a draft not the one that
+    the user knows."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 class JsonList:
     """Writes a JSON list record by record, so that none of them stays in memory.
 
-    path: of the file; it appears when it is whole.
+    path: of the file; it appears when it is whole. OSErrors name it.
     """
 
     def __init__(self, path: Path):
         self._path = path
-        self._unfinished = path.with_suffix(".json.part")
+        self._draft = draft_of(path)
         self._separator = "["
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._unfinished.open("w")
+        with _naming(path):
+            self._file = self._draft.open("w")
 
     def __enter__(self) -> Self:
         return self
@@ -55,11 +84,13 @@ class JsonList:
 
     def add(self, record: Any) -> None:
         """Writes what JSON can hold."""
-        self._file.write(f"{self._separator}{json.dumps(record)}")
+        with _naming(self._path):
+            self._file.write(f"{self._separator}{json.dumps(record)}")
         self._separator = ",\n"
 
     def close(self) -> None:
         """Ends the list."""
-        self._file.write("[]" if self._separator == "[" else "]")
-        self._file.close()
-        self._unfinished.replace(self._path)
+        with _naming(self._path):
+            self._file.write("[]" if self._separator == "[" else "]")
+            self._file.close()
+            self._draft.replace(self._path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from knet_jax.metrics.result_files import place_png, write_json
+from knet_jax.metrics.result_files import place_png, write_json, write_whole
 from knet_jax.structs import Categories
 
 
@@ -18,10 +18,11 @@ class SemanticResults:
     """Writes label maps picture by picture, as PNG files with the dataset's own ids.
 
     path: a JSON that lists pictures and categories, for example results/semantic.json; the PNG
-    files, one byte a pixel, go to results/semantic/, which is what ADE20K's server takes. Pixels
-    without a class become 0, or 255 where a class has the id 0.
+    files go to results/semantic/, one byte a pixel, which is what ADE20K's server takes, or two
+    where an id is above 255. Pixels without a class become 0, or the largest number where a class
+    has the id 0.
 
-    Raises ValueError where an id of a category does not fit into a byte.
+    Raises ValueError where an id of a category does not fit into two bytes.
     """
 
     def __init__(self, path: str | Path, categories: Categories):
@@ -30,10 +31,12 @@ class SemanticResults:
         self._images: dict[str, dict] = {}
         ids = categories.dataset_ids
         for id in ids:
-            if not 0 <= id <= 255:
-                raise ValueError(f"{path}: category id {id} is not one of 0 … 255")
-        self._void = next((value for value in (0, 255) if value not in ids), None)
-        self._values = np.array([self._void or 0, *ids], np.uint8)
+            if not 0 <= id <= 65535:
+                raise ValueError(f"{path}: category id {id} is not one of 0 … 65535")
+        dtype = np.uint8 if max(ids) <= 255 else np.uint16
+        voids = (0, np.iinfo(dtype).max)
+        self._void = next((value for value in voids if value not in ids), None)
+        self._values = np.array([self._void or 0, *ids], dtype)
         self.path.with_suffix("").mkdir(parents=True, exist_ok=True)
 
     def add(self, image_id: int, file_name: str, labels: np.ndarray, png: str = "") -> None:
@@ -47,7 +50,7 @@ class SemanticResults:
 
         Raises:
             ValueError: that PNG was written before, a label is not of a class, or a pixel has none
-                although classes have both of the ids 0 and 255.
+                although classes have both of the ids that could say so.
         """
         png, place = place_png(self.path.with_suffix(""), png or file_name)
         if png in self._images:
@@ -57,9 +60,12 @@ class SemanticResults:
             wrong = low if low < 0 else high
             raise ValueError(f"{png}: label {wrong} is not one of 0 … {len(self._values) - 1}")
         if low == 0 and self._void is None:
-            raise ValueError(f"{png}: a pixel without a class; classes have the ids 0 and 255")
+            largest = np.iinfo(self._values.dtype).max
+            raise ValueError(
+                f"{png}: a pixel without a class; classes have the ids 0 and {largest}"
+            )
         _, data = cv2.imencode(".png", self._values[labels])
-        place.write_bytes(data)
+        write_whole(place, data.tobytes())
         height, width = labels.shape
         self._images[png] = {
             "id": int(image_id),
