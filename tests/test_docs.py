@@ -1,5 +1,6 @@
 """The commands of the documentation: that they are accepted, and what the first page shows, run."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -113,3 +114,25 @@ def test_the_first_page_does_what_it_says(tmp_path):
     assert {path.name for path in model.glob("model.*")} == {"model.onnx", "model.stablehlo.npz"}
     for linked in re.findall(r"\]\(((?!http|#)[^)]+)\)", page.read_text()):
         assert (ROOT / linked).exists(), linked
+
+
+@pytest.mark.slow
+def test_the_page_about_predicting_does_what_it_says(tmp_path):
+    """Its commands and its Python, on a tiny model in the place of the demo's."""
+    page = ROOT / "docs" / "predicting.md"
+    found = blocks(page, "bash", "python")
+    assert [kind for kind, _ in found] == ["bash", "bash", "python"]
+    tiny_runs.write(tmp_path / "runs" / "demo", "panoptic")
+    (tmp_path / "predict.py").symlink_to(ROOT / "predict.py")
+    environment_made = {"make demo", ". .venv/bin/activate"}
+    for kind, code in found:
+        lines = [line for line in code.splitlines() if line not in environment_made]
+        code = "\n".join(lines)
+        run(
+            tmp_path,
+            kind,
+            code.replace("python ", f"{sys.executable} ") if kind == "bash" else code,
+        )
+    listed = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
+    assert [image["file_name"] for image in listed] == [f"{i:02}.png" for i in range(12)]
+    assert (tmp_path / "segments.png").is_file()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -263,33 +262,6 @@ def test_an_output_that_is_a_file_is_one_line(models, tmp_path, capsys):
 def test_help():
     status, out, _ = run("--help")
     assert status == 0 and "predict.py photo.jpg --model" in out and "--threshold" in out
-
-
-@pytest.mark.slow
-def test_the_documentation_does_what_it_says(models, tmp_path):
-    """Its commands and its Python, on a tiny model in the place of the demo's."""
-    text = (ROOT / "docs" / "predicting.md").read_text()
-    blocks = re.findall(r"^```(bash|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert [kind for kind, _ in blocks] == ["bash", "bash", "python"]
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(models["panoptic"])
-    (tmp_path / "predict.py").symlink_to(ROOT / "predict.py")
-    for kind, code in blocks:
-        lines = [line for line in code.splitlines() if line != "make demo"]
-        script = "\n".join(lines).replace("python ", f"{sys.executable} ")
-        done = subprocess.run(
-            ["bash", "-ec", script] if kind == "bash" else [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env=environment(1) | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    listed = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
-    assert [image["file_name"] for image in listed] == [f"{i:02}.png" for i in range(12)]
-    assert {path.name for path in (tmp_path / "samples").iterdir()} >= {"00.png", "11.png"}
-    assert (tmp_path / "segments.png").is_file()
 
 
 # Its parts.

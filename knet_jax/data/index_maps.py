@@ -110,7 +110,7 @@ def read_indices(data: bytes, name: str) -> np.ndarray:
                     f"{name} has pixels of mode {image.mode}, expected one index a pixel"
                 )
             indices = np.array(image).astype(np.int32)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be decoded") from error
     # Bytes 24 and 25 of a PNG are its bits a sample and its color type, of which 0 is grey.
     bits, color_type = data[24], data[25]

@@ -117,7 +117,7 @@ def read_annotation(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             is_color = image.mode not in index_maps.INDEX_MODES
             pixels = np.array(image.convert("RGB")) if is_color else np.array(image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError("its annotation cannot be decoded") from error
     indices = pixels[..., 0] if is_color else pixels
     table = np.array((0, *THINGS)) if is_color else np.arange(1 + ade20k.NUM_CLASSES)
