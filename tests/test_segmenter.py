@@ -14,6 +14,7 @@ from PIL import Image
 
 import knet_jax
 from knet_jax import rle
+from knet_jax.convert import export_weights
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator
 from knet_jax.runs import open_run
@@ -248,10 +249,28 @@ def test_load_opens_a_model(models):
     half = knet_jax.load(models["panoptic"], dtype="bfloat16", batch_size=2)
     assert half.config.model.dtype == "bfloat16" and half.batch_size == 2
     assert half(picture(64, 96)).size == (64, 96)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        knet_jax.load(models["panoptic"], batch_size=0)
+    for size in (0, 2.5, "3", True):
+        with pytest.raises(ValueError, match=f"batch_size is {size!r}; accepted: a whole number"):
+            knet_jax.load(models["panoptic"], batch_size=size)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = knet_jax.lod
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_file_sees_what_the_folder_sees(models, segmenters, tmp_path, task):
+    path = tmp_path / "a.safetensors"
+    export_weights(models[task], path)
+    image = picture(64, 96)
+    theirs, ours = segmenters[task](image), knet_jax.load(path)(image)
+    assert ours.to_coco() == theirs.to_coco() and ours.segments
+    assert ours.categories == theirs.categories
+
+
+def test_a_picture_may_change_once_it_was_segmented(segmenters):
+    image = picture(64, 96)
+    result = segmenters["panoptic"](image)
+    image[:] = 0
+    np.testing.assert_array_equal(result.image, picture(64, 96))
 
 
 def test_importing_the_package_costs_nothing():
