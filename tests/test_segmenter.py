@@ -173,10 +173,14 @@ def test_thresholds_of_instances(segmenters):
 
 
 @pytest.mark.parametrize(
-    "options", [{"threshold": 1.5}, {"threshold": -0.1}, {"overlap": 2}, {"threshold": np.nan}]
+    "options",
+    [
+        *({"threshold": value} for value in (1.5, -0.1, np.nan, "0.5", True, [0.5])),
+        {"overlap": 2},
+    ],
 )
 def test_thresholds_that_make_no_sense(segmenters, options):
-    with pytest.raises(ValueError, match="threshold is .*; accepted: a number from 0 to 1"):
+    with pytest.raises(ValueError, match="(threshold|overlap) is .*; accepted: a number from"):
         segmenters["panoptic"](picture(8, 8), **options)
 
 
