@@ -559,6 +559,6 @@ def test_the_commands_of_the_documentation(tmp_path, save):
 
     if HAS_TORCH:
         text = (ROOT / "docs" / "importing.md").read_text()
-        [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        *_, example = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
         subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True)
         assert read_weights(tmp_path / "demo.pth").tensors.keys() == tensors.keys()
