@@ -1,25 +1,32 @@
 """Pictures in, segments out."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import jax
 import numpy as np
+import parity
 import pytest
 import tiny_runs
 from PIL import Image
+from safetensors.numpy import save_file
 
 import knet_jax
 from knet_jax import rle
 from knet_jax.convert import export_weights
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator
+from knet_jax.resampling import Canvas
 from knet_jax.runs import open_run
 from knet_jax.segmenter import Segmenter, as_image, keep_programs
+from knet_jax.structs import Batch
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 TASKS = ("panoptic", "instance", "semantic")
 SEVERAL_PASSES = (
     "--config.eval.scales=(0.5, 1.0)",
@@ -314,3 +321,62 @@ def test_the_second_start_compiles_nothing(models, tmp_path):
         subprocess.run(arguments, env=environment, check=True)
         kept.append({path.name for path in cache.glob("jit_predict*-cache")})
     assert len(kept[0]) == 1 and kept[0] == kept[1]
+
+
+# What the reference sees.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("det_panoptic_r50_fwd", "coco_panoptic.py"),
+        ("det_instance_r50_fwd", "coco_instance.py"),
+        ("seg_fcn_fwd", "ade20k_semantic.py"),
+    ],
+)
+def test_a_checkpoint_of_the_reference_sees_what_the_reference_sees(
+    fixtures, tmp_path, monkeypatch, name, spec
+):
+    """From the file to results at the pictures' size; pictures come normalized with the numbers."""
+    manifest = json.loads((fixtures / f"{name}.json").read_text())
+    theirs = np.load(fixtures / f"{name}.npz")
+    save_file(parity.rule_weights(manifest), tmp_path / "a.safetensors")
+    monkeypatch.setattr("knet_jax.inference.normalize", lambda image, size, dtype: image)
+    sees = knet_jax.load(tmp_path / "a.safetensors", config=str(CONFIGS / spec))
+    image = theirs["image"].transpose(0, 2, 3, 1)
+    square = [image.shape[1:3]] * len(image)
+    size, original = (np.int32(manifest.get(f"{kind}_shapes", square)) for kind in ("img", "ori"))
+    batch = Batch(image, None, size, original, np.arange(len(image), dtype=np.int32))
+    flags = np.zeros(len(image), bool)
+
+    def results(**thresholds):
+        output = sees._predict(
+            sees._variables,
+            [batch],
+            [flags],
+            original,
+            sees.thresholds | thresholds,
+            canvas=Canvas.of(size, original),
+        )
+        for i in range(len(image)):
+            one = jax.tree.map(lambda x, i=i: np.asarray(x)[i], output)
+            yield sees._task.read(one, original[i], thresholds.get("instance_threshold", 0.0))
+
+    for variant, values in manifest.get("panoptic_variants", {}).items():
+        found = results(
+            instance_threshold=values["instance_score_thr"], overlap_threshold=values["overlap_thr"]
+        )
+        for i, seen in enumerate(found):
+            fused = SimpleNamespace(labels={i: [segment.label for segment in seen.segments]})
+            assert parity.disagreement(seen.ids, fused, i, theirs[f"pan_{variant}_{i}"]) < 1e-3
+    if sees.task == "instance":
+        for i, seen in enumerate(results()):
+            scores = [instance.score for instance in seen]
+            np.testing.assert_allclose(scores, theirs[f"inst_scores_{i}"], rtol=1e-3)
+            # Equal scores but for rounding may swap places.
+            labels = sorted(instance.label for instance in seen)
+            assert labels == sorted(theirs[f"inst_labels_{i}"].tolist())
+    if sees.task == "semantic":
+        for i, seen in enumerate(results()):
+            assert (seen != theirs["pred_labels"][i] + 1).mean() < 1e-3
