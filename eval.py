@@ -44,6 +44,8 @@ def main(command: CommandLine) -> None:
     if WORKDIR.value is None:
         raise ConfigError("--workdir is missing: the folder of a run of train.py")
     workdir, output = Path(WORKDIR.value), Path(OUTPUT.value or WORKDIR.value)
+    if output.is_file():
+        raise ConfigError(f"--output is missing: --workdir={workdir} is no folder for results")
     devices = jax.local_devices()
     trained = open_run(
         workdir, CHECKPOINT.value, EMA.value, command.overrides, num_devices=jax.device_count()

@@ -39,11 +39,11 @@ from knet_jax.knet import make_model
 from knet_jax.logs import Log, Progress, plot_curves
 from knet_jax.matching import Weights
 from knet_jax.preemption import Preempted, StopRequest, stop_on_sigterm
+from knet_jax.runs import load_start
 from knet_jax.structs import EMPTY
 from knet_jax.tasks import TASKS
 from knet_jax.validation import validate
 from knet_jax.visualize import save_picture
-from knet_jax.weights import load_start
 
 CONFIG = flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; default: runs/NAME_VARIANT")

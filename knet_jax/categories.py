@@ -19,7 +19,7 @@ SAME = 0.9
 
 
 def find_categories(
-    config: ConfigDict, listed: Sequence[str], file: Path | None
+    config: ConfigDict, listed: Sequence[str], file: Path | None = None
 ) -> tuple[Categories, str]:
     """The classes of a network, and where their names come from.
 
@@ -34,7 +34,7 @@ def find_categories(
     num_things = config.model.num_things
     num_classes = num_things + config.model.num_stuff
     if file:
-        categories = read_categories(file, config.task, num_things)
+        categories = read_categories(file, config.task, num_things, num_classes)
         try:
             check_categories(config, categories)
         except ValueError as error:
@@ -56,8 +56,14 @@ def find_categories(
     return Categories(names, tuple(range(1, 1 + num_classes)), num_things), "nowhere"
 
 
-def read_categories(file: Path, task: str, num_things: int) -> Categories:
-    """Classes from a JSON in COCO's form or a text. Raises ConfigError where it is neither."""
+def read_categories(file: Path, task: str, num_things: int, num_classes: int) -> Categories:
+    """Classes from a JSON in COCO's form, or from a text, which has so many names.
+
+    Raises:
+      ConfigError: there is no such file, or it is neither.
+    """
+    if not file.is_file():
+        raise ConfigError(f"--categories={file}: there is no such file")
     try:
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".json":
@@ -70,5 +76,9 @@ def read_categories(file: Path, task: str, num_things: int) -> Categories:
             f"--categories={file}: accepted are a JSON with COCO's categories, and a text with one "
             f"name a line: {error!r:.100}"
         ) from error
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    return Categories(names, tuple(range(1, 1 + len(names))), num_things)
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    if not all(lines) or len(set(lines)) != len(lines):
+        raise ConfigError(f"--categories={file} must name a class on every line, each another one")
+    if len(lines) != num_classes:
+        raise ConfigError(f"--categories={file} lists {len(lines)} names; accepted: {num_classes}")
+    return Categories(tuple(lines), tuple(range(1, 1 + num_classes)), num_things)

@@ -9,14 +9,17 @@ A checkpoint is pth, safetensors or npz: of K-Net, in the names of its authors o
 an ImageNet backbone, of torchvision, timm, OpenMMLab or the authors of Swin. Torch is not needed, and
 nothing in the file is run. The config must be that of the network in the file. The model is a folder,
 as train.py leaves one, for eval.py, predictions and further training; conversion.json in it says
-which tensor went where. A model may stand in the place of the checkpoint, for other classes.
+which tensor went where. A model may stand in the place of the checkpoint, for other classes. The file
+.safetensors of a model is a model too: all that opens such a folder opens it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import tempfile
+import os
+import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,20 +31,22 @@ import numpy as np
 from absl import flags
 from flax import traverse_util
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from knet_jax.adoption import complete, fit_network, naming
 from knet_jax.categories import find_categories
 from knet_jax.checkpoint import Checkpoints, check_writable
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import CONVERSION_NAME, ConfigError, load_config, save_config
 from knet_jax.knet import make_model
-from knet_jax.reference import CLASSES, Fit, Variables, fit, to_reference
+from knet_jax.reference import Fit, Variables, to_reference
 from knet_jax.runs import open_run
 from knet_jax.structs import Categories
 from knet_jax.tasks import TASKS
 from knet_jax.training import init_variables
 from knet_jax.validation import validate
-from knet_jax.weights import CLASSES_KEY, NETWORK, NEW, READERS, Weights, read_weights
+from knet_jax.weights import CLASSES_KEY, MODEL_KEY, READERS, About, Weights, read_weights
 
 # From a file to a model.
 
@@ -81,31 +86,26 @@ def import_weights(
     validate(config, parts=())
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ConfigError(f"--output={output} is there already; accepted: a new folder")
+    check_writable(output.parent)
     model = make_model(**config.model)
     template = jax.eval_shape(lambda: init_variables(model, config.seed))
-    try:
+    with naming(source):
         weights = read_model(source, entry, ema) if source.is_dir() else read_weights(source, entry)
         found = fit_network(weights, template, config, new_classes, partial)
-    except ValueError as error:
-        raise ConfigError(f"{source}: {error}") from error
     listed = () if new_classes else weights.classes
     categories, origin = find_categories(config, listed, categories_file)
-
-    flat = traverse_util.flatten_dict(template, sep="/")
-    arrays = found.arrays
-    if arrays.keys() != flat.keys():
-        print("initializing what starts anew, which can take a minute", flush=True)
-        fresh = traverse_util.flatten_dict(init_variables(model, config.seed), sep="/")
-        arrays = {key: arrays.get(key, fresh[key]) for key in flat}
-    arrays = {key: np.asarray(arrays[key], leaf.dtype) for key, leaf in flat.items()}
+    sizes = {
+        key: math.prod(leaf.shape)
+        for key, leaf in traverse_util.flatten_dict(template, sep="/").items()
+    }
     report = {
         "source": source.name,
         "config": spec,
-        **describe(weights, found, {key: math.prod(leaf.shape) for key, leaf in flat.items()}),
+        **describe(weights, found, sizes),
         "categories": categories._asdict(),
         "categories_from": origin,
     }
-    write_model(output, config, traverse_util.unflatten_dict(arrays, sep="/"), categories, report)
+    write_model(output, config, complete(found, template, config), categories, report)
     return report
 
 
@@ -117,60 +117,6 @@ def read_model(source: Path, checkpoint: str, ema: bool) -> Weights:
     return Weights(tensors, {n: n for n in tensors}, (), where, (where,), opened.categories.names)
 
 
-def fit_network(
-    weights: Weights, template: Variables, config: ConfigDict, new_classes: bool, partial: bool
-) -> Fit:
-    """Finds the places of all tensors, and judges what has none.
-
-    The auxiliary head, which only training needs, may be missing or left over; so may all but the
-    backbone where the file is of an ImageNet model.
-
-    Raises:
-      ValueError: anything else is missing, left over or of another shape.
-    """
-    tensors = weights.tensors
-    if new_classes:
-        tensors = {name: x for name, x in tensors.items() if not CLASSES.fullmatch(name)}
-    found = fit(tensors, template)
-    if not found.used:
-        raise ValueError("nothing of it belongs to this network; is it that of --config?")
-    infinite = [key for key, array in found.arrays.items() if not np.isfinite(array).all()]
-    if infinite:
-        raise ValueError(f"its numbers for {infinite[0]} are not all finite")
-    if partial:
-        return found
-
-    for name, (given, needed) in found.misfits.items():
-        if CLASSES.fullmatch(name) and given[1:] == needed[1:]:
-            raise ValueError(
-                f"it has {given[0]} classes, but config.model.num_things="
-                f"{config.model.num_things} and num_stuff={config.model.num_stuff}; give its own, "
-                "or --new_classes to keep all that does not belong to the classes"
-            )
-    # An ImageNet model has a backbone only, and lacks some of that.
-    is_classifier = not any(name.startswith(NETWORK[1:]) for name in weights.tensors)
-
-    def is_optional(name: str) -> bool:
-        of_backbone = name.startswith("backbone.")
-        return name.startswith("auxiliary_head.") or (is_classifier and not of_backbone)
-
-    def may_start_anew(name: str) -> bool:
-        expected = (new_classes and CLASSES.fullmatch(name)) or (
-            is_classifier and NEW.fullmatch(name)
-        )
-        return bool(expected) or is_optional(name)
-
-    strict = found._replace(
-        missing={name: path for name, path in found.missing.items() if not may_start_anew(name)},
-        left=tuple(name for name in found.left if not is_optional(name)),
-    )
-    try:
-        strict.check(weights.original)
-    except ValueError as error:
-        raise ValueError(f"{error}; --partial keeps what fits") from error
-    return found
-
-
 def write_model(
     output: Path,
     config: ConfigDict,
@@ -179,10 +125,10 @@ def write_model(
     report: Mapping[str, Any],
 ) -> None:
     """Writes a model in the form that train.py leaves, as its step 0, whole or not at all."""
-    check_writable(output.parent)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as draft:
-        folder = Path(draft) / "model"
-        folder.mkdir()
+    folder = output.with_name(f".{output.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
+    folder.mkdir()
+    try:
         save_config(config, folder)
         (folder / CONVERSION_NAME).write_text(json.dumps(report, indent=2) + "\n")
         with Checkpoints(
@@ -193,6 +139,8 @@ def write_model(
             progress = {"examples_seen": 0, "categories": categories._asdict()}
             checkpoints.save(0, variables, progress)
         folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # What is said of it.
@@ -281,7 +229,7 @@ def _parts(report: Mapping[str, Any]) -> str:
 
 
 def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bool = False) -> str:
-    """Writes the weights of a model in the reference's names.
+    """Writes a model as one file, its weights in the reference's names.
 
     Args:
       source: the model, as `open_run` takes it.
@@ -294,20 +242,29 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
 
     Raises:
       ValueError: there is no such model, or the output is no such file.
+      OSError: the output cannot be written.
     """
-    if output.suffix != ".safetensors":
+    if output.suffix != ".safetensors" or output.is_dir():
         raise ConfigError(f"--output={output}; accepted: a new folder, or a file .safetensors")
+    check_writable(output.parent)
     opened = open_run(source, checkpoint, ema)
     tensors = {name: np.ascontiguousarray(x) for name, x in to_reference(opened.variables).items()}
     metadata = {
         "format": "pt",  # loaders of other libraries ask for it
         CLASSES_KEY: json.dumps(opened.categories.names),
-        "model": json.dumps(opened.config.model.to_dict()),
+        MODEL_KEY: About(opened.config.to_dict(), opened.categories, opened.step).to_json(),
     }
-    check_writable(output.parent)
     draft = output.with_suffix(".part")
-    save_file(tensors, draft, metadata)
-    draft.replace(output)
+    try:
+        save_file(tensors, draft, metadata)
+        draft.replace(output)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(output)) from error
+    finally:
+        draft.unlink(missing_ok=True)
     size = sum(x.nbytes for x in tensors.values()) / 2**20
     return f"wrote {len(tensors)} tensors of step {opened.step} ({size:.1f} MiB) to {output}"
 

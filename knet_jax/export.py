@@ -36,7 +36,7 @@ from knet_jax.inference import run_network
 from knet_jax.knet import KNet
 from knet_jax.passes import canvas_of
 from knet_jax.portable import View, show
-from knet_jax.runs import Run, open_run
+from knet_jax.runs import Run, is_file, open_run
 from knet_jax.segmenter import Segmenter
 from knet_jax.structs import EMPTY, Batch, PanopticMap, Pass
 from knet_jax.tasks import TASKS
@@ -348,7 +348,9 @@ def main(command: CommandLine) -> None:
     """See the top of the file."""
     values = flags.FLAGS
     if len(command.paths) != 1:
-        raise ConfigError("name one model: the folder of a run of train.py, or of a conversion")
+        raise ConfigError(
+            "name one model: the folder of a run of train.py, or of a conversion, or its file"
+        )
     check_packages(values.format)
     size = parse_size(values.size) if values.size else None
     image = transforms.read_image(values.image) if values.image else None
@@ -358,10 +360,15 @@ def main(command: CommandLine) -> None:
             "does not take"
         )
     form = FORMATS[values.format]
-    folder = Path(command.paths[0])
-    run = open_run(folder, values.checkpoint, values.ema, command.overrides, form.dtype)
-    path = Path(values.output or folder / f"model{form.suffix}")
+    source = Path(command.paths[0])
+    beside = source.with_suffix(form.suffix) if is_file(source) else source / f"model{form.suffix}"
+    path = Path(values.output or beside)
+    if path.is_dir():
+        raise ConfigError(f"--output={path} is a folder; accepted: a file {form.suffix}")
+    if not source.exists():
+        raise ConfigError(f"{source} is no model: there is no such folder or file")
     check_writable(path.parent)
+    run = open_run(source, values.checkpoint, values.ema, command.overrides, form.dtype)
     share = export(run, path, values.format, size, values.batch, image)
     shape = ", ".join(map(str, input_shapes(size, values.batch)["image"].shape))
     print(f"wrote {path}: {run.config.task}, {len(run.categories.names)} classes, step {run.step}")
@@ -373,7 +380,7 @@ def define_flags() -> None:
     """Of the command, and not of those who import this module."""
     flags.DEFINE_enum("format", "stablehlo", list(FORMATS), "what kind of file")
     flags.DEFINE_string(
-        "output", None, "the file; default: model.stablehlo.npz or model.onnx in DIR"
+        "output", None, "the file; default: model.stablehlo.npz or model.onnx in the model's folder"
     )
     flags.DEFINE_string("size", None, "height,width of all pictures; default: any")
     flags.DEFINE_integer("batch", None, "number of pictures at a time; default: any", 1)

@@ -18,10 +18,7 @@ from knet_jax.onnx_graph import INTEGER, Graph, Operator, Tensor, onnx_type
 ELEMENTWISE: dict[str, Any] = {
     "abs": "Abs",
     "add": "Add",
-    "add_any": "Add",
     "and": "And",
-    "ceil": "Ceil",
-    "cos": "Cos",
     "div": "Div",
     "eq": "Equal",
     "erf": "Erf",
@@ -37,21 +34,11 @@ ELEMENTWISE: dict[str, Any] = {
     "min": "Min",
     "mul": "Mul",
     "neg": "Neg",
-    "not": "Not",
     "or": "Or",
-    "pow": "Pow",
     "sign": "Sign",
-    "sin": "Sin",
     "sqrt": "Sqrt",
     "sub": "Sub",
-    "tanh": "Tanh",
-    "clamp": lambda g, eqn, low, x, high: g.op("Min", g.op("Max", x, low), high),
     "convert_element_type": lambda g, eqn, x: _cast(g, x, eqn.params["new_dtype"]),
-    "copy": lambda g, eqn, x: x,
-    "copy_p": lambda g, eqn, x: x,
-    "integer_pow": lambda g, eqn, x: g.op(
-        "Pow", x, g.constant(np.array(eqn.params["y"], eqn.invars[0].aval.dtype))
-    ),
     "log1p": lambda g, eqn, x: g.op("Log", g.op("Add", x, _one(g, eqn))),
     "ne": lambda g, eqn, x, y: g.op("Not", g.op("Equal", x, y)),
     "rem": lambda g, eqn, x, y: g.op("Mod", x, y, fmod=1),
@@ -91,7 +78,7 @@ ELEMENTWISE |= {"round": _round, "select_n": _select}
 def _elementwise(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     rule = ELEMENTWISE[eqn.primitive.name]
     if isinstance(rule, str):
-        if rule in ("And", "Or", "Not") and eqn.invars[0].aval.dtype != bool:
+        if rule in ("And", "Or") and eqn.invars[0].aval.dtype != bool:
             raise ValueError(f"there is no ONNX operator for {eqn.primitive.name!r} of numbers")
         name = g.op(rule, *map(g.read, inputs))
     else:
@@ -212,21 +199,9 @@ def _reduce(op: str) -> Callable[..., str]:
     return translate
 
 
-def _reduce_bool(op: str) -> Callable[..., str]:
-    def translate(g: Graph, eqn: JaxprEqn, x: str) -> str:
-        return _cast(g, _reduce(op)(g, eqn, _cast(g, x, np.int32)), bool)
-
-    return translate
-
-
 def _argmax(g: Graph, eqn: JaxprEqn, x: str) -> str:
     [axis] = eqn.params["axes"]
     return _cast(g, g.op("ArgMax", x, axis=axis, keepdims=0), eqn.params["index_dtype"])
-
-
-def _cumsum(g: Graph, eqn: JaxprEqn, x: str) -> str:
-    axis = g.constant(np.int64(eqn.params["axis"]))
-    return g.op("CumSum", x, axis, reverse=int(eqn.params["reverse"]))
 
 
 def _concatenate(g: Graph, eqn: JaxprEqn, *parts: str) -> str:
@@ -259,6 +234,15 @@ def _split(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
     sizes = g.shape(eqn.params["sizes"])
     g.nodes.append(helper.make_node("Split", [x, sizes], names, axis=eqn.params["axis"]))
     return names
+
+
+def _unstack(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
+    """As jax 0.12 takes an array apart; before, it was a split."""
+    axis = eqn.params["axis"]
+    parts = [g.new_name("unstack") for _ in eqn.outvars]
+    sizes = g.constant(np.ones(len(parts), np.int64))
+    g.nodes.append(helper.make_node("Split", [x, sizes], parts, axis=axis))
+    return [g.op("Squeeze", part, g.constant(np.int64([axis]))) for part in parts]
 
 
 def _dot(g: Graph, eqn: JaxprEqn, x: str, y: str) -> str:
@@ -361,15 +345,10 @@ PLAIN: dict[str, Callable[..., str | list[str]]] = {
     "argmax": _argmax,
     "concatenate": _concatenate,
     "cond": _cond,
-    "cumsum": _cumsum,
     "dim_as_value": _dim_as_value,
     "dot_general": _dot,
-    "expand_dims": _reshape,
     "pad": _pad,
-    "reduce_and": _reduce_bool("ReduceMin"),
     "reduce_max": _reduce("ReduceMax"),
-    "reduce_min": _reduce("ReduceMin"),
-    "reduce_or": _reduce_bool("ReduceMax"),
     "reduce_sum": _reduce("ReduceSum"),
     "reduce_window_max": _max_pool,
     "reshape": _reshape,
@@ -380,6 +359,7 @@ PLAIN: dict[str, Callable[..., str | list[str]]] = {
     "squeeze": _reshape,
     "stack": _stack,
     "top_k": _top_k,
+    "unstack": _unstack,
 }
 
 OPERATORS: dict[str, Operator] = {

@@ -1,21 +1,35 @@
-"""Opening a model: the folder that a run of train.py leaves, or a conversion in the same form."""
+"""Opening a model: the folder that a run of train.py leaves, or a conversion in the same form; the
+one file that a conversion makes of it; or a checkpoint of others, with a config beside it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import traverse_util
 from ml_collections import ConfigDict
 
+from knet_jax.adoption import complete, fit_network, naming
+from knet_jax.categories import find_categories
 from knet_jax.checkpoint import Checkpoints
-from knet_jax.configuration import ConfigError, load_saved_config
+from knet_jax.configuration import (
+    ConfigError,
+    apply_overrides,
+    load_config,
+    load_saved_config,
+    to_tuples,
+)
 from knet_jax.knet import KNet, make_model
+from knet_jax.reference import Variables
 from knet_jax.structs import Categories
 from knet_jax.tasks import TASKS
 from knet_jax.training import init_variables
 from knet_jax.validation import validate
+from knet_jax.weights import READERS, load_backbone, read_weights
 
 
 class Run(NamedTuple):
@@ -31,37 +45,88 @@ class Run(NamedTuple):
 
 
 def open_run(
-    workdir: str | Path,
+    path: str | Path,
     checkpoint: str | int = "best",
     ema: bool = False,
     overrides: Sequence[str] = (),
     dtype: str | None = None,
     num_devices: int = 1,
+    config: str | None = None,
 ) -> Run:
-    """Reads a checkpoint of a run, without the state of its optimizer.
+    """Reads a model, without the state of its optimizer.
 
     Args:
-      workdir: of the run.
-      checkpoint: `best`, `latest`, or the number of a step.
-      ema: the moving average of the parameters instead of the parameters.
+      path: the folder of a run, or a file of weights.
+      checkpoint: of a folder: `best`, `latest`, or the number of a step.
+      ema: of a folder: the moving average of the parameters instead of the parameters.
       overrides: `--config.x.y=value` arguments.
       dtype: of the feature maps; default: that of the config.
       num_devices: among which a batch of an evaluation is divided.
+      config: `configs/FILE.py` or `configs/FILE.py:variant`, of a file that others wrote.
 
     Raises:
       ValueError: there is no such model or checkpoint, or something in it does not fit.
     """
-    workdir = Path(workdir)
-    if workdir.is_file():
-        raise ConfigError(f"{workdir} is a file; accepted: the folder of a model")
-    config = load_saved_config(workdir, overrides)
+    check_arguments(path, overrides, dtype, config)
+    path = Path(path)
+    if is_file(path):
+        if (str(checkpoint), ema) != ("best", False):
+            raise ConfigError(
+                f"checkpoint={checkpoint}, ema={ema}: {path} is a file and holds one set of weights; "
+                "accepted: best and False"
+            )
+        return _open_file(path, overrides, dtype, num_devices, config)
+    if config:
+        raise ConfigError(
+            f"config={config} is for a file of weights; {path} has a config of its own"
+        )
+    return _open_folder(path, str(checkpoint), ema, overrides, dtype, num_devices)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a model is a file, be it there or not, and no folder."""
+    return path.is_file() or (path.suffix in READERS and not path.is_dir())
+
+
+def check_arguments(path: Any, overrides: Any, dtype: Any, config: Any) -> None:
+    """Raises ConfigError where what names a model is not of its type."""
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"path is {path!r}; accepted: the folder of a model, or a file of weights"
+        )
+    if isinstance(overrides, str) or not all(isinstance(item, str) for item in overrides):
+        raise ConfigError(
+            f"overrides is {overrides!r}; accepted: a list such as ['--config.x.y=value']"
+        )
+    if not isinstance(dtype, str | None):
+        raise ConfigError(f"dtype is {dtype!r}; accepted: 'float32', 'bfloat16', or None")
+    if not isinstance(config, str | None):
+        raise ConfigError(f"config is {config!r}; accepted: 'configs/FILE.py:variant', or None")
+
+
+def _make_network(
+    config: ConfigDict, dtype: str | None, num_devices: int
+) -> tuple[KNet, dict[str, Any]]:
+    """The network of a config, which gets its `dtype`, and the shapes of its variables."""
     if dtype:
         config.model.dtype = dtype
     validate(config, num_devices, parts=("eval",))
-    if ema and not config.train.ema_decay:
-        raise ConfigError("--ema: the run kept no average, its config.train.ema_decay is 0")
     model = make_model(**config.model)
-    target = jax.eval_shape(lambda: init_variables(model, config.seed))
+    return model, jax.eval_shape(lambda: init_variables(model, config.seed))
+
+
+def _open_folder(
+    workdir: Path,
+    checkpoint: str,
+    ema: bool,
+    overrides: Sequence[str],
+    dtype: str | None,
+    num_devices: int,
+) -> Run:
+    config = load_saved_config(workdir, overrides)
+    model, target = _make_network(config, dtype, num_devices)
+    if ema and not config.train.ema_decay:
+        raise ConfigError("ema=True: the run kept no average, its config.train.ema_decay is 0")
     params = "ema" if ema else "params"
     target[params] = target.pop("params")
     with Checkpoints(
@@ -70,12 +135,43 @@ def open_run(
         model=config.model.to_dict(),
         read_only=True,
     ) as checkpoints:
-        step = choose_step(checkpoints, str(checkpoint))
+        step = choose_step(checkpoints, checkpoint)
         variables, record = checkpoints.restore(target, step)
     variables["params"] = variables.pop(params)
-    saved = record["progress"]["categories"]
-    categories = Categories(tuple(saved["names"]), tuple(saved["dataset_ids"]), saved["num_things"])
-    return Run(config, model, variables, categories, step)
+    return Run(config, model, variables, Categories.of(record["progress"]["categories"]), step)
+
+
+def _open_file(
+    path: Path,
+    overrides: Sequence[str],
+    dtype: str | None,
+    num_devices: int,
+    spec: str | None,
+) -> Run:
+    with naming(path):
+        weights = read_weights(path)
+    about = weights.about
+    if spec:
+        config = load_config(spec, overrides)
+    elif about:
+        config = apply_overrides(ConfigDict(to_tuples(about.config)), overrides)
+    else:
+        raise ConfigError(
+            f"{path} holds weights and no config; knet_jax.load takes its config as "
+            "config='configs/FILE.py', and python -m knet_jax.convert makes a model of both"
+        )
+    model, template = _make_network(config, dtype, num_devices)
+    with naming(path):
+        found = fit_network(weights, template, config)
+        if any(not name.startswith("auxiliary_head.") for name in found.missing):
+            raise ValueError(
+                "it holds a backbone only; python -m knet_jax.convert makes a model of it, whose "
+                "rest starts anew"
+            )
+    variables = jax.tree.map(jnp.asarray, complete(found, template, config))
+    if spec:
+        return Run(config, model, variables, find_categories(config, weights.classes)[0], step=0)
+    return Run(config, model, variables, about.categories, about.step)
 
 
 def choose_step(checkpoints: Checkpoints, name: str) -> int:
@@ -89,5 +185,34 @@ def choose_step(checkpoints: Checkpoints, name: str) -> int:
         best = checkpoints.best_step()
         return steps[-1] if best is None else best
     if not name.isdecimal():
-        raise ConfigError(f"--checkpoint={name}; accepted: best, latest, or a step of {steps}")
+        raise ConfigError(f"checkpoint={name}; accepted: best, latest, or a step of {steps}")
     return int(name)
+
+
+def load_start(path: str | Path, variables: Variables) -> tuple[Variables, str]:
+    """Variables where training starts, and what they are, in words.
+
+    Args:
+      path: the folder of a model, all of which is taken, or a file, as for `load_backbone`.
+      variables: of the network, as initialized.
+
+    Raises:
+      ValueError: as `load_backbone`, or the model is of another network.
+    """
+    if not Path(path).is_dir():
+        return load_backbone(path, variables), f"backbone from {path}"
+    opened = open_run(path)
+    found, needed = (
+        traverse_util.flatten_dict(tree, sep="/") for tree in (opened.variables, variables)
+    )
+    for key in sorted(found.keys() | needed.keys()):
+        given, wanted = (
+            tuple(tree[key].shape) if key in tree else None for tree in (found, needed)
+        )
+        if given != wanted:
+            raise ValueError(
+                f"config.init_weights: {path}: {key} is {given or 'absent'} in it, "
+                f"{wanted or 'absent'} here; python -m knet_jax.convert makes a model of other "
+                "classes of it"
+            )
+    return opened.variables, f"network of step {opened.step} from {path}"

@@ -1,6 +1,6 @@
 """Pictures in, segments out: a trained network as a function of pictures of any size.
 
-segmenter = knet_jax.load("runs/demo")
+segmenter = knet_jax.load("runs/demo")  # or a file of weights
 result = segmenter("photo.jpg")
 for segment in result.segments:
     print(segment.name, segment.score, segment.box)
@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,16 @@ class Segmenter:
     """
 
     def __init__(self, run: Run, batch_size: int | None = None):
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; accepted: a number of at least 1")
+        if batch_size is not None and not (_is_number(batch_size, Integral) and batch_size >= 1):
+            raise ValueError(
+                f"batch_size is {batch_size!r}; accepted: a whole number of at least 1, or None"
+            )
         config = run.config
         self.config = config
         self.categories = run.categories
         self.step = run.step
         self.task = config.task
-        self.batch_size = batch_size or (1 if _platform() == "cpu" else BATCH_SIZE)
+        self.batch_size = int(batch_size or 0) or (1 if _platform() == "cpu" else BATCH_SIZE)
         self._task = TASKS[config.task]
         self._variables = jax.device_put(run.variables)
         options = config.eval.to_dict()
@@ -115,11 +118,11 @@ class Segmenter:
 
         Args and errors as of a call. The next pictures are read while one is segmented.
         """
+        for name, value in {"threshold": threshold, "overlap": overlap}.items():
+            if value is not None and not (_is_number(value, Real) and 0 <= value <= 1):
+                raise ValueError(f"{name} is {value!r}; accepted: a number from 0 to 1, or None")
         given = {"instance_threshold": threshold, "overlap_threshold": overlap}
-        for name, value in given.items():
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}; accepted: a number from 0 to 1")
-        thresholds = self.thresholds | {k: v for k, v in given.items() if v is not None}
+        thresholds = self.thresholds | {k: float(v) for k, v in given.items() if v is not None}
         return self._stream(iter(images), thresholds)
 
     def _stream(self, images: Iterator[Image], thresholds: dict[str, float]) -> Iterator[Result]:
@@ -182,7 +185,7 @@ class Segmenter:
 
 
 def as_image(image: Image) -> np.ndarray:
-    """A picture as uint8 [H, W, 3]. Raises ValueError where it is none."""
+    """A picture as uint8 [H, W, 3], a copy. Raises ValueError where it is none."""
     if isinstance(image, str | os.PathLike):
         return transforms.read_image(image)
     array = np.asarray(image)
@@ -191,7 +194,7 @@ def as_image(image: Image) -> np.ndarray:
             f"a picture is {array.dtype} {list(array.shape)}; accepted: uint8 [H, W, 3] in RGB, "
             "or the path of a file"
         )
-    return array
+    return array.copy()  # what the caller does to a picture changes no result
 
 
 def load(
@@ -201,27 +204,35 @@ def load(
     dtype: str | None = None,
     batch_size: int | None = None,
     overrides: Sequence[str] = (),
+    config: str | None = None,
 ) -> Segmenter:
     """Opens a model for pictures of any kind.
+
+    knet_jax.load("runs/demo")
+    knet_jax.load("demo.safetensors")
+    knet_jax.load("knet.pth", config="configs/coco_panoptic.py")
 
     Programs that take long to compile are kept in the folder that JAX_COMPILATION_CACHE_DIR names,
     else in `knet_jax` of the user's cache, so that the second start is fast.
 
     Args:
-      path: the folder of a run of train.py, or of a conversion.
-      checkpoint: `best`, `latest`, or the number of a step.
-      ema: the moving average of the parameters instead of the parameters.
+      path: the folder of a run of train.py, or of a conversion; the file that `knet_jax.convert`
+        makes of it; or, with a config, a checkpoint that others wrote, as `knet_jax.convert` takes it.
+      checkpoint: of a folder: `best`, `latest`, or the number of a step.
+      ema: of a folder: the moving average of the parameters instead of the parameters.
       dtype: of the feature maps, `float32` or `bfloat16`; default: bfloat16, on a CPU the config's.
       batch_size: how many pictures are segmented together; default: 1 on a CPU, else 8.
       overrides: `--config.x.y=value` arguments that change the config.
+      config: `configs/FILE.py` or `configs/FILE.py:variant,variant`, of a checkpoint that others
+        wrote.
 
     Raises:
-      ValueError: there is no such model or checkpoint, or something in it does not fit.
+      ValueError: an argument is of another kind; there is no such model or checkpoint, or something in it does not fit.
     """
     keep_programs()
     if dtype is None and _platform() != "cpu":
         dtype = "bfloat16"
-    return Segmenter(open_run(path, checkpoint, ema, overrides, dtype), batch_size)
+    return Segmenter(open_run(path, checkpoint, ema, overrides, dtype, config=config), batch_size)
 
 
 def keep_programs() -> None:
@@ -231,6 +242,10 @@ def keep_programs() -> None:
         jax.config.update(
             "jax_compilation_cache_dir", str(Path(root).expanduser() / "knet_jax" / "programs")
         )
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _platform() -> str:

@@ -8,6 +8,7 @@ masks are [b, n, h, w], because a mask belongs to a kernel. Classes are numbered
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,11 @@ class Categories(NamedTuple):
     dataset_ids: tuple[int, ...]
     """The id that the dataset's own files use for each class."""
     num_things: int
+
+    @staticmethod
+    def of(saved: Mapping[str, Any]) -> Categories:
+        """From `_asdict()`, as JSON gives it back."""
+        return Categories(tuple(saved["names"]), tuple(saved["dataset_ids"]), saved["num_things"])
 
     @property
     def num_stuff(self) -> int:

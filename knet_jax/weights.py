@@ -11,6 +11,7 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from knet_jax import torch_file
 from knet_jax.configuration import one_line, suggest
 from knet_jax.reference import DERIVED, Variables, fit, to_reference
-from knet_jax.runs import open_run
+from knet_jax.structs import Categories
 
 Tensors = dict[str, np.ndarray]
 
@@ -43,7 +44,10 @@ BUFFERS = "ema_buffers"
 for `backbone.conv1.weight`."""
 
 CLASSES_KEY = "classes"
-"""Of the metadata of safetensors: a JSON list."""
+"""Of the metadata of safetensors: a JSON list of names."""
+
+MODEL_KEY = "knet_jax"
+"""Of the metadata of safetensors: what makes the file a model, `About` as a JSON object."""
 
 MAX_COMPRESSION = 100
 """Of a file of arrays, whose numbers are hardly ever alike."""
@@ -76,6 +80,35 @@ SWIN_NAMES = (
 STEM_NAMES = ((r"^backbone\.conv1\.", "backbone.stem."), (r"^backbone\.bn1\.", "backbone.stem.7."))
 
 
+class About(NamedTuple):
+    """What a file of weights says of its model, where this project wrote it."""
+
+    config: dict[str, Any]
+    categories: Categories
+    step: int
+
+    def to_json(self) -> str:
+        """For `MODEL_KEY`."""
+        return json.dumps(self._replace(categories=self.categories._asdict())._asdict())
+
+    @staticmethod
+    def from_json(text: str) -> About:
+        """The same again."""
+        content = json.loads(text)
+        categories = Categories.of(content["categories"])
+        return About(dict(content["config"]), categories, int(content["step"]))
+
+
+class Content(NamedTuple):
+    """A file as its reader leaves it."""
+
+    entries: dict[str, Any]
+    """What may be a set of tensors, by the name of its entry, "" for the top."""
+    classes: Any = ()
+    """Names of the classes, if it is a list of names."""
+    about: About | None = None
+
+
 class Weights(NamedTuple):
     """What a file holds, with as much of the reference's names as can be told without a network."""
 
@@ -91,6 +124,7 @@ class Weights(NamedTuple):
     """All places that hold tensors."""
     classes: tuple[str, ...]
     """Names of the classes, empty where the file does not say."""
+    about: About | None = None
 
 
 def read_weights(path: str | Path, entry: str = "") -> Weights:
@@ -103,9 +137,14 @@ def read_weights(path: str | Path, entry: str = "") -> Weights:
     Raises:
       ValueError: there is no such file, or it is of another kind, or broken, or has no such entry.
     """
-    entries, classes = _read(Path(path))
+    content = _read(Path(path))
+    entries = find_entries(content.entries)
     if not entries:
-        raise ValueError("it holds no tensors by name")
+        top = content.entries[""]
+        keys = ", ".join(str(key)[:40] for key in top) if isinstance(top, Mapping) else ""
+        raise ValueError(
+            f"it holds no tensors by name but {keys[:200] or f'a {type(top).__name__}'}"
+        )
     chosen = entry or next(
         (name for name in ("", *ENTRIES) if name in entries), next(iter(entries))
     )
@@ -114,11 +153,12 @@ def read_weights(path: str | Path, entry: str = "") -> Weights:
             f"it has no entry {entry!r} of tensors; {suggest(entry, filter(None, entries))}"
         )
     tensors, original, surplus = bring_to_reference(entries[chosen])
-    return Weights(tensors, original, surplus, chosen, tuple(entries), classes)
+    names = content.classes if isinstance(content.classes, list | tuple) else ()
+    classes = tuple(name.strip() for name in names if isinstance(name, str))
+    return Weights(tensors, original, surplus, chosen, tuple(entries), classes, content.about)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensors], tuple[str, ...]]:
-    """Every set of tensors in a file by the name of its entry, and names of the classes."""
+def _read(path: Path) -> Content:
     if path.suffix not in READERS:
         raise ValueError(f"accepted are {', '.join(READERS)} files")
     if not path.is_file():
@@ -130,28 +170,37 @@ def _read(path: Path) -> tuple[dict[str, Tensors], tuple[str, ...]]:
         raise ValueError(f"the file cannot be read: {one_line(error)[:300]}") from error
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Tensors], tuple[str, ...]]:
+def _read_npz(path: Path) -> Content:
     if not zipfile.is_zipfile(path):  # which numpy would offer to unpickle
         raise ValueError("it is no npz")
     with zipfile.ZipFile(path) as archive:
         size = sum(info.file_size for info in archive.infolist())
     if size > MAX_COMPRESSION * path.stat().st_size:  # and might fill the memory
         raise ValueError("it is compressed further than weights can be")
-    return {"": dict(np.load(path, allow_pickle=False))}, ()
+    return Content({"": dict(np.load(path, allow_pickle=False))})
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensors], tuple[str, ...]]:
+def _read_safetensors(path: Path) -> Content:
     with safe_open(path, "np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        classes = json.loads((file.metadata() or {}).get(CLASSES_KEY, "[]"))
-    return {"": tensors}, tuple(map(str, classes))
+        metadata = file.metadata() or {}
+    classes = None
+    with suppress(ValueError):  # the metadata of others may mean anything by this name
+        classes = json.loads(metadata.get(CLASSES_KEY, "[]"))
+    about = About.from_json(metadata[MODEL_KEY]) if MODEL_KEY in metadata else None
+    return Content({"": tensors}, classes, about)
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Tensors], tuple[str, ...]]:
+def _read_torch(path: Path) -> Content:
     content = torch_file.read(path)
-    top = content if isinstance(content, Mapping) else {}
+    named = content if isinstance(content, Mapping) else {}
+    return Content({"": content, **named}, _class_names(named.get("meta")))
+
+
+def find_entries(found: Mapping[str, Any]) -> dict[str, Tensors]:
+    """Every set of tensors in a file by the name of its entry."""
     entries = {}
-    for entry, named in {"": top, **top}.items():
+    for entry, named in found.items():
         tensors = _tensors(named)
         plain = {name: x for name, x in tensors.items() if not name.startswith("ema_")}
         if plain:
@@ -160,10 +209,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensors], tuple[str, ...]]:
         average = {buffers[name]: x for name, x in tensors.items() if name in buffers}
         if average:
             entries[BUFFERS] = plain | average
-    if not entries:
-        keys = ", ".join(str(key)[:40] for key in list(top)[:5]) or f"a {type(content).__name__}"
-        raise ValueError(f"it holds no tensors by name but {keys}")
-    return entries, _class_names(top.get("meta"))
+    return entries
 
 
 def _tensors(named: Any) -> Tensors:
@@ -177,14 +223,13 @@ def _tensors(named: Any) -> Tensors:
     }
 
 
-def _class_names(meta: Any) -> tuple[str, ...]:
-    """Names of the classes that a checkpoint of OpenMMLab was trained with."""
+def _class_names(meta: Any) -> Any:
+    """What a checkpoint of OpenMMLab says of the classes that it was trained with."""
     if not isinstance(meta, Mapping):
         return ()
     about = meta.get("dataset_meta", meta)
     names = [about.get(key) for key in ("classes", "CLASSES")] if isinstance(about, Mapping) else []
-    found = next((x for x in names if isinstance(x, list | tuple)), ())
-    return tuple(name.strip() for name in found if isinstance(name, str))
+    return next((x for x in names if isinstance(x, list | tuple)), ())
 
 
 READERS = {
@@ -282,32 +327,3 @@ def load_backbone(path: str | Path, variables: Variables) -> Variables:
     loaded = traverse_util.unflatten_dict(found.arrays, sep="/")
     as_ours = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), loaded, template)
     return {kind: tree | as_ours.get(kind, {}) for kind, tree in variables.items()}
-
-
-def load_start(path: str | Path, variables: Variables) -> tuple[Variables, str]:
-    """Variables where training starts, and what they are, in words.
-
-    Args:
-      path: the folder of a model, all of which is taken, or a file, as for `load_backbone`.
-      variables: of the network, as initialized.
-
-    Raises:
-      ValueError: as `load_backbone`, or the model is of another network.
-    """
-    if not Path(path).is_dir():
-        return load_backbone(path, variables), f"backbone from {path}"
-    opened = open_run(path)
-    found, needed = (
-        traverse_util.flatten_dict(tree, sep="/") for tree in (opened.variables, variables)
-    )
-    for key in sorted(found.keys() | needed.keys()):
-        given, wanted = (
-            tuple(tree[key].shape) if key in tree else None for tree in (found, needed)
-        )
-        if given != wanted:
-            raise ValueError(
-                f"config.init_weights: {path}: {key} is {given or 'absent'} in it, "
-                f"{wanted or 'absent'} here; python -m knet_jax.convert makes a model of other "
-                "classes of it"
-            )
-    return opened.variables, f"network of step {opened.step} from {path}"

@@ -46,6 +46,21 @@ def test_where_names_of_classes_come_from(tmp_path):
         with pytest.raises(ConfigError, match="--categories=.*accepted are a JSON with COCO's"):
             find_categories(small, (), path)
 
+    path = tmp_path / "c.txt"
+    path.write_text("cat\nsky\n")
+    assert find_categories(small, (), path)[0] == (("cat", "sky"), (1, 2), 1)
+    for text, words in {
+        "cat\n": "lists 1 names; accepted: 2",
+        "cat\nsky\nsea": "lists 3 names; accepted: 2",
+        "cat\ncat\n": "must name a class on every line, each another one",
+        "cat\n\nsky\n": "must name a class on every line, each another one",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"--categories=.*c.txt {words}"):
+            find_categories(small, (), path)
+    with pytest.raises(ConfigError, match="--categories=gone.txt: there is no such file"):
+        find_categories(small, (), Path("gone.txt"))
+
     ade = load_config("configs/ade20k_semantic.py")
     assert find_categories(ade, (), None)[0].names == names.ADE20K
     instance = load_config("configs/coco_instance.py")

@@ -18,6 +18,7 @@ import tiny_coco
 import torch_format
 from devices import environment
 from flax import traverse_util
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from test_configs import ROWS
 from tiny_weights import assert_equal, fill
@@ -29,9 +30,9 @@ from knet_jax.convert import export_weights, import_weights, table
 from knet_jax.data import names
 from knet_jax.knet import make_model
 from knet_jax.reference import CLASSES, from_reference, to_reference
-from knet_jax.runs import open_run
+from knet_jax.runs import load_start, open_run
 from knet_jax.training import init_variables
-from knet_jax.weights import load_start, read_weights
+from knet_jax.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
 HAS_TORCH = find_spec("torch") is not None
@@ -106,6 +107,9 @@ def test_there_and_back_is_equal_in_every_bit(tmp_path, save, spec):
         np.testing.assert_array_equal(back[name], x)
     import_weights(tmp_path / "b.safetensors", spec, tmp_path / "again")
     again = open_run(tmp_path / "again")
+    itself = open_run(tmp_path / "b.safetensors")
+    assert_equal(jax.tree.map(np.asarray, itself.variables), variables)
+    assert itself.config == opened.config and itself[3:] == opened[3:]
     assert_equal(jax.tree.map(np.asarray, again.variables), variables)
     assert again.categories == opened.categories and again.config == opened.config
 
@@ -252,6 +256,7 @@ def test_what_is_wrong_ends_in_one_line(tmp_path, save, tensors, make, message):
         (["docs", "--output", "c.safetensors", "--config", TINY], "--config is for a folder"),
         (["docs", "--output", "c.pth"], r"--output=c\.pth; accepted: a new folder, or"),
         (["docs", "--output", "c.safetensors"], "docs is no model: no run has been started here"),
+        (["a.pth", "--output", "c.safetensors"], "a.pth: there is no such file"),
     ],
 )
 def test_wrong_flags_end_in_one_line(arguments, message):
@@ -263,7 +268,7 @@ def test_wrong_flags_end_in_one_line(arguments, message):
 def test_left_over_tensors_end_it_unless_partial(tmp_path, save, tensors):
     path = save(tensors | {"roi_head.mask_head.3.fc_cls.bias": np.zeros(5, np.float32)})
     with pytest.raises(
-        ConfigError, match=r"no place for 1 tensors .*mask_head\.3\.fc_cls\.bias; --p"
+        ConfigError, match=r"no place for 1 tensors .*mask_head\.3\.fc_cls\.bias; .*--partial"
     ):
         import_weights(path, TINY, tmp_path / "model")
     report = import_weights(path, TINY, tmp_path / "model", partial=True)
@@ -301,6 +306,38 @@ def test_a_folder_that_holds_something_is_kept(tmp_path, save, tensors):
     assert (tmp_path / "model" / "config.json").read_text() == "{}"
 
 
+def test_what_a_killed_conversion_left_is_removed(tmp_path, save, tensors):
+    for name in (".model.part", ".model-b.part"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    import_weights(save(tensors), TINY, tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "model", ".model-b.part"}
+
+
+def test_an_output_that_cannot_be_is_told_before_anything_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write to .*file"):
+        import_weights(tmp_path / "absent.pth", TINY, tmp_path / "file" / "model")
+    with pytest.raises(ValueError, match=r"cannot write to .*file"):
+        export_weights(tmp_path / "absent", tmp_path / "file" / "a.safetensors")
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"a\.safetensors; accepted: a new folder, or a file"):
+        export_weights(tmp_path / "absent", tmp_path / "a.safetensors")
+
+
+def test_a_full_disk_is_told_as_such(tmp_path, save, tensors, monkeypatch):
+    def fill_disk(tensors, path, metadata):
+        path.write_text("half")
+        text = "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise SafetensorError(text)
+
+    import_weights(save(tensors), TINY, tmp_path / "model")
+    monkeypatch.setattr("knet_jax.convert.save_file", fill_disk)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        export_weights(tmp_path / "model", tmp_path / "b.safetensors")
+    assert raised.value.filename == str(tmp_path / "b.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "model"}
+
+
 # What may start anew.
 
 
@@ -316,7 +353,7 @@ def test_other_classes_keep_all_that_does_not_belong_to_classes(tmp_path, save, 
     ):
         import_weights(path, TINY, tmp_path / "model", counts)
     listed = tmp_path / "classes.txt"
-    listed.write_text("cat\ndog\n\nbird\nroad\nsky\n")
+    listed.write_text("cat\ndog\nbird\nroad\nsky\n")
     report = import_weights(
         path, TINY, tmp_path / "model", counts, new_classes=True, categories_file=listed
     )
@@ -522,6 +559,6 @@ def test_the_commands_of_the_documentation(tmp_path, save):
 
     if HAS_TORCH:
         text = (ROOT / "docs" / "importing.md").read_text()
-        [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        *_, example = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
         subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True)
         assert read_weights(tmp_path / "demo.pth").tensors.keys() == tensors.keys()

@@ -100,7 +100,7 @@ def test_regions_are_things_without_a_map_of_instances(masks):
 def test_what_does_not_fit_is_left_out_and_named(masks):
     (masks / "classes/train/a.png").unlink()
     result = convert(masks)
-    assert result.returncode == 0
+    assert result.returncode == 3
     assert "a.jpg: " in result.stdout and "a.png is missing, left out" in result.stdout
     assert "wrote 1 pictures" in result.stdout
 
@@ -112,9 +112,12 @@ def test_what_does_not_fit_is_left_out_and_named(masks):
         ({"things": None}, "--things missing"),
         ({"void": 7}, "255"),
         ({"images": "nowhere"}, "--images: there is no folder nowhere"),
+        ({"split": "../../evil"}, "--split=../../evil; accepted: a name without folders"),
+        ({"split": ".."}, "--split=..; accepted: a name without folders"),
     ],
 )
 def test_mistakes_end_in_one_line(masks, flags, message):
     result = convert(masks, **flags)
     assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert not (masks / "DATA").exists() or "void" in flags
     assert message in result.stdout + result.stderr

@@ -3,13 +3,18 @@
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_weights import assert_equal
 
 from knet_jax.checkpoint import Checkpoints
 from knet_jax.configuration import load_config, save_config
+from knet_jax.convert import export_weights
 from knet_jax.knet import make_model
+from knet_jax.reference import to_reference
 from knet_jax.runs import open_run
 from knet_jax.structs import Categories
 from knet_jax.training import init_variables
+from knet_jax.weights import MODEL_KEY
 
 CONFIG = "configs/shapes_panoptic.py:tiny"
 CATEGORIES = Categories(tuple("abcdefghi"), tuple(range(11, 20)), 5)
@@ -78,11 +83,99 @@ def test_what_cannot_be_is_named(workdir, options, words):
         open_run(workdir, **options)
 
 
+# Files.
+
+
+def test_the_file_of_a_model_is_the_model(workdir, tmp_path):
+    path = tmp_path / "a.safetensors"
+    export_weights(workdir, path, "latest", ema=True)
+    folder, file = open_run(workdir, "latest", ema=True), open_run(path)
+    assert_equal(file.variables, folder.variables)
+    assert file.config == folder.config and file.categories == CATEGORIES and file.step == 3
+    changed = open_run(path, overrides=["--config.eval.overlap_threshold=0.1"], dtype="bfloat16")
+    assert changed.config.eval.overlap_threshold == 0.1
+    assert changed.model.backbone.dtype == "bfloat16"
+    again = tmp_path / "b.safetensors"
+    export_weights(path, again)
+    assert_equal(load_file(again), load_file(path))
+    for options in ({"ema": True}, {"checkpoint": 3}):
+        with pytest.raises(
+            ValueError, match=r"a\.safetensors is a file and holds one set of weights"
+        ):
+            open_run(path, **options)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_checkpoint_of_others_opens_with_a_config(workdir, tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    folder = open_run(workdir)
+    tensors = to_reference(folder.variables)
+
+    def write(tensors):
+        tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+        np.savez(path, **tensors) if suffix == ".npz" else save_file(tensors, path)
+
+    write(tensors)
+    file = open_run(path, config=CONFIG)
+    assert_equal(file.variables, folder.variables)
+    assert file.step == 0 and file.config.task == "panoptic" and file.categories.num_things == 5
+    with pytest.raises(
+        ValueError, match="holds weights and no config; knet_jax.load takes its config"
+    ):
+        open_run(path)
+    with pytest.raises(ValueError, match="is for a file of weights; .* has a config of its own"):
+        open_run(workdir, config=CONFIG)
+    with pytest.raises(
+        ValueError, match="9 classes, but config.model.num_things=4 and num_stuff=4; "
+    ):
+        counts = ["--config.model.num_things=4", "--config.model.num_stuff=4"]
+        open_run(path, config=CONFIG, overrides=counts)
+    name = "neck.fpn_convs.1.conv.bias"
+    write({key: x for key, x in tensors.items() if key != name})
+    with pytest.raises(ValueError, match=rf"a{suffix}: the weights have no tensor {name}"):
+        open_run(path, config=CONFIG)
+    write({key: x for key, x in tensors.items() if key.startswith("backbone.")})
+    with pytest.raises(ValueError, match="it holds a backbone only; python -m knet_jax.convert"):
+        open_run(path, config=CONFIG)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "words", '{"config": {}, "categories": 3}'])
+def test_a_file_that_does_not_say_what_it_is(tmp_path, text):
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "a.safetensors", {MODEL_KEY: text})
+    with pytest.raises(ValueError, match=r"a\.safetensors: the file cannot be read: "):
+        open_run(tmp_path / "a.safetensors")
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"path": None}, "path is None; accepted: the folder of a model, or a file of weights"),
+        ({"checkpoint": None}, "^checkpoint=None; accepted: best, latest"),
+        ({"ema": True}, "^ema=True: the run kept no average"),
+        ({"overrides": "--config.model.channels=8"}, "^overrides is '--conf.*; accepted: a list"),
+        ({"overrides": [("a", 1)]}, "^overrides is .*; accepted: a list"),
+        ({"dtype": np.float32}, "^dtype is .*; accepted: 'float32', 'bfloat16', or None"),
+        ({"config": 3}, "^config is 3; accepted: 'configs/FILE.py"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(tmp_path, workdir, options, words):
+    overrides = ["--config.train.ema_decay=0.0"]
+    with pytest.raises(ValueError, match=words):
+        open_run(**{"path": workdir, "overrides": overrides} | options)
+
+
 def test_what_is_no_model_is_named(tmp_path, workdir):
     with pytest.raises(ValueError, match="is no model"):
         open_run(tmp_path)
-    with pytest.raises(ValueError, match="is a file; accepted: the folder of a model"):
+    with pytest.raises(
+        ValueError, match=r"config\.json: accepted are \.npz, \.safetensors, .* files"
+    ):
         open_run(workdir / "config.json")
+    with pytest.raises(ValueError, match=r"gone\.safetensors: there is no such file"):
+        open_run(tmp_path / "gone.safetensors")
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     with pytest.raises(ValueError, match="no checkpoints"):
         open_run(tmp_path)

@@ -1,24 +1,32 @@
 """Pictures in, segments out."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import jax
 import numpy as np
+import parity
 import pytest
 import tiny_runs
 from PIL import Image
+from safetensors.numpy import save_file
 
 import knet_jax
 from knet_jax import rle
+from knet_jax.convert import export_weights
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator
+from knet_jax.resampling import Canvas
 from knet_jax.runs import open_run
 from knet_jax.segmenter import Segmenter, as_image, keep_programs
+from knet_jax.structs import Batch
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 TASKS = ("panoptic", "instance", "semantic")
 SEVERAL_PASSES = (
     "--config.eval.scales=(0.5, 1.0)",
@@ -172,10 +180,14 @@ def test_thresholds_of_instances(segmenters):
 
 
 @pytest.mark.parametrize(
-    "options", [{"threshold": 1.5}, {"threshold": -0.1}, {"overlap": 2}, {"threshold": np.nan}]
+    "options",
+    [
+        *({"threshold": value} for value in (1.5, -0.1, np.nan, "0.5", True, [0.5])),
+        {"overlap": 2},
+    ],
 )
 def test_thresholds_that_make_no_sense(segmenters, options):
-    with pytest.raises(ValueError, match="threshold is .*; accepted: a number from 0 to 1"):
+    with pytest.raises(ValueError, match="(threshold|overlap) is .*; accepted: a number from"):
         segmenters["panoptic"](picture(8, 8), **options)
 
 
@@ -248,10 +260,28 @@ def test_load_opens_a_model(models):
     half = knet_jax.load(models["panoptic"], dtype="bfloat16", batch_size=2)
     assert half.config.model.dtype == "bfloat16" and half.batch_size == 2
     assert half(picture(64, 96)).size == (64, 96)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        knet_jax.load(models["panoptic"], batch_size=0)
+    for size in (0, 2.5, "3", True):
+        with pytest.raises(ValueError, match=f"batch_size is {size!r}; accepted: a whole number"):
+            knet_jax.load(models["panoptic"], batch_size=size)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = knet_jax.lod
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_file_sees_what_the_folder_sees(models, segmenters, tmp_path, task):
+    path = tmp_path / "a.safetensors"
+    export_weights(models[task], path)
+    image = picture(64, 96)
+    theirs, ours = segmenters[task](image), knet_jax.load(path)(image)
+    assert ours.to_coco() == theirs.to_coco() and ours.segments
+    assert ours.categories == theirs.categories
+
+
+def test_a_picture_may_change_once_it_was_segmented(segmenters):
+    image = picture(64, 96)
+    result = segmenters["panoptic"](image)
+    image[:] = 0
+    np.testing.assert_array_equal(result.image, picture(64, 96))
 
 
 def test_importing_the_package_costs_nothing():
@@ -291,3 +321,62 @@ def test_the_second_start_compiles_nothing(models, tmp_path):
         subprocess.run(arguments, env=environment, check=True)
         kept.append({path.name for path in cache.glob("jit_predict*-cache")})
     assert len(kept[0]) == 1 and kept[0] == kept[1]
+
+
+# What the reference sees.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("det_panoptic_r50_fwd", "coco_panoptic.py"),
+        ("det_instance_r50_fwd", "coco_instance.py"),
+        ("seg_fcn_fwd", "ade20k_semantic.py"),
+    ],
+)
+def test_a_checkpoint_of_the_reference_sees_what_the_reference_sees(
+    fixtures, tmp_path, monkeypatch, name, spec
+):
+    """From the file to results at the pictures' size; pictures come normalized with the numbers."""
+    manifest = json.loads((fixtures / f"{name}.json").read_text())
+    theirs = np.load(fixtures / f"{name}.npz")
+    save_file(parity.rule_weights(manifest), tmp_path / "a.safetensors")
+    monkeypatch.setattr("knet_jax.inference.normalize", lambda image, size, dtype: image)
+    sees = knet_jax.load(tmp_path / "a.safetensors", config=str(CONFIGS / spec))
+    image = theirs["image"].transpose(0, 2, 3, 1)
+    square = [image.shape[1:3]] * len(image)
+    size, original = (np.int32(manifest.get(f"{kind}_shapes", square)) for kind in ("img", "ori"))
+    batch = Batch(image, None, size, original, np.arange(len(image), dtype=np.int32))
+    flags = np.zeros(len(image), bool)
+
+    def results(**thresholds):
+        output = sees._predict(
+            sees._variables,
+            [batch],
+            [flags],
+            original,
+            sees.thresholds | thresholds,
+            canvas=Canvas.of(size, original),
+        )
+        for i in range(len(image)):
+            one = jax.tree.map(lambda x, i=i: np.asarray(x)[i], output)
+            yield sees._task.read(one, original[i], thresholds.get("instance_threshold", 0.0))
+
+    for variant, values in manifest.get("panoptic_variants", {}).items():
+        found = results(
+            instance_threshold=values["instance_score_thr"], overlap_threshold=values["overlap_thr"]
+        )
+        for i, seen in enumerate(found):
+            fused = SimpleNamespace(labels={i: [segment.label for segment in seen.segments]})
+            assert parity.disagreement(seen.ids, fused, i, theirs[f"pan_{variant}_{i}"]) < 1e-3
+    if sees.task == "instance":
+        for i, seen in enumerate(results()):
+            scores = [instance.score for instance in seen]
+            np.testing.assert_allclose(scores, theirs[f"inst_scores_{i}"], rtol=1e-3)
+            # Equal scores but for rounding may swap places.
+            labels = sorted(instance.label for instance in seen)
+            assert labels == sorted(theirs[f"inst_labels_{i}"].tolist())
+    if sees.task == "semantic":
+        for i, seen in enumerate(results()):
+            assert (seen != theirs["pred_labels"][i] + 1).mean() < 1e-3

@@ -407,7 +407,7 @@ def test_a_run_of_another_class_count_is_not_resumed(whole, data_dir):
         (["--config.model.channels=32"], ["config.model.channels is 16 in it, 32 here"]),
         (["--checkpoint", "3"], ["no checkpoint of step 3"]),
         (["--boundary"], ["--boundary: config.task is 'panoptic'", "instance"]),
-        (["--checkpoint", "good"], ["--checkpoint=good", "latest"]),
+        (["--checkpoint", "good"], ["checkpoint=good", "latest"]),
     ],
 )
 def test_an_evaluation_that_does_not_fit_the_run(whole, arguments, words, tmp_path):

@@ -279,6 +279,18 @@ def test_the_second_set_of_weights_as_buffers(tmp_path, torch_names):
     np.testing.assert_array_equal(average["neck.bn.running_mean"], B)
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_names_of_a_network_within_others(tmp_path, state, suffix):
+    wrapped = {f"module.model.{name}": x for name, x in state.items()}
+    assert read_weights(write(tmp_path, suffix, wrapped)).tensors.keys() == state.keys()
+
+
+@pytest.mark.parametrize("classes", ["80", '{"cat": 1}', "cat, dog", "[1, 2]"])
+def test_classes_that_are_no_list_of_names(tmp_path, classes):
+    save_file({"neck.w": A}, tmp_path / "a.safetensors", {"classes": classes})
+    assert read_weights(tmp_path / "a.safetensors").classes == ()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [([1, 2], "no tensors by name but a list"), ({"epoch": 3}, "no tensors by name but epoch")],

@@ -10,13 +10,16 @@ region of a thing class is one thing.
 
 Writes ROOT/annotations/panoptic_SPLIT.json with its PNG files, and ROOT/annotations/instances_SPLIT.json;
 pictures go to ROOT/SPLIT, as links where the disk allows.
+
+Exit status: 0, or 3 where pictures were left out; they are named.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -43,6 +46,9 @@ VOID = flags.DEFINE_integer("void", 255, "the index of pixels of unknown class")
 ROOT = flags.DEFINE_string("root", None, "the dataset to write, config.data.root of the training")
 SPLIT = flags.DEFINE_string("split", None, "what it is: train, val")
 
+SOME_LEFT_OUT = 3
+"""Exit status where pictures could not be used."""
+
 
 def main(command: CommandLine) -> None:
     if command.overrides:
@@ -51,6 +57,8 @@ def main(command: CommandLine) -> None:
     missing = [f"--{flag.name}" for flag in required if not flag.value]
     if missing:
         raise ConfigError(f"{', '.join(missing)} missing (--help shows an example)")
+    if Path(SPLIT.value).name != SPLIT.value or SPLIT.value == "..":
+        raise ConfigError(f"--split={SPLIT.value}; accepted: a name without folders, such as train")
     folders = (IMAGES, CLASS_MAPS, INSTANCE_MAPS)
     for flag in folders:
         if flag.value and not Path(flag.value).is_dir():
@@ -58,7 +66,8 @@ def main(command: CommandLine) -> None:
     if not Path(NAMES.value).is_file():
         raise ConfigError(f"--names: there is no file {NAMES.value}")
     named = folder.read_categories(Path(NAMES.value), VOID.value, source="--names")
-    indices, categories = order_classes(named)
+    indices, categories = order_classes(named, [name.strip() for name in THINGS.value])
+    instance_maps = Path(INSTANCE_MAPS.value) if INSTANCE_MAPS.value else None
     images, class_maps = Path(IMAGES.value), Path(CLASS_MAPS.value)
     pairs = list(folder.find_pairs(images, class_maps))
     if not pairs:
@@ -69,7 +78,7 @@ def main(command: CommandLine) -> None:
     pictures, things, problems = [], [], []
     for number, pair in enumerate(tqdm.tqdm(pairs, "Converting", unit="img"), 1):
         try:
-            found = read_maps(pair, indices, categories)
+            found = read_maps(pair, instance_maps, indices, categories, VOID.value)
             panoptic.add(number, pair.name, found)
         except ValueError as error:
             problems.append(f"{pair.name}: {error}, left out")
@@ -83,56 +92,76 @@ def main(command: CommandLine) -> None:
     if not pictures:
         raise ConfigError(f"no picture of {images} can be used, see above")
     panoptic.close()
-    is_thing = zip(categories.dataset_ids[: categories.num_things], categories.names)
+    listed = zip(categories.dataset_ids[: categories.num_things], categories.names)
     content = {
         "images": pictures,
         "annotations": things,
-        "categories": [{"id": id, "name": name} for id, name in is_thing],
+        "categories": [{"id": id, "name": name} for id, name in listed],
     }
     write_json(root / f"annotations/instances_{SPLIT.value}.json", content)
     print(
         f"wrote {len(pictures)} pictures with {len(things)} things of {categories.num_things} "
         f"classes, and {categories.num_stuff} classes of stuff, to {root}; {len(problems)} problems"
     )
+    if problems:
+        sys.exit(SOME_LEFT_OUT)
 
 
-def order_classes(named: Categories) -> tuple[dict[int, int], Categories]:
+def order_classes(named: Categories, things: Sequence[str]) -> tuple[dict[int, int], Categories]:
     """{index in the maps: label}, and the classes with the things first, ids counted from 1.
 
+    Args:
+      named: the classes by their index, none of them a thing.
+      things: names of those whose things are told apart.
+
     Raises:
-      ConfigError: --things names what is no class, or a class twice.
+      ConfigError: a thing is no class, or is named twice.
     """
-    wanted = [name.strip() for name in THINGS.value]
-    for name in wanted:
-        if name not in named.names or wanted.count(name) > 1:
+    for name in things:
+        if name not in named.names or things.count(name) > 1:
             raise ConfigError(f"--things: {name!r}; accepted, each once: {', '.join(named.names)}")
-    is_stuff = [name not in wanted for name in named.names]
+    is_stuff = [name not in things for name in named.names]
     order = sorted(range(len(is_stuff)), key=is_stuff.__getitem__)
     indices = {named.dataset_ids[i]: label for label, i in enumerate(order)}
     names = tuple(named.names[i] for i in order)
-    return indices, Categories(names, tuple(1 + index for index in indices), len(wanted))
+    return indices, Categories(names, tuple(1 + index for index in indices), len(things))
 
 
 def read_maps(
-    pair: index_maps.Pair, indices: dict[int, int], categories: Categories
+    pair: index_maps.Pair,
+    instance_maps: Path | None,
+    indices: Mapping[int, int],
+    categories: Categories,
+    void: int,
 ) -> PanopticMap:
-    """The segments of a picture. Raises ValueError where a map is missing, broken or does not fit."""
+    """The segments of a picture.
+
+    Args:
+      pair: the picture and its map of classes.
+      instance_maps: the folder of maps of instances; None where regions are things.
+      indices: {index in the maps: label}.
+      categories: things first.
+      void: the index of pixels of unknown class.
+
+    Raises:
+      ValueError: a map is missing, broken or does not fit.
+    """
     classes = read_map(pair.png)
     files.matching_size(pair.path, classes.shape, "map of classes")
-    strange = set(np.unique(classes).tolist()) - set(indices) - {VOID.value}
+    strange = set(np.unique(classes).tolist()) - set(indices) - {void}
     if strange:
         raise ValueError(
             f"{pair.png} holds {sorted(strange)[:10]}, which --names has no line for "
-            f"and which is not --void={VOID.value}"
+            f"and which is not --void={void}"
         )
     instances = None
-    if INSTANCE_MAPS.value:
-        path = Path(INSTANCE_MAPS.value) / Path(pair.name).with_suffix(".png")
+    if instance_maps:
+        path = instance_maps / Path(pair.name).with_suffix(".png")
         instances = read_map(path)
         if instances.shape != classes.shape:
             raise ValueError(f"{path} is {instances.shape}, the map of classes {classes.shape}")
     ids, segments = np.zeros(classes.shape, np.int32), []
-    for index in sorted(set(np.unique(classes).tolist()) - {VOID.value}):
+    for index in sorted(set(np.unique(classes).tolist()) - {void}):
         label, mask = indices[index], classes == index
         for part, is_crowd in split_class(mask, instances, label < categories.num_things):
             segments.append(SegmentInfo(len(segments) + 1, label, is_crowd))
