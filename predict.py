@@ -27,7 +27,9 @@ from knet_jax.predictions import Predictions, find_sources, predict_pictures, pr
 from knet_jax.preemption import stop_on_sigterm
 from knet_jax.segmenter import load
 
-MODEL = flags.DEFINE_string("model", None, "folder of a run of train.py, or of a conversion")
+MODEL = flags.DEFINE_string(
+    "model", None, "folder of a run of train.py, or file or folder of a conversion"
+)
 OUTPUT = flags.DEFINE_string("output", "predictions", "folder where results go")
 THRESHOLD = flags.DEFINE_float(
     "threshold", None, "least score of a thing; default: the config's, else 0.3", 0, 1

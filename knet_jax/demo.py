@@ -47,7 +47,9 @@ def main(command: CommandLine) -> None:
     """See the top of the file."""
     values = flags.FLAGS
     if values.model is None:
-        raise ConfigError("--model is missing: the folder of a run of train.py, or of a conversion")
+        raise ConfigError(
+            "--model is missing: the folder of a run of train.py, or file or folder of a conversion"
+        )
     with tempfile.TemporaryDirectory(prefix="knet_jax_demo_") as folder:
         os.environ |= {
             "GRADIO_TEMP_DIR": folder,
@@ -76,7 +78,9 @@ def main(command: CommandLine) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "folder of a run of train.py, or of a conversion")
+    flags.DEFINE_string(
+        "model", None, "folder of a run of train.py, or file or folder of a conversion"
+    )
     flags.DEFINE_string("checkpoint", "best", "best, latest, or the number of a step")
     flags.DEFINE_boolean("ema", False, "the moving average of the parameters")
     flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine")
