@@ -398,7 +398,7 @@ def _fonts() -> Iterator[str]:
 @functools.cache
 def _system_fonts() -> list[str]:
     """Files of fonts, regular ones first."""
-    from matplotlib.font_manager import findSystemFonts
+    from matplotlib.font_manager import findSystemFonts  # slow: it reads all it finds
 
     return sorted(findSystemFonts(), key=lambda path: ("Regular" not in path, path))
 

@@ -291,14 +291,14 @@ def test_help_teaches():
 
 
 @pytest.mark.parametrize(
-    "task, views, sliders",
+    "task, captions, sliders",
     [
         ("panoptic", ["Panoptic", "Instances", "Semantic"], {"Score": 0.2, "Overlap": 0.05}),
         ("instance", [], {"Score": 0.3}),
         ("semantic", [], {}),
     ],
 )
-def test_the_page_offers_what_the_model_does(task, views, sliders, model, tmp_path):
+def test_the_page_offers_what_the_model_does(task, captions, sliders, model, tmp_path):
     pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[demo]'")
     import httpx
 
@@ -316,7 +316,7 @@ def test_the_page_offers_what_the_model_does(task, views, sliders, model, tmp_pa
     seen = [one["props"] | {"type": one["type"]} for one in config["components"]]
     seen = [one for one in seen if one.get("visible", True)]
     offered = [[name for name, _ in one["choices"]] for one in seen if one["type"] == "radio"]
-    assert offered == ([views] if views else [])
+    assert offered == ([captions] if captions else [])
     found = {one["label"].split()[0]: one["value"] for one in seen if one["type"] == "slider"}
     assert found == sliders
     [head, *_] = [one["value"] for one in seen if one["type"] == "html"]
