@@ -23,7 +23,14 @@ from knet_jax.results import Result
 from knet_jax.segmenter import Segmenter
 from knet_jax.structs import Categories
 from knet_jax.tasks import TASKS
-from knet_jax.visualize import CELL, contact_sheet, save_picture, thumbnail
+from knet_jax.visualize import (
+    MAX_SIDES,
+    THUMBNAIL,
+    contact_sheet,
+    readable_side,
+    save_picture,
+    thumbnail,
+)
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 """How the names of videos end."""
@@ -175,16 +182,16 @@ class Predictions:
         image_id = len(self._images) + 1
         overlay = self.folder / OVERLAYS / f"{source.stem}.jpg"
         overlay.parent.mkdir(parents=True, exist_ok=True)
-        # Names of a small picture would cover it.
-        drawn = result.draw(max(CELL, *result.size))
-        save_picture(overlay, drawn)
+        save_picture(
+            overlay, result.draw(min(readable_side(result.size), MAX_SIDES[overlay.suffix]))
+        )
         self._results.add(image_id, source.name, result.prediction, f"{source.stem}.png")
         height, width = result.size
         self._images.append(
             {"id": image_id, "file_name": source.name, "height": height, "width": width}
         )
         if len(self._thumbnails) < MAX_THUMBNAILS:
-            self._thumbnails.append(thumbnail(drawn, source.name))
+            self._thumbnails.append(thumbnail(result.draw(THUMBNAIL), source.name))
         labels = [segment.label for segment in result.segments]
         np.add.at(self.counts[1], labels, 1)
         self.counts[0, list(set(labels))] += 1

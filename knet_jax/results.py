@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -78,29 +78,19 @@ class Result:
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """Things and stuff of the picture, best score first; of semantic segmentation its classes."""
-        if self.panoptic:
-            return self._measure(
-                self.panoptic.ids, [(s.id, s.label, s.score) for s in self.panoptic.segments]
+        labels = isinstance(self.prediction, np.ndarray)
+        panoptic = PanopticMap.of_labels(self.prediction) if labels else self.panoptic
+        if panoptic is None:
+            return tuple(
+                self._segment(i, one.label, one.score, int(one.area), rle.box(one.rle), one.rle)
+                for i, one in enumerate(self.prediction, 1)
+                if one.area  # a kernel may be sure of its class and claim no pixel
             )
-        if isinstance(self.prediction, np.ndarray):
-            present = np.unique(self.prediction[self.prediction > 0]).tolist()
-            return self._measure(
-                self.prediction.astype(np.int32), [(value, value - 1, 1.0) for value in present]
-            )
-        return tuple(
-            self._segment(i, one.label, one.score, int(one.area), rle.box(one.rle), one.rle)
-            for i, one in enumerate(self.prediction, 1)
-            if one.area  # a kernel may be sure of its class and claim no pixel
-        )
-
-    def _measure(
-        self, ids: np.ndarray, found: Sequence[tuple[int, int, float]]
-    ) -> tuple[Segment, ...]:
-        """Segments of a map from (id, label, score)."""
+        ids, segments = panoptic
         areas, boxes = np.bincount(ids.ravel()), ndimage.find_objects(ids)
         return tuple(
-            self._segment(id, label, score, int(areas[id]), _box(boxes[id - 1]), ids)
-            for id, label, score in found
+            self._segment(s.id, s.label, s.score, int(areas[s.id]), _box(boxes[s.id - 1]), ids)
+            for s in segments
         )
 
     def _segment(
@@ -130,7 +120,13 @@ class Result:
         return labels.astype(np.int32)[self.panoptic.ids]
 
     def above(self, threshold: float) -> Result:
-        """The same without the things whose score is below a threshold."""
+        """The same without the things whose score is below a threshold.
+
+        Raises:
+          ValueError: the threshold is no number from 0 to 1.
+        """
+        if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+            raise ValueError(f"threshold is {threshold!r}; accepted: a number from 0 to 1")
         if self.panoptic:
             kept = tuple(
                 s
@@ -151,7 +147,11 @@ class Result:
         """The picture under its segments, with outlines, names and scores: uint8 [h, w, 3], RGB.
 
         Args:
-          side: the longer one of what is drawn, in pixels; default: that of the picture.
+          side: the longer one of what is drawn, in pixels; default: that of the picture, however
+            small: `draw(640)` has room for names.
+
+        Raises:
+          ValueError: the side is no positive number.
         """
         from knet_jax.visualize import overlay
 
@@ -160,8 +160,10 @@ class Result:
     def save(self, path: str | os.PathLike) -> None:
         """Writes what `draw` gives, or, where the name ends in `.json`, what `to_coco` gives.
 
+        Pictures of fewer than 640 pixels on the longer side are enlarged to that.
+
         Raises:
-          ValueError: the name ends in something else.
+          ValueError: the name ends in something else, or such a file holds no picture so large.
           OSError: the file cannot be written.
         """
         path = Path(path)
@@ -169,9 +171,9 @@ class Result:
         if suffix == ".json":
             write_whole(path, f"{json.dumps(self.to_coco())}\n".encode())
         elif suffix in transforms.PICTURES:
-            from knet_jax.visualize import save_picture
+            from knet_jax.visualize import readable_side, save_picture
 
-            save_picture(path, self.draw())
+            save_picture(path, self.draw(readable_side(self.size)))
         else:
             raise ValueError(
                 f"{path} ends in {suffix!r}; accepted: .json, {', '.join(transforms.PICTURES)}"

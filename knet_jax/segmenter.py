@@ -27,13 +27,11 @@ from knet_jax.passes import both_ways
 from knet_jax.resampling import Canvas
 from knet_jax.results import Result
 from knet_jax.runs import Run, open_run
+from knet_jax.structs import MIN_SCORE
 from knet_jax.tasks import TASKS
 
 Image = np.ndarray | str | os.PathLike
 """uint8 [H, W, 3], RGB, or the path of a file."""
-
-THRESHOLD = 0.3
-"""Least score of a thing, where the config has none."""
 
 BATCH_SIZE = 8
 """Pictures that are segmented together, but for the CPU, which takes one at a time."""
@@ -70,7 +68,7 @@ class Segmenter:
         ]
         self._flip = options.get("flip", False)
         self.thresholds = {
-            "instance_threshold": options.get("instance_threshold", THRESHOLD),
+            "instance_threshold": options.get("instance_threshold", MIN_SCORE),
             "overlap_threshold": options.get("overlap_threshold", 0.0),
         }
         self._predict = jax.jit(

@@ -19,6 +19,9 @@ Array = jax.Array | np.ndarray
 EMPTY = -1
 """The label of a ground-truth slot that holds nothing, and the id of a padding image."""
 
+MIN_SCORE = 0.3
+"""Least score of a thing that is shown, where nothing else is said: networks predict many more."""
+
 
 class Categories(NamedTuple):
     """The classes of a dataset, things first."""
@@ -157,6 +160,12 @@ class PanopticMap(NamedTuple):
     ids: np.ndarray
     """int32 [H, W]: the id of the segment that owns each pixel, 0 = void."""
     segments: tuple[SegmentInfo, ...]
+
+    @classmethod
+    def of_labels(cls, labels: np.ndarray) -> PanopticMap:
+        """A segment for every class in labels [H, W]: 1 + class, 0 = none."""
+        present = np.unique(labels[labels > 0]).tolist()
+        return cls(labels.astype(np.int32), tuple(SegmentInfo(id, id - 1) for id in present))
 
 
 class Instance(NamedTuple):

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import colorsys
 import functools
 import io
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import matplotlib
 import numpy as np
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from knet_jax import rle
 from knet_jax.metrics.panoptic import segment_index
 from knet_jax.metrics.result_files import write_whole
-from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.structs import MIN_SCORE, Categories, Instance, PanopticMap, SegmentInfo
 
 CELL = 640
 """Longer side, in pixels, of a picture of a panel."""
@@ -29,10 +30,14 @@ MARGIN = 8
 """Pixels between the pictures of a panel."""
 MIN_FONT_SIZE = 12
 """Height in pixels below which text cannot be read."""
+MAX_SIDES = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
+"""Most pixels of a side that files of some forms hold."""
+FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+"""The file of the usual font."""
 OPACITY = 0.55
 """How much of a segment's color covers the picture."""
-MIN_SCORE = 0.3
-"""Score below which an instance is not drawn: a network predicts many more than there are."""
+STUFF_OPACITY = 0.4
+"""The same of stuff in an overlay."""
 
 Segmentation = PanopticMap | Sequence[Instance] | np.ndarray
 """A panoptic map, instances, or integer labels [H, W]: 1 + class, 0 = none."""
@@ -51,8 +56,8 @@ class Row(NamedTuple):
 def draw(image: np.ndarray, segmentation: Segmentation, categories: Categories) -> np.ndarray:
     """The picture in gray under its segments in color, with names where there is room for them.
 
-    A class keeps its color in all pictures, things of one class differ in shade, crowds are
-    hatched, what belongs to no segment is dark. A score is written where it is below 1. Of
+    A class keeps its color in all pictures, things of one class differ in shade by where they are,
+    crowds are hatched, what belongs to no segment is dark. A score is written where it is below 1. Of
     instances that overlap the smaller one is in front; those below `MIN_SCORE` are left out.
 
     Args:
@@ -64,19 +69,8 @@ def draw(image: np.ndarray, segmentation: Segmentation, categories: Categories) 
         uint8 [H, W, 3], RGB.
     """
     panoptic = as_panoptic(segmentation, image.shape[:2])
-    index = segment_index(panoptic)
-    crowd = np.array([False, *(segment.iscrowd for segment in panoptic.segments)])
-    rows, columns = np.indices(index.shape, sparse=True)
-    period = max(6, _font_size(image))
-    stripe = crowd[index] & ((rows + columns) % period < period // 3)
-
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
-    colors = np.array([(0, 0, 0), *colors_of(panoptic.segments, categories)], np.float32)
-    tinted = gray + OPACITY * (np.where(stripe[..., None], 0, colors[index]) - gray)
-    picture = tinted.astype(np.uint8)
-    edge = _edges(index)
-    picture[edge] += ((255 - picture[edge]) * 0.75).astype(np.uint8)
-    return _write_names(picture, index, panoptic.segments, categories)
+    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return _paint(gray, panoptic, categories, [OPACITY] * (1 + len(panoptic.segments)))
 
 
 def overlay(
@@ -88,7 +82,7 @@ def overlay(
     """The picture in its colors under its segments, with names and scores where there is room.
 
     Colors and names are as those of `draw`; here every instance is drawn, stuff is paler than
-    things, what belongs to no segment is left as it is, and outlines are bright.
+    things, and what belongs to no segment is left as it is.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -98,22 +92,48 @@ def overlay(
 
     Returns:
         uint8 [h, w, 3], RGB.
+
+    Raises:
+        ValueError: the side is no positive number.
     """
     panoptic = as_panoptic(segmentation, image.shape[:2], min_score=0.0)
-    if side:
+    if side is not None:
         image, (panoptic,) = at_side(side, image, panoptic)
-    index = segment_index(panoptic)
-    colors = np.array([(0, 0, 0), *colors_of(panoptic.segments, categories)])
-    opacity = np.array(
-        [0, *(0.55 if s.label < categories.num_things else 0.4 for s in panoptic.segments)]
-    )[:, None]
+    opacities = (
+        OPACITY if segment.label < categories.num_things else STUFF_OPACITY
+        for segment in panoptic.segments
+    )
+    return _paint(image, panoptic, categories, [0, *opacities])
+
+
+def _paint(
+    image: np.ndarray, panoptic: PanopticMap, categories: Categories, opacities: Sequence[float]
+) -> np.ndarray:
+    """The picture under its segments, with outlines and names.
+
+    Args:
+        image: uint8 [H, W, 3].
+        panoptic: its segments.
+        categories: names of its labels.
+        opacities: of what belongs to no segment, and of every segment.
+    """
+    index, segments = segment_index(panoptic), panoptic.segments
+    places = ndimage.find_objects(index, len(segments))
+    colors = np.array([(0, 0, 0), *_colors(segments, places, index.shape, categories)])
+    opacity = np.array(opacities)[:, None]
     # Both are looked up, and blended in bytes: pictures may have many millions of pixels.
     tint, rest = (opacity * colors).astype(np.uint8), 255 * (1 - opacity).repeat(3, 1)
-    picture = cv2.multiply(image, rest.round().astype(np.uint8)[index], scale=1 / 255) + tint[index]
+    tints = tint[index]
+    crowd = np.array([False, *(segment.iscrowd for segment in segments)])
+    if crowd.any():
+        rows, columns = np.indices(index.shape, sparse=True)
+        period = max(6, _font_size(image))
+        tints[crowd[index] & ((rows + columns) % period < period // 3)] = 0
+    picture = cv2.multiply(image, rest.round().astype(np.uint8)[index], scale=1 / 255) + tints
     bright = (0.4 * colors + 0.6 * 255).astype(np.uint8)
     edge = _edges(index)
     picture[edge] = bright[index[edge]]
-    return _write_names(picture, index, panoptic.segments, categories)
+    return _write_names(picture, index, segments, places, categories)
 
 
 def as_panoptic(
@@ -136,9 +156,7 @@ def as_panoptic(
         return segmentation
     if isinstance(segmentation, np.ndarray):
         _check_size(segmentation.shape, size)
-        present = np.unique(segmentation[segmentation > 0]).tolist()
-        segments = tuple(SegmentInfo(value, value - 1) for value in present)
-        return PanopticMap(segmentation.astype(np.int32), segments)
+        return PanopticMap.of_labels(segmentation)
 
     ids = np.zeros(size, np.int32)
     shown = [instance for instance in segmentation if instance.score >= min_score]
@@ -181,16 +199,21 @@ def _strip(row: Row, categories: Categories) -> np.ndarray:
     truth, prediction = (draw(image, each, categories) for each in maps)
     height, width = image.shape[:2]
 
-    font = _font(18)
-    top = 2 * font.size
+    size = 18
+    top = 2 * size
     canvas = Image.new("RGB", (3 * (width + MARGIN) + MARGIN, top + height + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
     columns = ((row.title, image), ("truth", truth), ("prediction", prediction))
     for i, (caption, picture) in enumerate(columns):
         left = MARGIN + i * (width + MARGIN)
-        pen.text((left, top // 2), caption, "black", font, anchor="lm")
+        pen.text((left, top // 2), caption, "black", _font(size, caption), anchor="lm")
         canvas.paste(Image.fromarray(picture), (left, top))
     return np.array(canvas)
+
+
+def readable_side(size: tuple[int, int]) -> int:
+    """Longer side of an overlay of a picture of (height, width): names would cover a small one."""
+    return max(CELL, *size)
 
 
 def at_side(
@@ -199,7 +222,12 @@ def at_side(
     """A picture whose longer side has so many pixels, and maps of it alike.
 
     Thin segments may lose their last pixel.
+
+    Raises:
+        ValueError: the side is no positive number.
     """
+    if not (isinstance(side, int | np.integer) and side > 0):
+        raise ValueError(f"side is {side!r}; accepted: a number of pixels, at least 1")
     scale = side / max(image.shape[:2])
     height, width = (max(1, round(scale * length)) for length in image.shape[:2])
     smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
@@ -210,59 +238,100 @@ def at_side(
     ]
 
 
-def colors_of(
-    segments: Sequence[SegmentInfo], categories: Categories
-) -> list[tuple[float, float, float]]:
-    """RGB in 0 … 255 of every segment."""
-    seen: dict[int, int] = {}
+@functools.cache
+def class_colors(num_things: int, num_classes: int) -> np.ndarray:
+    """RGB in 0 … 255 of every class, float [k, 3]; where there are both, stuff is less vivid.
+
+    Each is the one that differs most from those before it.
+    """
+    grid = np.meshgrid(
+        np.arange(0, 360, 7.5), np.linspace(1, 0.25, 6), np.linspace(1, 0.55, 5), indexing="ij"
+    )
+    hsv = np.stack(grid, -1).reshape(1, -1, 3).astype(np.float32)
+    rgb = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    # Lightness counts for less: that of the picture shines through.
+    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[0] * [0.8, 1, 1]
+    is_vivid = hsv[0, :, 1] > 0.6
+    distance = np.full(len(lab), np.inf)
+    chosen = []
+    for label in range(num_classes):
+        fits = is_vivid == (label < num_things) if 0 < num_things < num_classes else True
+        chosen.append(np.where(fits, distance, -1).argmax())
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+    return 255.0 * rgb[0, chosen]
+
+
+def _colors(
+    segments: Sequence[SegmentInfo],
+    places: Sequence[tuple[slice, slice] | None],
+    shape: tuple[int, int],
+    categories: Categories,
+) -> list[np.ndarray]:
+    """RGB in 0 … 255 of every segment, given where it is."""
+    palette = class_colors(categories.num_things, len(categories.names))
+    counts = Counter(s.label for s in segments if s.label < categories.num_things)
     colors = []
-    for segment in segments:
-        label = segment.label
-        rank = seen[label] = seen.get(label, -1) + 1
-        # Multiples of irrational numbers stay apart however many there are.
-        hue, saturation, value = (
-            0.618 * label,
-            0.35 + (0.570 * label) % 0.3,
-            0.95 - (0.755 * label) % 0.3,
-        )
-        if label < categories.num_things:
-            shade = (0.5 + 0.618 * rank) % 1
-            hue, saturation, value = hue + 0.1 * (shade - 0.5), 1 - 0.4 * shade, 0.7 + 0.3 * shade
-        colors.append(tuple(255 * c for c in colorsys.hsv_to_rgb(hue % 1, saturation, value)))
+    for segment, place in zip(segments, places):
+        color = palette[segment.label]
+        if place and counts[segment.label] > 1:
+            # Darker or paler, by the place and not by the rank, which in a video changes all the time.
+            # Of things side by side, in a row or a column, neighbors are far apart on the circle.
+            middle = sum(
+                (side.start + side.stop) / (2 * length) for side, length in zip(place, shape)
+            )
+            angle = 2 * np.pi * 1.4 * middle
+            color = color + (255 - color) * 0.15 * (1 + np.sin(angle))
+            color = color * (0.85 + 0.15 * np.cos(angle))
+        colors.append(color)
     return colors
 
 
 def _edges(index: np.ndarray) -> np.ndarray:
-    """bool [H, W]: lines between segments, wider in large pictures."""
+    """bool [H, W]: lines on both sides of where segments meet, wider in large pictures."""
     edge = np.zeros(index.shape, np.uint8)
-    edge[:, 1:] |= index[:, 1:] != index[:, :-1]
-    edge[1:] |= index[1:] != index[:-1]
+    beside, below = index[:, 1:] != index[:, :-1], index[1:] != index[:-1]
+    edge[:, 1:] |= beside
+    edge[:, :-1] |= beside
+    edge[1:] |= below
+    edge[:-1] |= below
     width = 1 + 2 * round(max(index.shape) / (3 * CELL))
     return cv2.dilate(edge, np.ones((width, width), np.uint8)) > 0
 
 
 def _write_names(
-    image: np.ndarray, index: np.ndarray, segments: Sequence[SegmentInfo], categories: Categories
+    image: np.ndarray,
+    index: np.ndarray,
+    segments: Sequence[SegmentInfo],
+    places: Sequence[tuple[slice, slice] | None],
+    categories: Categories,
 ) -> np.ndarray:
-    """Names in the middle of the segments that have room for them, large segments first."""
+    """Names in the middle of the segments that have room for them, large segments first.
+
+    A name that is wider than the picture is written without its score, or not at all.
+    """
     canvas = Image.fromarray(image)
     pen = ImageDraw.Draw(canvas, "RGBA")
-    font = _font(_font_size(image))
-    gap = font.size // 5
+    size = _font_size(image)
+    gap = size // 5
     height, width = index.shape
     areas = np.bincount(index.ravel(), minlength=len(segments) + 1)[1:]
-    found = ndimage.find_objects(index, len(segments))
     taken: list[tuple[float, ...]] = []
     for i in np.argsort(-areas, kind="stable"):
-        if found[i] is None:
+        if places[i] is None:
             continue
-        x, y, radius = _middle(index[found[i]] == i + 1)
-        x, y = x + found[i][1].start, y + found[i][0].start
-        if radius < 0.6 * font.size:
+        x, y, radius = _middle(index[places[i]] == i + 1)
+        x, y = x + places[i][1].start, y + places[i][0].start
+        if radius < 0.6 * size:
             continue
-        text = _name(segments[i], categories)
-        left, top, right, bottom = pen.textbbox((x, y), text, font, anchor="mm")
-        left, top, right, bottom = left - gap, top - gap, right + gap, bottom + gap
+        name, addition = _name(segments[i], categories)
+        font = _font(size, name)
+        for text in dict.fromkeys((name + addition, name)):
+            left, top, right, bottom = pen.textbbox((x, y), text, font, anchor="mm")
+            left, top, right, bottom = left - gap, top - gap, right + gap, bottom + gap
+            if right - left <= width:
+                break
+        else:
+            continue
         # Names at the border are moved into the picture, those that would hide others up or down.
         dx = max(0, -left) - max(0, right - width)
         dy = max(0, -top) - max(0, bottom - height)
@@ -289,11 +358,14 @@ def _is_free(box: Sequence[float], taken: Sequence[Sequence[float]]) -> bool:
     )
 
 
-def _name(segment: SegmentInfo, categories: Categories) -> str:
+def _name(segment: SegmentInfo, categories: Categories) -> tuple[str, str]:
+    """What a segment is called, and what can be left away; where no font has the name, its id."""
     name = categories.names[segment.label]
+    if _typeface(name) is None:
+        name = f"#{categories.dataset_ids[segment.label]}"
     if segment.iscrowd:
-        return f"{name} (crowd)"
-    return name if segment.score == 1 else f"{name} {segment.score:.2f}"
+        return name, " (crowd)"
+    return name, "" if segment.score == 1 else f" {segment.score:.2f}"
 
 
 def _middle(mask: np.ndarray) -> tuple[int, int, float]:
@@ -308,17 +380,46 @@ def _font_size(image: np.ndarray) -> int:
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(
-        Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size
-    )
+def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """The font for a text, where there is one, else the usual one."""
+    return ImageFont.truetype(_typeface(text) or FONT, size)
+
+
+@functools.cache
+def _typeface(text: str) -> str | None:
+    """The file of a font that has all letters of a text: our own, or one of the system."""
+    letters = np.unique([ord(letter) for letter in text if not letter.isspace()])
+    return next((path for path in _fonts() if np.isin(letters, _letters(path)).all()), None)
+
+
+def _fonts() -> Iterator[str]:
+    yield FONT
+    yield from _system_fonts()
+
+
+@functools.cache
+def _system_fonts() -> list[str]:
+    """Files of fonts, regular ones first."""
+    from matplotlib.font_manager import findSystemFonts  # slow: it reads all it finds
+
+    return sorted(findSystemFonts(), key=lambda path: ("Regular" not in path, path))
+
+
+@functools.cache
+def _letters(path: str) -> np.ndarray:
+    """Code points that a font has; none where it cannot be drawn at any size."""
+    try:
+        ImageFont.truetype(path, MIN_FONT_SIZE)
+        return np.array(list(FT2Font(path).get_charmap()))
+    except (OSError, RuntimeError):
+        return np.array([])
 
 
 def thumbnail(picture: np.ndarray, caption: str) -> np.ndarray:
     """A small picture over its name, of the size of all others: uint8 [H, W, 3], RGB."""
     small, _ = at_side(THUMBNAIL, picture)
     height, width = small.shape[:2]
-    font = _font(MIN_FONT_SIZE)
+    font = _font(MIN_FONT_SIZE, caption)
     line = 2 * font.size
     cell = Image.new("RGB", (THUMBNAIL, THUMBNAIL + line), "white")
     cell.paste(Image.fromarray(small), ((THUMBNAIL - width) // 2, (THUMBNAIL - height) // 2))
@@ -345,9 +446,18 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
     """Writes uint8 [H, W, 3], RGB, in the form that the name ends in, such as PNG or JPEG: whole or
     not at all.
 
-    Raises OSError where that is not possible.
+    Raises:
+        ValueError: such a file holds no picture of this size.
+        OSError: the file cannot be written.
     """
     path, encoded = Path(path), io.BytesIO()
-    form = Image.registered_extensions()[path.suffix.lower()]
+    suffix = path.suffix.lower()
+    height, width = picture.shape[:2]
+    if max(height, width) > (accepted := MAX_SIDES.get(suffix, math.inf)):
+        raise ValueError(
+            f"{path}: the picture has {height} x {width} pixels; a {suffix} file holds up to "
+            f"{accepted} a side"
+        )
+    form = Image.registered_extensions()[suffix]
     Image.fromarray(picture).save(encoded, form, quality=92)
     write_whole(path, encoded.getvalue())

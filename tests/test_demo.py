@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,10 @@ def test_what_the_page_is_given():
         (2, "<b>", "0.40", "25.0 %"),
     ]
     assert len({s["color"] for s in given["segments"]}) == 3
+    for segment in given["segments"]:  # a chip has the color that is in the picture
+        y, x = np.argwhere(ids == segment["id"])[0] + 10
+        color = [int(value) for value in re.findall(r"\d+", segment["color"])]
+        np.testing.assert_allclose(picture[y, x].astype(int), color, atol=6)
 
     classes = views.display(views.Seen(views.as_task(PANOPTIC, "semantic"), (4, 6), ""))
     assert [s["score"] for s in classes["segments"]] == [""] * 3
@@ -148,6 +153,11 @@ def test_instances_of_which_one_hides_the_other():
     names = {s["id"]: s["name"] for s in given["segments"]}
     assert [names[i] for i in (ids[0, 0], ids[3, 5])] == ["<b>", "cat"]
     assert [s["share"] for s in given["segments"]] == ["100.0 %", "16.7 %"]
+    hidden = (Instance(rle.encode(masks[1]), 0, 0.9, area=4.0),) * 2
+    given = views.display(
+        views.Seen(Result("instance", CATEGORIES, PANOPTIC.image, hidden), (4, 6), "")
+    )
+    assert sorted(s["color"] != "" for s in given["segments"]) == [False, True]
 
 
 def test_names_are_no_html():
@@ -178,7 +188,7 @@ def test_large_pictures_are_reduced_for_the_page_alone(segmenter, tmp_path):
     path = str(save(tmp_path / "a.png", picture(100, 2000)))
     pictures = views.Pictures(segmenter, 1)
     seen = pictures.see(path, "a.png", "panoptic", 0.2, 0.1)
-    assert seen.size == (100, 2000) and seen.result.size == (80, views.SIDES[1])
+    assert seen.size == (100, 2000) and seen.result.size == (80, views.MAX_SIDE)
     whole = pictures.see(path, "a.png", "panoptic", 0.2, 0.1, whole=True)
     assert whole.result.size == whole.size == (100, 2000)
     assert views.display(seen)["facts"][0] == "2000 × 100 pixels"
@@ -281,14 +291,14 @@ def test_help_teaches():
 
 
 @pytest.mark.parametrize(
-    "task, views, sliders",
+    "task, captions, sliders",
     [
         ("panoptic", ["Panoptic", "Instances", "Semantic"], {"Score": 0.2, "Overlap": 0.05}),
         ("instance", [], {"Score": 0.3}),
         ("semantic", [], {}),
     ],
 )
-def test_the_page_offers_what_the_model_does(task, views, sliders, model, tmp_path):
+def test_the_page_offers_what_the_model_does(task, captions, sliders, model, tmp_path):
     pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[demo]'")
     import httpx
 
@@ -306,7 +316,7 @@ def test_the_page_offers_what_the_model_does(task, views, sliders, model, tmp_pa
     seen = [one["props"] | {"type": one["type"]} for one in config["components"]]
     seen = [one for one in seen if one.get("visible", True)]
     offered = [[name for name, _ in one["choices"]] for one in seen if one["type"] == "radio"]
-    assert offered == ([views] if views else [])
+    assert offered == ([captions] if captions else [])
     found = {one["label"].split()[0]: one["value"] for one in seen if one["type"] == "slider"}
     assert found == sliders
     [head, *_] = [one["value"] for one in seen if one["type"] == "html"]
@@ -376,7 +386,7 @@ def test_a_picture_by_way_of_the_interface(client, segmenter, tmp_path):
     assert json.loads(Path(written).read_text()) == json.loads(json.dumps(expected.to_coco()))
     assert Path(written).name == "spots_panoptic_0.2_0.05.json"
     written = client.predict(uploaded(path), "Panoptic", *PAGE, api_name="/write_png")
-    assert np.asarray(Image.open(written)).shape == (64, 96, 3)
+    assert np.asarray(Image.open(written)).shape == (427, 640, 3)
     shown = client.predict(uploaded(path), "Instances", 1.0, 0.0, api_name="/segment")
     assert shown["segments"] == [] and shown["facts"][1] == "0 segments"
     assert "message" in client.predict(None, "Panoptic", *PAGE, api_name="/segment")
@@ -509,7 +519,7 @@ def test_the_page_in_a_browser(page, segmenter, tmp_path):
     assert saved == json.loads(json.dumps(expected.to_coco()))
     with page.expect_download() as download:
         page.get_by_role("button", name="Save PNG").click()
-    assert np.asarray(Image.open(download.value.path())).shape == (64, 96, 3)
+    assert np.asarray(Image.open(download.value.path())).shape == (427, 640, 3)
 
     # Thresholds and views.
     sliders = page.locator("input[type=number]")

@@ -22,9 +22,16 @@ from knet_jax import commandline, rle
 from knet_jax.configuration import ConfigError
 from knet_jax.metrics.coco_files import PanopticFile
 from knet_jax.metrics.result_files import JsonList, write_json
-from knet_jax.predictions import Predictions, find_sources, predict_pictures, predict_video
+from knet_jax.predictions import (
+    Predictions,
+    Source,
+    find_sources,
+    predict_pictures,
+    predict_video,
+)
 from knet_jax.preemption import Preempted
 from knet_jax.results import Result
+from knet_jax.structs import Categories
 from knet_jax.visualize import MARGIN, THUMBNAIL, contact_sheet, save_picture, thumbnail
 
 ROOT = Path(__file__).parents[1]
@@ -540,3 +547,14 @@ def test_a_json_list_appears_when_it_is_whole(tmp_path):
     with JsonList(path):
         pass
     assert json.loads(path.read_text()) == [] and files(tmp_path) == {"x/list.json"}
+
+
+def test_the_overlay_of_a_panorama_is_reduced_to_what_its_file_holds(tmp_path):
+    shape = (20, 70_000)
+    categories = Categories(("cat",), (1,), 0)
+    result = Result(
+        "semantic", categories, np.zeros((*shape, 3), np.uint8), np.ones(shape, np.uint8)
+    )
+    with Predictions(tmp_path, "semantic", categories) as predictions:
+        predictions.add(Source(tmp_path / "w.png", "w.png", "w"), result)
+    assert Image.open(tmp_path / "overlays" / "w.jpg").size == (65500, 19)

@@ -119,9 +119,30 @@ def test_results_in_the_form_of_coco(tmp_path):
 
 def test_results_are_saved_by_their_suffix(tmp_path):
     result = Result("panoptic", CATEGORIES, IMAGE, PANOPTIC)
-    result.save(tmp_path / "a.PNG")
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.PNG")), result.draw())
+    result.save(tmp_path / "a.PNG")  # enlarged: names would cover it
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.PNG")), result.draw(640))
     result.save(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text()) == result.to_coco()
     with pytest.raises(ValueError, match=r"ends in '.gif'; accepted: .json, .bmp, "):
         result.save(tmp_path / "a.gif")
+
+
+def test_what_is_saved_of_large_pictures(tmp_path):
+    image = np.zeros((2, 70_000, 3), np.uint8)
+    wide = Result("semantic", CATEGORIES, image, np.zeros((2, 70_000), np.uint8))
+    with pytest.raises(ValueError, match="w.jpg: the picture has 2 x 70000 pixels; a .jpg file"):
+        wide.save(tmp_path / "w.jpg")
+    wide.save(tmp_path / "w.png")
+    assert Image.open(tmp_path / "w.png").size == (70_000, 2)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 5, float("nan"), "0.5", None])
+def test_thresholds_that_are_none(threshold):
+    with pytest.raises(ValueError, match="^threshold is .*; accepted: a number from 0 to 1$"):
+        Result("panoptic", CATEGORIES, IMAGE, PANOPTIC).above(threshold)
+
+
+@pytest.mark.parametrize("side", [0, -5])
+def test_sides_that_are_none(side):
+    with pytest.raises(ValueError, match=f"side is {side}; accepted"):
+        Result("panoptic", CATEGORIES, IMAGE, PANOPTIC).draw(side)

@@ -1,11 +1,27 @@
 """Pictures of segmentations: what a viewer relies on."""
 
+import colorsys
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from knet_jax import rle
-from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
-from knet_jax.visualize import CELL, MIN_SCORE, Row, as_panoptic, draw, overlay, panel
+from knet_jax import rle, visualize
+from knet_jax.structs import MIN_SCORE, Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.visualize import (
+    CELL,
+    FONT,
+    THUMBNAIL,
+    Row,
+    as_panoptic,
+    class_colors,
+    draw,
+    overlay,
+    panel,
+    save_picture,
+)
 
 CATEGORIES = Categories(("cat", "dog", "sky", "grass"), (1, 2, 3, 4), num_things=2)
 CAT, DOG, SKY, GRASS = range(4)
@@ -44,6 +60,46 @@ def test_a_class_keeps_its_color():
     )
 
 
+def lab(colors: np.ndarray) -> np.ndarray:
+    """CIELAB of RGB in 0 … 255 [k, 3]."""
+    return cv2.cvtColor(np.float32(colors / 255)[None], cv2.COLOR_RGB2LAB)[0]
+
+
+@pytest.mark.parametrize(
+    "num_things, num_classes, bound",
+    [(5, 9, 45), (8, 19, 30), (80, 80, 17), (80, 133, 14), (0, 150, 14)],
+)
+def test_classes_differ_in_color(num_things, num_classes, bound):
+    colors = class_colors(num_things, num_classes)
+    pairs = np.triu_indices(num_classes, 1)
+    apart = np.linalg.norm(lab(colors)[:, None] - lab(colors), axis=-1)[pairs]
+    assert apart.min() > bound
+    assert np.abs(colors[:, None] - colors).max(-1)[pairs].min() > 15
+    assert class_colors(1200, 1200).shape == (1200, 3)
+
+
+def test_shades_of_a_class_stay_near_its_hue():
+    categories = Categories(tuple("abcdefghi"), tuple(range(9)), num_things=5)
+    palette = class_colors(5, 9)
+    for label in range(5):
+        segments = [SegmentInfo(i + 1, label) for i in range(40)]
+        places = [(slice(0, 10), slice(5 * i, 5 * i + 10)) for i in range(40)]
+        shades = np.array(visualize._colors(segments, places, (100, 210), categories))
+        hues = np.array([colorsys.rgb_to_hsv(*shade)[0] for shade in [palette[label], *shades]])
+        assert (np.abs((hues - hues[0] + 0.5) % 1 - 0.5) < 0.01).all()
+        assert np.abs(shades[:-4] - shades[4:]).max(1).min() > 8  # neighbors in a row of ten
+        others = np.delete(palette, label, 0)
+        assert np.abs(shades[:, None] - others).max(-1).min() > 40
+
+
+def test_a_shade_depends_on_the_place_alone():
+    """In a video the order of things changes with their scores."""
+    left, right = columns(0, 150, CAT, score=0.9), columns(150, 300, CAT, score=0.8)
+    assert corner_colors((left, right)) == corner_colors((right, left))
+    moved = corner_colors((columns(3, 150, CAT, score=0.9), columns(150, 297, CAT, score=0.8)))
+    np.testing.assert_allclose(moved, corner_colors((left, right)), atol=3)
+
+
 def test_segments_can_be_told_apart():
     pairs = [(CAT, CAT), (CAT, DOG), (SKY, GRASS), (DOG, GRASS)]
     for left, right in pairs:
@@ -54,8 +110,16 @@ def test_segments_can_be_told_apart():
 def test_segments_have_outlines():
     panoptic = halves(SegmentInfo(1, SKY), SegmentInfo(2, SKY))
     line = draw(GRAY, panoptic, CATEGORIES)[10].astype(int).sum(-1)
-    assert line.argmax() == 150
-    assert line[150] > line[140] + 100 and line[140] == line[160]
+    assert (line[149:151] > line[140] + 100).all() and line[140] == line[160]
+    assert (line[:149] == line[140]).all()
+
+
+@pytest.mark.parametrize("side, width", [(THUMBNAIL, 2), (CELL, 2), (1600, 4), (4000, 6)])
+def test_outlines_are_wider_in_large_pictures(side, width):
+    image = np.full((60, side, 3), 120, np.uint8)
+    line = overlay(image, halves(None, SegmentInfo(1, SKY), (60, side)), CATEGORIES)[3]
+    middle = slice(side // 2 - 10, side // 2 + 10)
+    assert (~np.isin(line[middle, 0], [line[0, 0], line[-1, 0]])).sum() == width
 
 
 def test_void_is_gray_and_dark():
@@ -168,8 +232,8 @@ def test_crowds_are_behind_all_instances():
 def test_instances_of_one_class_differ_in_shade():
     left, right = corner_colors((columns(0, 150, CAT), columns(150, 300, CAT)))
     assert np.abs(np.subtract(left, right)).max() > 15
-    line = draw(GRAY, (columns(0, 150, CAT), columns(150, 300, CAT)), CATEGORIES)[10]
-    assert line[150].min() > 180 > line[140].min()
+    line = draw(GRAY, (columns(0, 150, CAT), columns(150, 300, CAT)), CATEGORIES)[10].astype(int)
+    assert line[150].sum() > line[160].sum() + 100 and line[149].sum() > line[140].sum() + 100
 
 
 def test_doubtful_instances_are_left_out():
@@ -236,8 +300,13 @@ def test_an_overlay_leaves_the_colors_of_the_picture():
 def test_things_are_stronger_than_stuff():
     black = np.zeros_like(GRAY)
     for thing, stuff in ((CAT, SKY), (DOG, GRASS)):
-        picture = overlay(black, halves(SegmentInfo(1, thing), SegmentInfo(2, stuff)), CATEGORIES)
-        assert picture[20, 20].max() > 90 > picture[20, -20].max() * 0.9
+        panoptic = halves(SegmentInfo(1, thing), SegmentInfo(2, stuff))
+        left, right = (
+            overlay(black + 255, panoptic, CATEGORIES)[20, x].astype(int)
+            - overlay(black, panoptic, CATEGORIES)[20, x]
+            for x in (20, -20)
+        )
+        assert (left < 0.5 * 255).all() and (right > 0.5 * 255).all()  # what is seen of the picture
     left, right = (
         overlay(black, halves(SegmentInfo(1, CAT), SegmentInfo(2, CAT)), CATEGORIES)[20, x]
         for x in (20, -20)
@@ -248,7 +317,7 @@ def test_things_are_stronger_than_stuff():
 def test_outlines_of_an_overlay_are_bright():
     picture = overlay(GRAY, halves(SegmentInfo(1, SKY), SegmentInfo(2, SKY)), CATEGORIES)
     line = picture[10].astype(int).sum(-1)
-    assert line[150] > line[140] + 100 and line[140] == line[160]
+    assert (line[149:151] > line[140] + 100).all() and line[140] == line[160]
 
 
 def test_every_instance_of_an_overlay_is_drawn():
@@ -277,3 +346,55 @@ def test_names_that_would_hide_others_move():
         for each in (names, ("kangaroo", *names[1:]), (names[0], "porcupine", *names[2:]))
     ]
     assert (pictures[0] != pictures[1]).any() and (pictures[0] != pictures[2]).any()
+
+
+def test_names_fit_the_picture_or_are_left_out():
+    """A name that is too wide loses its score, then itself."""
+    narrow = np.full((640, 60, 3), 120, np.uint8)
+
+    def picture(name, score=0.3):
+        panoptic = PanopticMap(np.ones((640, 60), np.int32), (SegmentInfo(1, SKY, score=score),))
+        return overlay(narrow, panoptic, CATEGORIES._replace(names=("cat", "dog", name, "grass")))
+
+    np.testing.assert_array_equal(picture("noise", 0.3), picture("noise", 1.0))
+    assert (picture("noise") != picture("nooze")).any()
+    nothing = picture("a name that is far too long")
+    np.testing.assert_array_equal(nothing, picture("another that is far too long"))
+    assert len(np.unique(nothing.reshape(-1, 3), axis=0)) == 1
+
+
+def test_names_of_other_scripts(monkeypatch):
+    """They are written with a font of the system; the id of the class where there is none."""
+    panoptic = PanopticMap(np.ones((200, 300), np.int32), (SegmentInfo(1, SKY, score=0.5),))
+
+    def picture(name, fonts):
+        monkeypatch.setattr(visualize, "_system_fonts", lambda: fonts)
+        visualize._typeface.cache_clear()
+        visualize._font.cache_clear()
+        return overlay(GRAY, panoptic, CATEGORIES._replace(names=("cat", "dog", name, "grass")))
+
+    np.testing.assert_array_equal(picture("天空", []), picture("#3", []))
+    np.testing.assert_array_equal(picture("天空", [__file__]), picture("#3", []))
+    assert (picture("océan", []) != picture("#3", [])).any()
+    has_all = str(next(Path(FONT).parent.glob("LastResort*")))
+    with_font = picture("天空", [has_all])
+    assert (with_font != picture("#3", [])).any() and (with_font != picture("sky", [])).any()
+    np.testing.assert_array_equal(picture("sky", [has_all]), picture("sky", []))
+    visualize._typeface.cache_clear()
+    visualize._font.cache_clear()
+
+
+@pytest.mark.parametrize("side", [0, -5, 2.5, float("nan"), "640"])
+def test_a_side_that_is_none(side):
+    with pytest.raises(ValueError, match=r"^side is .*; accepted: a number of pixels, at least 1$"):
+        overlay(GRAY, (), CATEGORIES, side)
+
+
+def test_files_that_hold_no_panorama(tmp_path):
+    wide = np.zeros((2, 70_000, 3), np.uint8)
+    for name, most in (("a.jpg", 65500), ("a.JPEG", 65500), ("a.webp", 16383)):
+        with pytest.raises(ValueError, match=f"2 x 70000 pixels; a .* file holds up to {most} a"):
+            save_picture(tmp_path / name, wide)
+        save_picture(tmp_path / name, wide[:, :most])
+    save_picture(tmp_path / "a.png", wide)
+    assert Image.open(tmp_path / "a.png").size == (70_000, 2)

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from knet_jax.segmenter import Segmenter
-from knet_jax.structs import Categories, SegmentInfo
+from knet_jax.structs import Categories
 from knet_jax.viewer.views import Pictures, Seen, css_color, display
-from knet_jax.visualize import colors_of
+from knet_jax.visualize import class_colors
 
 VIEWS = {
     "panoptic": {"Panoptic": "panoptic", "Instances": "instance", "Semantic": "semantic"},
@@ -55,11 +55,11 @@ def describe(segmenter: Segmenter, name: str) -> str:
 
 def list_categories(categories: Categories) -> str:
     """HTML: the names of all classes, each with its color."""
-    infos = [SegmentInfo(label, label) for label in range(len(categories.names))]
+    colors = class_colors(categories.num_things, len(categories.names))
     return "".join(
         '<span style="display: inline-block; margin: 0.1rem 0.8rem 0.1rem 0">'
         f'<span style="color: {css_color(color)}">●</span> {html.escape(name)}</span>'
-        for name, color in zip(categories.names, colors_of(infos, categories))
+        for name, color in zip(categories.names, colors)
     )
 
 

@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from knet_jax.data.transforms import PICTURES, decode_image, segment_colors
 from knet_jax.results import Result
 from knet_jax.segmenter import Segmenter
 from knet_jax.structs import Instance
-from knet_jax.visualize import as_panoptic, at_side, colors_of
+from knet_jax.visualize import as_panoptic, at_side, readable_side
 
-SIDES = (640, 1600)
-"""Pixels of the longer side of what the page shows: small pictures are enlarged, large ones reduced,
-which bounds the time of each change. What is saved has the picture's own size."""
+MAX_SIDE = 1600
+"""Pixels of the longer side of what the page shows: larger pictures are reduced, which bounds the time
+of each change. What is saved has the picture's own size."""
 
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 """Of pictures, as Pillow calls them."""
@@ -51,7 +52,7 @@ class Pictures:
     def __init__(self, segmenter: Segmenter, max_megapixels: float):
         self._segmenter = segmenter
         self._max_megapixels = max_megapixels
-        self._reduced = lru_cache(maxsize=REMEMBERED)(partial(self._find, max_side=SIDES[1]))
+        self._reduced = lru_cache(maxsize=REMEMBERED)(partial(self._find, max_side=MAX_SIDE))
         # For both buttons.
         self._whole = lru_cache(maxsize=1)(self._find)
 
@@ -132,13 +133,14 @@ def as_task(result: Result, task: str) -> Result:
 def display(seen: Seen) -> dict[str, Any]:
     """What viewer.js shows: everything is ready for JSON."""
     result, (height, width) = seen.result, seen.size
-    side = max(SIDES[0], *result.size)
+    side = readable_side(result.size)
     found = as_panoptic(result.prediction, result.size, min_score=0.0)
     _, [shown] = at_side(side, result.image, found)
-    colors = dict(zip((s.id for s in found.segments), colors_of(found.segments, result.categories)))
+    drawn = result.draw(side)
+    colors = _colors(drawn, shown.ids)
     scored = result.task != "semantic"
     return {
-        "picture": data_url(result.draw(side), ".jpg", [cv2.IMWRITE_JPEG_QUALITY, 92]),
+        "picture": data_url(drawn, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, 92]),
         "ids": data_url(segment_colors(shown.ids), ".png"),
         "segments": [
             {
@@ -146,7 +148,7 @@ def display(seen: Seen) -> dict[str, Any]:
                 "name": segment.name,
                 "score": f"{segment.score:.2f}" if scored else "",
                 "share": f"{100 * segment.area / found.ids.size:.1f} %",
-                "color": css_color(colors[segment.id]),
+                "color": css_color(colors[segment.id]) if segment.id in colors else "",
             }
             for segment in result.segments
         ],
@@ -158,6 +160,16 @@ def display(seen: Seen) -> dict[str, Any]:
     }
 
 
+def _colors(drawn: np.ndarray, ids: np.ndarray) -> dict[int, np.ndarray]:
+    """RGB that most of each segment has in a picture, of those that can be seen."""
+    colors = {}
+    for id, place in enumerate(ndimage.find_objects(ids), 1):
+        if place:
+            pixels = drawn[place][ids[place] == id]
+            colors[id] = np.median(pixels[:: 1 + len(pixels) // 10_000], axis=0)
+    return colors
+
+
 def data_url(picture: np.ndarray, suffix: str, options: list[int] | None = None) -> str:
     """A picture, uint8 [H, W, 3] in RGB, within an address."""
     data = cv2.imencode(suffix, picture[..., ::-1], options or [])[1].tobytes()
@@ -166,6 +178,6 @@ def data_url(picture: np.ndarray, suffix: str, options: list[int] | None = None)
     )
 
 
-def css_color(color: tuple[float, float, float]) -> str:
+def css_color(color: np.ndarray) -> str:
     """rgb(…) of RGB in 0 … 255."""
     return "rgb({:.0f} {:.0f} {:.0f})".format(*color)
