@@ -225,7 +225,8 @@ def load(
         wrote.
 
     Raises:
-      ValueError: an argument is of another kind; there is no such model or checkpoint, or something in it does not fit.
+      ValueError: an argument is of another kind, there is no such model or checkpoint, or something
+        in it does not fit.
     """
     keep_programs()
     if dtype is None and _platform() != "cpu":
