@@ -23,9 +23,10 @@ from absl import flags
 from knet_jax.checkpoint import check_writable
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError
-from knet_jax.predictions import Predictions, find_sources, predict_pictures, predict_video
+from knet_jax.predictions import Predictions, find_sources, predict_pictures
 from knet_jax.preemption import stop_on_sigterm
 from knet_jax.segmenter import load
+from knet_jax.videos import predict_video
 
 MODEL = flags.DEFINE_string(
     "model", None, "folder of a run of train.py, or file or folder of a conversion"

@@ -27,11 +27,11 @@ from knet_jax.predictions import (
     Source,
     find_sources,
     predict_pictures,
-    predict_video,
 )
 from knet_jax.preemption import Preempted
 from knet_jax.results import Result
 from knet_jax.structs import Categories
+from knet_jax.videos import predict_video
 from knet_jax.visualize import MARGIN, THUMBNAIL, contact_sheet, save_picture, thumbnail
 
 ROOT = Path(__file__).parents[1]
