@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from knet_jax import __version__
 from knet_jax.optim import leaf_paths
 from knet_jax.quiet import silenced
 from knet_jax.snapshot import (
@@ -34,6 +34,7 @@ from knet_jax.snapshot import (
     check_record,
     copy_to_host,
     make_record,
+    saved_shapes,
 )
 
 SCORES_NAME = "scores.json"
@@ -153,7 +154,8 @@ class Checkpoints:
         if step == latest or jax.process_index() != 0:
             return
         assert latest is None or step > latest, (step, latest)
-        fields = {"step": step, "progress": dict(progress), "model": self._model}
+        fields = {"step": step, "progress": dict(progress)}
+        fields |= {"model": self._model, "version": __version__}
         fields = json.loads(json.dumps(fields))  # a copy, and an error here rather than later
         self._pending = self._executor.submit(self._write, copy_to_host(state), fields)
 
@@ -263,8 +265,21 @@ class Checkpoints:
             )
         return None
 
+    def shapes(self, step: int) -> dict[str, Any] | None:
+        """Shapes of the state of a step, a dict of dicts, as a target for `restore`.
+
+        Returns:
+          None where the step holds another network, or one of other code: a target made of the
+          network then tells in what they differ.
+
+        Raises:
+          CheckpointError: as `restore`.
+        """
+        with self._naming(step):
+            return saved_shapes(self._read_record(step), self._model)
+
     def restore(self, target: Any, step: int) -> tuple[Any, dict[str, Any]]:
-        """The arrays that `target` asks for, bit for bit as they were saved.
+        """The arrays that `target` asks for, of numpy, bit for bit as they were saved.
 
         Args:
           target: a pytree of arrays or shapes, the saved state or a part of it: a dict with only
@@ -278,9 +293,6 @@ class Checkpoints:
           DamagedError: files are missing, or their content is not what was saved.
           CheckpointError: there is no such step, or the saved state does not fit `target`.
         """
-        if step not in self.steps():
-            have = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; have: {have}")
         leaves, treedef = jax.tree.flatten(target)
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         wanted = dict(zip(leaf_paths(target), shapes))
@@ -289,10 +301,8 @@ class Checkpoints:
             check_fit(wanted, record, self._model)
             arrays = self._read_arrays(step, wanted)
             check_arrays(arrays, record)
-        # A copy: what jax makes of a numpy array may share its memory and cannot be donated then.
         restored = [
-            jnp.array(arrays.get(path, np.empty(leaf.shape, leaf.dtype)))
-            for path, leaf in wanted.items()
+            arrays.get(path, np.empty(leaf.shape, leaf.dtype)) for path, leaf in wanted.items()
         ]
         return jax.tree.unflatten(treedef, restored), record
 
@@ -302,6 +312,9 @@ class Checkpoints:
 
         Damaged files make the readers raise anything; but a folder without permission is whole.
         """
+        if step not in self.steps():
+            have = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; have: {have}")
         where = f"checkpoint {self.directory / str(step)}"
         try:
             with silenced("orbax"):

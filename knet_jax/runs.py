@@ -104,15 +104,17 @@ def check_arguments(path: Any, overrides: Any, dtype: Any, config: Any) -> None:
         raise ConfigError(f"config is {config!r}; accepted: 'configs/FILE.py:variant', or None")
 
 
-def _make_network(
-    config: ConfigDict, dtype: str | None, num_devices: int
-) -> tuple[KNet, dict[str, Any]]:
-    """The network of a config, which gets its `dtype`, and the shapes of its variables."""
+def _make_network(config: ConfigDict, dtype: str | None, num_devices: int) -> KNet:
+    """The network of a config, which gets its `dtype`."""
     if dtype:
         config.model.dtype = dtype
     validate(config, num_devices, parts=("eval",))
-    model = make_model(**config.model)
-    return model, jax.eval_shape(lambda: init_variables(model, config.seed))
+    return make_model(**config.model)
+
+
+def _trace_shapes(model: KNet) -> dict[str, Any]:
+    """Shapes of the variables of a network; of a large one that takes a second or more."""
+    return jax.eval_shape(lambda: init_variables(model, 0))
 
 
 def _open_folder(
@@ -124,11 +126,10 @@ def _open_folder(
     num_devices: int,
 ) -> Run:
     config = load_saved_config(workdir, overrides)
-    model, target = _make_network(config, dtype, num_devices)
+    model = _make_network(config, dtype, num_devices)
     if ema and not config.train.ema_decay:
         raise ConfigError("ema=True: the run kept no average, its config.train.ema_decay is 0")
     params = "ema" if ema else "params"
-    target[params] = target.pop("params")
     with Checkpoints(
         workdir / "checkpoints",
         metric=f"{'val_ema' if ema else 'val'}/{TASKS[config.task].metric.HEADLINE[0]}",
@@ -136,6 +137,11 @@ def _open_folder(
         read_only=True,
     ) as checkpoints:
         step = choose_step(checkpoints, checkpoint)
+        target = checkpoints.shapes(step)
+        if target is None or params not in target:
+            target = _trace_shapes(model)
+            target[params] = target.pop("params")
+        target = {name: target[name] for name in (params, "batch_stats") if name in target}
         variables, record = checkpoints.restore(target, step)
     variables["params"] = variables.pop(params)
     return Run(config, model, variables, Categories.of(record["progress"]["categories"]), step)
@@ -160,7 +166,8 @@ def _open_file(
             f"{path} holds weights and no config; knet_jax.load takes its config as "
             "config='configs/FILE.py', and python -m knet_jax.convert makes a model of both"
         )
-    model, template = _make_network(config, dtype, num_devices)
+    model = _make_network(config, dtype, num_devices)
+    template = _trace_shapes(model)
     with naming(path):
         found = fit_network(weights, template, config)
         if any(not name.startswith("auxiliary_head.") for name in found.missing):

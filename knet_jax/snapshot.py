@@ -1,7 +1,7 @@
 """What a checkpoint holds: arrays under their paths, and a record that describes and proves them.
 
-The record is JSON: `step`, `progress`, `model` (the config of the network), `arrays` (path -> shape,
-dtype, digest of the bytes), and `digest` of all this.
+The record is JSON: `step`, `progress`, `model` (the config of the network), `version` (of the code that
+made the network), `arrays` (path -> shape, dtype, digest of the bytes), and `digest` of all this.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from knet_jax import __version__
 from knet_jax.optim import leaf_paths
 
 DIGEST_SIZE = 16
@@ -92,10 +93,40 @@ def check_fit(
         )
 
 
-def _explain_difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def saved_shapes(record: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Shapes of the saved arrays, a dict of dicts, if a network has just these by construction.
+
+    Args:
+      record: of the checkpoint.
+      model: `config.model` of the network.
+
+    Returns:
+      None where other code or another config made the network that was saved.
+    """
+    changed = _differences(record["model"], model).keys() - {"dtype"}
+    if changed or record.get("version") != __version__:
+        return None
+    return unflatten_dict(
+        {
+            path: jax.ShapeDtypeStruct(tuple(saved["shape"]), saved["dtype"])
+            for path, saved in record["arrays"].items()
+        },
+        sep="/",
+    )
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys of `config.model` that are not the same, with both values."""
     old, new = (flatten_dict(json.loads(json.dumps(model)), sep=".") for model in (saved, here))
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    parts = [f"config.model.{key} is {old.get(key)!r} in it, {new.get(key)!r} here" for key in keys]
+    keys = sorted(old.keys() | new.keys())
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def _explain_difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    parts = [
+        f"config.model.{key} is {old!r} in it, {new!r} here"
+        for key, (old, new) in _differences(saved, here).items()
+    ]
     return "; ".join(["", *parts])
 
 

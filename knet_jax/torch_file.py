@@ -28,6 +28,9 @@ from knet_jax.configuration import one_line
 MAGIC = 0x1950A86A20F9469CFC6C
 """What files of before torch 1.6 begin with."""
 
+ZIP_START = b"PK\x03\x04"
+"""What later files begin with."""
+
 DTYPES = {
     "DoubleStorage": np.dtype("float64"),
     "FloatStorage": np.dtype("float32"),
@@ -82,6 +85,10 @@ def read(path: str | Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 return _read_archive(archive, storages)
         with path.open("rb") as file:
+            if file.read(len(ZIP_START)) == ZIP_START:
+                # Its table of contents stands at the end.
+                raise RefusedError("it is a zip file without an end: is it truncated?")
+            file.seek(0)
             return _read_legacy(file, storages)
     except RefusedError:
         raise

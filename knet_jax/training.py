@@ -272,5 +272,9 @@ def to_devices(batch: Batch, devices: list[jax.Device], num_parts: int) -> list[
 
 
 def replicate(tree: Any, devices: list[jax.Device]) -> Any:
-    """The same arrays on all devices, laid out as the train step returns them."""
+    """The same arrays on all devices, laid out as the train step returns them.
+
+    What jax makes of an array of numpy may share its memory, and could not be donated then.
+    """
+    tree = jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, tree)
     return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))

@@ -6,6 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_weights import assert_equal
 
+from knet_jax import runs, snapshot
 from knet_jax.checkpoint import Checkpoints
 from knet_jax.configuration import load_config, save_config
 from knet_jax.convert import export_weights
@@ -28,7 +29,7 @@ def workdir(tmp_path_factory):
     config = load_config(CONFIG, ["--config.train.ema_decay=0.9"])
     save_config(config, folder)
     shapes = jax.eval_shape(lambda: init_variables(make_model(**config.model), 0))
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints", model=config.model.to_dict()) as checkpoints:
         for step, (score, of_average) in enumerate(((10, 30), (20, 20), (15, 10)), 1):
             state = {
                 part: jax.tree.map(
@@ -81,6 +82,26 @@ def test_dtype_and_overrides_change_the_config(workdir):
 def test_what_cannot_be_is_named(workdir, options, words):
     with pytest.raises(ValueError, match=words):
         open_run(workdir, **options)
+
+
+def test_only_a_network_that_is_another_is_traced(workdir, monkeypatch):
+    """To know its shapes by tracing takes longer than to read the weights."""
+
+    def refuse(model, seed):
+        raise NotImplementedError
+
+    monkeypatch.setattr(runs, "init_variables", refuse)
+    assert open_run(workdir, dtype="bfloat16").step == 2
+    with pytest.raises(NotImplementedError):
+        open_run(workdir, overrides=["--config.model.ffn_channels=12"])
+    monkeypatch.setattr(snapshot, "__version__", "of other code")
+    with pytest.raises(NotImplementedError):
+        open_run(workdir)
+
+
+def test_a_network_of_another_config_is_explained(workdir):
+    with pytest.raises(ValueError, match="config.model.ffn_channels is .* in it, 12 here"):
+        open_run(workdir, overrides=["--config.model.ffn_channels=12"])
 
 
 # Files.

@@ -241,7 +241,17 @@ def test_a_truncated_file(tmp_path, torch_names, legacy):
     with pytest.raises(ValueError, match="is it truncated"):
         read(path)
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(ValueError, match="broken or no checkpoint"):
+    message = "broken or no checkpoint" if legacy else "is it truncated"
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize("size", [4, 10, 30, 60, 200])
+def test_a_truncated_archive_is_no_pickle(tmp_path, torch_names, size):
+    """Its first letter would be a reference to a storage, if a line ended before the file does."""
+    path = write(tmp_path / "a.pth", bad(torch_names))
+    path.write_bytes(path.read_bytes()[:size].replace(b"\0", b"\n"))
+    with pytest.raises(ValueError, match="a zip file without an end"):
         read(path)
 
 
