@@ -223,7 +223,7 @@ def wrong_shape(save, tensors):
             hostile,
             r"the file cannot be read: it names __builtin__\.eval; accepted are dense tensors",
         ),
-        (truncated, "the file cannot be read: it is broken or no checkpoint of PyTorch"),
+        (truncated, "the file cannot be read: it is a zip file without an end: is it truncated"),
         (
             renamed,
             r"no tensor backbone\.layer2\.0\.conv1\.weight \(for backbone/layer2_block0/conv1",

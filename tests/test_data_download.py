@@ -13,10 +13,14 @@ from tensorflow_datasets.core.download import checksums
 from knet_jax.data import download, pipeline
 from knet_jax.data.download import Archive
 
+CUT = 3 * download.BLOCK
+"""Bytes that a connection which breaks lets through."""
+
 
 @pytest.fixture
 def server(tmp_path):
-    """A folder, the address where it is served, and the paths that have been asked for."""
+    """A folder, the address where it is served, and the paths that have been asked for, behind each
+    the range if there was one."""
     folder, asked = tmp_path / "server", []
     folder.mkdir()
 
@@ -25,16 +29,27 @@ def server(tmp_path):
             pass
 
         def do_GET(self):
-            asked.append(self.path)
-            if (folder / "cut").exists():
-                # What a connection that breaks leaves.
-                self.send_response(200)
-                self.send_header("Content-Length", "1000000")
-                self.end_headers()
-                self.wfile.write(b"x" * 1000)
-                self.close_connection = True
+            wanted = self.headers.get("Range", "")
+            asked.append(self.path + wanted.removeprefix("bytes="))
+            path = folder / self.path[1:]
+            if not path.is_file():
+                super().do_GET()
                 return
-            super().do_GET()
+            content, version = path.read_bytes(), f'"{path.stat().st_mtime_ns}"'
+            start = int(wanted.removeprefix("bytes=").removesuffix("-") or 0)
+            if self.headers.get("If-Range", version) != version:
+                start = 0
+            self.send_response(416 if start >= len(content) else 206 if start else 200)
+            if start:
+                last = f"{start}-{len(content) - 1}" if start < len(content) else "*"
+                self.send_header("Content-Range", f"bytes {last}/{len(content)}")
+            self.send_header("Content-Length", str(len(content) - start))
+            self.send_header("ETag", version)
+            self.end_headers()
+            # A connection that breaks.
+            stop = start + CUT if (folder / "cut").exists() else None
+            self.wfile.write(content[start:stop])
+            self.close_connection = True
 
     handler = functools.partial(Handler, directory=folder)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
@@ -98,7 +113,7 @@ def two(server, tmp_path):
     for name in ("a", "b"):
         source = tmp_path / name
         source.mkdir()
-        (source / f"{name}.txt").write_text(name * 1000)
+        (source / f"{name}.txt").write_text(name * 3 * CUT)
         (folder / f"{name}.zip").write_bytes(zip_folder(source))
     return folder, [Archive(f"{address}/{name}.zip") for name in ("a", "b")], asked
 
@@ -107,23 +122,52 @@ def test_what_is_whole_is_not_fetched_again(two, tmp_path):
     folder, archives, asked = two
     hidden = folder / "b.zip"
     hidden.rename(folder / "hidden")
-    with pytest.raises(ValueError, match=r"b\.zip cannot be downloaded: .*404.* tries again"):
+    with pytest.raises(ValueError, match=r"b\.zip cannot be downloaded: .*404.* goes on"):
         download.fetch(archives, str(tmp_path / "root"))
     (folder / "hidden").rename(hidden)
     download.fetch(archives, str(tmp_path / "root"))
     assert asked == ["/a.zip", "/b.zip", "/b.zip"]
-    assert (tmp_path / "root" / "b.txt").read_text() == "b" * 1000
+    assert (tmp_path / "root" / "b.txt").read_text() == "b" * 3 * CUT
 
 
-def test_a_connection_that_breaks_leaves_nothing_behind(two, tmp_path):
-    folder, archives, _ = two
+def cut_off(folder, archives, root):
     (folder / "cut").touch()
-    with pytest.raises(ValueError, match=r"a\.zip cannot be downloaded"):
-        download.fetch(archives, str(tmp_path / "root"))
+    with pytest.raises(ValueError, match=r"a\.zip cannot be downloaded.*the same command goes on"):
+        download.fetch(archives, str(root))
     (folder / "cut").unlink()
+
+
+def test_a_connection_that_breaks_goes_on_where_it_broke(two, tmp_path):
+    folder, archives, asked = two
+    for _ in range(2):
+        cut_off(folder, archives, tmp_path / "root")
     download.fetch(archives, str(tmp_path / "root"))
-    assert (tmp_path / "root" / "a.txt").read_text() == "a" * 1000
+    assert asked == ["/a.zip", f"/a.zip{CUT}-", f"/a.zip{2 * CUT}-", "/b.zip"]
+    assert (tmp_path / "root" / "a.txt").read_text() == "a" * 3 * CUT
     assert not list((tmp_path / "root").glob("**/*.tmp.*"))
+    assert not list((tmp_path / "root").glob("**/*.part*"))
+
+
+def test_an_archive_that_is_another_by_now_begins_anew(two, tmp_path):
+    folder, archives, asked = two
+    cut_off(folder, archives, tmp_path / "root")
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "new" * CUT)
+    download.fetch(archives, str(tmp_path / "root"))
+    assert asked == ["/a.zip", f"/a.zip{CUT}-", "/b.zip"]
+    assert (tmp_path / "root" / "a.txt").read_text() == "new" * CUT
+
+
+def test_an_archive_that_had_come_whole_is_not_fetched_again(two, tmp_path):
+    """Killed before TFDS knew of it."""
+    folder, archives, asked = two
+    cut_off(folder, archives, tmp_path / "root")
+    [part] = (tmp_path / "root").glob("downloads/**/a.zip.part")
+    content = (folder / "a.zip").read_bytes()
+    part.write_bytes(content)
+    download.fetch(archives, str(tmp_path / "root"))
+    assert asked == ["/a.zip", f"/a.zip{len(content)}-", "/b.zip"]
+    assert (tmp_path / "root" / "a.txt").read_text() == "a" * 3 * CUT
 
 
 def test_unpacking_goes_on_where_it_stopped(two, tmp_path):
@@ -135,7 +179,7 @@ def test_unpacking_goes_on_where_it_stopped(two, tmp_path):
     (root / "a.txt").write_text("cut off")
     untouched = (root / "b.txt").stat().st_mtime_ns
     download.fetch(archives, str(root))
-    assert (root / "a.txt").read_text() == "a" * 1000
+    assert (root / "a.txt").read_text() == "a" * 3 * CUT
     assert (root / "b.txt").stat().st_mtime_ns == untouched and len(asked) == 2
 
 

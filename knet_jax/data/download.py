@@ -1,8 +1,9 @@
 """Fetching the official archives of COCO and ADE20K, on request.
 
 TFDS' download manager fetches them: archives that are whole are not fetched again, and those whose
-checksum it knows (COCO's) are compared with it. Its extraction needs TensorFlow, so unpacking is
-done here; what is unpacked already is left alone.
+checksum it knows (COCO's) are compared with it. Two things are done here: it would begin anew with an
+archive that was cut off (COCO's largest has 18 GiB), and its extraction needs TensorFlow. What is
+unpacked already is left alone.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import hashlib
 import shutil
 import zipfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import requests
 import tensorflow_datasets as tfds
 import tqdm
+from tensorflow_datasets.core.download import downloader
+from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.util import DownloadError
 
@@ -24,6 +28,9 @@ COCO = "http://images.cocodataset.org"
 ADE20K = "http://data.csail.mit.edu/places/ADEchallenge"
 FOLDER = "downloads"
 """Of the archives, below the root; it may be removed once all is unpacked."""
+
+BLOCK = 1 << 16
+"""Bytes that are fetched at a time; of a connection that breaks, so many are lost at most."""
 
 
 class Archive(NamedTuple):
@@ -82,7 +89,7 @@ def fetch(archives: Sequence[Archive], root: str) -> None:
     folder = target / FOLDER
     for leftover in folder.glob("**/*.tmp.*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    manager = tfds.download.DownloadManager(download_dir=folder)
+    manager = _Manager(download_dir=folder)
     for archive in archives:
         name = archive.url.rpartition("/")[2]
         done = folder / f"{name}.unpacked"
@@ -97,6 +104,61 @@ def fetch(archives: Sequence[Archive], root: str) -> None:
         print(f"{name}: unpacked in {target}", flush=True)
 
 
+class _Manager(tfds.download.DownloadManager):
+    """The manager of TFDS, with another way to fetch a file."""
+
+    @cached_property
+    def _downloader(self) -> _Downloader:
+        return _Downloader()
+
+
+class _Downloader(downloader._Downloader):
+    """Goes on with a file that was cut off, if the server still has the same one."""
+
+    def _sync_download(
+        self, url: str, destination_path: Path, verify: bool = True
+    ) -> downloader.DownloadResult:
+        """See `downloader._Downloader`. What has come of a file is kept beside its destination."""
+        whole = Path(destination_path) / url.rpartition("/")[2]
+        part = whole.parents[1] / f"{whole.name}.part"
+        version = part.with_name(f"{part.name}.version")
+        start = part.stat().st_size if part.exists() and version.exists() else 0
+        headers = {"Accept-Encoding": "identity"}
+        if start:
+            headers |= {"Range": f"bytes={start}-", "If-Range": version.read_text()}
+        with requests.get(url, headers=headers, stream=True, timeout=60, verify=verify) as response:
+            is_whole = response.headers.get("Content-Range") == f"bytes */{start}"
+            if response.status_code not in (200, 206) and not is_whole:
+                raise DownloadError(f"HTTP code {response.status_code}")
+            if response.status_code == 200:
+                start = 0
+                version.unlink(missing_ok=True)
+                if found := _version(response):
+                    version.write_text(found)
+            size = start + int(response.headers.get("Content-Length", 0))
+            self._pbar_dl_size.update_total(size >> 20)
+            self._pbar_dl_size.update(start >> 20)
+            with part.open("ab" if start else "wb") as file:
+                for block in response.iter_content(BLOCK) if not is_whole else ():
+                    file.write(block)
+                    self._pbar_dl_size.update(
+                        (file.tell() >> 20) - (file.tell() - len(block) >> 20)
+                    )
+        with part.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        part.replace(whole)
+        version.unlink(missing_ok=True)
+        self._pbar_url.update(1)
+        info = UrlInfo(tfds.core.units.Size(whole.stat().st_size), checksum, whole.name)
+        return downloader.DownloadResult(tfds.core.Path(whole), info)
+
+
+def _version(response: requests.Response) -> str | None:
+    """What tells one version of a file from another, None where the server does not say."""
+    tag = response.headers.get("ETag", "W/")
+    return response.headers.get("Last-Modified") if tag.startswith("W/") else tag
+
+
 def _download(manager: tfds.download.DownloadManager, archive: Archive) -> Path:
     """The path of an archive, fetched if need be."""
     try:
@@ -104,7 +166,7 @@ def _download(manager: tfds.download.DownloadManager, archive: Archive) -> Path:
     except (DownloadError, NonMatchingChecksumError, requests.RequestException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{archive.url} cannot be downloaded: {reason}; the same command tries again"
+            f"{archive.url} cannot be downloaded: {reason}; the same command goes on"
         ) from error
     if archive.sha1:
         with path.open("rb") as file:
