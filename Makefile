@@ -19,7 +19,7 @@ FIXTURES ?= fixtures
 
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format parity clean
+.PHONY: demo test lint format parity parity_single parity_double clean
 
 demo: $(INSTALLED)  ## Train a small K-Net on drawn pictures, evaluate it, draw: make demo TASK=instance
 	rm -rf $(DEMO)
@@ -38,8 +38,12 @@ format: $(INSTALLED)  ## Mend style.
 	$(VENV)/bin/ruff format .
 
 # EXACT: what is compared in double precision, everything unless told otherwise.
-parity: $(INSTALLED)  ## Compare with the PyTorch reference in both precisions: make parity FIXTURES=folder
+parity: parity_single parity_double  ## Compare with the PyTorch reference: make -j2 parity FIXTURES=folder
+
+parity_single: $(INSTALLED)
 	$(VENV)/bin/python tests/parity.py --quiet $(FIXTURES)
+
+parity_double: $(INSTALLED)
 	$(VENV)/bin/python tests/parity.py --quiet --x64 $(or $(EXACT),$(FIXTURES))
 
 clean:  ## Remove caches and the demo's run; the environment stays.
