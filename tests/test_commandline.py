@@ -153,7 +153,7 @@ def test_a_bug_is_raised(main):
 
 
 def test_help_teaches(start):
-    said, _ = start("--help").communicate(timeout=30)
+    said, _ = start("--help").communicate(timeout=120)
     for text in (
         "Waits for a long time.",
         "--seconds: How long.",
@@ -165,7 +165,7 @@ def test_help_teaches(start):
 
 
 def test_help_lists_the_keys_of_a_config(start):
-    said, _ = start("--config", "configs/coco_panoptic.py:r101", "-h").communicate(timeout=30)
+    said, _ = start("--config", "configs/coco_panoptic.py:r101", "-h").communicate(timeout=120)
     assert "  --config.model.backbone.depths=(3, 4, 23, 3)\n" in said
 
 
@@ -173,6 +173,6 @@ def test_ctrl_c_from_outside(start):
     child = start()
     assert child.stdout.readline() == "waiting\n"
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=20)
+    _, said = child.communicate(timeout=120)
     assert said == "script.py: interrupted\n"
     assert child.returncode == 130
