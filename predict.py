@@ -23,7 +23,7 @@ from absl import flags
 from knet_jax.checkpoint import check_writable
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError
-from knet_jax.predictions import Predictions, find_sources, predict_pictures
+from knet_jax.predictions import Predictions, find_sources, predict_pictures, readable
 from knet_jax.preemption import stop_on_sigterm
 from knet_jax.segmenter import load
 from knet_jax.videos import predict_video
@@ -58,6 +58,7 @@ def main(command: CommandLine) -> None:
         EMA.value,
         batch_size=BATCH_SIZE.value,
         overrides=command.overrides,
+        first=readable(pictures),
     )
     check_writable(output)
     print(

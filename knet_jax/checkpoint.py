@@ -278,6 +278,17 @@ class Checkpoints:
         with self._naming(step):
             return saved_shapes(self._read_record(step), self._model)
 
+    def check(self, target: Any, step: int) -> dict[str, Any]:
+        """The record of a step: `step`, `progress`. Its arrays are not read.
+
+        Args and errors as of `restore`.
+        """
+        wanted = dict(zip(leaf_paths(target), jax.tree.leaves(target)))
+        with self._naming(step):
+            record = self._read_record(step)
+            check_fit(wanted, record, self._model)
+        return record
+
     def restore(self, target: Any, step: int) -> tuple[Any, dict[str, Any]]:
         """The arrays that `target` asks for, of numpy, bit for bit as they were saved.
 
@@ -293,12 +304,11 @@ class Checkpoints:
           DamagedError: files are missing, or their content is not what was saved.
           CheckpointError: there is no such step, or the saved state does not fit `target`.
         """
+        record = self.check(target, step)
         leaves, treedef = jax.tree.flatten(target)
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         wanted = dict(zip(leaf_paths(target), shapes))
         with self._naming(step):
-            record = self._read_record(step)
-            check_fit(wanted, record, self._model)
             arrays = self._read_arrays(step, wanted)
             check_arrays(arrays, record)
         restored = [

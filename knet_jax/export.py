@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -227,7 +228,7 @@ def expected(run: Run, image: np.ndarray) -> Results:
     """What this project makes of a picture in one pass, by the names that files use."""
     config = run.config.to_dict()
     config["eval"] = {key: value for key, value in config["eval"].items() if key not in PASSES}
-    run = run._replace(config=ConfigDict(config))
+    run = replace(run, config=ConfigDict(config))
     prediction = Segmenter(run)(image, threshold=0.0).prediction
     if isinstance(prediction, np.ndarray):
         return {"labels": prediction.astype(np.int32) - 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Self
@@ -201,6 +201,30 @@ class Predictions:
         return "\n".join(lines)
 
 
+def readable(
+    sources: Iterable[Source],
+    note: Callable[[Source], object] | None = None,
+    skip: Callable[[ValueError], object] | None = None,
+) -> Iterator[np.ndarray]:
+    """The pictures that can be read.
+
+    Args:
+      sources: where they are.
+      note: is told the source of each, before it is given out.
+      skip: is told why another cannot be read.
+    """
+    for source in sources:
+        try:
+            image = read_image(source.path)
+        except ValueError as error:
+            if skip:
+                skip(error)
+            continue
+        if note:
+            note(source)
+        yield image
+
+
 def predict_pictures(
     segmenter: Segmenter,
     sources: Sequence[Source],
@@ -227,19 +251,13 @@ def predict_pictures(
     waiting: deque[Source] = deque()
     with tqdm(total=len(sources), desc="segmenting", unit="img") as bar:
 
-        def readable() -> Iterator[np.ndarray]:
-            for source in sources:
-                try:
-                    image = read_image(source.path)
-                except ValueError as error:
-                    problems.append(str(error))
-                    tqdm.write(f"skipped {error}", file=sys.stderr)
-                    bar.update()
-                    continue
-                waiting.append(source)
-                yield image
+        def skip(error: ValueError) -> None:
+            problems.append(str(error))
+            tqdm.write(f"skipped {error}", file=sys.stderr)
+            bar.update()
 
-        for result in until(stop, segmenter.stream(readable(), threshold)):
+        images = readable(sources, waiting.append, skip)
+        for result in until(stop, segmenter.stream(images, threshold)):
             predictions.add(waiting.popleft(), result)
             bar.update()
     return problems

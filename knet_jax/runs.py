@@ -4,9 +4,11 @@ one file that a conversion makes of it; or a checkpoint of others, with a config
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,19 +34,42 @@ from knet_jax.validation import validate
 from knet_jax.weights import READERS, load_backbone, read_weights
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """A trained network and what belongs to it."""
 
     config: ConfigDict
     model: KNet
-    variables: dict[str, Any]
-    """`params`, and `batch_stats` where the network has any."""
+    shapes: dict[str, Any]
+    """Of `params`, and of `batch_stats` where the network has any."""
     categories: Categories
     """The classes that it was trained with."""
     step: int
+    read: Callable[[], dict[str, Any]]
+    """Gives arrays of these shapes. Raises ValueError where they are damaged."""
+
+    @staticmethod
+    def of(
+        config: ConfigDict, model: KNet, variables: Variables, categories: Categories, step: int
+    ) -> Run:
+        """With arrays that are at hand."""
+        shapes = jax.eval_shape(lambda: variables)
+        return Run(config, model, shapes, categories, step, lambda: variables)
+
+    @cached_property
+    def variables(self) -> dict[str, Any]:
+        """The arrays, read when they are first asked for."""
+        return self.read()
 
 
-def open_run(
+def open_run(*args: Any, **kwargs: Any) -> Run:
+    """Reads a model whole. Arguments and errors as of `find_run`, and those of the arrays."""
+    run = find_run(*args, **kwargs)
+    assert run.variables
+    return run
+
+
+def find_run(
     path: str | Path,
     checkpoint: str | int = "best",
     ema: bool = False,
@@ -53,7 +78,7 @@ def open_run(
     num_devices: int = 1,
     config: str | None = None,
 ) -> Run:
-    """Reads a model, without the state of its optimizer.
+    """Reads of a model what does not take long: all but its arrays.
 
     Args:
       path: the folder of a run, or a file of weights.
@@ -130,21 +155,30 @@ def _open_folder(
     if ema and not config.train.ema_decay:
         raise ConfigError("ema=True: the run kept no average, its config.train.ema_decay is 0")
     params = "ema" if ema else "params"
-    with Checkpoints(
+    open_checkpoints = partial(
+        Checkpoints,
         workdir / "checkpoints",
         metric=f"{'val_ema' if ema else 'val'}/{TASKS[config.task].metric.HEADLINE[0]}",
         model=config.model.to_dict(),
         read_only=True,
-    ) as checkpoints:
+    )
+    with open_checkpoints() as checkpoints:
         step = choose_step(checkpoints, checkpoint)
         target = checkpoints.shapes(step)
         if target is None or params not in target:
             target = _trace_shapes(model)
             target[params] = target.pop("params")
         target = {name: target[name] for name in (params, "batch_stats") if name in target}
-        variables, record = checkpoints.restore(target, step)
-    variables["params"] = variables.pop(params)
-    return Run(config, model, variables, Categories.of(record["progress"]["categories"]), step)
+        categories = checkpoints.check(target, step)["progress"]["categories"]
+
+    def as_variables(tree: dict[str, Any]) -> dict[str, Any]:
+        return {"params" if name == params else name: tree[name] for name in tree}
+
+    def read() -> dict[str, Any]:
+        with open_checkpoints() as checkpoints:
+            return as_variables(checkpoints.restore(target, step)[0])
+
+    return Run(config, model, as_variables(target), Categories.of(categories), step, read)
 
 
 def _open_file(
@@ -177,8 +211,10 @@ def _open_file(
             )
     variables = jax.tree.map(jnp.asarray, complete(found, template, config))
     if spec:
-        return Run(config, model, variables, find_categories(config, weights.classes)[0], step=0)
-    return Run(config, model, variables, about.categories, about.step)
+        categories, step = find_categories(config, weights.classes)[0], 0
+    else:
+        categories, step = about.categories, about.step
+    return Run.of(config, model, variables, categories, step)
 
 
 def choose_step(checkpoints: Checkpoints, name: str) -> int:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,7 +27,7 @@ from knet_jax.inference import lookahead, predict
 from knet_jax.passes import both_ways
 from knet_jax.resampling import Canvas
 from knet_jax.results import Result
-from knet_jax.runs import Run, open_run
+from knet_jax.runs import Run, find_run
 from knet_jax.structs import MIN_SCORE
 from knet_jax.tasks import TASKS
 
@@ -44,7 +45,7 @@ class Segmenter:
     so does the next process, from the cache on disk.
 
     Args:
-      run: from `open_run`.
+      run: from `open_run`, or from `find_run`: its arrays are read when the first picture comes.
       batch_size: how many pictures are segmented together; default: 1 on a CPU, else 8.
     """
 
@@ -60,7 +61,7 @@ class Segmenter:
         self.task = config.task
         self.batch_size = int(batch_size or 0) or (1 if _platform() == "cpu" else BATCH_SIZE)
         self._task = TASKS[config.task]
-        self._variables = jax.device_put(run.variables)
+        self._run = run
         options = config.eval.to_dict()
         recipe = kinds.find(config.task).recipe(config.data)
         self._recipes = [
@@ -75,6 +76,10 @@ class Segmenter:
             partial(predict, model=run.model, task=self._task, options=options),
             static_argnames="canvas",
         )
+
+    @cached_property
+    def _variables(self) -> Any:
+        return jax.device_put(self._run.variables)
 
     @property
     def num_programs(self) -> int:
@@ -123,19 +128,26 @@ class Segmenter:
         thresholds = self.thresholds | {k: float(v) for k, v in given.items() if v is not None}
         return self._stream(iter(images), thresholds)
 
+    def prepare(self, images: Iterable[Image]) -> None:
+        """Makes the programs for pictures, or for others of their sizes, before these come.
+
+        Args:
+          images: as of a call; no more are drawn than are segmented together.
+        """
+        chunk = [as_image(image) for image in islice(images, self.batch_size)]
+        for _, args, canvas in self._arguments(chunk, self.thresholds):
+            with jax.default_matmul_precision(self.config.precision):
+                self._predict.lower(self._run.shapes, *args, canvas=canvas).compile()
+
     def _stream(self, images: Iterator[Image], thresholds: dict[str, float]) -> Iterator[Result]:
         def started() -> Iterator[tuple[list[np.ndarray], list[tuple[list[int], Any]]]]:
             while chunk := [as_image(image) for image in islice(images, self.batch_size)]:
-                groups = defaultdict(list)
-                for i, image in enumerate(chunk):
-                    groups[self._layout(image)].append(i)
-                yield (
-                    chunk,
-                    [
-                        (members, self._start([chunk[i] for i in members], *layout, thresholds))
-                        for layout, members in groups.items()
-                    ],
-                )
+                outputs = []
+                for members, args, canvas in self._arguments(chunk, thresholds):
+                    with jax.default_matmul_precision(self.config.precision):
+                        output = self._predict(self._variables, *args, canvas=canvas)
+                    outputs.append((members, output))
+                yield chunk, outputs
 
         threshold = thresholds["instance_threshold"]
         for chunk, parts in lookahead(started()):
@@ -156,30 +168,23 @@ class Segmenter:
         resized = self._recipes[largest].eval_size(size)
         return shown, Canvas.scaled(shown[largest], resized, size)
 
-    def _start(
-        self,
-        images: Sequence[np.ndarray],
-        shown: Sequence[tuple[int, int]],
-        canvas: Canvas,
-        thresholds: dict[str, float],
-    ) -> Any:
-        """Starts the program on pictures that share their canvases; those of one are never padded."""
-        count = 1 if len(images) == 1 else self.batch_size
-        scales = batches.empty_eval_batches(count, shown)
-        for place, image in enumerate(images):
-            for batch, recipe in zip(scales, self._recipes):
-                view = transforms.whole(recipe.eval_size(image.shape[:2]))
-                batches.fill(batch, place, place, image, view)
-        passes, mirrored = zip(*both_ways(scales, self._flip))
-        with jax.default_matmul_precision(self.config.precision):
-            return self._predict(
-                self._variables,
-                passes,
-                mirrored,
-                scales[0].original_size,
-                thresholds,
-                canvas=canvas,
-            )
+    def _arguments(
+        self, images: Sequence[np.ndarray], thresholds: dict[str, float]
+    ) -> Iterator[tuple[list[int], tuple[Any, ...], Canvas]]:
+        """What the program takes besides the network: once for the pictures that share their canvases,
+        with their places among `images`. A picture that is alone on its canvases is never padded."""
+        groups = defaultdict(list)
+        for i, image in enumerate(images):
+            groups[self._layout(image)].append(i)
+        for (shown, canvas), members in groups.items():
+            count = 1 if len(members) == 1 else self.batch_size
+            scales = batches.empty_eval_batches(count, shown)
+            for place, i in enumerate(members):
+                for batch, recipe in zip(scales, self._recipes):
+                    view = transforms.whole(recipe.eval_size(images[i].shape[:2]))
+                    batches.fill(batch, place, place, images[i], view)
+            passes, mirrored = zip(*both_ways(scales, self._flip))
+            yield members, (passes, mirrored, scales[0].original_size, thresholds), canvas
 
 
 def as_image(image: Image) -> np.ndarray:
@@ -203,6 +208,7 @@ def load(
     batch_size: int | None = None,
     overrides: Sequence[str] = (),
     config: str | None = None,
+    first: Iterable[Image] = (),
 ) -> Segmenter:
     """Opens a model for pictures of any kind.
 
@@ -223,6 +229,8 @@ def load(
       overrides: `--config.x.y=value` arguments that change the config.
       config: `configs/FILE.py` or `configs/FILE.py:variant,variant`, of a checkpoint that others
         wrote.
+      first: pictures that will come first, or others of their sizes. Their programs are made while
+        the weights are read, so that the first result comes earlier.
 
     Raises:
       ValueError: an argument is of another kind, there is no such model or checkpoint, or something
@@ -231,7 +239,13 @@ def load(
     keep_programs()
     if dtype is None and _platform() != "cpu":
         dtype = "bfloat16"
-    return Segmenter(open_run(path, checkpoint, ema, overrides, dtype, config=config), batch_size)
+    run = find_run(path, checkpoint, ema, overrides, dtype, config=config)
+    segmenter = Segmenter(run, batch_size)
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(lambda: run.variables)
+        segmenter.prepare(first)
+        reading.result()
+    return segmenter
 
 
 def keep_programs() -> None:

@@ -208,7 +208,7 @@ def test_every_network_has_a_translation(case, tmp_path):
     weights = {k: np.asarray(v) for k, v in flatten_dict(variables, sep="/").items()}
     program = export.make_program(config, model, [View((64, 96), 64, 96)])
     categories = Categories(("a", "b"), (1, 2), 1)
-    run = Run(config, model, variables, categories, 7)
+    run = Run.of(config, model, variables, categories, 7)
     export.write_onnx(tmp_path / "model", program, weights, export.input_shapes((50, 70), 1), run)
     theirs = export.open_onnx(tmp_path / "model")
     image, size = export.draw_picture((50, 70))[None], np.int32([[50, 70]])

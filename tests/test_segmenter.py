@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import knet_jax
-from knet_jax import rle
+from knet_jax import inference, rle, segmenter
 from knet_jax.convert import export_weights
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator
@@ -283,6 +283,31 @@ def test_a_picture_may_change_once_it_was_segmented(segmenters):
     result = segmenters["panoptic"](image)
     image[:] = 0
     np.testing.assert_array_equal(result.image, picture(64, 96))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_program_of_the_first_pictures_is_made_before_they_come(
+    models, monkeypatch, batch_size
+):
+    traced = []
+
+    def trace(*args, **kwargs):
+        traced.append(kwargs["canvas"])
+        return inference.predict(*args, **kwargs)
+
+    monkeypatch.setattr(segmenter, "predict", trace)
+    images = [picture(48, 64, seed) for seed in range(2)]
+    drawn = []
+    sees = knet_jax.load(
+        models["panoptic"],
+        batch_size=batch_size,
+        first=(drawn.append(i) or image for i, image in enumerate(images)),
+    )
+    assert len(traced) == 1 and len(drawn) == batch_size
+    results = sees(images)
+    assert len(traced) == 1
+    for result, wanted in zip(results, Segmenter(open_run(models["panoptic"]))(images)):
+        np.testing.assert_array_equal(result.panoptic.ids, wanted.panoptic.ids)
 
 
 def test_importing_the_package_costs_nothing():
