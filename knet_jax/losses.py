@@ -27,7 +27,8 @@ class Counts(NamedTuple):
     segments: jax.Array
     """Thing and stuff segments."""
     pixels: jax.Array
-    """Pixels that belong to a segment or have a class."""
+    """Pixels that belong to a segment or have a class. The reference counts those of matched things,
+    which are all things, as a config may not have more slots than proposals."""
 
 
 def count(things: Segments, stuff: Segments, num_proposals: int) -> Counts:
