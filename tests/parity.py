@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,7 +165,7 @@ def network(fixture: Fixture) -> tuple[KNet, dict[str, Any]]:
         **arguments,
     )
     template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    variables = from_reference(rule_weights(fixture.manifest), template)
+    variables = {"batch_stats": {}} | from_reference(rule_weights(fixture.manifest), template)
     return model, jax.tree.map(lambda x: jnp.asarray(x, fixture.dtype), variables)
 
 
@@ -463,14 +463,41 @@ def segmentation_terms(terms: Mapping[str, Any]) -> dict[str, float]:
     return renamed
 
 
+def loosened(tolerance: float, fixture: Fixture, key: str, name: str = "") -> float:
+    """Twice what the reference's own precisions differ by, where that is more than the tolerance.
+
+    A pixel then crossed the hard threshold of the gathering with the rounding of float32 alone.
+    """
+    if fixture.exact:
+        return tolerance
+    single, double = (fixture.manifest.get(f"{key}_{suffix}") for suffix in ("f32", "f64"))
+    if name:
+        single, double = ((values or {}).get(name) for values in (single, double))
+    known = single is not None and double is not None
+    return max(tolerance, 2 * relative(single, double)) if known else tolerance
+
+
 def term_rows(
-    ours: Mapping[str, float], theirs: Mapping[str, float], tolerance: float, prefix: str = ""
+    ours: Mapping[str, float],
+    theirs: Mapping[str, float],
+    tolerance: Callable[[str], float],
+    prefix: str = "",
 ) -> Iterator[Row]:
-    for name, value in theirs.items():
+    for stored, value in theirs.items():
         # Without positives the reference files this term, which is then zero, under another name.
-        name = "loss_rpn_rank" if name == "loss_rank" else name
+        name = "loss_rpn_rank" if stored == "loss_rank" else stored
         if "loss" in name:
-            yield Row(prefix + name, relative(ours[name], value), tolerance)
+            yield Row(prefix + name, relative(ours[name], value), tolerance(stored))
+
+
+def loss_rows(
+    fixture: Fixture, terms: Mapping[str, float], total: Any, tolerance: float
+) -> Iterator[Row]:
+    """Terms of the loss under the reference's names, and their sum."""
+    allowed = partial(loosened, tolerance, fixture, "losses")
+    yield from term_rows(terms, fixture.stored("losses"), allowed)
+    allowed = loosened(tolerance, fixture, "total_loss")
+    yield Row("total_loss", relative(total, fixture.stored("total_loss")), allowed)
 
 
 def loss_and_grads(fixture: Fixture):
@@ -526,8 +553,7 @@ def training(fixture: Fixture) -> Iterator[Row]:
     (total, (judgement, _)), grads = run(variables["params"], variables["batch_stats"])
     tolerance = 1e-6 if fixture.exact else 1e-4
     terms = reference_terms(judgement.terms)
-    yield from term_rows(terms, fixture.stored("losses"), tolerance)
-    yield Row("total_loss", relative(total, fixture.stored("total_loss")), tolerance)
+    yield from loss_rows(fixture, terms, total, tolerance)
 
     slots = matching(variables["params"], variables["batch_stats"])
     for name, theirs in fixture.arrays.items():
@@ -542,12 +568,11 @@ def training(fixture: Fixture) -> Iterator[Row]:
 def segmentation_training(fixture: Fixture) -> Iterator[Row]:
     """With the statistics of the batch, float32 itself is far from exact: see the tolerances."""
     run, _, variables = loss_and_grads(fixture)
-    (total, (judgement, stats)), grads = run(variables["params"], variables.get("batch_stats", {}))
+    (total, (judgement, stats)), grads = run(variables["params"], variables["batch_stats"])
     frozen = "BN frozen" in fixture.manifest["kind"]
     tolerance = 1e-6 if fixture.exact else (1e-4 if frozen else 1e-3)
     terms = segmentation_terms(judgement.terms)
-    yield from term_rows(terms, fixture.stored("losses"), tolerance)
-    yield Row("total_loss", relative(total, fixture.stored("total_loss")), tolerance)
+    yield from loss_rows(fixture, terms, total, tolerance)
     if fixture.exact:
         allowed = (1e-5, 1e-5) if frozen else (1e-4, 1e-4)
     else:
@@ -649,8 +674,9 @@ def trajectory(fixture: Fixture) -> Iterator[Row]:
             if step == 0 or fixture.exact:
                 reference = theirs["terms"][step]
                 prefix = f"{kind}/step{step}/"
+                allowed = 10 * tolerance
                 yield from term_rows(
-                    reference_terms(judgement.terms), reference, 10 * tolerance, prefix
+                    reference_terms(judgement.terms), reference, lambda _, x=allowed: x, prefix
                 )
                 reference = theirs["grad_norm_before_clip"][step]
                 yield Row(f"{prefix}grad_norm", relative(norm, reference), 10 * tolerance)

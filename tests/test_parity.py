@@ -174,3 +174,17 @@ def test_a_path_that_does_not_exist_ends_in_one_line():
         check=False,
     )
     assert done.returncode == 1 and done.stderr == "/nowhere does not exist\n"
+
+
+def test_tolerances_follow_where_the_precisions_of_the_reference_part():
+    manifest = {
+        "losses_f32": {"near": 1.0, "apart": 1.01, "single": 3.0},
+        "losses_f64": {"near": 1.0 + 1e-7, "apart": 1.0},
+        "total_loss_f32": 2.0,
+    }
+    single = parity.Fixture(None, manifest, {}, "float32")
+    for name, wanted in (("near", 1e-4), ("apart", 0.02), ("single", 1e-4), ("absent", 1e-4)):
+        assert parity.loosened(1e-4, single, "losses", name) == pytest.approx(wanted)
+    assert parity.loosened(1e-4, single, "total_loss") == 1e-4
+    double = single._replace(dtype="float64")
+    assert parity.loosened(1e-6, double, "losses", "apart") == 1e-6
