@@ -55,6 +55,38 @@ def assert_equal(a, b):
             np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
+def _feed_for_ever(config, pids):
+    config.num_workers = 2
+    split = pipeline.load_split(config, "train", "panoptic")
+    for _ in pipeline.train_batches(split, config, 4, seed=0, start=0):
+        if not pids.empty():
+            continue
+        for child in multiprocessing.active_children():
+            pids.put(child.pid)
+
+
+def test_workers_end_with_a_parent_that_is_killed(shapes):
+    context = multiprocessing.get_context("spawn")
+    pids = context.Queue()
+    process = context.Process(target=_feed_for_ever, args=(shapes[0], pids))
+    process.start()
+    workers = [pids.get(timeout=120) for _ in range(2)]
+    assert all(is_alive(pid) for pid in workers)
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 60
+    while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in workers)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 # Preparation.
 
 

@@ -12,9 +12,12 @@ import io
 import itertools
 import logging
 import math
+import multiprocessing
+import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -279,6 +282,13 @@ def _start_worker(index: int, count: int) -> None:
     # Schedulers and terminals signal the whole group; the parent decides when workers end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent was killed; it would wait for it, and hold its memory, for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _check_shared_memory(recipe: Any, num_bytes: int) -> None:
