@@ -15,6 +15,7 @@ Exit status: 0, or 3 where files could not be read, or not to their end; they ar
 from __future__ import annotations
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError
 from knet_jax.predictions import Predictions, find_sources, predict_pictures, readable
 from knet_jax.preemption import stop_on_sigterm
-from knet_jax.segmenter import load
+from knet_jax.segmenter import default_batch_size, load
 from knet_jax.videos import predict_video
 
 MODEL = flags.DEFINE_string(
@@ -52,18 +53,20 @@ def main(command: CommandLine) -> None:
         raise ConfigError("no picture is named: predict.py PICTURE|FOLDER|VIDEO … --model DIR")
     output = Path(OUTPUT.value)
     pictures, videos = find_sources(command.paths, output)
+    check_writable(next(path for path in (output, *output.parents) if path.exists()))
+    print(f"opening {MODEL.value}; the first picture of a size compiles", flush=True)
     segmenter = load(
         MODEL.value,
         CHECKPOINT.value,
         EMA.value,
         batch_size=BATCH_SIZE.value,
         overrides=command.overrides,
-        first=readable(pictures),
+        first=islice(readable(pictures), BATCH_SIZE.value or default_batch_size()),
     )
     check_writable(output)
     print(
         f"{len(pictures)} pictures and {len(videos)} videos, {segmenter.task} model of step "
-        f"{segmenter.step}, {jax.devices()[0].device_kind}; the first picture of a size compiles"
+        f"{segmenter.step}, {jax.devices()[0].device_kind}"
     )
     problems = []
     with stop_on_sigterm() as stop:

@@ -130,7 +130,8 @@ def main(command: CommandLine) -> None:
         print(origin)
     else:
         print("FROM SCRATCH: config.init_weights names no weights of a backbone")
-    if ema_decay and not restored:
+    is_resumed = restored is not None
+    if ema_decay and not is_resumed:
         state = state._replace(ema=jax.tree.map(jnp.copy, state.params))
     save_config(config, workdir)
     start = int(state.step)
@@ -138,6 +139,8 @@ def main(command: CommandLine) -> None:
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"{count / 1e6:.1f} M parameters, {len(devices)} x {devices[0].device_kind}, {workdir}")
     print(optim.describe(config.optim, params, steps_per_epoch, total_steps, batch_size))
+    # The state has what they held; a large network has no room for it twice.
+    restored = loaded = variables = params = batch_stats = None
 
     # The loop: step, log, save, evaluate.
     log = Log(workdir, steps_per_epoch, start) if is_chief else None
@@ -168,7 +171,7 @@ def main(command: CommandLine) -> None:
         return step >= total_steps or is_due(step, config.train.eval_every)
 
     with checkpoints, stop_on_sigterm() as stop:
-        if restored and is_scored(start) and checkpoints.scores(start) is None:
+        if is_resumed and is_scored(start) and checkpoints.scores(start) is None:
             score(start, state, stop)  # what the run was stopped in
         if is_chief and start < total_steps:
             progress.print("compiling; the first step can take minutes")

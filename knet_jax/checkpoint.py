@@ -23,7 +23,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from knet_jax import __version__
 from knet_jax.optim import leaf_paths
 from knet_jax.quiet import silenced
 from knet_jax.snapshot import (
@@ -34,6 +33,7 @@ from knet_jax.snapshot import (
     check_record,
     copy_to_host,
     make_record,
+    network_code,
     saved_shapes,
 )
 
@@ -64,7 +64,8 @@ class Checkpoints:
       directory: one folder a step is made here.
       keep: how many of the latest steps stay; the best stays too.
       metric: the name of the metric by which a step is the best, the larger the better.
-      model: `config.model` as a dict, kept with every step to explain a network that does not fit.
+      model: `config.model` as a dict, kept with every step: it tells whether the saved network is
+        this one, and in what it is not.
       read_only: for evaluation: nothing is created, cleaned or moved.
     """
 
@@ -155,7 +156,7 @@ class Checkpoints:
             return
         assert latest is None or step > latest, (step, latest)
         fields = {"step": step, "progress": dict(progress)}
-        fields |= {"model": self._model, "version": __version__}
+        fields |= {"model": self._model, "code": network_code()}
         fields = json.loads(json.dumps(fields))  # a copy, and an error here rather than later
         self._pending = self._executor.submit(self._write, copy_to_host(state), fields)
 

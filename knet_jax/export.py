@@ -228,7 +228,7 @@ def expected(run: Run, image: np.ndarray) -> Results:
     """What this project makes of a picture in one pass, by the names that files use."""
     config = run.config.to_dict()
     config["eval"] = {key: value for key, value in config["eval"].items() if key not in PASSES}
-    run = replace(run, config=ConfigDict(config))
+    run = replace(run, config=ConfigDict(config), read=lambda whole=run: whole.variables)
     prediction = Segmenter(run)(image, threshold=0.0).prediction
     if isinstance(prediction, np.ndarray):
         return {"labels": prediction.astype(np.int32) - 1}

@@ -8,6 +8,7 @@ parameters never change, have no optimizer state and do not count in the gradien
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ def parse_groups(groups: Sequence[Sequence[Any]]) -> tuple[Group, ...]:
     rows = []
     for i, row in enumerate(groups):
         where = f"config.optim.groups[{i}]"
-        if isinstance(row, str) or len(row) != 4:
+        if not isinstance(row, tuple | list) or len(row) != 4:
             raise ValueError(
                 f"{where} is {row!r}; accepted: (name, regular expression, "
                 "learning rate factor, weight decay factor)"
@@ -57,7 +58,8 @@ def parse_groups(groups: Sequence[Sequence[Any]]) -> tuple[Group, ...]:
         except (re.error, TypeError) as error:
             raise ValueError(f"{where}: {group.pattern!r} is no regular expression: {error}")
         for factor in group.lr, group.weight_decay:
-            if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 0:
+            is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+            if not is_number or not 0 <= factor < math.inf:
                 raise ValueError(f"{where} ({group.name!r}): {factor!r} is no factor of at least 0")
         rows.append(group)
     names = [group.name for group in rows]

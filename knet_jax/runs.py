@@ -65,7 +65,7 @@ class Run:
 def open_run(*args: Any, **kwargs: Any) -> Run:
     """Reads a model whole. Arguments and errors as of `find_run`, and those of the arrays."""
     run = find_run(*args, **kwargs)
-    assert run.variables
+    _ = run.variables  # read here
     return run
 
 
@@ -78,7 +78,7 @@ def find_run(
     num_devices: int = 1,
     config: str | None = None,
 ) -> Run:
-    """Reads of a model what does not take long: all but its arrays.
+    """Reads a model, of a folder all but its arrays.
 
     Args:
       path: the folder of a run, or a file of weights.

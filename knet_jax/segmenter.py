@@ -59,9 +59,10 @@ class Segmenter:
         self.categories = run.categories
         self.step = run.step
         self.task = config.task
-        self.batch_size = int(batch_size or 0) or (1 if _platform() == "cpu" else BATCH_SIZE)
+        self.batch_size = int(batch_size or default_batch_size())
         self._task = TASKS[config.task]
-        self._run = run
+        self._run: Run | None = run
+        self._shapes = run.shapes
         options = config.eval.to_dict()
         recipe = kinds.find(config.task).recipe(config.data)
         self._recipes = [
@@ -79,11 +80,13 @@ class Segmenter:
 
     @cached_property
     def _variables(self) -> Any:
-        return jax.device_put(self._run.variables)
+        variables = jax.device_put(self._run.variables)
+        self._run = None  # which holds them on the host
+        return variables
 
     @property
     def num_programs(self) -> int:
-        """How many have been compiled, or read from the cache on disk, for pictures so far."""
+        """How many have been called for pictures so far."""
         return self._predict._cache_size()
 
     def __call__(
@@ -128,16 +131,18 @@ class Segmenter:
         thresholds = self.thresholds | {k: float(v) for k, v in given.items() if v is not None}
         return self._stream(iter(images), thresholds)
 
-    def prepare(self, images: Iterable[Image]) -> None:
+    def prepare(self, images: Image | Iterable[Image]) -> None:
         """Makes the programs for pictures, or for others of their sizes, before these come.
 
         Args:
-          images: as of a call; no more are drawn than are segmented together.
+          images: as of a call: those that come together are segmented together, by a program of
+            their own.
         """
-        chunk = [as_image(image) for image in islice(images, self.batch_size)]
-        for _, args, canvas in self._arguments(chunk, self.thresholds):
-            with jax.default_matmul_precision(self.config.precision):
-                self._predict.lower(self._run.shapes, *args, canvas=canvas).compile()
+        images = iter([images] if isinstance(images, Image) else images)
+        while chunk := [as_image(image) for image in islice(images, self.batch_size)]:
+            for _, args, canvas in self._arguments(chunk, self.thresholds):
+                with jax.default_matmul_precision(self.config.precision):
+                    self._predict.lower(self._shapes, *args, canvas=canvas).compile()
 
     def _stream(self, images: Iterator[Image], thresholds: dict[str, float]) -> Iterator[Result]:
         def started() -> Iterator[tuple[list[np.ndarray], list[tuple[list[int], Any]]]]:
@@ -187,6 +192,11 @@ class Segmenter:
             yield members, (passes, mirrored, scales[0].original_size, thresholds), canvas
 
 
+def default_batch_size() -> int:
+    """How many pictures are segmented together on this machine, where nothing else is said."""
+    return 1 if _platform() == "cpu" else BATCH_SIZE
+
+
 def as_image(image: Image) -> np.ndarray:
     """A picture as uint8 [H, W, 3], a copy. Raises ValueError where it is none."""
     if isinstance(image, str | os.PathLike):
@@ -208,7 +218,7 @@ def load(
     batch_size: int | None = None,
     overrides: Sequence[str] = (),
     config: str | None = None,
-    first: Iterable[Image] = (),
+    first: Image | Iterable[Image] = (),
 ) -> Segmenter:
     """Opens a model for pictures of any kind.
 
@@ -229,8 +239,9 @@ def load(
       overrides: `--config.x.y=value` arguments that change the config.
       config: `configs/FILE.py` or `configs/FILE.py:variant,variant`, of a checkpoint that others
         wrote.
-      first: pictures that will come first, or others of their sizes. Their programs are made while
-        the weights are read, so that the first result comes earlier.
+      first: pictures that will come first, or others of their sizes, as for `Segmenter.prepare`.
+        Their programs are made while the weights of a folder are read, so that the first result
+        comes earlier.
 
     Raises:
       ValueError: an argument is of another kind, there is no such model or checkpoint, or something
@@ -242,7 +253,7 @@ def load(
     run = find_run(path, checkpoint, ema, overrides, dtype, config=config)
     segmenter = Segmenter(run, batch_size)
     with ThreadPoolExecutor(1) as reader:
-        reading = reader.submit(lambda: run.variables)
+        reading = reader.submit(lambda: segmenter._variables)
         segmenter.prepare(first)
         reading.result()
     return segmenter
@@ -253,7 +264,8 @@ def keep_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         jax.config.update(
-            "jax_compilation_cache_dir", str(Path(root).expanduser() / "knet_jax" / "programs")
+            "jax_compilation_cache_dir",
+            str(Path(os.path.expanduser(root)) / "knet_jax" / "programs"),
         )
 
 

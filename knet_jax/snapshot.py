@@ -1,21 +1,22 @@
 """What a checkpoint holds: arrays under their paths, and a record that describes and proves them.
 
-The record is JSON: `step`, `progress`, `model` (the config of the network), `version` (of the code that
+The record is JSON: `step`, `progress`, `model` (the config of the network), `code` (a digest of what
 made the network), `arrays` (path -> shape, dtype, digest of the bytes), and `digest` of all this.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from knet_jax import __version__
 from knet_jax.optim import leaf_paths
 
 DIGEST_SIZE = 16
@@ -93,6 +94,18 @@ def check_fit(
         )
 
 
+@functools.cache
+def network_code() -> str:
+    """A digest of the files that say which arrays the network of a config has."""
+    package = Path(__file__).parent
+    files = [
+        package / f"{name}.py" for name in ("knet", "kernels", "necks", "layers", "deformable")
+    ]
+    files += sorted((package / "backbones").glob("*.py"))
+    code = b"".join(file.read_bytes() for file in files)
+    return hashlib.blake2b(code, digest_size=DIGEST_SIZE).hexdigest()
+
+
 def saved_shapes(record: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any] | None:
     """Shapes of the saved arrays, a dict of dicts, if a network has just these by construction.
 
@@ -104,7 +117,7 @@ def saved_shapes(record: Mapping[str, Any], model: Mapping[str, Any]) -> dict[st
       None where other code or another config made the network that was saved.
     """
     changed = _differences(record["model"], model).keys() - {"dtype"}
-    if changed or record.get("version") != __version__:
+    if changed or record.get("code") != network_code():
         return None
     return unflatten_dict(
         {

@@ -99,7 +99,7 @@ def read(path: str | Path) -> Any:
 
 
 class RefusedError(ValueError):
-    """The file is whole, but of a kind or with a content that is not accepted."""
+    """The file is of a kind, or has a content or an end, that is not accepted."""
 
 
 # What a pickle may name. Slots keep it from changing what it was given.

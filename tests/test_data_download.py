@@ -40,7 +40,7 @@ def server(tmp_path):
             if self.headers.get("If-Range", version) != version:
                 start = 0
             self.send_response(416 if start >= len(content) else 206 if start else 200)
-            if start:
+            if start and not (folder / "terse").exists():
                 last = f"{start}-{len(content) - 1}" if start < len(content) else "*"
                 self.send_header("Content-Range", f"bytes {last}/{len(content)}")
             self.send_header("Content-Length", str(len(content) - start))
@@ -168,6 +168,33 @@ def test_an_archive_that_had_come_whole_is_not_fetched_again(two, tmp_path):
     download.fetch(archives, str(tmp_path / "root"))
     assert asked == ["/a.zip", f"/a.zip{len(content)}-", "/b.zip"]
     assert (tmp_path / "root" / "a.txt").read_text() == "a" * 3 * CUT
+
+
+def test_a_part_that_the_server_has_not_begins_anew(two, tmp_path):
+    folder, archives, asked = two
+    cut_off(folder, archives, tmp_path / "root")
+    [part] = (tmp_path / "root").glob("downloads/**/a.zip.part")
+    part.write_bytes(b"x" * 10 * CUT)
+    (folder / "terse").touch()
+    with pytest.raises(ValueError, match=r"a\.zip cannot be downloaded: HTTP code 416; the same"):
+        download.fetch(archives, str(tmp_path / "root"))
+    download.fetch(archives, str(tmp_path / "root"))
+    assert asked == ["/a.zip", f"/a.zip{10 * CUT}-", "/a.zip", "/b.zip"]
+    assert (tmp_path / "root" / "a.txt").read_text() == "a" * 3 * CUT
+
+
+def test_a_download_is_in_the_thread_that_an_interruption_ends(two, tmp_path, monkeypatch):
+    _, archives, _ = two
+    threads = []
+
+    def fetch(downloader, url, destination_path, verify=True):
+        threads.append(threading.current_thread())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download._Downloader, "_sync_download", fetch)
+    with pytest.raises(KeyboardInterrupt):
+        download.fetch(archives, str(tmp_path / "root"))
+    assert threads == [threading.main_thread()]
 
 
 def test_unpacking_goes_on_where_it_stopped(two, tmp_path):

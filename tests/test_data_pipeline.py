@@ -70,10 +70,12 @@ def test_workers_end_with_a_parent_that_is_killed(shapes):
     pids = context.Queue()
     process = context.Process(target=_feed_for_ever, args=(shapes[0], pids))
     process.start()
-    workers = [pids.get(timeout=120) for _ in range(2)]
-    assert all(is_alive(pid) for pid in workers)
-    process.kill()
-    process.join()
+    try:
+        workers = [pids.get(timeout=120) for _ in range(2)]
+        assert all(is_alive(pid) for pid in workers)
+    finally:
+        process.kill()
+        process.join()
     deadline = time.monotonic() + 60
     while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -94,7 +94,7 @@ def test_only_a_network_that_is_another_is_traced(workdir, monkeypatch):
     assert open_run(workdir, dtype="bfloat16").step == 2
     with pytest.raises(NotImplementedError):
         open_run(workdir, overrides=["--config.model.ffn_channels=12"])
-    monkeypatch.setattr(snapshot, "__version__", "of other code")
+    monkeypatch.setattr(snapshot, "network_code", lambda: "another")
     with pytest.raises(NotImplementedError):
         open_run(workdir)
 

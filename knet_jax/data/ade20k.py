@@ -10,6 +10,7 @@ as in ADEChallengeData2016.zip; the root may also be the folder that holds `ADEC
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from knet_jax.data import files, index_maps, names, records
@@ -50,7 +51,7 @@ def split_config(root: str, split: str) -> Ade20kConfig:
     Raises:
         ValueError: there is no such directory, or no such split in it.
     """
-    given = Path(root).expanduser()
+    given = Path(os.path.expanduser(root))
     found = next((f for f in (given, given / FOLDER) if (f / "annotations").is_dir()), None)
     if not root or not found:
         raise ValueError(

@@ -7,6 +7,7 @@ root/gtFine/<split>/<city>/<name>_gtFine_labelIds.png
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from knet_jax.data import files, index_maps, records
@@ -79,5 +80,5 @@ def split_config(root: str, split: str) -> CityscapesConfig:
 
 def _folders(root: str, split: str) -> tuple[Path, Path]:
     """Where the pictures and the annotations of a split are."""
-    base = Path(root).expanduser()
+    base = Path(os.path.expanduser(root))
     return base / "leftImg8bit" / split, base / "gtFine" / split

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ def find_annotations(root: str, split: str, prefix: str) -> Path:
     Raises:
         ValueError: there is no such directory, or not exactly one annotation file for the split.
     """
-    folder = Path(root).expanduser() / "annotations"
+    folder = Path(os.path.expanduser(root)) / "annotations"
     wanted = f"annotations/{prefix}{split}*.json"
     if not root or not folder.is_dir():
         raise ValueError(

@@ -150,4 +150,4 @@ def find_dataset(config_data, task: str) -> Dataset:
 def data_dir(config_data) -> Path:
     """Where prepared splits are kept."""
     given = config_data.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return Path(given).expanduser()
+    return Path(os.path.expanduser(given))

@@ -9,6 +9,7 @@ unpacked already is left alone.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import requests
 import tensorflow_datasets as tfds
 import tqdm
+from promise import Promise
+from requests.adapters import HTTPAdapter, Retry
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
@@ -85,7 +88,7 @@ def fetch(archives: Sequence[Archive], root: str) -> None:
     """
     if not root:
         raise ValueError("config.data.root is empty, it must name the folder to download to")
-    target = Path(root).expanduser()
+    target = Path(os.path.expanduser(root))
     folder = target / FOLDER
     for leftover in folder.glob("**/*.tmp.*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -115,6 +118,11 @@ class _Manager(tfds.download.DownloadManager):
 class _Downloader(downloader._Downloader):
     """Goes on with a file that was cut off, if the server still has the same one."""
 
+    def download(self, url: str, destination_path: Path, verify: bool = True) -> Promise:
+        """See `downloader._Downloader`. Not in a thread, which an interruption would not end."""
+        self._pbar_url.update_total(1)
+        return Promise.resolve(self._sync_download(url, destination_path, verify))
+
     def _sync_download(
         self, url: str, destination_path: Path, verify: bool = True
     ) -> downloader.DownloadResult:
@@ -126,24 +134,29 @@ class _Downloader(downloader._Downloader):
         headers = {"Accept-Encoding": "identity"}
         if start:
             headers |= {"Range": f"bytes={start}-", "If-Range": version.read_text()}
-        with requests.get(url, headers=headers, stream=True, timeout=60, verify=verify) as response:
+        with _session() as session:
+            response = session.get(url, headers=headers, stream=True, timeout=60, verify=verify)
             is_whole = response.headers.get("Content-Range") == f"bytes */{start}"
+            if response.status_code == 416 and not is_whole:
+                part.unlink()  # the server has no such part of it; the next attempt begins anew
             if response.status_code not in (200, 206) and not is_whole:
                 raise DownloadError(f"HTTP code {response.status_code}")
             if response.status_code == 200:
                 start = 0
+                part.unlink(missing_ok=True)  # before what it would be taken for a part of
                 version.unlink(missing_ok=True)
                 if found := _version(response):
                     version.write_text(found)
-            size = start + int(response.headers.get("Content-Length", 0))
+            size = start + (0 if is_whole else int(response.headers.get("Content-Length", 0)))
             self._pbar_dl_size.update_total(size >> 20)
             self._pbar_dl_size.update(start >> 20)
-            with part.open("ab" if start else "wb") as file:
+            with part.open("ab") as file:
                 for block in response.iter_content(BLOCK) if not is_whole else ():
                     file.write(block)
-                    self._pbar_dl_size.update(
-                        (file.tell() >> 20) - (file.tell() - len(block) >> 20)
-                    )
+                    done = file.tell()
+                    self._pbar_dl_size.update((done >> 20) - (done - len(block) >> 20))
+        if part.stat().st_size < size:
+            raise DownloadError(f"only {part.stat().st_size} of {size} bytes came")
         with part.open("rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
         part.replace(whole)
@@ -151,6 +164,15 @@ class _Downloader(downloader._Downloader):
         self._pbar_url.update(1)
         info = UrlInfo(tfds.core.units.Size(whole.stat().st_size), checksum, whole.name)
         return downloader.DownloadResult(tfds.core.Path(whole), info)
+
+
+def _session() -> requests.Session:
+    """A session that tries again where a server is busy or a connection is refused."""
+    session = requests.Session()
+    retries = Retry(total=10, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504))
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retries))
+    return session
 
 
 def _version(response: requests.Response) -> str | None:

@@ -7,6 +7,7 @@ text file, counted from 0, names the class whose pixels hold i; an index may be 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def split_config(config_data, split: str) -> FolderConfig:
     Raises:
         ValueError: something is not there.
     """
-    root = Path(config_data.root).expanduser()
+    root = Path(os.path.expanduser(config_data.root))
     paths = {}
     for key in ("images", "labels", "classes"):
         path = root / str(config_data[key]).replace("{split}", split)
