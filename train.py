@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from knet_jax import optim, training
-from knet_jax.checkpoint import Checkpoints, check_writable
+from knet_jax.checkpoint import Checkpoints, check_writable, lock_workdir
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import (
     SAVED_NAME,
@@ -64,6 +64,7 @@ def main(command: CommandLine) -> None:
     workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
     is_chief = jax.process_index() == 0
     check_writable(workdir)
+    lock = lock_workdir(workdir)  # as long as it is referred to
     if (workdir / SAVED_NAME).exists():
         for difference in check_resume(config, workdir):
             print(difference)
@@ -215,6 +216,7 @@ def main(command: CommandLine) -> None:
     if is_chief:
         progress.close()
         log.close()
+        lock.close()
         plot_curves(workdir)
         print(
             f"done: {describe(scores, 'val', metric.HEADLINE)} in {workdir}; "

@@ -69,7 +69,10 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             "the whole path, or one in configs/ of the repository's root, which is not here"
         )
         raise ConfigError(f"--config={spec}: there is no file {path}; accepted: {known}")
-    module = runpy.run_path(str(path))
+    try:
+        module = runpy.run_path(str(path))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config={spec}: {path} is no Python: {one_line(error)}") from error
     if "get_config" not in module:
         raise ConfigError(f"--config={spec}: {path} has no function get_config()")
     config = module["get_config"]()

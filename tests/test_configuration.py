@@ -96,6 +96,9 @@ def test_a_missing_file_is_named_with_those_there_are(monkeypatch, tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ConfigError, match=r"has no function get_config"):
         load_config(str(tmp_path / "empty.py"))
+    (tmp_path / "text.py").write_text("no Python at all")
+    with pytest.raises(ConfigError, match=r"text.py is no Python: invalid syntax"):
+        load_config(str(tmp_path / "text.py"))
 
 
 @pytest.mark.parametrize(

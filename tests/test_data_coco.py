@@ -105,7 +105,20 @@ def test_ambiguous_split(root):
     )
 
 
-@pytest.mark.parametrize("text", ["{", "", "[]", "{}", "null", '{"images": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "",
+        "[]",
+        "{}",
+        "null",
+        '{"images": 3}',
+        "\xff",
+        '{"images": [{"id": Infinity}]}',
+        "[" * 100_000,
+    ],
+)
 def test_broken_json(root, text):
     path = root / "annotations" / "panoptic_train2017.json"
     path.write_bytes(text.encode("latin-1"))

@@ -61,7 +61,7 @@ def read(
     """
     try:
         content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"config.data.root: {path} is not readable JSON: {error}") from error
     try:
         classes = categories(content["categories"])
@@ -73,7 +73,7 @@ def read(
             check_file_name(image)
             images[id] = image
         return classes, images, understand(content)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"config.data.root: {path} is not COCO {what} JSON: {error!r}") from error
     except ValueError as error:
         raise ValueError(f"config.data.root: {path}: {error}") from error
