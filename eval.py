@@ -22,7 +22,7 @@ from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator, Gallery, Prediction
-from knet_jax.metrics.result_files import place_png
+from knet_jax.metrics.result_files import Stems, place_png, write_whole
 from knet_jax.runs import open_run
 from knet_jax.tasks import TASKS
 from knet_jax.training import check_categories, check_same_categories
@@ -75,11 +75,14 @@ def main(command: CommandLine) -> None:
     num_classes = len(split.categories.names)
     boundaries = [metric.no_counts(num_classes)]
 
+    stems = Stems()
+
     def visit(prediction: Prediction) -> None:
         gallery.add(prediction)
         index, truth, result = prediction
         if results:
-            results.add(split.image_id(index), split.file_name(index), result)
+            name = split.file_name(index)
+            results.add(split.image_id(index), name, result, f"{stems.of(name)}.png")
         if BOUNDARY.value:
             image_id, overlap = split.image_id(index), metric.boundary_iou
             boundaries.append(metric.count(truth, result, num_classes, image_id, overlap))
@@ -109,10 +112,11 @@ def main(command: CommandLine) -> None:
             {"updates": config.model.num_stages, **metric.summarize(counts, split.categories)}
         )
         print_rounds(rounds, metric.HEADLINE)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    folder = output / "pictures"
+    write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    folder, stems = output / "pictures", Stems()
     for row in gallery.rows:
-        save_picture(place_png(folder, row.title)[1], panel([row], split.categories))
+        _, path = place_png(folder, f"{stems.of(row.title)}.png")
+        save_picture(path, panel([row], split.categories))
     if results:
         results.close()
     print(f"wrote {output / 'metrics.json'} and {folder}/")

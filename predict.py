@@ -25,7 +25,7 @@ from knet_jax.checkpoint import check_writable
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError
 from knet_jax.predictions import Predictions, find_sources, predict_pictures, readable
-from knet_jax.preemption import stop_on_sigterm
+from knet_jax.preemption import stop_when_asked
 from knet_jax.segmenter import default_batch_size, load
 from knet_jax.videos import predict_video
 
@@ -69,7 +69,7 @@ def main(command: CommandLine) -> None:
         f"{segmenter.step}, {jax.devices()[0].device_kind}"
     )
     problems = []
-    with stop_on_sigterm() as stop:
+    with stop_when_asked() as stop:
         if pictures:
             with Predictions(output, segmenter.task, segmenter.categories) as predictions:
                 problems += predict_pictures(

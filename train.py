@@ -38,7 +38,7 @@ from knet_jax.evaluation import Evaluator, Gallery, lookahead
 from knet_jax.knet import make_model
 from knet_jax.logs import Log, Progress, plot_curves
 from knet_jax.matching import Weights
-from knet_jax.preemption import Preempted, StopRequest, stop_on_sigterm
+from knet_jax.preemption import StopRequest, stop_when_asked
 from knet_jax.runs import load_start
 from knet_jax.structs import EMPTY
 from knet_jax.tasks import TASKS
@@ -171,7 +171,7 @@ def main(command: CommandLine) -> None:
     def is_scored(step: int) -> bool:
         return step >= total_steps or is_due(step, config.train.eval_every)
 
-    with checkpoints, stop_on_sigterm() as stop:
+    with checkpoints, stop_when_asked() as stop:
         if is_resumed and is_scored(start) and checkpoints.scores(start) is None:
             score(start, state, stop)  # what the run was stopped in
         if is_chief and start < total_steps:
@@ -209,7 +209,7 @@ def main(command: CommandLine) -> None:
                 score(step, state, stop)
                 interval.restart()
             elif stops:
-                end_early(step, checkpoints)
+                end_early(step, checkpoints, stop)
 
         scores = checkpoints.scores(max(start, total_steps))
 
@@ -323,7 +323,7 @@ def evaluate(
         visit = gallery.add if name == "val" else None
         counts = None if stop else evaluator.evaluate(variables, visit, stop)
         if counts is None:
-            end_early(step, checkpoints)
+            end_early(step, checkpoints, stop)
         summary = metric.summarize(counts, categories)
         scores |= {f"{name}/{key}": value for key, value in summary.items()}
         if progress:
@@ -335,10 +335,10 @@ def evaluate(
     checkpoints.add_scores(step, scores)
 
 
-def end_early(step: int, checkpoints: Checkpoints) -> NoReturn:
+def end_early(step: int, checkpoints: Checkpoints, stop: StopRequest) -> NoReturn:
     """Ends a run that was asked to stop, once the step is on disk."""
     checkpoints.wait()
-    raise Preempted(f"stopped at step {step}, which is saved; the same command goes on")
+    raise stop.end(f"stopped at step {step}, which is saved; the same command goes on")
 
 
 def describe(scores: Mapping[str, float], prefix: str, names: Sequence[str]) -> str:

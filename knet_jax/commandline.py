@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from knet_jax.configuration import ConfigError, load_config, one_line
 from knet_jax.preemption import Preempted
+from knet_jax.quiet import hide_closed_loops
 
 # What a user can do something about; other system errors are bugs.
 DISK_ERRORS = (
@@ -57,11 +58,12 @@ def run(
     """Parses the absl flags, runs `main`, and exits with a status.
 
     Mistakes of the user end in one line on stderr and status 2, an unusable disk in status 1,
-    Ctrl-C in 130 and preemption in 143. Other exceptions are bugs and keep their traceback; so does
+    Ctrl-C in 130 and SIGTERM in 143. Other exceptions are bugs and keep their traceback; so does
     a ValueError that a library raised.
     """
     argv = list(sys.argv if argv is None else argv)
     program = Path(argv[0]).name
+    hide_closed_loops()
     try:
         overrides, rest = _split_overrides(argv[1:])
         questions = [argument for argument in rest if argument in ("--help", "-help", "-h")]
@@ -85,7 +87,7 @@ def run(
     except KeyboardInterrupt:
         _exit(program, "interrupted", 130)
     except Preempted as error:
-        _exit(program, one_line(error), 143)
+        _exit(program, one_line(error), 128 + error.signum)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -84,7 +84,8 @@ def import_weights(
     """
     config = load_config(spec, overrides)
     validate(config, parts=())
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    here = output.is_dir() and output.samefile(".")  # which cannot be made
+    if output.is_file() or here or (output.is_dir() and any(output.iterdir())):
         raise ConfigError(f"--output={output} is there already; accepted: a new folder")
     check_writable(output.parent)
     model = make_model(**config.model)

@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from knet_jax.configuration import ConfigError
 from knet_jax.data.transforms import PICTURES, read_image
-from knet_jax.metrics.result_files import write_json
-from knet_jax.preemption import Preempted, StopRequest
+from knet_jax.metrics.result_files import Stems, write_json
+from knet_jax.preemption import StopRequest
 from knet_jax.results import Result
 from knet_jax.segmenter import Segmenter
 from knet_jax.structs import Categories
@@ -88,16 +88,8 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
         root = Path(os.path.commonpath(found))
         found = {path: path.relative_to(root).as_posix() for path in found}
 
-    sources, taken = [], set()
-    for path, name in found.items():
-        # 1.jpg and 1.png must not overwrite each other, nor 1.jpg and 1.JPG on other systems.
-        stem = PurePath(name).with_suffix("").as_posix()
-        number = 1
-        while stem.lower() in taken:
-            stem = name if number == 1 else f"{name}-{number}"
-            number += 1
-        taken.add(stem.lower())
-        sources.append(Source(path, name, stem))
+    stems = Stems()
+    sources = [Source(path, name, stems.of(name)) for path, name in found.items()]
     are_videos = [source.path.suffix.lower() in VIDEOS for source in sources]
     return (
         [source for source, is_video in zip(sources, are_videos) if not is_video],
@@ -123,7 +115,7 @@ def until(stop: StopRequest | None, results: Iterable[Result]) -> Iterator[Resul
     for result in results:
         yield result
         if stop:
-            raise Preempted("stopped; what was done is kept")
+            raise stop.end("stopped; what was done is kept")
 
 
 class Predictions:

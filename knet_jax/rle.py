@@ -123,7 +123,10 @@ def _runs(data: bytes) -> list[int]:
 
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def is_compressed(rle: Any) -> bool:

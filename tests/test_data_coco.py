@@ -167,6 +167,30 @@ def test_image_ids_twice(root):
         scan(root)
 
 
+def test_image_id_of_many_digits(root):
+    tiny_coco.edit(root, lambda content: content["images"][2].update(id=2**70))
+    with pytest.raises(ValueError, match=f"image id {2**70} does not fit into 64 bits"):
+        scan(root)
+
+
+@pytest.mark.parametrize("value", ["0", 2, None])
+def test_answers_are_yes_or_no(root, value):
+    tiny_coco.edit(root, lambda content: content["categories"][0].update(isthing=value))
+    with pytest.raises(ValueError, match=rf"isthing is {value!r}; accepted: 0 and 1"):
+        scan(root)
+    tiny_coco.edit(root, lambda content: content["categories"][0].update(isthing=True))
+    scan(root)
+    tiny_coco.edit(root, lambda c: c["annotations"][0]["segments_info"][0].update(iscrowd=value))
+    with pytest.raises(ValueError, match=rf"iscrowd is {value!r}; accepted: 0 and 1"):
+        scan(root)
+
+
+def test_no_category(root):
+    tiny_coco.edit(root, lambda content: content.update(categories=[]))
+    with pytest.raises(ValueError, match="its list of categories is empty"):
+        scan(root)
+
+
 def test_nothing_can_be_used(root):
     shutil.rmtree(root / "train2017")
     with pytest.raises(ValueError, match="no picture of .* can be used, the first of 5 problems"):

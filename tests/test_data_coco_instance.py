@@ -133,6 +133,11 @@ def test_bad_area_is_named(root):
     check_problem(root, "annotation 0: area 'big' is no number", [2, 3, 3, 3, 3])
 
 
+def test_crowd_is_a_matter_of_yes_or_no(root):
+    tiny_coco.edit(root, lambda c: c["annotations"][0].update(iscrowd="0"), prefix=PREFIX)
+    check_problem(root, "annotation 0: iscrowd is '0'; accepted: 0 and 1", [2, 3, 3, 3, 3])
+
+
 def test_picture_of_another_size_is_left_out(root):
     tiny_coco.edit(root, lambda c: c["images"][1].update(height=81), prefix=PREFIX)
     check_problem(root, "train_1.jpg: picture is 60x80 but its entry .* 60x81", [3, 3, 3, 3])

@@ -61,6 +61,17 @@ def test_grey_of_few_bits_is_not_spread(bits):
     np.testing.assert_array_equal(index_maps.read_indices(data, "x.png"), indices)
 
 
+def test_what_is_no_png():
+    image = Image.fromarray(indices_of((1, 4)))
+    for kind in ("JPEG", "BMP"):
+        stream = io.BytesIO()
+        image.save(stream, kind)
+        with pytest.raises(ValueError, match="x.png is no PNG"):
+            index_maps.read_indices(stream.getvalue(), "x.png")
+    with pytest.raises(ValueError, match="x.png cannot be decoded"):
+        index_maps.read_indices(encoded(image)[:12], "x.png")
+
+
 def test_colors_are_no_indices():
     data = encoded(Image.fromarray(np.zeros((4, 5, 3), np.uint8)))
     with pytest.raises(ValueError, match="x.png has pixels of mode RGB, expected one index"):

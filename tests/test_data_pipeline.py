@@ -143,7 +143,18 @@ def test_slices(shapes):
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "a b", "train[", "train[x]", "train+val", "train[3:3]", "train[30:]", "train[:3"]
+    "spec",
+    [
+        "",
+        "a b",
+        "train[",
+        "train[x]",
+        "train+val",
+        "train[:1]+train[2:3]",
+        "train[3:3]",
+        "train[30:]",
+        "train[:3",
+    ],
 )
 def test_bad_splits_are_named(shapes, spec):
     with pytest.raises(ValueError, match="config.data"):

@@ -1,14 +1,58 @@
 import os
 import signal
+import subprocess
+import sys
 
-from knet_jax.preemption import stop_on_sigterm
+import pytest
+
+from knet_jax.preemption import stop_when_asked
+
+BUSY = """
+import hashlib, signal
+from knet_jax.preemption import stop_when_asked
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with stop_when_asked():
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, as a compilation
+"""
 
 
-def test_sigterm_is_a_flag_inside_and_what_it_was_outside():
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_on_sigterm() as stop:
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is what it is in a terminal, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_flag_inside_and_what_it_was_outside(interruptible, signum):
+    before = signal.getsignal(signum)
+    with stop_when_asked() as stop:
         assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop
-    assert signal.getsignal(signal.SIGTERM) is before
+        assert stop.end("stopped").signum == signum
+    assert signal.getsignal(signum) is before
+
+
+def test_what_was_to_be_ignored_is_ignored(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_when_asked() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop
+
+
+def test_a_second_ctrl_c_waits_for_nothing():
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "busy\n"
+    process.send_signal(signal.SIGINT)
+    assert "Ctrl-C again stops at once" in process.stderr.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "interrupted\n"
+    assert process.returncode == 130

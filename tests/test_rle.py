@@ -47,6 +47,7 @@ def test_annotations_of_all_three_forms_are_the_same_mask():
         ([[0, 0, 1, 1]], "a polygon has 2 points, it must have three or more"),
         ([[0, 0, 1, 1, 2, 2, 3]], "a polygon has 3.5 points"),
         ([[0, 0, 1, 1, 1e30, 0]], "a polygon goes beyond 100 times the sides"),
+        ([[0, 0, 1, 1, 10**400, 0]], "a polygon must be a list of numbers"),
         ([0, 0, 1, 1, 1, 0], "a polygon must be a list of numbers"),
         ({"counts": [48]}, r"its RLE has size None, the picture \[6, 8\]"),
         ({"size": [8, 6], "counts": [48]}, r"its RLE has size \[8, 6\], the picture \[6, 8\]"),

@@ -127,8 +127,9 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path):
-    """2 steps and an end, then a SIGTERM after some more, then the rest: the same in every bit."""
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path, signum):
+    """2 steps and an end, then a signal after some more, then the rest: the same in every bit."""
     workdir = tmp_path / "parts"
     status, _, err = run(*train_arguments(workdir, data_dir, "--config.train.steps=2"))
     assert status == 0, err
@@ -138,9 +139,9 @@ def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path):
     while read_log(workdir)[-1]["step"] < 3 and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signum)
     status, out, err = finish(process)
-    assert status == 143, err
+    assert status == 128 + signum, err
     assert "resuming from step 2" in out
     assert err.splitlines()[-1].startswith("train.py: stopped at step ")
     stopped = int(err.splitlines()[-1].split("step ")[1].split(",")[0])

@@ -94,6 +94,6 @@ def _instance(
     return instance.StoredInstance(
         counts=mask["counts"],
         label=labels[annotation["category_id"]],
-        iscrowd=bool(annotation.get("iscrowd", 0)),
+        iscrowd=coco_json.flag(annotation, "iscrowd"),
         area=float(area),
     )

@@ -70,6 +70,8 @@ def read(
             id = int(image["id"])
             if id in images:
                 raise ValueError(f"image id {id} is listed more than once")
+            if id.bit_length() > 63:
+                raise ValueError(f"image id {id} does not fit into 64 bits")
             check_file_name(image)
             images[id] = image
         return classes, images, understand(content)
@@ -85,6 +87,18 @@ def check_file_name(entry: Mapping) -> None:
         raise TypeError(f"file_name is {entry['file_name']!r}")
 
 
+def flag(entry: Mapping, key: str, default: int = 0) -> bool:
+    """What an entry of the file says to a question.
+
+    Raises:
+        ValueError: neither 0 nor 1; a text, such as "0", would count as yes.
+    """
+    value = entry.get(key, default)
+    if value not in (0, 1):
+        raise ValueError(f"{key} is {value!r}; accepted: 0 and 1")
+    return bool(value)
+
+
 def read_categories(listed: Sequence[Mapping]) -> Categories:
     """Orders a file's category list things first, else as it stands.
 
@@ -93,12 +107,15 @@ def read_categories(listed: Sequence[Mapping]) -> Categories:
     Raises:
         ValueError: an id occurs twice, or there is none.
     """
-    ordered = sorted(listed, key=lambda category: not category.get("isthing", True))
+    if not listed:
+        raise ValueError("its list of categories is empty")
+    stuff = {index for index, category in enumerate(listed) if not flag(category, "isthing", 1)}
+    ordered = [listed[index] for index in sorted(range(len(listed)), key=stuff.__contains__)]
     ids = [int(category["id"]) for category in ordered]
-    if not ids or len(set(ids)) != len(ids):
+    if len(set(ids)) != len(ids):
         raise ValueError(f"category ids must differ from each other, got {ids}")
     names = tuple(str(category["name"]) for category in ordered)
-    num_things = sum(bool(category.get("isthing", True)) for category in ordered)
+    num_things = len(listed) - len(stuff)
     return Categories(names, tuple(ids), num_things)
 
 

@@ -64,12 +64,13 @@ def _understand(content: Mapping) -> list[Mapping]:
     """The annotations. Raises ValueError or another error where one is not understood."""
     ids = {int(category["id"]) for category in content["categories"]}
     for category in content["categories"]:
-        bool(category["isthing"])
+        category["isthing"]  # which a file of instances would not say
     for annotation in content["annotations"]:
         image_id = int(annotation["image_id"])
         coco_json.check_file_name(annotation)
         for segment in annotation["segments_info"]:
             int(segment["id"])
+            coco_json.flag(segment, "iscrowd")
             if segment["category_id"] not in ids:
                 raise ValueError(
                     f"image {image_id}: category id {segment['category_id']} of segment "
@@ -100,7 +101,7 @@ def _check_picture(
         panoptic.StoredSegment(
             id=int(segment["id"]),
             label=labels[segment["category_id"]],
-            iscrowd=bool(segment.get("iscrowd", 0)),
+            iscrowd=coco_json.flag(segment, "iscrowd"),
             area=counts[int(segment["id"])],
         )
         for segment in annotation["segments_info"]

@@ -14,6 +14,8 @@ from PIL import Image
 from knet_jax.data import files, records, semantic, transforms
 from knet_jax.structs import Categories
 
+PNG = b"\x89PNG\r\n\x1a\n"
+"""How a PNG begins."""
 MAX_INDEX = 65535
 INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 """Pillow's names for pictures of one number a pixel."""
@@ -101,8 +103,10 @@ def read_indices(data: bytes, name: str) -> np.ndarray:
     """The indices that a PNG holds, of 1 to 16 bits, grey or with a palette: int [H, W].
 
     Raises:
-        ValueError: the PNG is damaged, or its pixels are colors.
+        ValueError: it is no PNG, is damaged, or its pixels are colors.
     """
+    if not data.startswith(PNG):
+        raise ValueError(f"{name} is no PNG")
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode not in INDEX_MODES:

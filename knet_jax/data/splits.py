@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from knet_jax.data import kinds, records, transforms
 
-SPEC = re.compile(r"(\w+)(\[.+\])?")
+SPEC = re.compile(r"(\w+)(\[[^\[\]]+\])?")
 
 
 def split_name(spec: str) -> str:

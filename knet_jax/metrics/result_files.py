@@ -29,6 +29,23 @@ def place_png(folder: Path, file_name: str) -> tuple[str, Path]:
     return name, place
 
 
+class Stems:
+    """Names results after pictures, no two alike: 1.jpg and 1.png must not overwrite each other, nor
+    1.jpg and 1.JPG on other systems."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def of(self, name: str) -> str:
+        """What the results of the next picture are called, before a suffix; `name` has one."""
+        stem, number = PurePath(name).with_suffix("").as_posix(), 1
+        while stem.lower() in self._taken:
+            stem = name if number == 1 else f"{name}-{number}"
+            number += 1
+        self._taken.add(stem.lower())
+        return stem
+
+
 def draft_of(path: Path) -> Path:
     """Where a file is written before it is whole and gets its name."""
     return path.with_name(f"{path.name}.part")
