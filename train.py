@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from knet_jax import optim, training
-from knet_jax.checkpoint import Checkpoints, check_writable, lock_workdir
+from knet_jax.checkpoint import Checkpoints, check_writable
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import (
     SAVED_NAME,
@@ -36,6 +36,7 @@ from knet_jax.data import pipeline
 from knet_jax.data.splits import Split
 from knet_jax.evaluation import Evaluator, Gallery, lookahead
 from knet_jax.knet import make_model
+from knet_jax.lock import lock
 from knet_jax.logs import Log, Progress, plot_curves
 from knet_jax.matching import Weights
 from knet_jax.preemption import StopRequest, stop_when_asked
@@ -62,9 +63,8 @@ def main(command: CommandLine) -> None:
     metric = task.metric
     jax.config.update("jax_default_matmul_precision", config.precision)
     workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
-    is_chief = jax.process_index() == 0
     check_writable(workdir)
-    lock = lock_workdir(workdir)  # as long as it is referred to
+    claim = lock(workdir, "another --workdir")  # as long as it is referred to
     if (workdir / SAVED_NAME).exists():
         for difference in check_resume(config, workdir):
             print(difference)
@@ -144,8 +144,8 @@ def main(command: CommandLine) -> None:
     restored = loaded = variables = params = batch_stats = None
 
     # The loop: step, log, save, evaluate.
-    log = Log(workdir, steps_per_epoch, start) if is_chief else None
-    progress = Progress(total_steps) if is_chief else None
+    log = Log(workdir, steps_per_epoch, start)
+    progress = Progress(total_steps)
     score = partial(
         evaluate,
         evaluator=Evaluator(model, val_split, config, devices),
@@ -161,8 +161,6 @@ def main(command: CommandLine) -> None:
         batch_size,
         config.seed,
         start * batch_size,
-        jax.process_index(),
-        jax.process_count(),
     )
     num_parts = share // parts.num_images
     feed = lookahead((b.id, training.to_devices(b, devices, num_parts)) for b, _ in batches)
@@ -174,7 +172,7 @@ def main(command: CommandLine) -> None:
     with checkpoints, stop_when_asked() as stop:
         if is_resumed and is_scored(start) and checkpoints.scores(start) is None:
             score(start, state, stop)  # what the run was stopped in
-        if is_chief and start < total_steps:
+        if start < total_steps:
             progress.print("compiling; the first step can take minutes")
         interval = Interval(batch_size)
 
@@ -187,8 +185,7 @@ def main(command: CommandLine) -> None:
             # By now the step before is done; to wait for this one would leave the device idle.
             check_finite(unchecked, split, checkpoints)
             unchecked = step, metrics, ids
-            if is_chief:
-                progress.update(step, interval.last() | {"lr": schedule(step - 1)})
+            progress.update(step, interval.last() | {"lr": schedule(step - 1)})
             stops, evaluates = bool(stop), is_scored(step)
             saves = stops or evaluates or is_due(step, config.train.checkpoint_every)
 
@@ -196,8 +193,7 @@ def main(command: CommandLine) -> None:
                 check_finite(unchecked, split, checkpoints)
                 checkpoints.raise_if_failed()
                 values = interval.close() | optim.group_rates(config.optim, schedule, step - 1)
-                if is_chief:
-                    log.scalars(step, values)
+                log.scalars(step, values)
             if saves:
                 seen = {
                     "examples_seen": step * batch_size,
@@ -213,15 +209,14 @@ def main(command: CommandLine) -> None:
 
         scores = checkpoints.scores(max(start, total_steps))
 
-    if is_chief:
-        progress.close()
-        log.close()
-        lock.close()
-        plot_curves(workdir)
-        print(
-            f"done: {describe(scores, 'val', metric.HEADLINE)} in {workdir}; "
-            f"evaluate it with: python eval.py --workdir {workdir}"
-        )
+    progress.close()
+    log.close()
+    claim.close()
+    plot_curves(workdir)
+    print(
+        f"done: {describe(scores, 'val', metric.HEADLINE)} in {workdir}; "
+        f"evaluate it with: python eval.py --workdir {workdir}"
+    )
 
 
 def is_due(step: int, every: int) -> bool:
@@ -302,8 +297,8 @@ def evaluate(
     evaluator: Evaluator,
     checkpoints: Checkpoints,
     num_pictures: int,
-    log: Log | None,
-    progress: Progress | None,
+    log: Log,
+    progress: Progress,
     workdir: Path,
 ) -> None:
     """Scores a step that has been saved, and its moving average if there is one.
@@ -326,12 +321,10 @@ def evaluate(
             end_early(step, checkpoints, stop)
         summary = metric.summarize(counts, categories)
         scores |= {f"{name}/{key}": value for key, value in summary.items()}
-        if progress:
-            line = describe(scores, name, metric.HEADLINE)
-            progress.print(f"step {step}: {line}{' (EMA)' if name != 'val' else ''}")
-    if log:
-        log.scalars(step, scores)
-        show(gallery, log, step, workdir)
+        line = describe(scores, name, metric.HEADLINE)
+        progress.print(f"step {step}: {line}{' (EMA)' if name != 'val' else ''}")
+    log.scalars(step, scores)
+    show(gallery, log, step, workdir)
     checkpoints.add_scores(step, scores)
 
 

@@ -7,7 +7,6 @@ a step, which come later than its state, are a file beside the two.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import shutil
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -38,7 +37,6 @@ from knet_jax.snapshot import (
     saved_shapes,
 )
 
-LOCK_NAME = ".lock"
 SCORES_NAME = "scores.json"
 
 
@@ -54,28 +52,6 @@ def check_writable(workdir: str | Path) -> None:
             file.write(b"0")
     except OSError as error:
         raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
-
-
-def lock_workdir(workdir: str | Path) -> IO[str]:
-    """Keeps a second run out of a workdir, where each would remove what the other writes.
-
-    Returns:
-      a file; the lock goes with it, however the process ends.
-
-    Raises:
-      CheckpointError: another run is using it.
-    """
-    file = (Path(workdir) / LOCK_NAME).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise CheckpointError(
-            f"another run is using {workdir}; accepted: another --workdir"
-        ) from error
-    except OSError:
-        pass  # a file system without locks
-    return file
 
 
 class Checkpoints:

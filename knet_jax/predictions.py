@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import mimetypes
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -98,9 +99,30 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Pictures and videos in a folder and those below it, sorted."""
-    paths = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
-    return [path for path in paths if path.suffix.lower() in PICTURES + VIDEOS]
+    """Pictures and videos in a folder and those below it, sorted. Those of kinds that are not read
+    are named on stderr."""
+    # A link that leads nowhere becomes a problem of its own when it is read.
+    paths = sorted(
+        path
+        for path in folder.resolve().rglob("*")
+        if path.is_file() or (path.is_symlink() and not path.exists())
+    )
+    found = [path for path in paths if path.suffix.lower() in PICTURES + VIDEOS]
+    others = [path for path in paths if path not in set(found) and _is_visual(path)]
+    if others:
+        kinds = Counter(path.suffix.lower() for path in others)
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        print(
+            f"left out of {folder}: {listed}; accepted: {', '.join(PICTURES + VIDEOS)}",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _is_visual(path: Path) -> bool:
+    """Whether the name of a file is that of a picture or video of any kind."""
+    kind, _ = mimetypes.guess_type(path.name)
+    return (kind or "").startswith(("image/", "video/"))
 
 
 def _is_prediction(path: Path, output: Path) -> bool:

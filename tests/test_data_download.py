@@ -12,6 +12,7 @@ from tensorflow_datasets.core.download import checksums
 
 from knet_jax.data import download, pipeline
 from knet_jax.data.download import Archive
+from knet_jax.lock import lock
 
 CUT = 3 * download.BLOCK
 """Bytes that a connection which breaks lets through."""
@@ -195,6 +196,15 @@ def test_a_download_is_in_the_thread_that_an_interruption_ends(two, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         download.fetch(archives, str(tmp_path / "root"))
     assert threads == [threading.main_thread()]
+
+
+def test_a_second_download_into_a_root_waits(two, tmp_path):
+    _, archives, asked = two
+    (tmp_path / "root" / "downloads").mkdir(parents=True)
+    with lock(tmp_path / "root" / "downloads", ""), pytest.raises(ValueError, match="another run"):
+        download.fetch(archives, str(tmp_path / "root"))
+    assert not asked
+    download.fetch(archives, str(tmp_path / "root"))
 
 
 def test_unpacking_goes_on_where_it_stopped(two, tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import parity
 import pytest
@@ -188,3 +189,21 @@ def test_tolerances_follow_where_the_precisions_of_the_reference_part():
     assert parity.loosened(1e-4, single, "total_loss") == 1e-4
     double = single._replace(dtype="float64")
     assert parity.loosened(1e-6, double, "losses", "apart") == 1e-6
+
+
+@pytest.mark.parametrize("flips, passed", [(0, False), (3, True)])
+def test_only_a_flipped_pixel_widens_tolerances(monkeypatch, flips, passed):
+    signs = np.zeros((2, 8, 8), bool)
+    exact = signs.copy()
+    exact.ravel()[:flips] = True
+
+    def loss_and_grads(fixture):
+        assert fixture.dtype == "float64" and jax.numpy.zeros(()).dtype == "float64"
+        return None, lambda params, stats: (None, [exact]), {"params": {}, "batch_stats": {}}
+
+    monkeypatch.setattr(parity, "loss_and_grads", loss_and_grads)
+    rows = [parity.Row("a", 3e-4, 1e-4), parity.Row("b", 1e-5, 1e-4), parity.Row("c", 1.0, 1e-4)]
+    fixture = parity.Fixture(Path("x"), {}, {}, "float32")
+    found = list(parity.forgive_flips(rows, [signs], fixture))
+    assert [row.passed for row in found] == [passed, True, False]
+    assert found[0].note.strip() == ("3 flips" if flips else "")

@@ -302,6 +302,20 @@ def test_sources_have_names_of_their_own(tmp_path):
             find(path)
 
 
+def test_what_a_folder_has_besides_is_named(tmp_path, capsys):
+    write_pictures(tmp_path / "in", ("1.jpg",))
+    for name in ("2.gif", "b.GIF", "3.ppm", "4.mpe", "readme.txt"):
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "in" / "gone.png").symlink_to("/nowhere/gone.png")
+    found = sources(tmp_path / "in")
+    assert [source.name for source in found] == ["1.jpg", "gone.png"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"left out of {tmp_path / 'in'}: 2 .gif, 1 .mpe, 1 .ppm; accepted: .bmp")
+    with semantic_predictions(tmp_path / "out") as predictions:
+        problems = predict_pictures(Seer(), found, predictions)
+    assert problems == [f"{tmp_path / 'in' / 'gone.png'}: No such file or directory"]
+
+
 @pytest.mark.parametrize("output", ["in", "in/..", "in/b"])
 def test_an_output_around_the_pictures_hides_only_predictions(tmp_path, output):
     write_pictures(tmp_path / "in", ("1.jpg", "b/2.jpg"))

@@ -27,6 +27,8 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.util import DownloadError
 
+from knet_jax.lock import lock
+
 COCO = "http://images.cocodataset.org"
 ADE20K = "http://data.csail.mit.edu/places/ADEchallenge"
 FOLDER = "downloads"
@@ -84,12 +86,18 @@ def fetch(archives: Sequence[Archive], root: str) -> None:
         root: the folder that they are unpacked into, `config.data.root`.
 
     Raises:
-        ValueError: there is no root, or an archive cannot be fetched or is damaged.
+        ValueError: there is no root, another process is at it, or an archive cannot be fetched or is damaged.
     """
     if not root:
         raise ValueError("config.data.root is empty, it must name the folder to download to")
     target = Path(os.path.expanduser(root))
     folder = target / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder, "to wait for it"):
+        _fetch(archives, target, folder)
+
+
+def _fetch(archives: Sequence[Archive], target: Path, folder: Path) -> None:
     for leftover in folder.glob("**/*.tmp.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     manager = _Manager(download_dir=folder)

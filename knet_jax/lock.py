@@ -1,0 +1,33 @@
+"""Keeping a second process out of a folder."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import IO
+
+LOCK_NAME = ".lock"
+
+
+def lock(folder: str | Path, remedy: str) -> IO[str]:
+    """Claims a folder, where two processes would remove or mix up what each other writes.
+
+    Args:
+      folder: that exists.
+      remedy: what the user may do where it is in use.
+
+    Returns:
+      a file; the lock goes with it, however the process ends.
+
+    Raises:
+      ValueError: another process has the folder.
+    """
+    file = (Path(folder) / LOCK_NAME).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"another run is using {folder}; accepted: {remedy}") from error
+    except OSError:
+        pass  # a file system without locks
+    return file
