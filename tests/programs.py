@@ -7,6 +7,16 @@ from contextlib import contextmanager
 from absl import flags
 from absl.testing import flagsaver
 
+INTERRUPTIBLE = """
+import runpy, signal, sys
+
+# What a shell starts in the background would ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a program, `python -c INTERRUPTIBLE predict.py …`, that a Ctrl-C ends."""
+
 
 @contextmanager
 def program(name: str):

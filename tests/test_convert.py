@@ -352,6 +352,7 @@ def parts_of(variables):
     return traverse_util.flatten_dict(jax.tree.map(np.asarray, variables), sep="/")
 
 
+@pytest.mark.slow
 def test_other_classes_keep_all_that_does_not_belong_to_classes(tmp_path, save, variables, tensors):
     counts = ("--config.model.num_things=3", "--config.model.num_stuff=2")
     path = save(tensors, meta={"CLASSES": names.coco("panoptic").names})

@@ -42,15 +42,6 @@ def test_maps_and_quality_equal_the_references(fixtures, monkeypatch, capsys):
     assert sum(line.split()[0] in ("op0_out", "op1_out", "op2_out") for line in lines) == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["r50", "r101dcn", "swint"])
-def test_the_network_equals_the_references(fixtures, monkeypatch, capsys, backbone):
-    status, lines = run(monkeypatch, capsys, fixtures / f"det_panoptic_{backbone}_fwd.json")
-    assert status == 0 and not any("FAIL" in line for line in lines)
-    for name in ("fpn3_mean", "x_feats_every8", "mask_init", "s2_mask", "s2_cls", "pan_cfg_0"):
-        assert any(line.split()[0] == name for line in lines)
-
-
 def test_one_changed_array_fails(post, monkeypatch, capsys):
     arrays = dict(np.load(post))
     height, width = arrays["pan_cfg_0"].shape
@@ -74,14 +65,6 @@ def test_an_array_of_another_shape_fails(post, monkeypatch, capsys):
     assert parity.relative(np.zeros(3), np.zeros(4)) == np.inf
     assert parity.relative(np.ones(3), np.ones(3) * 1.5) == pytest.approx(1 / 3)
     assert not parity.Row("name", float("nan"), 1.0).passed
-
-
-def test_networks_have_the_references_sizes(fixtures, monkeypatch, capsys):
-    path = fixtures / "model_sizes.json"
-    status, lines = run(monkeypatch, capsys, path)
-    assert status == 0 and lines[-1].endswith(" 0 failed, 0 skipped")
-    names = {line.split("/params ")[0].strip() for line in lines if "/params " in line}
-    assert names == json.loads(path.read_text())["models"].keys() == parity.RECIPES.keys()
 
 
 def test_another_size_or_an_unknown_network_fails(fixtures, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ import pytest
 import tiny_runs
 from devices import environment
 from PIL import Image
-from programs import program
+from programs import INTERRUPTIBLE, program
 
 from knet_jax import commandline, rle
 from knet_jax.configuration import ConfigError
@@ -174,16 +174,6 @@ def test_files_and_a_threshold(models, tmp_path):
         names = json.loads((output / "images.json").read_text())["images"]
         assert [image["file_name"] for image in names] == ["a/1.png", "b/1.png", "c/2.png"]
     assert counts[0] == 3 * 20 > counts[1]
-
-
-INTERRUPTIBLE = """
-import runpy, signal, sys
-
-# What a shell starts in the background would ignore it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.mark.slow

@@ -62,8 +62,8 @@ def picture(height, width, seed=0):
 @pytest.mark.parametrize(
     "task, overrides",
     [
-        ("panoptic", ()),
-        ("instance", ()),
+        pytest.param("panoptic", (), marks=pytest.mark.slow),
+        pytest.param("instance", (), marks=pytest.mark.slow),
         ("semantic", ()),
         pytest.param("semantic", ("--config.data.eval_multiple=1",), marks=pytest.mark.slow),
         pytest.param("semantic", SEVERAL_PASSES, marks=pytest.mark.slow),
