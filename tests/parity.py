@@ -500,7 +500,11 @@ def loss_rows(
     yield Row("total_loss", relative(total, fixture.stored("total_loss")), allowed)
 
 
-def loss_and_grads(fixture: Fixture):
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+"""What takes back `COMPILE_FAST`, for a program that runs often."""
+
+
+def loss_and_grads(fixture: Fixture, compiler_options: Mapping[str, Any] | None = None):
     """(params, batch_stats) -> ((loss, (judgement, batch_stats)), grads) of a fixture's batch, and
     -> (matching, side of the hard threshold of every gathered pixel), both compiled; and the
     network's variables."""
@@ -546,7 +550,7 @@ def loss_and_grads(fixture: Fixture):
         out_specs=everywhere,
         check_vma=False,
     )
-    run = jax.jit(run)
+    run = jax.jit(run, compiler_options=compiler_options)
     return run, jax.jit(matching), variables
 
 
@@ -654,7 +658,7 @@ TRAJECTORY = {
 
 def trajectory(fixture: Fixture) -> Iterator[Row]:
     batch = batch_of(fixture)
-    run, _, variables = loss_and_grads(batch)
+    run, _, variables = loss_and_grads(batch, OPTIMIZED)
     suffix = "f64" if fixture.exact else "f32"
     for key in fixture.manifest:
         if not key.endswith(f"_{suffix}"):
