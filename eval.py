@@ -45,6 +45,8 @@ def main(command: CommandLine) -> None:
         raise ConfigError("--workdir is missing: the folder of a run of train.py")
     workdir, output = Path(WORKDIR.value), Path(OUTPUT.value or WORKDIR.value)
     if output.is_file():
+        if OUTPUT.value:
+            raise ConfigError(f"--output={output} is a file; accepted: a folder")
         raise ConfigError(f"--output is missing: --workdir={workdir} is no folder for results")
     devices = jax.local_devices()
     trained = open_run(

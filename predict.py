@@ -4,7 +4,7 @@ python predict.py photo.jpg --model runs/demo --output out
 python predict.py pictures/ more/1.jpg --model runs/demo --output out --threshold 0.5
 python predict.py clip.mp4 --model runs/demo --output out
 
-Takes pictures, videos, and folders with all that is in them, subfolders included. Writes to the
+Takes pictures, videos, and folders with those that they hold, subfolders included. Writes to the
 output, as they come: overlays/ (the pictures under their segments), the results in COCO's format
 (panoptic.json and panoptic/*.png, instance.json, or semantic.json and semantic/*.png), images.json
 (which id is which file) and contact_sheet.jpg; of a video videos/NAME.mp4 and videos/NAME.json.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,7 +64,9 @@ def main(command: CommandLine) -> None:
     jax.config.update("jax_default_matmul_precision", config.precision)
     workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
     check_writable(workdir)
-    claim = lock(workdir, "another --workdir")  # as long as it is referred to
+    claim = lock(
+        workdir, f"another run is using {workdir}; accepted: another --workdir"
+    )  # as long as it is referred to
     if (workdir / SAVED_NAME).exists():
         for difference in check_resume(config, workdir):
             print(difference)
@@ -169,7 +171,7 @@ def main(command: CommandLine) -> None:
     def is_scored(step: int) -> bool:
         return step >= total_steps or is_due(step, config.train.eval_every)
 
-    with checkpoints, stop_when_asked() as stop:
+    with checkpoints, closing(log), closing(progress), stop_when_asked() as stop:
         if is_resumed and is_scored(start) and checkpoints.scores(start) is None:
             score(start, state, stop)  # what the run was stopped in
         if start < total_steps:
@@ -209,10 +211,8 @@ def main(command: CommandLine) -> None:
 
         scores = checkpoints.scores(max(start, total_steps))
 
-    progress.close()
-    log.close()
-    claim.close()
     plot_curves(workdir)
+    claim.close()
     print(
         f"done: {describe(scores, 'val', metric.HEADLINE)} in {workdir}; "
         f"evaluate it with: python eval.py --workdir {workdir}"

@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from knet_jax.metrics.result_files import write_json
 from knet_jax.optim import leaf_paths
 from knet_jax.quiet import silenced
 from knet_jax.snapshot import (
@@ -194,10 +195,8 @@ class Checkpoints:
         self.wait()
         self._scores[step] = {name: float(value) for name, value in scores.items()}
         if jax.process_index() == 0:
-            path = self._scores_path(step)
-            draft = path.with_suffix(".part")
-            draft.write_text(json.dumps(make_record({}, step=step, scores=self._scores[step])))
-            draft.replace(path)
+            record = make_record({}, step=step, scores=self._scores[step])
+            write_json(self._scores_path(step), record)
 
     def _scores_path(self, step: int) -> Path:
         return self.directory / str(step) / SCORES_NAME

@@ -9,12 +9,12 @@ from typing import IO
 LOCK_NAME = ".lock"
 
 
-def lock(folder: str | Path, remedy: str) -> IO[str]:
+def lock(folder: str | Path, message: str) -> IO[str]:
     """Claims a folder, where two processes would remove or mix up what each other writes.
 
     Args:
       folder: that exists.
-      remedy: what the user may do where it is in use.
+      message: of the error where it is in use.
 
     Returns:
       a file; the lock goes with it, however the process ends.
@@ -27,7 +27,7 @@ def lock(folder: str | Path, remedy: str) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise ValueError(f"another run is using {folder}; accepted: {remedy}") from error
+        raise ValueError(message) from error
     except OSError:
         pass  # a file system without locks
     return file

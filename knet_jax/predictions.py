@@ -8,6 +8,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -107,8 +108,8 @@ def _walk(folder: Path) -> list[Path]:
         for path in folder.resolve().rglob("*")
         if path.is_file() or (path.is_symlink() and not path.exists())
     )
-    found = [path for path in paths if path.suffix.lower() in PICTURES + VIDEOS]
-    others = [path for path in paths if path not in set(found) and _is_visual(path)]
+    found = [path for path in paths if _is_read(path)]
+    others = [path for path in paths if not _is_read(path) and _is_visual(path)]
     if others:
         kinds = Counter(path.suffix.lower() for path in others)
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -117,6 +118,10 @@ def _walk(folder: Path) -> list[Path]:
             file=sys.stderr,
         )
     return found
+
+
+def _is_read(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES + VIDEOS
 
 
 def _is_visual(path: Path) -> bool:
@@ -136,8 +141,14 @@ def until(stop: StopRequest | None, results: Iterable[Result]) -> Iterator[Resul
     """Results until the process is asked to stop. Raises Preempted after the one that is then due."""
     for result in results:
         yield result
-        if stop:
-            raise stop.end("stopped; what was done is kept")
+        end_if_asked(stop)
+    end_if_asked(stop)
+
+
+def end_if_asked(stop: StopRequest | None) -> None:
+    """Raises Preempted if the process was asked to stop."""
+    if stop:
+        raise stop.end("stopped; what was done is kept")
 
 
 class Predictions:
@@ -270,7 +281,8 @@ def predict_pictures(
             tqdm.write(f"skipped {error}", file=sys.stderr)
             bar.update()
 
-        images = readable(sources, waiting.append, skip)
+        going_on = takewhile(lambda _: not stop, sources)  # also past what cannot be read
+        images = readable(going_on, waiting.append, skip)
         for result in until(stop, segmenter.stream(images, threshold)):
             predictions.add(waiting.popleft(), result)
             bar.update()

@@ -7,9 +7,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
+
+PATIENCE = 5.0
+"""Seconds in which a second Ctrl-C may be answered in order: files closed, what there is kept."""
 
 
 class Preempted(Exception):
@@ -43,46 +46,63 @@ class StopRequest:
 def stop_when_asked() -> Iterator[StopRequest]:
     """Turns SIGTERM and Ctrl-C into a flag that a loop reads between two rounds.
 
-    A second Ctrl-C ends the process at once, wherever it is. The main thread may be compiling for
-    minutes, and Python hands a signal to nobody else: so another thread is woken by it too.
+    A second Ctrl-C is a KeyboardInterrupt, and the end of the process if that has not led to one
+    within `PATIENCE`. The main thread may be compiling for minutes, and Python hands a signal to no
+    other: so another one is woken by it too.
     """
     request = StopRequest()
-
-    def receive(signum: int, frame: Any = None) -> None:
-        del frame
-        request.signum = request.signum or signum
-
-    def watch(signals: socket.socket) -> None:
-        interrupts = 0
-        while byte := signals.recv(1):
-            receive(byte[0])
-            if byte[0] == signal.SIGINT:
-                interrupts += 1
-                if interrupts > 1:
-                    say("interrupted")
-                    os._exit(128 + signal.SIGINT)
-                say("stopping when what is under way is done; Ctrl-C again stops at once")
-
-    def say(text: str) -> None:
-        # Below what a terminal shows of the key, and of a progress line.
-        print(f"\n{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
-
-    # What a shell started in the background is not meant to hear Ctrl-C.
     heard = [signal.SIGTERM]
+    # What a shell started in the background is not meant to hear Ctrl-C.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         heard.append(signal.SIGINT)
+
+    def receive(signum: int, frame: Any) -> None:
+        del frame
+        if signum == signal.SIGINT and signum in handled:
+            raise KeyboardInterrupt
+        handled.add(signum)
+        request.signum = request.signum or signum
+
+    handled: set[int] = set()
     ours, pythons = socket.socketpair()
     pythons.setblocking(False)
-    watcher = threading.Thread(target=watch, args=(ours,), daemon=True)
-    watcher.start()
-    wakeup = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
-    previous = {signum: signal.signal(signum, receive) for signum in heard}
+    watcher = threading.Thread(target=_watch, args=(ours, request, heard), daemon=True)
+    wakeup, previous = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False), {}
     try:
+        watcher.start()
+        for signum in heard:
+            previous[signum] = signal.signal(signum, receive)
         yield request
     finally:
         for signum, handler in previous.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(wakeup)
         pythons.close()
         watcher.join()
         ours.close()
+
+
+def _watch(signals: socket.socket, request: StopRequest, heard: Sequence[int]) -> None:
+    """Reads the signals that come, a byte each, until there is an end to them."""
+    interrupts = 0
+    while byte := signals.recv(1):
+        signum = byte[0]
+        if signum not in heard:
+            continue
+        request.signum = request.signum or signum
+        interrupts += signum == signal.SIGINT
+        if signum == signal.SIGINT and interrupts == 1:
+            _say("stopping when what is under way is done; Ctrl-C again stops at once")
+        elif signum == signal.SIGINT:
+            signals.settimeout(PATIENCE)
+            with suppress(TimeoutError):
+                if not signals.recv(1):
+                    return
+            _say("interrupted")
+            os._exit(128 + signal.SIGINT)
+
+
+def _say(text: str) -> None:
+    # Below what a terminal shows of the key, and of a progress line.
+    with suppress(OSError, ValueError):  # nobody listens
+        print(f"\n{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)

@@ -90,7 +90,7 @@ def read(path: str | Path) -> Any:
                 raise RefusedError("it is a zip file without an end: is it truncated?")
             file.seek(0)
             return _read_legacy(file, storages)
-    except RefusedError:
+    except (RefusedError, PermissionError):
         raise
     except Exception as error:
         # A broken pickle leads its reader to any error.

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from knet_jax.metrics.result_files import JsonList
-from knet_jax.predictions import VIDEO_RESULTS, Source, until
+from knet_jax.predictions import VIDEO_RESULTS, Source, end_if_asked, until
 from knet_jax.preemption import StopRequest
 from knet_jax.segmenter import Segmenter
 
@@ -44,6 +44,7 @@ def predict_video(
     Raises:
       Preempted: it was asked to stop.
     """
+    end_if_asked(stop)
     capture = cv2.VideoCapture(str(source.path))
     try:
         frames = _Frames(capture)

@@ -201,7 +201,10 @@ def test_a_download_is_in_the_thread_that_an_interruption_ends(two, tmp_path, mo
 def test_a_second_download_into_a_root_waits(two, tmp_path):
     _, archives, asked = two
     (tmp_path / "root" / "downloads").mkdir(parents=True)
-    with lock(tmp_path / "root" / "downloads", ""), pytest.raises(ValueError, match="another run"):
+    with (
+        lock(tmp_path / "root" / "downloads", ""),
+        pytest.raises(ValueError, match="another download"),
+    ):
         download.fetch(archives, str(tmp_path / "root"))
     assert not asked
     download.fetch(archives, str(tmp_path / "root"))
@@ -244,6 +247,20 @@ def test_checksums_that_tfds_knows_are_compared(two, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a\.zip cannot be downloaded: .*wrong checksum"):
         download.fetch([archive], str(tmp_path / "root"))
     assert not (tmp_path / "root" / "a.txt").exists()
+
+
+def test_a_damaged_member_is_named_and_its_archive_fetched_again(two, tmp_path):
+    folder, [archive, _], _ = two
+    sound = (folder / "a.zip").read_bytes()
+    with zipfile.ZipFile(folder / "a.zip") as file:
+        [member] = [info for info in file.infolist() if info.file_size]
+    start = member.header_offset + 30 + len(member.filename)
+    (folder / "a.zip").write_bytes(sound[:start] + b"\xff" * 8 + sound[start + 8 :])
+    with pytest.raises(ValueError, match=r"a\.zip: .* is no whole zip file and has been"):
+        download.fetch([archive], str(tmp_path / "root"))
+    (folder / "a.zip").write_bytes(sound)
+    download.fetch([archive], str(tmp_path / "root"))
+    assert (tmp_path / "root" / "a.txt").read_text() == "a" * 3 * CUT
 
 
 def test_what_is_no_archive_is_named(two, tmp_path):

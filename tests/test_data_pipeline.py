@@ -1,7 +1,10 @@
 import itertools
 import logging
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -80,6 +83,37 @@ def test_workers_end_with_a_parent_that_is_killed(shapes):
     while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(is_alive(pid) for pid in workers)
+
+
+def _feed_in_a_storm(config, counts):
+    """Signals to the whole group, from before its workers start until they have all given batches."""
+    os.setsid()
+    for signum in pipeline.GROUP_SIGNALS:
+        signal.signal(signum, lambda *_: None)
+    done = threading.Event()
+
+    def signal_all():
+        while not done.wait(0.05):
+            for signum in pipeline.GROUP_SIGNALS:
+                os.killpg(0, signum)
+
+    config.num_workers = 2
+    split = pipeline.load_split(config, "train", "panoptic")
+    threading.Thread(target=signal_all).start()
+    counts.put(sum(1 for _ in take(4, split, config, 4, seed=0, start=0)))
+    done.set()
+
+
+def test_workers_start_through_signals_to_the_whole_group(shapes):
+    context = multiprocessing.get_context("spawn")
+    counts = context.Queue()
+    process = context.Process(target=_feed_in_a_storm, args=(shapes[0], counts))
+    process.start()
+    try:
+        assert counts.get(timeout=120) == 4
+    finally:
+        process.kill()
+        process.join()
 
 
 def is_alive(pid):

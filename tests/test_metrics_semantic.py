@@ -138,7 +138,9 @@ def test_files_hold_the_datasets_ids(tmp_path):
     png = cv2.imread(str(tmp_path / "out" / "semantic" / "val" / "7.png"), cv2.IMREAD_UNCHANGED)
     assert png.dtype == np.uint8 and png.tolist() == [[0, 17, 18, 187, 187]]
     assert json.loads((tmp_path / "out" / "semantic.json").read_text()) == {
-        "images": [{"id": 7, "file_name": "val/7.jpg", "height": 1, "width": 5}],
+        "images": [
+            {"id": 7, "file_name": "val/7.jpg", "png": "val/7.png", "height": 1, "width": 5}
+        ],
         "categories": [
             {"id": 17, "name": "cat"},
             {"id": 18, "name": "dog"},

@@ -502,20 +502,44 @@ def test_a_picture_of_any_size_is_skipped(tmp_path):
     assert (tmp_path / "out" / "overlays" / "2.jpg").is_file()
 
 
+class Stopped(Seer):
+    """A segmenter during whose first picture the process is asked to stop."""
+
+    def __init__(self):
+        super().__init__()
+        self.stop = StopRequest()
+
+    def result(self, image):
+        self.stop.signum = signal.SIGTERM
+        return super().result(image)
+
+
 def test_predictions_end_when_asked_to(tmp_path):
     write_pictures(tmp_path / "in", ("1.png", "2.png"))
     write_video(tmp_path / "in" / "clip.mp4")
     *stills, clip = sources(tmp_path / "in")
-    stop = StopRequest()
-    stop.signum = signal.SIGTERM
+    seer = Stopped()
     with pytest.raises(Preempted), semantic_predictions(tmp_path) as predictions:
-        predict_pictures(Seer(), stills, predictions, stop=stop)
+        predict_pictures(seer, stills, predictions, stop=seer.stop)
     listed = json.loads((tmp_path / "images.json").read_text())["images"]
     assert [image["file_name"] for image in listed] == ["1.png"]
+    seer = Stopped()
     with pytest.raises(Preempted):
-        predict_video(Seer(), clip, tmp_path, stop=stop)
+        predict_video(seer, clip, tmp_path, stop=seer.stop)
     assert len(read_video(tmp_path / "videos" / "clip.mp4")) == 1
     assert len(json.loads((tmp_path / "videos" / "clip.json").read_text())) == 1
+    with pytest.raises(Preempted):  # before anything is read
+        predict_video(seer, tmp_path / "gone.mp4", tmp_path, stop=seer.stop)
+
+
+def test_what_cannot_be_read_does_not_keep_it_from_stopping(tmp_path, capsys):
+    write_pictures(tmp_path, ("1.png",))
+    for i in range(2, 9):
+        (tmp_path / f"{i}.png").write_text("no picture")
+    seer = Stopped()
+    with pytest.raises(Preempted), semantic_predictions(tmp_path / "out") as predictions:
+        predict_pictures(seer, sources(tmp_path), predictions, stop=seer.stop)
+    assert "skipped" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count, cells", [(1, 1), (3, 3), (4, 6), (10, 12)])

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -45,14 +46,38 @@ def test_what_was_to_be_ignored_is_ignored(interruptible):
         assert not stop
 
 
-def test_a_second_ctrl_c_waits_for_nothing():
+def test_a_second_ctrl_c_does_not_wait_for_a_compilation():
     process = subprocess.Popen(
         [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "busy\n"
-    process.send_signal(signal.SIGINT)
-    assert "Ctrl-C again stops at once" in process.stderr.readline()
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == "interrupted\n"
-    assert process.returncode == 130
+    try:
+        assert process.stdout.readline() == "busy\n"
+        process.send_signal(signal.SIGINT)
+        assert "Ctrl-C again stops at once" in process.stderr.readline()
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "interrupted\n"
+        assert process.returncode == 130
+    finally:
+        process.kill()
+
+
+def test_a_second_ctrl_c_leaves_time_to_close_files(interruptible):
+    closed = []
+    with pytest.raises(KeyboardInterrupt), stop_when_asked() as stop:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            closed.append(True)
+    assert closed == [True]
+
+
+def test_other_signals_do_not_ask_to_stop():
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    with stop_when_asked() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.2)
+        assert not stop
+    signal.signal(signal.SIGUSR1, before)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -93,7 +94,7 @@ def fetch(archives: Sequence[Archive], root: str) -> None:
     target = Path(os.path.expanduser(root))
     folder = target / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder, "to wait for it"):
+    with lock(folder, f"another download into {target} is under way; wait for its end"):
         _fetch(archives, target, folder)
 
 
@@ -228,7 +229,7 @@ def unpack(path: Path, folder: Path, title: str) -> None:
                 if there.is_file() and there.stat().st_size == member.file_size:
                     continue
                 archive.extract(member, folder)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         _forget(path)
         raise ValueError(
             f"{title}: {path} is no whole zip file and has been removed: {error}"

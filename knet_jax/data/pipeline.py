@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ ENDLESS = 1 << 48
 QUIET = "ignore:resource_tracker:UserWarning"
 """A filter of warnings for Python's cleaner of shared memory."""
 
+GROUP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What schedulers and terminals send to the whole group; the parent decides when workers end."""
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +260,9 @@ def _results(
     iterator = iter(elements.mp_prefetch(workers, worker_init_fn=_start_worker))
     seen, broken, named = 0, 0, set()
     try:
-        for scales, truths, failures in iterator:
+        with _group_signals_blocked() if recipe.num_workers else contextlib.nullcontext():
+            first = list(itertools.islice(iterator, 1))
+        for scales, truths, failures in itertools.chain(first, iterator):
             seen += int(np.sum(scales[0].id != EMPTY)) + len(failures)
             broken += len(failures)
             for failure in failures:
@@ -275,13 +280,24 @@ def _results(
         iterator.close()
 
 
+@contextlib.contextmanager
+def _group_signals_blocked() -> Iterator[None]:
+    """For workers that start inside: what is blocked here is so in them, and a signal to the whole
+    group does not end one before it has come to `_start_worker`. Other threads hear it meanwhile."""
+    resource_tracker.ensure_running()  # its own start would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(index: int, count: int) -> None:
     del index, count
     # The workers are the parallelism.
     cv2.setNumThreads(0)
-    # Schedulers and terminals signal the whole group; the parent decides when workers end.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in GROUP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -21,12 +21,16 @@ def place_png(folder: Path, file_name: str) -> tuple[str, Path]:
     Returns:
         the name below the folder, and the whole path.
     """
-    path = PurePath(file_name).with_suffix(".png")
-    inside = (part for part in path.parts if part not in (path.anchor, ".."))
-    name = PurePath(*inside).as_posix()
+    name = _inside(file_name).with_suffix(".png").as_posix()
     place = folder / name
     place.parent.mkdir(parents=True, exist_ok=True)
     return name, place
+
+
+def _inside(file_name: str) -> PurePath:
+    """A name without what would lead out of a folder."""
+    path = PurePath(file_name)
+    return PurePath(*(part for part in path.parts if part not in (path.anchor, "..")))
 
 
 class Stems:
@@ -38,9 +42,10 @@ class Stems:
 
     def of(self, name: str) -> str:
         """What the results of the next picture are called, before a suffix; `name` has one."""
-        stem, number = PurePath(name).with_suffix("").as_posix(), 1
+        inside, number = _inside(name), 1
+        stem = inside.with_suffix("").as_posix()
         while stem.lower() in self._taken:
-            stem = name if number == 1 else f"{name}-{number}"
+            stem = f"{inside.as_posix()}-{number}" if number > 1 else inside.as_posix()
             number += 1
         self._taken.add(stem.lower())
         return stem

@@ -70,6 +70,7 @@ class SemanticResults:
         self._images[png] = {
             "id": int(image_id),
             "file_name": file_name,
+            "png": png,
             "height": height,
             "width": width,
         }
