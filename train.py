@@ -64,9 +64,8 @@ def main(command: CommandLine) -> None:
     jax.config.update("jax_default_matmul_precision", config.precision)
     workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
     check_writable(workdir)
-    claim = lock(
-        workdir, f"another run is using {workdir}; accepted: another --workdir"
-    )  # as long as it is referred to
+    # As long as it is referred to.
+    claim = lock(workdir, f"another run is using {workdir}; accepted: another --workdir")
     if (workdir / SAVED_NAME).exists():
         for difference in check_resume(config, workdir):
             print(difference)

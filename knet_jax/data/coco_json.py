@@ -109,13 +109,12 @@ def read_categories(listed: Sequence[Mapping]) -> Categories:
     """
     if not listed:
         raise ValueError("its list of categories is empty")
-    stuff = {index for index, category in enumerate(listed) if not flag(category, "isthing", 1)}
-    ordered = [listed[index] for index in sorted(range(len(listed)), key=stuff.__contains__)]
+    ordered = sorted(listed, key=lambda category: not flag(category, "isthing", 1))
     ids = [int(category["id"]) for category in ordered]
     if len(set(ids)) != len(ids):
         raise ValueError(f"category ids must differ from each other, got {ids}")
     names = tuple(str(category["name"]) for category in ordered)
-    num_things = len(listed) - len(stuff)
+    num_things = sum(flag(category, "isthing", 1) for category in ordered)
     return Categories(names, tuple(ids), num_things)
 
 

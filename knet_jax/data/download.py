@@ -87,7 +87,8 @@ def fetch(archives: Sequence[Archive], root: str) -> None:
         root: the folder that they are unpacked into, `config.data.root`.
 
     Raises:
-        ValueError: there is no root, another process is at it, or an archive cannot be fetched or is damaged.
+        ValueError: there is no root, another download into it is under way, or an archive cannot be
+            fetched or is damaged.
     """
     if not root:
         raise ValueError("config.data.root is empty, it must name the folder to download to")
