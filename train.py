@@ -35,10 +35,10 @@ from knet_jax.configuration import (
 from knet_jax.data import pipeline
 from knet_jax.data.splits import Split
 from knet_jax.evaluation import Evaluator, Gallery, lookahead
-from knet_jax.knet import make_model
 from knet_jax.lock import lock
 from knet_jax.logs import Log, Progress, plot_curves
 from knet_jax.matching import Weights
+from knet_jax.model import make_model
 from knet_jax.preemption import StopRequest, stop_when_asked
 from knet_jax.runs import load_start
 from knet_jax.structs import EMPTY

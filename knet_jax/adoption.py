@@ -12,7 +12,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from knet_jax.configuration import ConfigError
-from knet_jax.knet import make_model
+from knet_jax.model import make_model
 from knet_jax.reference import CLASSES, Fit, Variables, fit
 from knet_jax.training import init_variables
 from knet_jax.weights import NETWORK, NEW, Weights

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from knet_jax.configuration import ConfigError
 from knet_jax.data import coco_json
 from knet_jax.data.datasets import DATASETS
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 from knet_jax.training import check_categories
 
 SAME = 0.9

@@ -39,10 +39,10 @@ from knet_jax.categories import find_categories
 from knet_jax.checkpoint import Checkpoints, check_writable
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import CONVERSION_NAME, ConfigError, load_config, save_config
-from knet_jax.knet import make_model
+from knet_jax.model import make_model
 from knet_jax.reference import Fit, Variables, to_reference
 from knet_jax.runs import open_run
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 from knet_jax.tasks import TASKS
 from knet_jax.training import init_variables
 from knet_jax.validation import validate

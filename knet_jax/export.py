@@ -39,7 +39,8 @@ from knet_jax.passes import canvas_of
 from knet_jax.portable import View, show
 from knet_jax.runs import Run, is_file, open_run
 from knet_jax.segmenter import Segmenter
-from knet_jax.structs import EMPTY, Batch, PanopticMap, Pass
+from knet_jax.segments import PanopticMap
+from knet_jax.structs import EMPTY, Batch, Pass
 from knet_jax.tasks import TASKS
 
 LANDSCAPE, PORTRAIT = (240, 320), (320, 240)

@@ -21,7 +21,7 @@ from knet_jax.metrics.result_files import Stems, write_json
 from knet_jax.preemption import StopRequest
 from knet_jax.results import Result
 from knet_jax.segmenter import Segmenter
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 from knet_jax.tasks import TASKS
 from knet_jax.visualize import (
     MAX_SIDES,

@@ -16,7 +16,8 @@ from scipy import ndimage
 from knet_jax import rle
 from knet_jax.data import transforms
 from knet_jax.metrics.result_files import write_whole
-from knet_jax.structs import EMPTY, Categories, Instance, PanopticMap
+from knet_jax.segments import Categories, Instance, PanopticMap
+from knet_jax.structs import EMPTY
 
 Box = tuple[int, int, int, int]
 """Left, top, width and height, in pixels."""

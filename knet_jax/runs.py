@@ -25,9 +25,10 @@ from knet_jax.configuration import (
     load_saved_config,
     to_tuples,
 )
-from knet_jax.knet import KNet, make_model
+from knet_jax.knet import KNet
+from knet_jax.model import make_model
 from knet_jax.reference import Variables
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 from knet_jax.tasks import TASKS
 from knet_jax.training import init_variables
 from knet_jax.validation import validate

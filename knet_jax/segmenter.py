@@ -28,7 +28,7 @@ from knet_jax.passes import both_ways
 from knet_jax.resampling import Canvas
 from knet_jax.results import Result
 from knet_jax.runs import Run, find_run
-from knet_jax.structs import MIN_SCORE
+from knet_jax.segments import MIN_SCORE
 from knet_jax.tasks import TASKS
 
 Image = np.ndarray | str | os.PathLike

@@ -32,7 +32,8 @@ from knet_jax.objectives import (
 )
 from knet_jax.postprocess import Instances, best_instances, label_maps
 from knet_jax.resampling import Canvas
-from knet_jax.structs import EMPTY, Instance, Output, PanopticMap, Pass, SegmentInfo, Sizes, Stage
+from knet_jax.segments import Instance, PanopticMap, SegmentInfo
+from knet_jax.structs import EMPTY, Output, Pass, Sizes, Stage
 
 
 def stage_of(output: Output, index: int, sizes: Sizes) -> Stage:

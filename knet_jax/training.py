@@ -20,7 +20,8 @@ from knet_jax.layers import AXIS, wide
 from knet_jax.matching import Weights
 from knet_jax.objectives import Judgement
 from knet_jax.optim import gradient_norm
-from knet_jax.structs import Batch, Categories, Sizes
+from knet_jax.segments import Categories
+from knet_jax.structs import Batch, Sizes
 from knet_jax.tasks import Task
 
 

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from knet_jax.configuration import ConfigError, to_tuples
 from knet_jax.data import datasets, kinds
 from knet_jax.data.recipes import CANVAS, STRIDE
-from knet_jax.knet import BACKBONES, NECKS, find_part, make_model
 from knet_jax.layers import NORMS
 from knet_jax.matching import Weights
+from knet_jax.model import BACKBONES, NECKS, find_part, make_model
 from knet_jax.optim import parse_groups
 from knet_jax.rules import (
     NONE,

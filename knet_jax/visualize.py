@@ -20,7 +20,7 @@ from scipy import ndimage
 from knet_jax import rle
 from knet_jax.metrics.panoptic import segment_index
 from knet_jax.metrics.result_files import write_whole
-from knet_jax.structs import MIN_SCORE, Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.segments import MIN_SCORE, Categories, Instance, PanopticMap, SegmentInfo
 
 CELL = 640
 """Longer side, in pixels, of a picture of a panel."""

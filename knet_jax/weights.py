@@ -24,7 +24,7 @@ from safetensors import safe_open
 from knet_jax import torch_file
 from knet_jax.configuration import one_line, suggest
 from knet_jax.reference import DERIVED, Variables, fit, to_reference
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 Tensors = dict[str, np.ndarray]
 

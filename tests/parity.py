@@ -34,18 +34,20 @@ from knet_jax.configuration import load_config
 from knet_jax.data.transforms import resized_size
 from knet_jax.deformable import deform_conv
 from knet_jax.fusion import Fused, fuse
-from knet_jax.knet import KNet, make_model
+from knet_jax.knet import KNet
 from knet_jax.layers import AXIS
 from knet_jax.matching import Weights
 from knet_jax.metrics import instance, semantic
 from knet_jax.metrics.coco_files import score_files, score_instance_files
 from knet_jax.metrics.panoptic import summarize
+from knet_jax.model import make_model
 from knet_jax.objectives import KernelTargets, match_stages
 from knet_jax.optim import gradient_norm, make_optimizer, trainable
 from knet_jax.postprocess import best_instances, label_maps
 from knet_jax.reference import from_reference, to_reference
 from knet_jax.resampling import Canvas
-from knet_jax.structs import EMPTY, Categories, Output, Pass, Segments, Stage
+from knet_jax.segments import Categories
+from knet_jax.structs import EMPTY, Output, Pass, Segments, Stage
 from knet_jax.tasks import TASKS
 from knet_jax.training import compute_loss, init_variables
 

@@ -13,10 +13,11 @@ from jax.sharding import Mesh, PartitionSpec
 from knet_jax import optim, training
 from knet_jax.configuration import load_config
 from knet_jax.data import kinds
-from knet_jax.knet import make_model
 from knet_jax.layers import AXIS
 from knet_jax.matching import Weights
-from knet_jax.structs import Batch, Categories
+from knet_jax.model import make_model
+from knet_jax.segments import Categories
+from knet_jax.structs import Batch
 from knet_jax.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ from knet_jax.checkpoint import Checkpoints
 from knet_jax.configuration import ConfigError, load_config
 from knet_jax.convert import export_weights, import_weights, table
 from knet_jax.data import names
-from knet_jax.knet import make_model
+from knet_jax.model import make_model
 from knet_jax.reference import CLASSES, from_reference, to_reference
 from knet_jax.runs import load_start, open_run
 from knet_jax.training import init_variables

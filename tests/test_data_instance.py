@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 
 from knet_jax.data import pipeline, transforms
 from knet_jax.data.instance import Loaded, StoredInstance
-from knet_jax.structs import EMPTY, Instance
+from knet_jax.segments import Instance
+from knet_jax.structs import EMPTY
 
 
 @pytest.fixture

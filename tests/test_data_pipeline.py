@@ -16,7 +16,8 @@ import tiny_coco
 
 from knet_jax.data import batches, pipeline, records, transforms
 from knet_jax.data import shapes as shapes_module
-from knet_jax.structs import EMPTY, Categories, PanopticMap
+from knet_jax.segments import Categories, PanopticMap
+from knet_jax.structs import EMPTY
 
 
 @pytest.fixture(scope="module")

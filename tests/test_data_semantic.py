@@ -7,7 +7,7 @@ import tiny_coco
 import tiny_maps
 
 from knet_jax.data import pipeline, semantic, transforms
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 
 @pytest.fixture

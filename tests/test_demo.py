@@ -26,7 +26,7 @@ from knet_jax.data.transforms import segment_ids
 from knet_jax.results import Result
 from knet_jax.runs import open_run
 from knet_jax.segmenter import Segmenter
-from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.segments import Categories, Instance, PanopticMap, SegmentInfo
 from knet_jax.viewer import views
 from knet_jax.viewer.page import Guard, count_categories, list_categories, make_app
 

@@ -13,9 +13,10 @@ from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator, Gallery
 from knet_jax.fusion import Fused
 from knet_jax.inference import lookahead
-from knet_jax.knet import make_model
 from knet_jax.metrics import panoptic
-from knet_jax.structs import EMPTY, SegmentInfo, Stage
+from knet_jax.model import make_model
+from knet_jax.segments import SegmentInfo
+from knet_jax.structs import EMPTY, Stage
 from knet_jax.tasks import TASKS, read_panoptic
 from knet_jax.training import init_variables
 

@@ -18,10 +18,10 @@ from knet_jax import export
 from knet_jax.checkpoint import Checkpoints
 from knet_jax.configuration import ConfigError, load_config, save_config
 from knet_jax.data.shapes import CATEGORIES, draw
-from knet_jax.knet import make_model
+from knet_jax.model import make_model
 from knet_jax.portable import View
 from knet_jax.runs import Run, open_run
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 from knet_jax.tasks import TASKS
 from knet_jax.training import init_variables
 

@@ -23,7 +23,7 @@ from knet_jax.metrics.instance import (
     summarize,
     table,
 )
-from knet_jax.structs import Categories, Instance
+from knet_jax.segments import Categories, Instance
 
 CATEGORIES = Categories(("cat", "dog", "cow"), dataset_ids=(17, 18, 21), num_things=3)
 CAT, DOG, COW = range(3)

@@ -16,7 +16,7 @@ from knet_jax.metrics.panoptic import (
     summarize,
     table,
 )
-from knet_jax.structs import Categories, PanopticMap, SegmentInfo
+from knet_jax.segments import Categories, PanopticMap, SegmentInfo
 
 CATEGORIES = Categories(("cat", "dog", "sky"), dataset_ids=(17, 18, 187), num_things=2)
 CAT, DOG, SKY = range(3)

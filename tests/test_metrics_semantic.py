@@ -9,7 +9,7 @@ import pytest
 from knet_jax.metrics.result_files import place_png
 from knet_jax.metrics.semantic import count, merge, no_counts, per_class, summarize, table
 from knet_jax.metrics.semantic_files import SemanticResults
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 CATEGORIES = Categories(("cat", "dog", "sky"), dataset_ids=(17, 18, 187), num_things=2)
 

@@ -13,7 +13,7 @@ from devices import FOLDER, environment
 from knet_jax import rle
 from knet_jax.metrics import instance, panoptic, semantic
 from knet_jax.metrics.states import from_bytes, gather, to_bytes
-from knet_jax.structs import Instance
+from knet_jax.segments import Instance
 
 LARGE = 2**40 + 1
 """Neither an int32 nor a float32 can hold it."""

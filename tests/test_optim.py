@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from knet_jax import optim
 from knet_jax.configuration import load_config
-from knet_jax.knet import make_model
+from knet_jax.model import make_model
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ from knet_jax import inference
 from knet_jax.configuration import load_config
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator
-from knet_jax.knet import make_model
+from knet_jax.model import make_model
 from knet_jax.passes import corners, cut, join, mirror
 from knet_jax.structs import Batch, Stage
 

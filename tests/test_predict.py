@@ -30,7 +30,7 @@ from knet_jax.predictions import (
 )
 from knet_jax.preemption import Preempted, StopRequest
 from knet_jax.results import Result
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 from knet_jax.videos import predict_video
 from knet_jax.visualize import MARGIN, THUMBNAIL, contact_sheet, save_picture, thumbnail
 

@@ -10,7 +10,8 @@ from pycocotools import mask as coco_mask
 from knet_jax import rle
 from knet_jax.metrics.coco_files import InstanceFile, InstanceResults
 from knet_jax.results import Result
-from knet_jax.structs import EMPTY, Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.segments import Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.structs import EMPTY
 
 TASKS = ("panoptic", "instance", "semantic")
 CATEGORIES = Categories(("cat", "dog", "sky"), (17, 18, 119), 2)

@@ -10,11 +10,12 @@ import pytest
 import tiny_coco
 import tiny_maps
 
-from knet_jax import knet, optim, training
+from knet_jax import optim, training
 from knet_jax.checkpoint import Checkpoints
 from knet_jax.configuration import load_config
 from knet_jax.data import pipeline
 from knet_jax.matching import Weights
+from knet_jax.model import UPDATE_CHANNELS, make_model
 from knet_jax.tasks import TASKS
 from knet_jax.validation import validate
 
@@ -118,7 +119,7 @@ def random_variables(model):
 @pytest.mark.parametrize("spec", ROWS, ids=" ".join)
 def test_a_step_after_resuming_is_the_step_that_would_have_come(spec, data, tmp_path, monkeypatch):
     # 512 channels, 16 here, are updated in halves of 256.
-    monkeypatch.setattr(knet, "UPDATE_CHANNELS", knet.UPDATE_CHANNELS // 32)
+    monkeypatch.setattr("knet_jax.model.UPDATE_CHANNELS", UPDATE_CHANNELS // 32)
     path, *overrides = spec
     config = load_config(f"{CONFIGS[0].parent}/{path}", overrides)
     shrink(config, data[config.data.dataset])
@@ -128,7 +129,7 @@ def test_a_step_after_resuming_is_the_step_that_would_have_come(spec, data, tmp_
     config.model.update({"num_things": num_things, "num_stuff": len(categories.names) - num_things})
     validate(config)
 
-    model, devices = knet.make_model(**config.model), jax.devices()[:1]
+    model, devices = make_model(**config.model), jax.devices()[:1]
     variables = random_variables(model)
     params = variables["params"]
     optimizer, _ = optim.make_optimizer(config.optim, params, 10, size)

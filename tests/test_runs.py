@@ -10,10 +10,10 @@ from knet_jax import runs, snapshot
 from knet_jax.checkpoint import Checkpoints
 from knet_jax.configuration import load_config, save_config
 from knet_jax.convert import export_weights
-from knet_jax.knet import make_model
+from knet_jax.model import make_model
 from knet_jax.reference import to_reference
 from knet_jax.runs import open_run
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 from knet_jax.training import init_variables
 from knet_jax.weights import MODEL_KEY
 

@@ -20,8 +20,8 @@ from knet_jax import commandline
 from knet_jax.checkpoint import Checkpoints
 from knet_jax.configuration import load_config, save_config
 from knet_jax.data import pipeline
-from knet_jax.knet import make_model
 from knet_jax.logs import read_log
+from knet_jax.model import make_model
 from knet_jax.training import TrainState, init_variables
 
 ROOT = Path(__file__).parents[1]

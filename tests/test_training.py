@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 from tiny_model import MODELS, make_batch
 
 from knet_jax import optim, training
-from knet_jax.knet import make_model
 from knet_jax.matching import Weights
-from knet_jax.structs import EMPTY, Categories, PanopticTargets
+from knet_jax.model import make_model
+from knet_jax.segments import Categories
+from knet_jax.structs import EMPTY, PanopticTargets
 from knet_jax.tasks import TASKS
 from knet_jax.training import Parts, explain_change
 

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from knet_jax.configuration import ConfigError, load_config
-from knet_jax.knet import BACKBONES, NECKS, make_model
+from knet_jax.model import BACKBONES, NECKS, make_model
 from knet_jax.tasks import TASKS
 from knet_jax.validation import RULES_OF_TASKS, RULES_WHERE_GIVEN, check_data, validate
 

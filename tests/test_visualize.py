@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from knet_jax import rle, visualize
-from knet_jax.structs import MIN_SCORE, Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.segments import MIN_SCORE, Categories, Instance, PanopticMap, SegmentInfo
 from knet_jax.visualize import (
     CELL,
     FONT,

@@ -7,8 +7,8 @@ import numpy as np
 
 from knet_jax.checkpoint import Checkpoints
 from knet_jax.configuration import load_config, save_config
-from knet_jax.knet import make_model
-from knet_jax.structs import Categories
+from knet_jax.model import make_model
+from knet_jax.segments import Categories
 from knet_jax.training import init_variables
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_model import MODEL
 
-from knet_jax.knet import make_model
+from knet_jax.model import make_model
 
 BACKBONES = {
     "deep stem": {"depths": (1, 2, 1, 1), "width": 8, "deep_stem": True},

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from knet_jax.data import files, index_maps, names, records
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 FOLDER = "ADEChallengeData2016"
 NUM_CLASSES = len(names.ADE20K)

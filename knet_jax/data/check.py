@@ -13,7 +13,7 @@ import tqdm
 
 from knet_jax import rle, visualize
 from knet_jax.data import splits
-from knet_jax.structs import PanopticMap
+from knet_jax.segments import PanopticMap
 
 CELL = 480
 """Longer side, in pixels, of a picture of the sheet."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 
 def find_annotations(root: str, split: str, prefix: str) -> Path:

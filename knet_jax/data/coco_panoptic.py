@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from knet_jax.data import coco_json, files, panoptic, records, semantic, transforms
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 PREFIX = "panoptic_"
 

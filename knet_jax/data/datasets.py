@@ -21,7 +21,7 @@ from knet_jax.data import (
     splits,
 )
 from knet_jax.rules import Rule, check, one_of
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 PATH = (lambda value: isinstance(value, str), "a path, or '' for none")
 SPLIT = (lambda value: isinstance(value, str), "a name, or a slice of one")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from knet_jax.data import files, index_maps, records
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 
 class Folder(records.RecordBuilder, skip_registration=True):

@@ -33,7 +33,7 @@ from knet_jax.configuration import ConfigError
 from knet_jax.data import files, folder, index_maps, transforms
 from knet_jax.metrics.coco_files import PanopticResults
 from knet_jax.metrics.result_files import write_json
-from knet_jax.structs import Categories, PanopticMap, SegmentInfo
+from knet_jax.segments import Categories, PanopticMap, SegmentInfo
 
 IMAGES = flags.DEFINE_string("images", None, "folder of pictures")
 CLASS_MAPS = flags.DEFINE_string("class_maps", None, "folder of PNG files: the class of each pixel")

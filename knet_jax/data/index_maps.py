@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from knet_jax.data import files, records, semantic, transforms
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 PNG = b"\x89PNG\r\n\x1a\n"
 """How a PNG begins."""

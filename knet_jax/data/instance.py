@@ -12,7 +12,8 @@ from pycocotools import mask as run_lengths
 from knet_jax.data import panoptic, transforms
 from knet_jax.data.recipes import WholePicture
 from knet_jax.data.transforms import View
-from knet_jax.structs import EMPTY, Categories, Instance, InstanceTargets
+from knet_jax.segments import Categories, Instance
+from knet_jax.structs import EMPTY, InstanceTargets
 
 ENCODED = ()
 """Which of the features are pictures."""

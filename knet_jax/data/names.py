@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 # fmt: off
 COCO_THINGS = {

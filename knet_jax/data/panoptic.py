@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 from knet_jax.data import transforms
 from knet_jax.data.recipes import WholePicture
 from knet_jax.data.transforms import View
-from knet_jax.structs import EMPTY, Categories, PanopticMap, PanopticTargets, SegmentInfo
+from knet_jax.segments import Categories, PanopticMap, SegmentInfo
+from knet_jax.structs import EMPTY, PanopticTargets
 
 ENCODED = ("panoptic",)
 """Which of the features are pictures."""

@@ -31,7 +31,8 @@ from absl import flags
 
 from knet_jax.data import batches, datasets, records, sampler, splits
 from knet_jax.quiet import silenced
-from knet_jax.structs import EMPTY, Batch, Categories
+from knet_jax.segments import Categories
+from knet_jax.structs import EMPTY, Batch
 
 LEAST_SEEN = 500
 """A share of broken pictures is judged as if at least so many had been seen."""

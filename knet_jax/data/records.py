@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from knet_jax.data import kinds
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 RECORDS_PER_FILE = 1000
 """TFDS keeps the records of a file in memory while it writes the file."""

@@ -14,7 +14,8 @@ import tensorflow_datasets as tfds
 
 from knet_jax.data import recipes, transforms
 from knet_jax.data.transforms import View
-from knet_jax.structs import Categories, SemanticTargets
+from knet_jax.segments import Categories
+from knet_jax.structs import SemanticTargets
 
 ENCODED = ("label_map",)
 """Which of the features are pictures."""

@@ -26,7 +26,7 @@ from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError
 from knet_jax.data import instance, panoptic, records, semantic, transforms
 from knet_jax.rules import at_least_one, pair
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 THINGS = ("circle", "square", "triangle", "star", "cross")
 STUFF = ("stripes", "checks", "dots", "noise")

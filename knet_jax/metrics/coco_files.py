@@ -25,7 +25,7 @@ from knet_jax.data.transforms import NUM_IDS, load_panoptic, segment_colors, seg
 from knet_jax.metrics import instance
 from knet_jax.metrics.panoptic import PQCounts, count, merge, no_counts, segment_index
 from knet_jax.metrics.result_files import JsonList, place_png, write_json, write_whole
-from knet_jax.structs import Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.segments import Categories, Instance, PanopticMap, SegmentInfo
 
 
 class PanopticResults:

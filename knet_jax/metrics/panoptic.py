@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from knet_jax.structs import Categories, PanopticMap
+from knet_jax.segments import Categories, PanopticMap
 
 HEADLINE = ("PQ", "PQ_things", "PQ_stuff")
 """The numbers that say the most; the first one decides which step of a run is the best."""

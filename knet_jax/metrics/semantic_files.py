@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from knet_jax.metrics.result_files import place_png, write_json, write_whole
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 
 
 class SemanticResults:

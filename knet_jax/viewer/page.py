@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from knet_jax.segmenter import Segmenter
-from knet_jax.structs import Categories
+from knet_jax.segments import Categories
 from knet_jax.viewer.views import Pictures, Seen, css_color, display
 from knet_jax.visualize import class_colors
 

@@ -17,7 +17,7 @@ from scipy import ndimage
 from knet_jax.data.transforms import PICTURES, decode_image, segment_colors
 from knet_jax.results import Result
 from knet_jax.segmenter import Segmenter
-from knet_jax.structs import Instance
+from knet_jax.segments import Instance
 from knet_jax.visualize import as_panoptic, at_side, readable_side
 
 MAX_SIDE = 1600
