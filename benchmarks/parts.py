@@ -25,13 +25,15 @@ from ml_collections import ConfigDict
 from knet_jax import optim, training
 from knet_jax.data import kinds, pipeline
 from knet_jax.inference import run_network
-from knet_jax.knet import KNet, make_model
+from knet_jax.knet import KNet
 from knet_jax.layers import AXIS
 from knet_jax.matching import Weights
+from knet_jax.model import make_model
 from knet_jax.resampling import Canvas
 from knet_jax.runs import Run
 from knet_jax.segmenter import Segmenter
-from knet_jax.structs import Categories, Output, Pass, Sizes, Stage
+from knet_jax.segments import Categories
+from knet_jax.structs import Output, Pass, Sizes, Stage
 from knet_jax.tasks import TASKS
 
 LOADER_WINDOW = 4
@@ -75,15 +77,38 @@ class Case(NamedTuple):
 
 def measure(run: Callable[[], Any], repeat: int) -> dict[str, Any]:
     """Times `run`, which returns arrays, in milliseconds, after two runs that do not count."""
+    [times] = in_turn(repeat, run)
+    return timed(times)
 
-    def once() -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        return 1e3 * (time.perf_counter() - began)
 
-    first, second = once(), once()
-    times = [once() for _ in range(repeat)]
-    return summary(times) | {"compile_s": max(0.0, first - second) / 1e3}
+def measure_with_peak(run: Callable[[], Any], repeat: int, precision: str) -> dict[str, Any]:
+    """`measure`, and what the device gives at most: the operations a second of a large matrix
+    product. It is timed in turn with `run`, as a machine that others share has less at times."""
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+    n, num_products = (2048, 5) if on_cpu else (4096, 50)
+    dtype = "bfloat16" if precision == "bfloat16" else "float32"
+    x = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    product = jax.jit(jnp.matmul)
+    times, products = in_turn(repeat, run, lambda: [product(x, x) for _ in range(num_products)])
+    peak = num_products * 2 * n**3 / statistics.median(products[2:]) / 1e9
+    return timed(times) | {"peak_tflops": peak}
+
+
+def in_turn(repeat: int, *functions: Callable[[], Any]) -> list[list[float]]:
+    """Times of each function in milliseconds, of which the first two are not to count."""
+    times = [[] for _ in functions]
+    for _ in range(2 + repeat):
+        for own, function in zip(times, functions):
+            began = time.perf_counter()
+            jax.block_until_ready(function())
+            own.append(1e3 * (time.perf_counter() - began))
+    return times
+
+
+def timed(times: list[float]) -> dict[str, Any]:
+    """What is kept of the times of `in_turn`."""
+    first, second, *rest = times
+    return summary(rest) | {"compile_s": max(0.0, first - second) / 1e3}
 
 
 def summary(times: list[float]) -> dict[str, Any]:
@@ -141,7 +166,7 @@ def network(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     batch = scenes.batch(case.batch, case.size, config, seed=0)
     variables, batch = jax.device_put((training.init_variables(model, config.seed), batch))
     run = jax.jit(partial(run_network, model=model))
-    times = measure(lambda: run(variables, batch), repeat)
+    times = measure_with_peak(lambda: run(variables, batch), repeat, case.precision)
     return times | {"flop": flops(run, variables, batch)}
 
 
@@ -254,15 +279,8 @@ def segmenter(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
 
     batch = jax.device_put(scenes.batch(case.batch, canvas, config, seed=0))
     network = jax.jit(partial(run_network, model=model))
-    whole, alone = [], []
-    timed = ((whole, lambda: sees(pictures)), (alone, lambda: network(variables, batch)))
-    for _ in range(2 + repeat):
-        for times, function in timed:
-            began = time.perf_counter()
-            jax.block_until_ready(function())
-            times.append(1e3 * (time.perf_counter() - began))
-    record = summary(whole[2:]) | {"compile_s": max(0.0, whole[0] - whole[1]) / 1e3}
-    record["network_ms"] = statistics.median(alone[2:])
+    whole, alone = in_turn(repeat, lambda: sees(pictures), lambda: network(variables, batch))
+    record = timed(whole) | {"network_ms": statistics.median(alone[2:])}
     return record | {"overhead": record["median_ms"] / record["network_ms"] - 1}
 
 
@@ -309,7 +327,7 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
         state, metrics = step(state, parts)
         return state, metrics
 
-    return measure(run, repeat) | {
+    return measure_with_peak(run, repeat, case.precision) | {
         "microbatch": case.batch // num_parts,
         "flop": flop and num_parts * flop,
     }
@@ -335,18 +353,7 @@ def loader(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     return summary(times)
 
 
-def matmul(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
-    """A large matrix product: about the most operations a second that the device reaches."""
-    del config
-    n = 2048 if jax.local_devices()[0].platform == "cpu" else 8192
-    dtype = "bfloat16" if case.precision == "bfloat16" else "float32"
-    x = jax.random.normal(jax.random.key(0), (n, n), dtype)
-    run = jax.jit(lambda x: x @ x)
-    return measure(lambda: run(x), repeat) | {"flop": 2 * n**3}
-
-
 PARTS = {
-    "matmul": matmul,
     "network": network,
     "fuse": fusion,
     "fuse_torch": fusion_torch,
@@ -362,6 +369,5 @@ def run_case(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     if case.precision == "bfloat16":
         config.model.dtype = "bfloat16"
     record = PARTS[case.part](case, config, repeat)
-    if case.part != "matmul":
-        record["images_per_second"] = 1e3 * case.batch / record["median_ms"]
+    record["images_per_second"] = 1e3 * case.batch / record["median_ms"]
     return record | memory(jax.local_devices()[0]) | {"machine": machine()}

@@ -42,6 +42,7 @@ COLUMNS = {
     "host_peak_mib": ("host MiB", "{:.0f}"),
     "device_peak_mib": ("device MiB", "{:.0f}"),
     "tflops": ("TFLOP/s", "{:.3g}"),
+    "peak_tflops": ("peak TFLOP/s", "{:.3g}"),
     "utilization": ("of peak", "{:.0%}"),
     "reference_ms": ("reference ms", "{:.1f}"),
     "ratio": ("ratio", "{:.2f}"),
@@ -73,22 +74,18 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     report = {"machine": None, "results": []}
     if reference:
         report["reference_machine"] = reference["machine"]
-    planned = list(cases(args))
-    peaks = dict.fromkeys(PRECISIONS, args.peak_tflops)
+    planned = [
+        (spec, case) for spec, config in args.configs.items() for case in cases(config, args)
+    ]
     for number, (spec, case) in enumerate(planned, 1):
-        label = str(case) if case.part == "matmul" else f"{spec} {case}"
-        print(f"[{number}/{len(planned)}] {label}", file=sys.stderr, flush=True)
+        print(f"[{number}/{len(planned)}] {spec} {case}", file=sys.stderr, flush=True)
         record = measure_apart(case, args.configs[spec], args.repeat)
         report["machine"] = record.pop("machine", report["machine"])
         record = {"config": spec, "case": str(case), "part": case.part} | record
         if record.get("flop"):
-            is_peak = case.part == "matmul"
-            time = record["min_ms" if is_peak else "median_ms"]
-            record["tflops"] = record["flop"] / time / 1e9
-            if is_peak:
-                peaks[case.precision] = record["tflops"]
-            elif peaks[case.precision]:
-                record["utilization"] = record["tflops"] / peaks[case.precision]
+            record["tflops"] = record["flop"] / record["median_ms"] / 1e9
+            record["peak_tflops"] = args.peak_tflops or record["peak_tflops"]
+            record["utilization"] = record["tflops"] / record["peak_tflops"]
         if reference and "median_ms" in record and report["machine"]["platform"] == "cpu":
             theirs = reference["results"].get(reference_name(case, args.configs[spec]))
             if theirs:
@@ -100,17 +97,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
-    """Everything that the command line asks for, each with its config."""
-    computes = "network" in args.parts or "train" in args.parts
-    if computes and args.peak_tflops is None:
-        first = next(iter(args.configs))  # any: the product of two matrices needs none
-        yield from ((first, Case("matmul", precision)) for precision in args.precision)
-    for spec, config in args.configs.items():
-        yield from ((spec, case) for case in cases_of(config, args))
-
-
-def cases_of(config: ConfigDict, args: argparse.Namespace) -> Iterator[Case]:
+def cases(config: ConfigDict, args: argparse.Namespace) -> Iterator[Case]:
     """Everything that the command line asks for of a config."""
     if "network" in args.parts:
         for size, precision, batch in itertools.product(args.size, args.precision, args.batch):
@@ -248,7 +235,7 @@ def parse_arguments() -> argparse.Namespace:
         "--peak-tflops",
         type=float,
         help="of the device, for the utilization; default: measured by a large matrix "
-        "product in each precision",
+        "product, in turn with each case",
     )
     add(
         "--torch",

@@ -10,15 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from knet_jax.inference import run_network
-from knet_jax.knet import make_model
-from knet_jax.structs import (
-    EMPTY,
-    Batch,
-    InstanceTargets,
-    PanopticTargets,
-    SemanticTargets,
-    Stage,
-)
+from knet_jax.model import make_model
+from knet_jax.structs import EMPTY, Batch, InstanceTargets, PanopticTargets, SemanticTargets, Stage
 from knet_jax.training import init_variables
 
 SCENES = ("random", "objects")
