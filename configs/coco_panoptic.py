@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
                 "canvas": (800, 1344),  # 1333 up to a multiple of 32; portrait is 1344 x 800
                 "short_side": (800, 800),
                 "long_side": 1333,
+                "eval_multiple": 32,  # of the canvas's sides in evaluation; 0: as in training
                 "flip": 0.5,
                 "max_things": 100,
                 "min_things": 0,  # pictures with fewer are not trained on

@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
                 "canvas": (128, 128),  # 16 x 16 masks at stride 8
                 "short_side": (96, 128),
                 "long_side": 128,
+                "eval_multiple": 0,  # evaluation is on the canvas of training
                 "flip": 0.5,
                 "max_things": 12,
                 "min_things": 0,

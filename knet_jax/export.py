@@ -63,6 +63,14 @@ Program = Callable[..., Any]
 # What is exported.
 
 
+def of_two_canvases(config: ConfigDict) -> ConfigDict:
+    """The config of a file for pictures of any size: whole pictures lie on the canvases of training."""
+    config = config.copy_and_resolve_references()
+    if "canvas" in config.data:
+        config.data.eval_multiple = 0
+    return config
+
+
 def make_views(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[View, ...]:
     """How an exported network sees pictures of a height and width; by default those of any size,
     upright ones by the last view."""
@@ -309,6 +317,8 @@ def export(
     """
     if image is None:
         image = draw_picture(size or LANDSCAPE)
+    if size is None:
+        run = replace(run, config=of_two_canvases(run.config))
     draft = path.with_name(f"{path.name}.part")
     weights = {
         name: np.asarray(array) for name, array in flatten_dict(run.variables, sep="/").items()

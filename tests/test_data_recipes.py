@@ -56,20 +56,36 @@ def test_sizes_of_whole_pictures_equal_the_reference(fixtures):
 @pytest.mark.parametrize("multiple", [32, 128])
 @pytest.mark.parametrize("size", [(480, 640), (640, 480), (512, 512), (100, 3000)])
 def test_canvases_of_evaluation_are_the_least_multiple(multiple, size):
-    recipe = crop(eval_multiple=multiple)
-    for side, resized in zip(recipe.eval_canvas(size), recipe.eval_size(size)):
-        assert side % multiple == 0 and 0 <= side - resized < multiple
+    for recipe in (crop(eval_multiple=multiple), whole_picture(eval_multiple=multiple)):
+        for side, resized in zip(recipe.eval_canvas(size), recipe.eval_size(size)):
+            assert side % multiple == 0 and 0 <= side - resized < multiple
+
+
+def test_whole_pictures_may_be_evaluated_on_the_canvases_of_training():
+    recipe = whole_picture(eval_multiple=0)
+    for size in ((480, 640), (500, 500), (100, 3000)):
+        assert recipe.eval_canvas(size) == recipe.canvas
+        if size[0] != size[1]:
+            assert recipe.eval_canvas(size[::-1]) == recipe.canvas[::-1]
+
+
+@pytest.mark.parametrize("multiple", [-32, 16, 33, 32.0])
+def test_canvases_of_whole_pictures_fit_the_network(multiple):
+    with pytest.raises(
+        ValueError, match=f"eval_multiple is {multiple}; accepted: a multiple of 32"
+    ):
+        whole_picture(eval_multiple=multiple)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 1.25, 1.75])
 def test_scaled_pictures_fit_the_scaled_canvas(ratio):
-    for recipe in (whole_picture(), crop()):
-        scaled = recipe.scaled(ratio)
-        for size in ((480, 640), (640, 480), (333, 500), (200, 201), (90, 1200)):
-            resized, canvas = scaled.eval_size(size), scaled.eval_canvas(size)
-            assert all(a <= b and b % 32 == 0 for a, b in zip(resized, canvas))
-            wanted = [ratio * side for side in recipe.eval_size(size)]
-            np.testing.assert_allclose(resized, wanted, atol=2)
+    recipe = crop()
+    scaled = recipe.scaled(ratio)
+    for size in ((480, 640), (640, 480), (333, 500), (200, 201), (90, 1200)):
+        resized, canvas = scaled.eval_size(size), scaled.eval_canvas(size)
+        assert all(a <= b and b % 32 == 0 for a, b in zip(resized, canvas))
+        wanted = [ratio * side for side in recipe.eval_size(size)]
+        np.testing.assert_allclose(resized, wanted, atol=2)
 
 
 # Crops.

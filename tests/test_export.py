@@ -40,6 +40,7 @@ WHOLE = {
     "data.canvas": (64, 96),
     "data.short_side": (64, 64),
     "data.long_side": 96,
+    "data.eval_multiple": 32,
 }
 CHANGES = {
     "panoptic": WHOLE | {"eval.instance_threshold": 0.0, "eval.overlap_threshold": 0.0},
@@ -218,6 +219,15 @@ def test_every_network_has_a_translation(case, tmp_path):
     assert export.agreement(ours, theirs) > 0.98
     if "scores" in ours:
         np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-3)
+
+
+def test_a_file_has_the_canvases_of_training_or_that_of_its_size():
+    config = load_config(f"{ROOT}/configs/coco_panoptic.py")
+    both = export.make_views(export.of_two_canvases(config))
+    assert [view.canvas for view in both] == [(800, 1344), (1344, 800)]
+    [one] = export.make_views(config, (480, 640))
+    assert one.canvas == (800, 1088)
+    assert config.data.eval_multiple == 32
 
 
 # What is refused.

@@ -63,6 +63,7 @@ def picture(height, width, seed=0):
     "task, overrides",
     [
         pytest.param("panoptic", (), marks=pytest.mark.slow),
+        pytest.param("panoptic", ("--config.data.eval_multiple=32",), marks=pytest.mark.slow),
         pytest.param("instance", (), marks=pytest.mark.slow),
         ("semantic", ()),
         pytest.param("semantic", ("--config.data.eval_multiple=1",), marks=pytest.mark.slow),

@@ -176,7 +176,7 @@ def eval_batches(
     process_count: int = 1,
     ratios: Sequence[float] = (1.0,),
 ) -> Iterator[tuple[tuple[Batch, ...], list[tuple[int, Any]]]]:
-    """Every picture once, not augmented, grouped by the canvas, landscape first.
+    """Every picture once, not augmented, grouped by the canvas, flat ones first.
 
     The last batch of a canvas is filled up with empty images, id `EMPTY`; a broken picture becomes
     one, too.

@@ -14,7 +14,18 @@ import numpy as np
 from knet_jax.configuration import to_tuples
 from knet_jax.data import photometric, sampler, transforms
 from knet_jax.data.transforms import View
-from knet_jax.rules import ONE, YES_NO, ZERO, Rule, at_least_one, check, pair, positive, share
+from knet_jax.rules import (
+    ONE,
+    YES_NO,
+    ZERO,
+    Rule,
+    at_least_one,
+    check,
+    count,
+    pair,
+    positive,
+    share,
+)
 
 STRIDE = 32
 """Sides of a canvas are multiples of the greatest stride of a backbone."""
@@ -47,6 +58,10 @@ WHOLE_PICTURE_RULES: dict[str, Rule] = {
     "data.long_side": (positive, "a number of pixels"),
     "data.max_things": ONE,
     "data.min_things": ZERO,
+    "data.eval_multiple": (
+        lambda value: count(value) and value % STRIDE == 0,
+        f"a multiple of {STRIDE}, or 0 for the canvas of training",
+    ),
 }
 CROP_RULES: dict[str, Rule] = {
     "data.scale": (
@@ -62,7 +77,7 @@ CROP_RULES: dict[str, Rule] = {
 
 
 class WholePicture(NamedTuple):
-    """Pictures are resized to a short side, on a canvas that only the orientation chooses."""
+    """Pictures are resized to a short side. In training the orientation alone chooses the canvas."""
 
     canvas: tuple[int, int]
     """Height and width of the landscape canvas."""
@@ -74,6 +89,8 @@ class WholePicture(NamedTuple):
     max_broken_share: float
     min_things: int = 0
     """How many things, crowds not counted, a picture must show to be trained on."""
+    eval_multiple: int = 0
+    """Of the canvas's sides in evaluation; 0 is the canvas of training, whatever it pads."""
 
     def groups(self, sizes: np.ndarray, num_things: np.ndarray) -> Sequence[np.ndarray]:
         """The positions of the pictures that may share a training batch, group by group.
@@ -93,9 +110,7 @@ class WholePicture(NamedTuple):
         """Height and width of the canvas of a group."""
         return self.canvas[::-1] if group == 1 else self.canvas
 
-    def train_view(
-        self, size: tuple[int, int], rng: np.random.Generator, label_map: np.ndarray | None = None
-    ) -> View:
+    def train_view(self, size: tuple[int, int], rng: np.random.Generator) -> View:
         """Draws what is seen of a picture of some height and width."""
         short_side = rng.integers(*self.short_side, endpoint=True)
         resized = transforms.resized_size(size, short_side, self.long_side)
@@ -112,15 +127,9 @@ class WholePicture(NamedTuple):
 
     def eval_canvas(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the canvas of a picture in evaluation."""
-        return self.train_canvas(int(size[0] > size[1]))
-
-    def scaled(self, ratio: float) -> WholePicture:
-        """The recipe for pictures that are `ratio` times as large."""
-        return self._replace(
-            canvas=tuple(_round_up(ratio * side, STRIDE) for side in self.canvas),
-            short_side=tuple(ratio * side for side in self.short_side),
-            long_side=ratio * self.long_side,
-        )
+        if not self.eval_multiple:
+            return self.train_canvas(int(size[0] > size[1]))
+        return tuple(_round_up(side, self.eval_multiple) for side in self.eval_size(size))
 
 
 def whole_picture(config_data) -> WholePicture:
