@@ -49,36 +49,47 @@ def to_json(rle: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def from_annotation(segmentation: Any, size: tuple[int, int]) -> dict:
+def from_annotation(segmentation: Any, size: tuple[int, int]) -> tuple[dict, list[str]]:
     """COCO's compressed run lengths of polygons, of plain or of compressed run lengths.
+
+    A bad polygon is left out where there are good ones beside it.
 
     Args:
         segmentation: a list of polygons [x0, y0, x1, y1, …], or {"size": [h, w], "counts": …}.
         size: height and width of the picture.
 
     Returns:
-        {"size": [h, w], "counts": bytes}.
+        {"size": [h, w], "counts": bytes}, and what is wrong with the polygons that were left out.
 
     Raises:
-        ValueError: it is no such thing, or one of another size.
+        ValueError: it is no such thing, or one of another size, or no polygon is good.
     """
     if isinstance(segmentation, Mapping):
-        return _encode_runs(segmentation, size)
+        return _encode_runs(segmentation, size), []
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
         raise ValueError(f"segmentation {str(segmentation)[:40]!r} is neither polygons nor RLE")
+    good, problems = [], []
     for polygon in segmentation:
-        # Four numbers would be taken for a box, an odd one left over for nothing.
-        if not isinstance(polygon, Sequence) or not all(map(is_number, polygon)):
-            raise ValueError("a polygon must be a list of numbers x0, y0, x1, y1, …")
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(
-                f"a polygon has {len(polygon) / 2:g} points, it must have three or more"
-            )
-        # The library walks along every edge, and holds each step of it.
-        if max(map(abs, polygon)) > FAR * max(size):
-            raise ValueError(f"a polygon goes beyond {FAR} times the sides of the picture")
-    parts = coco_mask.frPyObjects([list(map(float, p)) for p in segmentation], *size)
-    return coco_mask.merge(parts)
+        try:
+            _check_polygon(polygon, size)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            good.append(list(map(float, polygon)))
+    if not good:
+        raise ValueError(problems[0])
+    return coco_mask.merge(coco_mask.frPyObjects(good, *size)), problems
+
+
+def _check_polygon(polygon: Any, size: tuple[int, int]) -> None:
+    # Four numbers would be taken for a box, an odd one left over for nothing.
+    if not isinstance(polygon, Sequence) or not all(map(is_number, polygon)):
+        raise ValueError("a polygon must be a list of numbers x0, y0, x1, y1, …")
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise ValueError(f"a polygon has {len(polygon) / 2:g} points, it must have three or more")
+    # The library walks along every edge, and holds each step of it.
+    if max(map(abs, polygon)) > FAR * max(size):
+        raise ValueError(f"a polygon goes beyond {FAR} times the sides of the picture")
 
 
 def _encode_runs(rle: Mapping, size: tuple[int, int]) -> dict:

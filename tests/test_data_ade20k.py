@@ -62,7 +62,7 @@ def test_missing_folders_are_named(root, tmp_path):
         ade20k.split_config(str(root), "train")
     shutil.rmtree(root / "images" / "training")
     (root / "images" / "training").mkdir()
-    with pytest.raises(ValueError, match="no picture of .*images/training can be used"):
+    with pytest.raises(ValueError, match=r"config\.data\.root: no picture in .*images/training$"):
         load(root, tmp_path)
 
 

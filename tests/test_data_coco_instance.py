@@ -120,6 +120,18 @@ def test_bad_masks_are_named_and_dropped(root, name):
     check_problem(root, pattern, [2, 3, 3, 3, 3])
 
 
+def test_a_bad_polygon_leaves_the_others_of_its_thing(root):
+    def change(content):
+        content["annotations"][0]["segmentation"].append([40, 40, 50, 40])
+
+    before = next(iter(scan(root, task="instance").records)).annotation[0]
+    tiny_coco.edit(root, change, prefix=PREFIX)
+    pattern = r"annotation 0: a polygon has 2 points, .*, its other polygons stay"
+    check_problem(root, pattern, [3, 3, 3, 3, 3])
+    after = next(iter(scan(root, task="instance").records)).annotation[0]
+    assert after == before
+
+
 def test_unknown_category_is_named_and_dropped(root):
     def change(content):
         content["annotations"][4]["category_id"] = 55

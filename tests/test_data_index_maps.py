@@ -162,9 +162,7 @@ def test_picture_without_labels_is_named(pairs):
 
 
 def test_nothing_can_be_used(pairs):
-    with pytest.raises(
-        ValueError, match="no picture of the folder can be used, .*nothing is annotated"
-    ):
+    with pytest.raises(ValueError, match="no picture in the folder"):
         scan([])
     for pair in pairs:
         pair.png.unlink()

@@ -89,5 +89,5 @@ def test_grey_annotations_are_those_of_ade20k():
 def test_what_is_not_prepared_is_named(data_dir, tmp_path):
     with pytest.raises(ValueError, match=r"config\.data\.data_dir: TFDS has not prepared scene"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="split 'val' of .* cannot be read"):
+    with pytest.raises(ValueError, match="split 'val' of .* its splits are train, test"):
         load(data_dir, "val")

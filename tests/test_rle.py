@@ -36,7 +36,15 @@ def test_annotations_of_all_three_forms_are_the_same_mask():
     compressed = rle.encode(mask)
     text = compressed | {"counts": compressed["counts"].decode()}
     for segmentation in (polygons, numbers, compressed, text):
-        assert rle.from_annotation(segmentation, (6, 8)) == compressed
+        assert rle.from_annotation(segmentation, (6, 8)) == (compressed, [])
+
+
+def test_a_bad_polygon_takes_no_good_one_with_it():
+    good = [2, 1, 6, 1, 6, 4, 2, 4]
+    mask, _ = rle.from_annotation([good], (6, 8))
+    for bad, message in (([1, 2, 3, 4], "2 points"), ("xy", "list of numbers"), ([], "0 points")):
+        found, [problem] = rle.from_annotation([bad, good], (6, 8))
+        assert found == mask and message in problem
 
 
 @pytest.mark.parametrize(
@@ -68,6 +76,6 @@ def test_compressed_runs_are_read_as_the_reference_reads_them(seed):
     compressed = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     assert rle._runs(compressed["counts"]) == tiny_coco.runs_of(mask)
     text = compressed | {"counts": compressed["counts"].decode()}
-    assert rle.from_annotation(text, mask.shape) == compressed
+    assert rle.from_annotation(text, mask.shape) == (compressed, [])
     plain = {"size": list(mask.shape), "counts": tiny_coco.runs_of(mask)}
-    assert rle.from_annotation(plain, mask.shape) == compressed
+    assert rle.from_annotation(plain, mask.shape) == (compressed, [])

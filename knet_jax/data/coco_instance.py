@@ -68,32 +68,37 @@ def _check_picture(
         return None, [f"{name}: {error}, left out"]
     instances, problems = [], []
     for annotation in listed:
+        called = f"{name}: annotation {annotation['id']}"
         try:
-            instances.append(_instance(annotation, labels, size))
+            stored, remarks = _instance(annotation, labels, size)
         except ValueError as error:
-            problems.append(f"{name}: annotation {annotation['id']}: {error}, dropped")
+            problems.append(f"{called}: {error}, dropped")
+        else:
+            instances.append(stored)
+            problems += [f"{called}: {remark}, its other polygons stay" for remark in remarks]
     annotate = functools.partial(tuple, instances)
     return files.Picture(int(image["id"]), path, name, size, annotate, len(instances)), problems
 
 
 def _instance(
     annotation: Mapping, labels: Mapping[int, int], size: tuple[int, int]
-) -> instance.StoredInstance:
-    """What is stored of an annotation. Raises ValueError where it is no good."""
+) -> tuple[instance.StoredInstance, list[str]]:
+    """What is stored of an annotation, and what of it is not. Raises ValueError where it is no good."""
     if annotation["category_id"] not in labels:
         raise ValueError(
             f"category id {annotation['category_id']} is not among the file's categories"
         )
-    mask = rle.from_annotation(annotation["segmentation"], size)
+    mask, remarks = rle.from_annotation(annotation["segmentation"], size)
     pixels = rle.area(mask)
     if not pixels:
         raise ValueError("its mask is empty")
     area = annotation.get("area", pixels)
     if not rle.is_number(area) or area < 0:
         raise ValueError(f"area {area!r} is no number of pixels")
-    return instance.StoredInstance(
+    stored = instance.StoredInstance(
         counts=mask["counts"],
         label=labels[annotation["category_id"]],
         iscrowd=coco_json.flag(annotation, "iscrowd"),
         area=float(area),
     )
+    return stored, remarks

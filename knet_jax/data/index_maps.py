@@ -52,8 +52,11 @@ def scan(
         remedy: what to do about an index that is neither, which is then an error.
 
     Raises:
-        ValueError: nothing can be used, or there is such an index.
+        ValueError: there is no picture, none can be used, or there is such an index.
     """
+    pairs = list(pairs)
+    if not pairs:
+        raise ValueError(f"config.data.root: no picture in {source}")
     known = {*categories.dataset_ids, *ignored}
     check = functools.partial(_check, categories, known, remedy)
     pictures, problems = files.examine(check, list(enumerate(pairs)), f"Checking {source}")

@@ -98,12 +98,16 @@ def _open(directory: Path, split: str):
     skip = dict.fromkeys(("image", "annotation"), tfds.decode.SkipDecoding())
     try:
         builder = tfds.builder_from_directory(directory)
+        known = ", ".join(builder.info.splits)
+    except Exception as error:
+        raise ValueError(f"config.data.data_dir: {directory} cannot be read") from error
+    try:
         return builder.as_data_source(split, decoders=skip)
     except Exception as error:
         # TFDS raises whatever its files lead it to.
         raise ValueError(
-            f"config.data.data_dir: split '{split}' of {directory} cannot be read, it must have "
-            "been prepared with file_format='array_record'"
+            f"config.data.data_dir: split '{split}' of {directory} cannot be read; its splits are "
+            f"{known}, and it must have been prepared with file_format='array_record'"
         ) from error
 
 

@@ -256,7 +256,7 @@ class InstanceFile:
             try:
                 found.append(
                     Instance(
-                        rle.from_annotation(annotation["segmentation"], self._sizes[image_id]),
+                        rle.from_annotation(annotation["segmentation"], self._sizes[image_id])[0],
                         self._labels[annotation["category_id"]],
                         float(annotation.get("score", 1)),
                         bool(annotation.get("iscrowd", False)),
