@@ -40,7 +40,7 @@ from knet_jax.logs import Log, Progress, plot_curves
 from knet_jax.matching import Weights
 from knet_jax.model import make_model
 from knet_jax.preemption import StopRequest, stop_when_asked
-from knet_jax.runs import load_start
+from knet_jax.runs import headlines, load_start
 from knet_jax.structs import EMPTY
 from knet_jax.tasks import TASKS
 from knet_jax.validation import validate
@@ -115,7 +115,7 @@ def main(command: CommandLine) -> None:
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep=config.train.keep,
-        metric=f"val/{metric.HEADLINE[0]}",
+        metrics=headlines(config),
         model=config.model.to_dict(),
     )
     restored = checkpoints.restore_latest(state)

@@ -63,8 +63,9 @@ class Checkpoints:
 
     Args:
       directory: one folder a step is made here.
-      keep: how many of the latest steps stay; the best stays too.
-      metric: the name of the metric by which a step is the best, the larger the better.
+      keep: how many of the latest steps stay; the best of every metric stays too.
+      metrics: names of scores by which a step is the best, the larger the better; `best_step` goes by
+        the first.
       model: `config.model` as a dict, kept with every step: it tells whether the saved network is
         this one, and in what it is not.
       read_only: for evaluation: nothing is created, cleaned or moved.
@@ -75,12 +76,12 @@ class Checkpoints:
         directory: str | Path,
         *,
         keep: int = 3,
-        metric: str = "val/PQ",
+        metrics: Sequence[str] = ("val/PQ",),
         model: Mapping[str, Any] | None = None,
         read_only: bool = False,
     ):
         self.directory = Path(directory).absolute()
-        self._metric = metric
+        self._metrics = tuple(metrics)
         self._model = dict(model or {})
         self._read_only = read_only
         self._executor = ThreadPoolExecutor(1, "checkpoint")
@@ -110,7 +111,7 @@ class Checkpoints:
         )
         with silenced("orbax"):  # its remarks about options set on purpose
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=_LatestAndBest(self._keep, self.best_step),
+                preservation_policy=_LatestAndBest(self._keep, self._best_steps),
                 create=False,
                 read_only=self._read_only,
                 enable_async_checkpointing=False,  # a thread of ours does it, digests included
@@ -231,8 +232,14 @@ class Checkpoints:
         return self._scores.get(step)
 
     def best_step(self) -> int | None:
-        """The step with the largest metric among those that were evaluated."""
-        values = ((self._scores.get(step, {}).get(self._metric), step) for step in self.steps())
+        """The step with the largest first metric among those that were evaluated."""
+        return self._best_by(self._metrics[0])
+
+    def _best_steps(self) -> set[int]:
+        return {step for step in map(self._best_by, self._metrics) if step is not None}
+
+    def _best_by(self, metric: str) -> int | None:
+        values = ((self._scores.get(step, {}).get(metric), step) for step in self.steps())
         known = [pair for pair in values if pair[0] is not None and math.isfinite(pair[0])]
         return max(known)[1] if known else None
 
@@ -370,17 +377,17 @@ class Checkpoints:
 
 
 class _LatestAndBest:
-    """Which steps Orbax keeps: the last `num_latest`, and the best."""
+    """Which steps Orbax keeps: the last `num_latest`, and the best ones."""
 
-    def __init__(self, num_latest: int, best_step: Callable[[], int | None]):
+    def __init__(self, num_latest: int, best_steps: Callable[[], set[int]]):
         self._num_latest = num_latest
-        self._best_step = best_step
+        self._best_steps = best_steps
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """See `orbax.checkpoint.checkpoint_managers.PreservationPolicy`."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self._num_latest :], self._best_step()}
+        kept = self._best_steps() | set(sorted(steps)[-self._num_latest :])
         return [step in kept for step in steps]
 
 

@@ -41,9 +41,8 @@ from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import CONVERSION_NAME, ConfigError, load_config, save_config
 from knet_jax.model import make_model
 from knet_jax.reference import Fit, Variables, to_reference
-from knet_jax.runs import open_run
+from knet_jax.runs import headlines, open_run
 from knet_jax.segments import Categories
-from knet_jax.tasks import TASKS
 from knet_jax.training import init_variables
 from knet_jax.validation import validate
 from knet_jax.weights import CLASSES_KEY, MODEL_KEY, READERS, About, Weights, read_weights
@@ -134,7 +133,7 @@ def write_model(
         (folder / CONVERSION_NAME).write_text(json.dumps(report, indent=2) + "\n")
         with Checkpoints(
             folder / "checkpoints",
-            metric=f"val/{TASKS[config.task].metric.HEADLINE[0]}",
+            metrics=headlines(config),
             model=config.model.to_dict(),
         ) as checkpoints:
             progress = {"examples_seen": 0, "categories": categories._asdict()}

@@ -159,7 +159,7 @@ def _open_folder(
     open_checkpoints = partial(
         Checkpoints,
         workdir / "checkpoints",
-        metric=f"{'val_ema' if ema else 'val'}/{TASKS[config.task].metric.HEADLINE[0]}",
+        metrics=headlines(config)[-1:] if ema else headlines(config),
         model=config.model.to_dict(),
         read_only=True,
     )
@@ -216,6 +216,12 @@ def _open_file(
     else:
         categories, step = about.categories, about.step
     return Run.of(config, model, variables, categories, step)
+
+
+def headlines(config: ConfigDict) -> tuple[str, ...]:
+    """Names of the scores by which a step is the best: of the run, then of its average if it has one."""
+    names = ("val", "val_ema") if config.train.ema_decay else ("val",)
+    return tuple(f"{name}/{TASKS[config.task].metric.HEADLINE[0]}" for name in names)
 
 
 def choose_step(checkpoints: Checkpoints, name: str) -> int:

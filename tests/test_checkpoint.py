@@ -102,6 +102,20 @@ def test_the_best_is_kept_after_a_restart(tmp_path):
     assert checkpoints.steps() == [1, 5]
 
 
+def test_the_best_of_every_metric_is_kept(tmp_path):
+    names = ("val/PQ", "val_ema/PQ")
+    scores = {1: (30.0, 10.0), 2: (10.0, 30.0), 3: (20.0, 20.0), 4: (0.0, float("nan"))}
+    with Checkpoints(tmp_path, keep=1, metrics=names) as checkpoints:
+        for step, values in scores.items():
+            checkpoints.save(step, make_state(step), {})
+            checkpoints.add_scores(step, dict(zip(names, values)))
+        save_all(checkpoints, [5])
+        assert checkpoints.steps() == [1, 2, 5]
+        assert checkpoints.best_step() == 1
+    average = Checkpoints(tmp_path, metrics=names[1:], read_only=True)
+    assert average.best_step() == 2
+
+
 def test_scores_are_attached_to_a_step_that_is_saved(tmp_path, checkpoints):
     save_all(checkpoints, [1, 2], {1: 41.5})
     for opened in (checkpoints, Checkpoints(tmp_path / "checkpoints", read_only=True)):

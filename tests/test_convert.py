@@ -447,9 +447,7 @@ def test_a_step_or_the_average_of_a_run_is_written(tmp_path, tensors, variables)
     import_weights(path, spec, tmp_path / "run", ("--config.train.ema_decay=0.9",))
     twice = jax.tree.map(lambda x: 2 * x, variables)
     config = load_config(spec)
-    with Checkpoints(
-        tmp_path / "run" / "checkpoints", metric="val/PQ", model=config.model.to_dict()
-    ) as checkpoints:
+    with Checkpoints(tmp_path / "run" / "checkpoints", model=config.model.to_dict()) as checkpoints:
         progress = {"categories": names.coco("panoptic")._asdict()}
         state = {**variables, "ema": twice["params"]}
         checkpoints.save(5, state, progress)
