@@ -78,8 +78,11 @@ def main(command: CommandLine) -> None:
     boundaries = [metric.no_counts(num_classes)]
 
     stems = Stems()
+    num_scored = 0
 
     def visit(prediction: Prediction) -> None:
+        nonlocal num_scored
+        num_scored += 1
         gallery.add(prediction)
         index, truth, result = prediction
         if results:
@@ -91,13 +94,17 @@ def main(command: CommandLine) -> None:
 
     counts = evaluator.evaluate(trained.variables, visit)
 
+    num_broken = num_images - num_scored
+    if num_broken:
+        print(f"WARNING: {num_broken} of {num_images} images are broken and left out")
     print(metric.table(counts, split.categories))
     metrics = {
         **metric.summarize(counts, split.categories),
         "step": step,
         "ema": EMA.value,
         "split": config.data.val_split,
-        "num_images": num_images,
+        "num_images": num_scored,
+        "num_broken": num_broken,
         "per_class": metric.per_class(counts, split.categories),
     }
     if BOUNDARY.value:

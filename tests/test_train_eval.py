@@ -12,16 +12,19 @@ import jax
 import numpy as np
 import pytest
 import tiny_coco
+import tiny_runs
 from devices import environment
 from PIL import Image
 from programs import INTERRUPTIBLE, program
 
-from knet_jax import commandline
+from knet_jax import commandline, rle
 from knet_jax.checkpoint import Checkpoints
-from knet_jax.configuration import load_config, save_config
-from knet_jax.data import pipeline
+from knet_jax.configuration import load_config, load_saved_config, save_config
+from knet_jax.data import batches, pipeline
 from knet_jax.logs import read_log
+from knet_jax.metrics.coco_files import InstanceFile, PanopticFile
 from knet_jax.model import make_model
+from knet_jax.tasks import TASKS
 from knet_jax.training import TrainState, init_variables
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +211,48 @@ def test_a_run_is_done_when_its_last_step_is_evaluated(whole, data_dir, tmp_path
         assert scored(workdir) == scored(whole[0]) and scores.exists()
 
 
+SCORED_OTHERWISE = """
+import runpy, sys
+from knet_jax.checkpoint import Checkpoints
+
+add_scores = Checkpoints.add_scores
+
+def add_other_scores(self, step, scores):
+    better = {"val/mIoU": 30.0 * (step == 1), "val_ema/mIoU": 30.0 * (step == 2)}
+    assert better.keys() <= scores.keys()
+    add_scores(self, step, scores | better)
+
+Checkpoints.add_scores = add_other_scores
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_best_step_and_that_of_the_average_are_kept(data_dir, tmp_path):
+    """Of a semantic run, which is trained and evaluated from end to end."""
+    whole = ("--config.train.steps=4", "--config.train.eval_every=1", "--config.train.keep=1")
+    # Squares: a program or two less to compile.
+    small = ("--config.data.image_side=(64, 64)", "--config.data.crop=(64, 64)")
+    small += tuple(flag for flag in tiny_runs.OVERRIDES if "image_side" not in flag)
+    small += (*tiny_runs.OF_TASKS["semantic"], "--config.data.num_val=2")
+    status, out, err = run(
+        *("-c", SCORED_OTHERWISE, "train.py", "--config", "configs/shapes_semantic.py:tiny"),
+        *("--workdir", tmp_path, f"--config.data.data_dir={data_dir}", *small, *whole),
+        *("--config.train.ema_decay=0.5", "--config.data.num_workers=0"),
+    )
+    assert status == 0, err
+    assert "step 4: mIoU" in err and "done: mIoU 0.0" in out
+    checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert checkpoints.steps() == [1, 2, 4]
+    checkpoints.close()
+    metrics = evaluate(tmp_path, "--ema")
+    assert (metrics["step"], metrics["num_images"]) == (2, 2)
+    logged = next(r for r in read_log(tmp_path) if r["step"] == 2 and "val/mIoU" in r)
+    np.testing.assert_allclose(metrics["mIoU"], logged["val_ema/mIoU"], rtol=1e-6)
+    assert evaluate(tmp_path)["step"] == 1
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(data_dir, tmp_path):
     arguments = (
@@ -311,6 +356,115 @@ def test_the_average_is_evaluated_with_the_statistics_of_the_run(
         variables,
         {part: filled(shapes[part], value) for part, value in values.items()},
     )
+
+
+def evaluate(workdir, *arguments):
+    """Evaluates a run in this process. Returns its metrics."""
+    with program("eval") as eval_:
+        commandline.run(eval_.main, ["eval.py", "--workdir", str(workdir), *map(str, arguments)])
+    return json.loads((workdir / "metrics.json").read_text())
+
+
+def read_panoptic_results(path, truth):
+    return {id: m.ids.shape for id, m in read_file(PanopticFile, path, truth) if m.segments}
+
+
+def read_instance_results(path, truth):
+    results = read_file(InstanceFile, path, truth)
+    assert all(len(instances) == 20 for _, instances in results)
+    return {id: rle.decode(instances[0].rle).shape for id, instances in results}
+
+
+def read_file(kind, path, truth):
+    """What the own reader of a kind of COCO's result files finds in one: pictures by their id."""
+    place = path.with_name("truth.json")
+    place.write_text(json.dumps(truth))
+    file = kind(path, kind(place))
+    return [(id, file[id]) for id in file]
+
+
+def read_semantic_results(path, truth):
+    results, shapes = json.loads(path.read_text()), {}
+    names = {image["id"]: image["file_name"] for image in truth["images"]}
+    for image in results["images"]:
+        labels = np.asarray(Image.open(path.with_suffix("") / image["png"]))
+        assert image["file_name"] == names[image["id"]]
+        assert set(np.unique(labels)) <= {category["id"] for category in truth["categories"]}
+        shapes[image["id"]] = labels.shape
+    return shapes
+
+
+READERS = {
+    "panoptic": read_panoptic_results,
+    "instance": read_instance_results,
+    "semantic": read_semantic_results,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", READERS)
+def test_results_and_rounds_of_every_task(data_dir, tmp_path, monkeypatch, task):
+    """The truth of a picture is what is first seen in it, after the last update."""
+    metric, truths = TASKS[task].metric, {}
+    count = metric.count
+
+    def count_anew(truth, result, num_classes, image_id):
+        return count(truths.setdefault(image_id, result), result, num_classes, image_id)
+
+    monkeypatch.setattr(metric, "count", count_anew)
+    workdir = tiny_runs.write(
+        tmp_path / "run",
+        task,
+        f"--config.data.data_dir={data_dir}",
+        "--config.data.num_workers=0",
+        "--config.eval.batch_size=2",
+    )
+    metrics = evaluate(workdir, "--results", "--rounds", "--limit", 2)
+    assert (metrics["num_images"], metrics["num_broken"]) == (2, 0)
+    first, last = metrics["rounds"]
+    assert (first.pop("updates"), last.pop("updates")) == (0, 1)
+    assert first.keys() == last.keys() == {key for key in metrics if key in last}
+    assert last == {key: metrics[key] for key in last}
+    headline = metric.HEADLINE[0]
+    assert first[headline] < last[headline] > 80  # an empty mask is not even like itself
+    config = load_saved_config(workdir)
+    split = pipeline.load_split(config.data, config.data.val_split, task)
+    sizes = {split.image_id(i): tuple(split.sizes[i].tolist()) for i in range(2)}
+    names, ids, num_things = split.categories
+    truth = {
+        "images": [
+            {"id": split.image_id(i), "file_name": split.file_name(i), "height": h, "width": w}
+            for i, (h, w) in enumerate(sizes.values())
+        ],
+        "categories": [
+            {"id": id, "name": name, "isthing": int(k < num_things)}
+            for k, (id, name) in enumerate(zip(ids, names))
+        ],
+        "annotations": [],
+    }
+    assert READERS[task](workdir / f"{task}.json", truth) == sizes
+
+
+def test_broken_pictures_are_not_counted(data_dir, tmp_path, monkeypatch, capsys):
+    load = batches._load
+
+    def load_all_but_one(split, record):
+        if record.file_name == "val_000001.png":
+            raise ValueError("cannot be decoded")
+        return load(split, record)
+
+    monkeypatch.setattr(batches, "_load", load_all_but_one)
+    workdir = tiny_runs.write(
+        tmp_path / "run",
+        "semantic",
+        f"--config.data.data_dir={data_dir}",
+        "--config.data.num_workers=0",
+        "--config.data.max_broken_share=0.01",
+        "--config.eval.batch_size=2",
+    )
+    metrics = evaluate(workdir, "--limit", 3)
+    assert (metrics["num_images"], metrics["num_broken"]) == (2, 1)
+    assert "WARNING: 1 of 3 images are broken and left out" in capsys.readouterr().out
 
 
 @pytest.mark.slow
