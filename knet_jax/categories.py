@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from knet_jax.configuration import ConfigError
-from knet_jax.data import coco_json
+from knet_jax.data import coco_json, folder
 from knet_jax.data.datasets import DATASETS
 from knet_jax.segments import Categories
 from knet_jax.training import check_categories
@@ -76,9 +76,10 @@ def read_categories(file: Path, task: str, num_things: int, num_classes: int) ->
             f"--categories={file}: accepted are a JSON with COCO's categories, and a text with one "
             f"name a line: {error!r:.100}"
         ) from error
-    lines = [line.strip() for line in text.rstrip().splitlines()]
-    if not all(lines) or len(set(lines)) != len(lines):
-        raise ConfigError(f"--categories={file} must name a class on every line, each another one")
-    if len(lines) != num_classes:
-        raise ConfigError(f"--categories={file} lists {len(lines)} names; accepted: {num_classes}")
-    return Categories(tuple(lines), tuple(range(1, 1 + num_classes)), num_things)
+    try:
+        names = tuple(folder.parse_names(text, f"--categories={file}").values())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if len(names) != num_classes:
+        raise ConfigError(f"--categories={file} lists {len(names)} names; accepted: {num_classes}")
+    return Categories(names, tuple(range(1, 1 + num_classes)), num_things)

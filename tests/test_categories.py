@@ -53,6 +53,7 @@ def test_where_names_of_classes_come_from(tmp_path):
         "cat\n": "lists 1 names; accepted: 2",
         "cat\nsky\nsea": "lists 3 names; accepted: 2",
         "cat\ncat\n": "must name a class on every line, each another one",
+        "": "must name a class on every line, each another one",
         "cat\n\nsky\n": "must name a class on every line, each another one",
     }.items():
         path.write_text(text)

@@ -7,7 +7,6 @@ import os
 from multiprocessing import pool
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import tqdm
 
@@ -114,7 +113,9 @@ def sheet(split: splits.Split, count: int = 12) -> np.ndarray:
             image, truth = split.image(index), split.truth(index)
         except ValueError:
             continue
-        cells.append(_cell(split, image, visualize.as_panoptic(truth, image.shape[:2])))
+        painted = visualize.as_panoptic(truth, image.shape[:2])
+        image, [painted] = visualize.at_side(CELL, image, painted)
+        cells.append(visualize.draw(image, painted, split.categories))
     if not cells:
         raise ValueError(f"config.data: split '{split.name}' has no sound picture to draw")
     rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
@@ -126,11 +127,3 @@ def sheet(split: splits.Split, count: int = 12) -> np.ndarray:
             left = column * (CELL + GAP)
             canvas[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
     return canvas
-
-
-def _cell(split: splits.Split, image: np.ndarray, painted: PanopticMap) -> np.ndarray:
-    scale = CELL / max(image.shape[:2])
-    size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
-    image = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
-    ids = cv2.resize(painted.ids, size, interpolation=cv2.INTER_NEAREST_EXACT)
-    return visualize.draw(image, painted._replace(ids=ids), split.categories)

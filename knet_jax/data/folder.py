@@ -96,11 +96,21 @@ def read_categories(
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: {path} must be text in UTF-8") from error
+    return index_maps.categories_of(parse_names(text, f"{source}: {path}", ignore_index))
+
+
+def parse_names(text: str, called: str, ignore_index: int | None = None) -> dict[int, str]:
+    """The names of classes, a line each, by the index of the line; one line may be ignored.
+
+    Raises:
+        ValueError: a class has no name, two have the same, or there is none; errors begin with
+            what the text is `called`.
+    """
     lines = [line.strip() for line in text.rstrip().splitlines()]
     names = {i: name for i, name in enumerate(lines) if i != ignore_index}
     if not names or not all(names.values()) or len(set(names.values())) != len(names):
-        raise ValueError(f"{source}: {path} must name a class on every line, each another one")
-    return index_maps.categories_of(names)
+        raise ValueError(f"{called} must name a class on every line, each another one")
+    return names
 
 
 def find_pairs(pictures: Path, annotations: Path) -> Iterator[index_maps.Pair]:

@@ -139,17 +139,9 @@ class RecordBuilder(tfds.core.ShardBasedBuilder, abc.ABC, skip_registration=True
         )
 
 
-def read_categories(metadata: dict) -> Categories:
-    """The classes of a prepared split, from its metadata."""
-    stored = metadata["categories"]
-    return Categories(
-        tuple(stored["names"]), tuple(stored["dataset_ids"]), int(stored["num_things"])
-    )
-
-
 def describe(metadata: dict, max_problems: int = 20) -> str:
     """What a prepared split holds, as a text for people: counts, classes, problems."""
-    categories = read_categories(metadata)
+    categories = Categories.of(metadata["categories"])
     num_pixels = sum(height * width for height, width in metadata["sizes"])
     describe_ = kinds.find(metadata["task"]).describe
     headline, texts = describe_(metadata["columns"], num_pixels)

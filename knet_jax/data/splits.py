@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from knet_jax.data import kinds, records, transforms
+from knet_jax.segments import Categories
 
 SPEC = re.compile(r"(\w+)(\[[^\[\]]+\])?")
 
@@ -69,7 +70,7 @@ class Split:
                 f"config.data.data_dir: {missing[0]} is missing, remove {directory} to prepare anew"
             )
         self.name = split_name(spec)
-        self.categories = records.read_categories(metadata)
+        self.categories = Categories.of(metadata["categories"])
         self.sizes = np.array(metadata["sizes"], np.int32)[positions]
         """int32 [n, 2]: height and width of the pictures."""
         self.num_things = np.array(metadata["things"], np.int32)[positions]
