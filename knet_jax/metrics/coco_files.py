@@ -11,6 +11,7 @@ annotations with scores.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,19 @@ class PanopticResults:
         write_json(self.path, content)
 
 
+@contextlib.contextmanager
+def _reading(path: str | Path, kind: str) -> Iterator[None]:
+    """Whatever a file of this kind, missing or of another form, raises is a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a COCO {kind} file: {error!r}") from error
+
+
 class PanopticFile:
     """Reads a panoptic JSON at once, and its PNG files one by one.
 
@@ -104,7 +118,7 @@ class PanopticFile:
 
     def __init__(self, path: str | Path, truth: PanopticFile | None = None):
         self.path = Path(path)
-        try:
+        with _reading(path, "panoptic"):
             content = json.loads(self.path.read_bytes())
             self._annotations = {a["image_id"]: a for a in content["annotations"]}
             if truth is None:
@@ -112,12 +126,6 @@ class PanopticFile:
                 self._sizes = {i["id"]: (i["height"], i["width"]) for i in content["images"]}
             else:
                 self.categories, self._sizes = truth.categories, truth._sizes
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a COCO panoptic file: {error!r}") from error
         self._labels = {id: label for label, id in enumerate(self.categories.dataset_ids)}
 
     def __len__(self) -> int:
@@ -219,7 +227,7 @@ class InstanceFile:
 
     def __init__(self, path: str | Path, truth: InstanceFile | None = None):
         self.path = Path(path)
-        try:
+        with _reading(path, "instance"):
             content = json.loads(self.path.read_bytes())
             if truth is None:
                 self.categories = read_things(content["categories"])
@@ -230,12 +238,6 @@ class InstanceFile:
             self._annotations = defaultdict(list)
             for annotation in annotations:
                 self._annotations[annotation["image_id"]].append(annotation)
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a COCO instance file: {error!r}") from error
         for image_id in self._annotations.keys() - self._sizes.keys():
             raise ValueError(f"{path}: picture {image_id} is annotated but not listed")
         self._labels = {id: label for label, id in enumerate(self.categories.dataset_ids)}
