@@ -3,6 +3,8 @@
 python predict.py photo.jpg --model runs/demo --output out
 python predict.py pictures/ more/1.jpg --model runs/demo --output out --threshold 0.5
 python predict.py clip.mp4 --model runs/demo --output out
+python predict.py data/coco/test2017 --model runs/mine --output out \
+    --image_info data/coco/annotations/image_info_test-dev2017.json
 
 Takes pictures, videos, and folders with those that they hold, subfolders included. Writes to the
 output, as they come: overlays/ (the pictures under their segments), the results in COCO's format
@@ -24,7 +26,7 @@ from absl import flags
 from knet_jax.checkpoint import check_writable
 from knet_jax.commandline import CommandLine, run
 from knet_jax.configuration import ConfigError
-from knet_jax.predictions import Predictions, find_sources, predict_pictures, readable
+from knet_jax.predictions import Predictions, find_ids, find_sources, predict_pictures, readable
 from knet_jax.preemption import stop_when_asked
 from knet_jax.segmenter import default_batch_size, load
 from knet_jax.videos import predict_video
@@ -41,6 +43,11 @@ EMA = flags.DEFINE_boolean("ema", False, "take the moving average of the paramet
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "pictures at a time; default: 1 on a CPU, else 8", 1
 )
+IMAGE_INFO = flags.DEFINE_string(
+    "image_info",
+    None,
+    "JSON in COCO's form: its pictures alone are taken, under its ids; default: all, as 1, 2, 3 ...",
+)
 
 SOME_SKIPPED = 3
 """Exit status where files could not be read or videos not be written."""
@@ -53,6 +60,12 @@ def main(command: CommandLine) -> None:
         raise ConfigError("no picture is named: predict.py PICTURE|FOLDER|VIDEO … --model DIR")
     output = Path(OUTPUT.value)
     pictures, videos = find_sources(command.paths, output)
+    ids = None
+    if IMAGE_INFO.value:
+        ids = find_ids(Path(IMAGE_INFO.value), pictures)
+        listed = [picture for picture in pictures if picture.name in ids]
+        print(f"{len(listed)} of {len(pictures)} pictures are in {IMAGE_INFO.value}")
+        pictures = listed
     check_writable(next(path for path in (output, *output.parents) if path.exists()))
     print(f"opening {MODEL.value}; the first picture of a size compiles", flush=True)
     segmenter = load(
@@ -71,7 +84,7 @@ def main(command: CommandLine) -> None:
     problems = []
     with stop_when_asked() as stop:
         if pictures:
-            with Predictions(output, segmenter.task, segmenter.categories) as predictions:
+            with Predictions(output, segmenter.task, segmenter.categories, ids) as predictions:
                 problems += predict_pictures(
                     segmenter, pictures, predictions, THRESHOLD.value, stop
                 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import mimetypes
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from knet_jax.configuration import ConfigError
+from knet_jax.data import coco_json
 from knet_jax.data.transforms import PICTURES, read_image
 from knet_jax.metrics.result_files import Stems, write_json
 from knet_jax.preemption import StopRequest
@@ -137,6 +139,48 @@ def _is_prediction(path: Path, output: Path) -> bool:
     )
 
 
+def find_ids(file: Path, pictures: Sequence[Source]) -> dict[str, int]:
+    """The ids that a JSON in COCO's form, such as that of a test set, gives pictures.
+
+    Args:
+      file: its `images` have `id` and `file_name`, which is the name of a picture below the folder
+        that was named, or without its folders.
+      pictures: that were asked for.
+
+    Returns:
+      ids by `Source.name`, of the pictures that it lists.
+
+    Raises:
+      ConfigError: there is no such file, it lists none of them, or gives two the same id.
+    """
+    try:
+        listed: dict[str, int] = {}
+        for image in json.loads(file.read_text(encoding="utf-8-sig"))["images"]:
+            coco_json.check_file_name(image)
+            name, id = image["file_name"], image["id"]
+            if type(id) is not int or id.bit_length() > 63:
+                raise ValueError(f"the id of {name} is {id!r}")
+            if listed.setdefault(name, id) != id:
+                raise ValueError(f"{name} has two ids")
+    except OSError as error:
+        raise ConfigError(f"--image_info={file} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"--image_info={file}; accepted: a JSON in COCO's form, whose images have id and "
+            f"file_name: {error!r:.100}"
+        ) from error
+    ids = {one.name: listed.get(one.name, listed.get(one.path.name)) for one in pictures}
+    ids = {name: id for name, id in ids.items() if id is not None}
+    if not ids:
+        raise ConfigError(
+            f"--image_info={file} lists none of the {len(pictures)} pictures; it has "
+            f"{', '.join([*listed][:2]) or 'nothing'}"
+        )
+    if len(set(ids.values())) < len(ids):
+        raise ConfigError(f"--image_info={file} gives several of the pictures the same id")
+    return ids
+
+
 def until(stop: StopRequest | None, results: Iterable[Result]) -> Iterator[Result]:
     """Results until the process is asked to stop. Raises Preempted after the one that is then due."""
     for result in results:
@@ -163,14 +207,22 @@ class Predictions:
       folder: created if need be.
       task: of the network.
       categories: its classes.
+      ids: of the pictures by `Source.name`; default: 1, 2, 3 …
     """
 
-    def __init__(self, folder: Path, task: str, categories: Categories):
+    def __init__(
+        self,
+        folder: Path,
+        task: str,
+        categories: Categories,
+        ids: Mapping[str, int] | None = None,
+    ):
         self.folder = folder
         self.counts = np.zeros((2, len(categories.names)), int)
         """Of each class, in how many pictures it was seen, and how many segments of it."""
         self._task = task
         self._categories = categories
+        self._ids = ids
         self._images: list[dict] = []
         self._thumbnails: list[np.ndarray] = []
 
@@ -196,7 +248,7 @@ class Predictions:
 
     def add(self, source: Source, result: Result) -> None:
         """Writes the result of a picture."""
-        image_id = len(self._images) + 1
+        image_id = self._ids[source.name] if self._ids else len(self._images) + 1
         overlay = self.folder / OVERLAYS / f"{source.stem}.jpg"
         overlay.parent.mkdir(parents=True, exist_ok=True)
         save_picture(

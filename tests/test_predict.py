@@ -25,6 +25,7 @@ from knet_jax.metrics.result_files import JsonList, write_json
 from knet_jax.predictions import (
     Predictions,
     Source,
+    find_ids,
     find_sources,
     predict_pictures,
 )
@@ -207,6 +208,57 @@ def test_what_was_done_before_an_interruption_is_kept(models, tmp_path, signum, 
         assert results[image["id"]].ids.shape == (50, 75)
         assert (output / "overlays" / image["file_name"].replace("png", "jpg")).is_file()
     assert not [name for name in files(output) if name.endswith(".part")]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_ids_are_those_of_a_test_set(models, tmp_path, task, capsys):
+    write_pictures(tmp_path / "in", ("1.png", "sub/2.png", "3.png"))
+    info, output = tmp_path / "info.json", tmp_path / "out"
+    listed = [("1.png", 501), ("2.png", 2**40), ("elsewhere.png", 7)]
+    info.write_text(json.dumps({"images": [{"file_name": n, "id": id} for n, id in listed]}))
+    flags = ("--model", models[task], "--output", output, "--image_info", info)
+    call(tmp_path / "in", *flags, "--threshold", 0)
+    assert "2 of 3 pictures are in" in capsys.readouterr().out
+    content = json.loads((output / f"{task}.json").read_text())
+    records = {"panoptic": "annotations", "semantic": "images"}.get(task)
+    found = {record.get("image_id", record.get("id")) for record in content[records or slice(None)]}
+    assert found == {501, 2**40}
+    names = json.loads((output / "images.json").read_text())["images"]
+    assert {image["file_name"]: image["id"] for image in names} == {
+        "1.png": 501,
+        "sub/2.png": 2**40,
+    }
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[]", "accepted: a JSON in COCO's form"),
+        ('{"images": [{"file_name": "1.png"}]}', "KeyError"),
+        ('{"images": [{"file_name": "1.png", "id": "7"}]}', "the id of 1.png is '7'"),
+        ('{"images": [{"file_name": "1.png", "id": true}]}', "the id of 1.png is True"),
+        (
+            '{"images": [{"file_name": "1.png", "id": 7}, {"file_name": "1.png", "id": 8}]}',
+            "1.png has two ids",
+        ),
+        (
+            '{"images": [{"file_name": "1.png", "id": 7}, {"file_name": "2.png", "id": 7}]}',
+            "several of the pictures the same id",
+        ),
+        ('{"images": [{"file_name": "9.png", "id": 7}]}', "lists none of the 2 pictures; it has 9"),
+        ('{"images": []}', "it has nothing"),
+    ],
+)
+def test_bad_lists_of_ids_are_named(tmp_path, content, words):
+    write_pictures(tmp_path / "in", ("1.png", "2.png"))
+    pictures, _ = find_sources([str(tmp_path / "in")], tmp_path / "out")
+    info = tmp_path / "info.json"
+    with pytest.raises(ConfigError, match="image_info=.*cannot be read: No such file"):
+        find_ids(info, pictures)
+    info.write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        find_ids(info, pictures)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_mistakes_end_in_one_line(models, tmp_path, capsys):
