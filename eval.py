@@ -23,7 +23,7 @@ from knet_jax.configuration import ConfigError
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator, Gallery, Prediction
 from knet_jax.metrics.result_files import Stems, place_png, write_whole
-from knet_jax.runs import open_run
+from knet_jax.runs import keep_programs, open_run
 from knet_jax.tasks import TASKS
 from knet_jax.training import check_categories, check_same_categories
 from knet_jax.visualize import panel, save_picture
@@ -48,6 +48,7 @@ def main(command: CommandLine) -> None:
         if OUTPUT.value:
             raise ConfigError(f"--output={output} is a file; accepted: a folder")
         raise ConfigError(f"--output is missing: --workdir={workdir} is no folder for results")
+    keep_programs()
     devices = jax.local_devices()
     trained = open_run(
         workdir, CHECKPOINT.value, EMA.value, command.overrides, num_devices=jax.device_count()

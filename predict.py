@@ -46,7 +46,7 @@ BATCH_SIZE = flags.DEFINE_integer(
 IMAGE_INFO = flags.DEFINE_string(
     "image_info",
     None,
-    "JSON in COCO's form: its pictures alone are taken, under its ids; default: all, as 1, 2, 3 ...",
+    "JSON in COCO's form: of pictures its own alone are taken, under its ids; default: all, as 1, 2 ...",
 )
 
 SOME_SKIPPED = 3
@@ -61,11 +61,12 @@ def main(command: CommandLine) -> None:
     output = Path(OUTPUT.value)
     pictures, videos = find_sources(command.paths, output)
     ids = None
-    if IMAGE_INFO.value:
-        ids = find_ids(Path(IMAGE_INFO.value), pictures)
-        listed = [picture for picture in pictures if picture.name in ids]
-        print(f"{len(listed)} of {len(pictures)} pictures are in {IMAGE_INFO.value}")
-        pictures = listed
+    if IMAGE_INFO.value and pictures:
+        ids, num_listed = find_ids(Path(IMAGE_INFO.value), pictures)
+        print(
+            f"{len(ids)} of {len(pictures)} pictures are among the {num_listed} of {IMAGE_INFO.value}"
+        )
+        pictures = [picture for picture in pictures if picture.name in ids]
     check_writable(next(path for path in (output, *output.parents) if path.exists()))
     print(f"opening {MODEL.value}; the first picture of a size compiles", flush=True)
     segmenter = load(

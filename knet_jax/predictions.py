@@ -139,7 +139,7 @@ def _is_prediction(path: Path, output: Path) -> bool:
     )
 
 
-def find_ids(file: Path, pictures: Sequence[Source]) -> dict[str, int]:
+def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], int]:
     """The ids that a JSON in COCO's form, such as that of a test set, gives pictures.
 
     Args:
@@ -148,7 +148,7 @@ def find_ids(file: Path, pictures: Sequence[Source]) -> dict[str, int]:
       pictures: that were asked for.
 
     Returns:
-      ids by `Source.name`, of the pictures that it lists.
+      ids by `Source.name`, of the pictures that it lists, and how many it lists in all.
 
     Raises:
       ConfigError: there is no such file, it lists none of them, or gives two the same id.
@@ -178,7 +178,7 @@ def find_ids(file: Path, pictures: Sequence[Source]) -> dict[str, int]:
         )
     if len(set(ids.values())) < len(ids):
         raise ConfigError(f"--image_info={file} gives several of the pictures the same id")
-    return ids
+    return ids, len(listed)
 
 
 def until(stop: StopRequest | None, results: Iterable[Result]) -> Iterator[Result]:

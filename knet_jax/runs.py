@@ -224,6 +224,16 @@ def headlines(config: ConfigDict) -> tuple[str, ...]:
     return tuple(f"{name}/{TASKS[config.task].metric.HEADLINE[0]}" for name in names)
 
 
+def keep_programs() -> None:
+    """Turns on JAX's cache on disk, unless the environment or the program already has its own."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        jax.config.update(
+            "jax_compilation_cache_dir",
+            str(Path(os.path.expanduser(root)) / "knet_jax" / "programs"),
+        )
+
+
 def choose_step(checkpoints: Checkpoints, name: str) -> int:
     """The step that a name stands for. Raises ConfigError where there is none."""
     steps = checkpoints.steps()

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import islice
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from knet_jax.inference import lookahead, predict
 from knet_jax.passes import both_ways
 from knet_jax.resampling import Canvas
 from knet_jax.results import Result
-from knet_jax.runs import Run, find_run
+from knet_jax.runs import Run, find_run, keep_programs
 from knet_jax.segments import MIN_SCORE
 from knet_jax.tasks import TASKS
 
@@ -257,16 +256,6 @@ def load(
         segmenter.prepare(first)
         reading.result()
     return segmenter
-
-
-def keep_programs() -> None:
-    """Turns on JAX's cache on disk, unless the environment or the program already has its own."""
-    if jax.config.jax_compilation_cache_dir is None:
-        root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        jax.config.update(
-            "jax_compilation_cache_dir",
-            str(Path(os.path.expanduser(root)) / "knet_jax" / "programs"),
-        )
 
 
 def _is_number(value: Any, kind: type) -> bool:

@@ -218,7 +218,7 @@ def test_ids_are_those_of_a_test_set(models, tmp_path, task, capsys):
     info.write_text(json.dumps({"images": [{"file_name": n, "id": id} for n, id in listed]}))
     flags = ("--model", models[task], "--output", output, "--image_info", info)
     call(tmp_path / "in", *flags, "--threshold", 0)
-    assert "2 of 3 pictures are in" in capsys.readouterr().out
+    assert "2 of 3 pictures are among the 3 of" in capsys.readouterr().out
     content = json.loads((output / f"{task}.json").read_text())
     records = {"panoptic": "annotations", "semantic": "images"}.get(task)
     found = {record.get("image_id", record.get("id")) for record in content[records or slice(None)]}
@@ -237,6 +237,11 @@ def test_ids_are_those_of_a_test_set(models, tmp_path, task, capsys):
         ('{"images": [{"file_name": "1.png"}]}', "KeyError"),
         ('{"images": [{"file_name": "1.png", "id": "7"}]}', "the id of 1.png is '7'"),
         ('{"images": [{"file_name": "1.png", "id": true}]}', "the id of 1.png is True"),
+        ('{"images": [{"file_name": "1.png", "id": 7.0}]}', "the id of 1.png is 7.0"),
+        (
+            '{"images": [{"file_name": "1.png", "id": 9223372036854775808}]}',
+            "is 9223372036854775808",
+        ),
         (
             '{"images": [{"file_name": "1.png", "id": 7}, {"file_name": "1.png", "id": 8}]}',
             "1.png has two ids",

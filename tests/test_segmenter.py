@@ -22,8 +22,8 @@ from knet_jax.convert import export_weights
 from knet_jax.data import pipeline
 from knet_jax.evaluation import Evaluator
 from knet_jax.resampling import Canvas
-from knet_jax.runs import open_run
-from knet_jax.segmenter import Segmenter, as_image, keep_programs
+from knet_jax.runs import keep_programs, open_run
+from knet_jax.segmenter import Segmenter, as_image
 from knet_jax.structs import Batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
