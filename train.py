@@ -40,7 +40,7 @@ from knet_jax.logs import Log, Progress, plot_curves
 from knet_jax.matching import Weights
 from knet_jax.model import make_model
 from knet_jax.preemption import StopRequest, stop_when_asked
-from knet_jax.runs import headlines, load_start
+from knet_jax.runs import headlines, keep_programs, load_start
 from knet_jax.structs import EMPTY
 from knet_jax.tasks import TASKS
 from knet_jax.validation import validate
@@ -62,6 +62,7 @@ def main(command: CommandLine) -> None:
     task = TASKS[config.task]
     metric = task.metric
     jax.config.update("jax_default_matmul_precision", config.precision)
+    keep_programs()
     workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
     check_writable(workdir)
     # As long as it is referred to.

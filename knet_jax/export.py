@@ -73,7 +73,7 @@ def of_two_canvases(config: ConfigDict) -> ConfigDict:
 
 def make_views(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[View, ...]:
     """How an exported network sees pictures of a height and width; by default those of any size,
-    upright ones by the last view."""
+    by a config `of_two_canvases`, upright ones by the last view."""
     recipe = kinds.find(config.task).recipe(config.data)
     sizes = [size] if size else [LANDSCAPE, PORTRAIT]
     canvases = dict.fromkeys(tuple(recipe.eval_canvas(size)) for size in sizes)

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from knet_jax.data import batches, kinds, transforms
+from knet_jax.data import batches, kinds, recipes, transforms
 from knet_jax.inference import lookahead, predict
 from knet_jax.passes import both_ways
 from knet_jax.resampling import Canvas
@@ -64,9 +64,7 @@ class Segmenter:
         self._shapes = run.shapes
         options = config.eval.to_dict()
         recipe = kinds.find(config.task).recipe(config.data)
-        self._recipes = [
-            recipe.scaled(ratio) if ratio != 1 else recipe for ratio in options.get("scales", (1,))
-        ]
+        self._recipes = recipes.at_ratios(recipe, options.get("scales", (1,)))
         self._flip = options.get("flip", False)
         self.thresholds = {
             "instance_threshold": options.get("instance_threshold", MIN_SCORE),

@@ -173,7 +173,7 @@ def test_upright_pictures_have_their_own_canvas(name, folders, tmp_path):
         pytest.importorskip("onnxruntime")
     run = open_run(folders / "panoptic")
     picture = draw("val", 2, (100, 130)).image[:96, :64]
-    views = export.make_views(run.config)
+    views = export.make_views(export.of_two_canvases(run.config))
     assert [view.canvas for view in views] == [(64, 96), (96, 64)]
     path = tmp_path / "model"
     export.export(run, path, name, image=picture)

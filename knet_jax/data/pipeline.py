@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from knet_jax.data import batches, datasets, records, sampler, splits
+from knet_jax.data import batches, datasets, recipes, records, sampler, splits
 from knet_jax.quiet import silenced
 from knet_jax.segments import Categories
 from knet_jax.structs import EMPTY, Batch
@@ -200,7 +200,7 @@ def eval_batches(
     """
     recipe = split.kind.recipe(config_data)
     rows = _process_rows(batch_size, process_index, process_count)
-    scaled = [recipe.scaled(ratio) if ratio != 1 else recipe for ratio in ratios]
+    scaled = recipes.at_ratios(recipe, ratios)
     sizes = [tuple(size) for size in split.sizes[:limit].tolist()]
     canvases = np.array([recipe.eval_canvas(size) for size in sizes])
     chunks = []

@@ -129,7 +129,7 @@ class WholePicture(NamedTuple):
         """Height and width of the canvas of a picture in evaluation."""
         if not self.eval_multiple:
             return self.train_canvas(int(size[0] > size[1]))
-        return tuple(_round_up(side, self.eval_multiple) for side in self.eval_size(size))
+        return _round_up(self.eval_size(size), self.eval_multiple)
 
 
 def whole_picture(config_data) -> WholePicture:
@@ -212,7 +212,7 @@ class Crop(NamedTuple):
 
     def eval_canvas(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the canvas of a picture in evaluation."""
-        return tuple(_round_up(side, self.eval_multiple) for side in self.eval_size(size))
+        return _round_up(self.eval_size(size), self.eval_multiple)
 
     def scaled(self, ratio: float) -> Crop:
         """The recipe for pictures that are `ratio` times as large; the limits are whole pixels."""
@@ -226,6 +226,11 @@ def crop(config_data) -> Crop:
         ValueError: a value that cannot be meant.
     """
     return _read(Crop, config_data, SHARED_RULES | CROP_RULES)
+
+
+def at_ratios(recipe: WholePicture | Crop, ratios: Sequence[float]) -> list[WholePicture | Crop]:
+    """The recipe for pictures that are so many times as large, for each ratio; `Crop` has others than 1."""
+    return [recipe.scaled(ratio) if ratio != 1 else recipe for ratio in ratios]
 
 
 def look(label_map: np.ndarray, view: View) -> np.ndarray:
@@ -250,5 +255,5 @@ def _read(kind: type[Any], config_data, rules: Mapping[str, Rule]) -> Any:
     return kind(**values)
 
 
-def _round_up(length: float, multiple: int) -> int:
-    return -int(-length // multiple) * multiple
+def _round_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    return tuple(-(-side // multiple) * multiple for side in size)
