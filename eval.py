@@ -17,16 +17,17 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from knet_jax.checkpoint import check_writable
-from knet_jax.commandline import CommandLine, run
-from knet_jax.configuration import ConfigError
+from knet_jax.cli.commandline import CommandLine, run
 from knet_jax.data import pipeline
-from knet_jax.evaluation import Evaluator, Gallery, Prediction
-from knet_jax.metrics.result_files import Stems, place_png, write_whole
-from knet_jax.runs import keep_programs, open_run
+from knet_jax.saved.checkpoints import check_writable
+from knet_jax.saved.models import open_model
+from knet_jax.segmentation.class_lists import check_class_counts, check_trained_classes
+from knet_jax.segmentation.drawing import panel, save_picture
+from knet_jax.system.compilation_cache import keep_programs
+from knet_jax.system.errors import UserError
+from knet_jax.system.output_files import Stems, place_png, write_whole
 from knet_jax.tasks import TASKS
-from knet_jax.training import check_categories, check_same_categories
-from knet_jax.visualize import panel, save_picture
+from knet_jax.training.evaluation import Evaluator, Gallery, Prediction
 
 WORKDIR = flags.DEFINE_string("workdir", None, "of the run")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest, or the number of a step")
@@ -42,15 +43,15 @@ ROUNDS = flags.DEFINE_boolean("rounds", False, "also evaluate the masks of every
 
 def main(command: CommandLine) -> None:
     if WORKDIR.value is None:
-        raise ConfigError("--workdir is missing: the folder of a run of train.py")
+        raise UserError("--workdir is missing: the folder of a run of train.py")
     workdir, output = Path(WORKDIR.value), Path(OUTPUT.value or WORKDIR.value)
     if output.is_file():
         if OUTPUT.value:
-            raise ConfigError(f"--output={output} is a file; accepted: a folder")
-        raise ConfigError(f"--output is missing: --workdir={workdir} is no folder for results")
+            raise UserError(f"--output={output} is a file; accepted: a folder")
+        raise UserError(f"--output is missing: --workdir={workdir} is no folder for results")
     keep_programs()
     devices = jax.local_devices()
-    trained = open_run(
+    trained = open_model(
         workdir, CHECKPOINT.value, EMA.value, command.overrides, num_devices=jax.device_count()
     )
     check_writable(output)
@@ -60,10 +61,10 @@ def main(command: CommandLine) -> None:
     task = TASKS[config.task]
     metric = task.metric
     if BOUNDARY.value and not hasattr(metric, "boundary_iou"):
-        raise ConfigError(f"--boundary: config.task is {config.task!r}; accepted: instance")
+        raise UserError(f"--boundary: config.task is {config.task!r}; accepted: instance")
     split = pipeline.load_split(config.data, config.data.val_split, config.task)
-    check_categories(config, split.categories)
-    check_same_categories(trained.categories._asdict(), split.categories)
+    check_class_counts(config, split.categories)
+    check_trained_classes(trained.categories._asdict(), split.categories)
 
     num_images = min(len(split), LIMIT.value or len(split))
     print(

@@ -23,13 +23,19 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from knet_jax.checkpoint import check_writable
-from knet_jax.commandline import CommandLine, run
-from knet_jax.configuration import ConfigError
-from knet_jax.predictions import Predictions, find_ids, find_sources, predict_pictures, readable
-from knet_jax.preemption import stop_when_asked
-from knet_jax.segmenter import default_batch_size, load
-from knet_jax.videos import predict_video
+from knet_jax.app.predictions import (
+    Predictions,
+    find_ids,
+    find_sources,
+    predict_pictures,
+    readable,
+)
+from knet_jax.app.segmenter import default_batch_size, load
+from knet_jax.app.videos import predict_video
+from knet_jax.cli.commandline import CommandLine, run
+from knet_jax.saved.checkpoints import check_writable
+from knet_jax.system.errors import UserError
+from knet_jax.system.signals import stop_when_asked
 
 MODEL = flags.DEFINE_string(
     "model", None, "folder of a run of train.py, or file or folder of a conversion"
@@ -55,9 +61,9 @@ SOME_SKIPPED = 3
 
 def main(command: CommandLine) -> None:
     if MODEL.value is None:
-        raise ConfigError("--model is missing: the folder of a run of train.py")
+        raise UserError("--model is missing: the folder of a run of train.py")
     if not command.paths:
-        raise ConfigError("no picture is named: predict.py PICTURE|FOLDER|VIDEO … --model DIR")
+        raise UserError("no picture is named: predict.py PICTURE|FOLDER|VIDEO … --model DIR")
     output = Path(OUTPUT.value)
     pictures, videos = find_sources(command.paths, output)
     ids = None

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from absl import flags
 
-from knet_jax.commandline import CommandLine, run
-from knet_jax.configuration import ConfigError, load_config
-from knet_jax.data import check, download, pipeline
-from knet_jax.validation import check_data
-from knet_jax.visualize import save_picture
+from knet_jax.cli.commandline import CommandLine, run
+from knet_jax.config.files import load_config
+from knet_jax.config.validation import check_data
+from knet_jax.data import dataset_report, download, pipeline
+from knet_jax.segmentation import class_lists
+from knet_jax.segmentation.drawing import save_picture
+from knet_jax.system.errors import UserError
 
 CONFIG = flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
 DOWNLOAD = flags.DEFINE_boolean("download", False, "fetch the archives into config.data.root")
@@ -28,7 +30,7 @@ OUTPUT = flags.DEFINE_string("output", "runs/check", "where --check puts its she
 
 def main(command: CommandLine) -> None:
     if CONFIG.value is None:
-        raise ConfigError("--config is missing, such as --config configs/coco_panoptic.py")
+        raise UserError("--config is missing, such as --config configs/coco_panoptic.py")
     config = load_config(CONFIG.value, command.overrides)
     check_data(config)
     data, task = config.data, config.task
@@ -37,13 +39,13 @@ def main(command: CommandLine) -> None:
     train, val = (
         pipeline.load_split(data, split, task) for split in (data.train_split, data.val_split)
     )
-    pipeline.check_same_categories(train.categories, val.categories)
+    class_lists.check_same_classes(train.categories, val.categories)
     if CHECK.value:
         for split in (train, val):
-            print(f"{split.name}: {check.report(split)}")
+            print(f"{split.name}: {dataset_report.report(split)}")
             path = Path(OUTPUT.value) / f"{data.dataset}_{task}_{split.name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(path, check.sheet(split))
+            save_picture(path, dataset_report.sheet(split))
             print(f"{split.name}: drawn in {path}")
 
 

@@ -21,30 +21,32 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from knet_jax import optim, training
-from knet_jax.checkpoint import Checkpoints, check_writable
-from knet_jax.commandline import CommandLine, run
-from knet_jax.configuration import (
+from knet_jax.cli.commandline import CommandLine, run
+from knet_jax.config.files import (
     SAVED_NAME,
-    ConfigError,
     check_resume,
     default_workdir,
     load_config,
     save_config,
 )
+from knet_jax.config.validation import validate
 from knet_jax.data import pipeline
-from knet_jax.data.splits import Split
-from knet_jax.evaluation import Evaluator, Gallery, lookahead
-from knet_jax.lock import lock
-from knet_jax.logs import Log, Progress, plot_curves
-from knet_jax.matching import Weights
+from knet_jax.data.prepared_split import Split
+from knet_jax.matching import LossWeights
 from knet_jax.model import make_model
-from knet_jax.preemption import StopRequest, stop_when_asked
-from knet_jax.runs import headlines, keep_programs, load_start
+from knet_jax.saved.checkpoints import Checkpoints, check_writable
+from knet_jax.saved.models import headlines, load_start
+from knet_jax.segmentation import class_lists
+from knet_jax.segmentation.drawing import save_picture
 from knet_jax.structs import EMPTY
+from knet_jax.system.compilation_cache import keep_programs
+from knet_jax.system.errors import UserError
+from knet_jax.system.locks import lock
+from knet_jax.system.signals import StopRequest, stop_when_asked
 from knet_jax.tasks import TASKS
-from knet_jax.validation import validate
-from knet_jax.visualize import save_picture
+from knet_jax.training import optim, train_step
+from knet_jax.training.evaluation import Evaluator, Gallery, lookahead
+from knet_jax.training.logs import Log, Progress, plot_curves
 
 CONFIG = flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; default: runs/NAME_VARIANT")
@@ -53,11 +55,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; default: ru
 def main(command: CommandLine) -> None:
     # The run.
     if CONFIG.value is None:
-        raise ConfigError("--config is missing, such as --config configs/coco_panoptic.py")
+        raise UserError("--config is missing, such as --config configs/coco_panoptic.py")
     config = load_config(CONFIG.value, command.overrides)
     devices = jax.local_devices()
     if jax.process_count() > 1:
-        raise ConfigError("several processes: a run has one, with all devices of its machine")
+        raise UserError("several processes: a run has one, with all devices of its machine")
     validate(config, jax.device_count())
     task = TASKS[config.task]
     metric = task.metric
@@ -74,43 +76,43 @@ def main(command: CommandLine) -> None:
     # The data.
     split = pipeline.load_split(config.data, config.data.train_split, config.task)
     val_split = pipeline.load_split(config.data, config.data.val_split, config.task)
-    pipeline.check_same_categories(split.categories, val_split.categories)
-    training.check_categories(config, split.categories)
+    class_lists.check_same_classes(split.categories, val_split.categories)
+    class_lists.check_class_counts(config, split.categories)
     batch_size = config.train.batch_size
     steps_per_epoch = pipeline.steps_per_epoch(split, config.data, batch_size)
     total_steps = config.train.steps or round(config.train.epochs * steps_per_epoch)
     if total_steps < 1:
-        raise ConfigError(
+        raise UserError(
             f"config.train.epochs is {config.train.epochs}, less than one step; an epoch has "
             f"{steps_per_epoch} steps of {batch_size} images"
         )
 
     # The network and its optimizer.
     model = make_model(**config.model)
-    variables = training.init_variables(model, config.seed)
+    variables = model.init_variables(model, config.seed)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     optimizer, schedule = optim.make_optimizer(config.optim, params, steps_per_epoch, batch_size)
     ema_decay = config.train.ema_decay
-    state = training.TrainState(
+    state = train_step.TrainState(
         jnp.zeros((), jnp.int32),
         params,
         batch_stats,
         optimizer.init(params),
         params if ema_decay else None,
     )
-    train_step = training.make_train_step(
+    take_step = train_step.make_train_step(
         devices,
         model=model,
         task=task,
         optimizer=optimizer,
         trainable=optim.trainable(config.optim.groups, params),
-        weights=Weights(**config.loss),
+        weights=LossWeights(**config.loss),
         seed=config.seed,
         ema_decay=ema_decay,
     )
 
     share = batch_size // len(devices)
-    parts = training.Parts(len(devices), min(share, config.train.microbatch))
+    parts = train_step.Parts(len(devices), min(share, config.train.microbatch))
 
     # Where it starts.
     checkpoints = Checkpoints(
@@ -122,10 +124,10 @@ def main(command: CommandLine) -> None:
     restored = checkpoints.restore_latest(state)
     if restored:
         state, record = restored
-        training.check_same_categories(record["progress"]["categories"], split.categories)
+        class_lists.check_trained_classes(record["progress"]["categories"], split.categories)
         print(f"resuming from step {record['step']} of {workdir}")
-        was = training.Parts(*record["progress"].get("parts", parts))
-        if warning := training.explain_change(model, was, parts):
+        was = train_step.Parts(*record["progress"].get("parts", parts))
+        if warning := train_step.explain_change(model, was, parts):
             print(warning)
     elif config.init_weights:
         loaded, origin = load_start(config.init_weights, variables)
@@ -138,7 +140,7 @@ def main(command: CommandLine) -> None:
         state = state._replace(ema=jax.tree.map(jnp.copy, state.params))
     save_config(config, workdir)
     start = int(state.step)
-    state = training.replicate(state, devices)
+    state = train_step.replicate(state, devices)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"{count / 1e6:.1f} M parameters, {len(devices)} x {devices[0].device_kind}, {workdir}")
     print(optim.describe(config.optim, params, steps_per_epoch, total_steps, batch_size))
@@ -165,7 +167,7 @@ def main(command: CommandLine) -> None:
         start * batch_size,
     )
     num_parts = share // parts.num_images
-    feed = lookahead((b.id, training.to_devices(b, devices, num_parts)) for b, _ in batches)
+    feed = lookahead((b.id, train_step.to_devices(b, devices, num_parts)) for b, _ in batches)
     unchecked = None
 
     def is_scored(step: int) -> bool:
@@ -181,7 +183,7 @@ def main(command: CommandLine) -> None:
         for step in range(start + 1, total_steps + 1):
             with interval.waiting():
                 ids, batch = next(feed)
-            state, metrics = train_step(state, batch)
+            state, metrics = take_step(state, batch)
             interval.add(metrics)
 
             # By now the step before is done; to wait for this one would leave the device idle.
@@ -235,7 +237,7 @@ def check_finite(done: Any, split: Split, checkpoints: Checkpoints) -> None:
     bad = [name for name, value in metrics.items() if not np.isfinite(value)]
     names = ", ".join(split.file_name(i) for i in ids if i != EMPTY)
     last = checkpoints.steps()[-1:] or ["none"]
-    raise ConfigError(
+    raise UserError(
         f"step {step}: {', '.join(bad)} is not finite; images: {names}; last checkpoint: {last[0]}; "
         "a lower config.optim.lr or a longer config.optim.warmup_steps may help"
     )
@@ -291,7 +293,7 @@ class Interval:
 
 def evaluate(
     step: int,
-    state: training.TrainState,
+    state: train_step.TrainState,
     stop: StopRequest,
     *,
     evaluator: Evaluator,

@@ -22,19 +22,20 @@ import numpy as np
 import scenes
 from ml_collections import ConfigDict
 
-from knet_jax import optim, training
-from knet_jax.data import kinds, pipeline
-from knet_jax.inference import run_network
+from knet_jax.app.segmenter import Segmenter
+from knet_jax.data import pipeline
+from knet_jax.data.annotations import by_task
+from knet_jax.inference.forward import run_network
+from knet_jax.inference.resampling import Canvas
 from knet_jax.knet import KNet
-from knet_jax.layers import AXIS
-from knet_jax.matching import Weights
+from knet_jax.matching import LossWeights
 from knet_jax.model import make_model
-from knet_jax.resampling import Canvas
-from knet_jax.runs import Run
-from knet_jax.segmenter import Segmenter
-from knet_jax.segments import Categories
+from knet_jax.nn.layers import AXIS
+from knet_jax.saved.models import Model
+from knet_jax.segmentation.segments import Categories
 from knet_jax.structs import Output, Pass, Sizes, Stage
 from knet_jax.tasks import TASKS
+from knet_jax.training import optim, train_step
 
 LOADER_WINDOW = 4
 """Batches of the loader that are timed together: workers deliver in bursts."""
@@ -164,7 +165,7 @@ def network(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """uint8 pictures -> mask and class logits, as in an evaluation."""
     model = make_model(**config.model)
     batch = scenes.batch(case.batch, case.size, config, seed=0)
-    variables, batch = jax.device_put((training.init_variables(model, config.seed), batch))
+    variables, batch = jax.device_put((model.init_variables(model, config.seed), batch))
     run = jax.jit(partial(run_network, model=model))
     times = measure_with_peak(lambda: run(variables, batch), repeat, case.precision)
     return times | {"flop": flops(run, variables, batch)}
@@ -266,13 +267,13 @@ def segmenter(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     network alone, in turn with it."""
     config.precision = case.precision
     model = make_model(**config.model)
-    variables = training.init_variables(model, config.seed)
-    recipe = kinds.find(config.task).recipe(config.data)
+    variables = model.init_variables(model, config.seed)
+    recipe = by_task.find(config.task).recipe(config.data)
     canvas = Size(*recipe.eval_canvas(case.original))
     stage = jax.device_put(scenes.stage(case.scene, case.batch, canvas, config))
     names = tuple(f"class {i}" for i in range(config.model.num_things + config.model.num_stuff))
     categories = Categories(names, tuple(range(1, 1 + len(names))), config.model.num_things)
-    run = Run.of(config, SceneModel(model, stage), variables, categories, 0)
+    run = Model.of(config, SceneModel(model, stage), variables, categories, 0)
     sees = Segmenter(run, case.batch)
     rng = np.random.default_rng(0)
     pictures = list(rng.integers(0, 256, (case.batch, *case.original, 3)).astype(np.uint8))
@@ -288,11 +289,11 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """Forward, matching, losses, gradients and AdamW on one device, as train.py does it."""
     devices, task = jax.local_devices()[:1], TASKS[config.task]
     model = make_model(**config.model)
-    variables = training.init_variables(model, config.seed)
+    variables = model.init_variables(model, config.seed)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     optimizer, _ = optim.make_optimizer(config.optim, params, 1000, case.batch)
-    weights = Weights(**config.loss)
-    step = training.make_train_step(
+    weights = LossWeights(**config.loss)
+    step = train_step.make_train_step(
         devices,
         model=model,
         task=task,
@@ -303,13 +304,13 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     )
     num_parts = case.batch // min(case.batch, config.train.microbatch)
     batch = scenes.batch(case.batch, case.size, config, seed=0)
-    parts = training.to_devices(batch, devices, num_parts)
+    parts = train_step.to_devices(batch, devices, num_parts)
 
     # The matching is done on the host, and the optimizer's operations are few: neither is counted.
     targets = jax.tree.map(lambda x: x[0], parts[0].targets)
     counts = task.count(task.unpack(targets, model.sizes), model.sizes)
     gradients = jax.pmap(
-        partial(training.accumulate, model=model, task=task, weights=weights),
+        partial(train_step.accumulate, model=model, task=task, weights=weights),
         axis_name=AXIS,
         devices=devices,
         in_axes=(None, None, None, 0, None, None),
@@ -317,8 +318,10 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     key = jax.random.key(config.seed)
     flop = flops(gradients, params, params, batch_stats, parts[0], counts, key)
 
-    state = training.replicate(
-        training.TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params)),
+    state = train_step.replicate(
+        train_step.TrainState(
+            jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params)
+        ),
         devices,
     )
 

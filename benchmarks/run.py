@@ -29,7 +29,8 @@ from ml_collections import ConfigDict
 from parts import Case, Size, run_case
 from scenes import SCENES
 
-from knet_jax.configuration import ConfigError, load_config
+from knet_jax.config.files import load_config
+from knet_jax.system.errors import UserError
 
 PARTS = ("network", "fuse", "segmenter", "train", "loader")
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
@@ -248,7 +249,7 @@ def parse_arguments() -> argparse.Namespace:
 
     try:
         args.configs = {spec: load_config(spec) for spec in args.config}
-    except ConfigError as error:
+    except UserError as error:
         parser.error(str(error))
     if "loader" in args.parts and not args.data_root:
         parser.error("the loader needs --data-root")

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from knet_jax.inference import run_network
-from knet_jax.model import make_model
+from knet_jax.inference.forward import run_network
+from knet_jax.model import init_variables, make_model
 from knet_jax.structs import EMPTY, Batch, InstanceTargets, PanopticTargets, SemanticTargets, Stage
-from knet_jax.training import init_variables
 
 SCENES = ("random", "objects")
 """What the results are made of. The time of a panoptic map depends on it: masks that cannot win a

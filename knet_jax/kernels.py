@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from knet_jax.layers import PRIOR_BIAS, ConvNormRelu, LayerNorm, wide
+from knet_jax.nn.layers import PRIOR_BIAS, ConvNormRelu, LayerNorm, wide
 from knet_jax.structs import Features, Stage
 
 xavier = nn.initializers.xavier_uniform()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from knet_jax.host import host_call
+from knet_jax.nn.host_call import host_call
 from knet_jax.structs import EMPTY, Segments
 
 FOCAL_ALPHA = 0.25
@@ -17,8 +17,8 @@ FOCAL_GAMMA = 2.0
 DICE_EPSILON = 1e-3
 
 
-class Weights(NamedTuple):
-    """Weights of the loss terms (`config.loss`); the first three also weigh the matching cost."""
+class LossWeights(NamedTuple):
+    """LossWeights of the loss terms (`config.loss`); the first three also weigh the matching cost."""
 
     mask: float = 1.0
     dice: float = 4.0
@@ -40,7 +40,7 @@ def focal_cost(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def matching_cost(
-    masks: jax.Array, logits: jax.Array | None, targets: Segments, weights: Weights
+    masks: jax.Array, logits: jax.Array | None, targets: Segments, weights: LossWeights
 ) -> jax.Array:
     """Cost of every (kernel, slot) pair.
 

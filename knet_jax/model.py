@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
-from knet_jax.backbones.resnet import ResNet
-from knet_jax.backbones.swin import Swin
 from knet_jax.kernels import (
     AdaptiveUpdate,
     ClassKernels,
@@ -22,7 +22,9 @@ from knet_jax.kernels import (
     sum_update,
 )
 from knet_jax.knet import KNet
-from knet_jax.necks import ASPP, FCN, PSP, AuxiliaryHead, SemanticFPN, UPer
+from knet_jax.nn.necks import ASPP, FCN, PSP, AuxiliaryHead, SemanticFPN, UPer
+from knet_jax.nn.resnet import ResNet
+from knet_jax.nn.swin import Swin
 from knet_jax.structs import Sizes
 
 UPDATE_CHANNELS = 256
@@ -111,3 +113,9 @@ def make_model(
         if auxiliary_channels
         else None,
     )
+
+
+def init_variables(model: KNet, seed: int) -> dict[str, Any]:
+    """New parameters (and running statistics)."""
+    shape = (1, 64, 64, 3)  # any multiple of 32: no parameter depends on it
+    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros(shape))

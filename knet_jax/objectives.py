@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax import losses
-from knet_jax.layers import resize, upsample2x
-from knet_jax.matching import Weights, match, matching_cost
+from knet_jax.matching import LossWeights, match, matching_cost
+from knet_jax.nn.layers import resize, upsample2x
 from knet_jax.structs import (
     EMPTY,
     InstanceTargets,
@@ -71,7 +71,7 @@ def count_segments(targets: KernelTargets, sizes: Sizes) -> losses.Counts:
     return losses.count(targets.things, targets.stuff, sizes.num_proposals)
 
 
-def match_stages(output: Output, things: Segments, sizes: Sizes, weights: Weights) -> jax.Array:
+def match_stages(output: Output, things: Segments, sizes: Sizes, weights: LossWeights) -> jax.Array:
     """Which thing each proposal answers for.
 
     Stage s is matched by the predictions of stage s - 1, so that all matchings are known once the
@@ -94,7 +94,11 @@ def match_stages(output: Output, things: Segments, sizes: Sizes, weights: Weight
 
 
 def kernel_loss(
-    output: Output, targets: KernelTargets, counts: losses.Counts, sizes: Sizes, weights: Weights
+    output: Output,
+    targets: KernelTargets,
+    counts: losses.Counts,
+    sizes: Sizes,
+    weights: LossWeights,
 ) -> Judgement:
     """Every loss term of K-Net on the masks of things and stuff.
 
@@ -136,7 +140,7 @@ def kernel_loss(
     return Judgement(weigh(terms, weights), {"matched": found / jnp.maximum(counts.things, 1)})
 
 
-def weigh(terms: dict[str, jax.Array], weights: Weights) -> dict[str, jax.Array]:
+def weigh(terms: dict[str, jax.Array], weights: LossWeights) -> dict[str, jax.Array]:
     """Terms by their weights, under the names of the plots."""
     return {
         f"loss/{name}": getattr(weights, name.rpartition("/")[2]) * term
@@ -161,7 +165,7 @@ def count_labels(labels: jax.Array, sizes: Sizes) -> losses.Counts:
 
 
 def semantic_loss(
-    output: Output, labels: jax.Array, counts: losses.Counts, sizes: Sizes, weights: Weights
+    output: Output, labels: jax.Array, counts: losses.Counts, sizes: Sizes, weights: LossWeights
 ) -> Judgement:
     """Cross-entropy of the masks of every stage, and of the dense logits if there are any.
 

@@ -30,26 +30,27 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from knet_jax.configuration import load_config
+from coco_readers import score_files, score_instance_files
+
+from knet_jax.config.files import load_config
 from knet_jax.data.transforms import resized_size
-from knet_jax.deformable import deform_conv
-from knet_jax.fusion import Fused, fuse
+from knet_jax.inference.fusion import Fused, fuse
+from knet_jax.inference.postprocess import best_instances, label_maps
+from knet_jax.inference.resampling import Canvas
 from knet_jax.knet import KNet
-from knet_jax.layers import AXIS
-from knet_jax.matching import Weights
+from knet_jax.matching import LossWeights
 from knet_jax.metrics import instance, semantic
-from knet_jax.metrics.coco_files import score_files, score_instance_files
 from knet_jax.metrics.panoptic import summarize
-from knet_jax.model import make_model
+from knet_jax.model import init_variables, make_model
+from knet_jax.nn.deformable import deform_conv
+from knet_jax.nn.layers import AXIS
 from knet_jax.objectives import KernelTargets, match_stages
-from knet_jax.optim import gradient_norm, make_optimizer, trainable
-from knet_jax.postprocess import best_instances, label_maps
-from knet_jax.reference import from_reference, to_reference
-from knet_jax.resampling import Canvas
-from knet_jax.segments import Categories
+from knet_jax.saved.parameter_names import from_reference, to_reference
+from knet_jax.segmentation.segments import Categories
 from knet_jax.structs import EMPTY, Output, Pass, Segments, Stage
 from knet_jax.tasks import TASKS
-from knet_jax.training import compute_loss, init_variables
+from knet_jax.training.optim import gradient_norm, make_optimizer, trainable
+from knet_jax.training.train_step import compute_loss
 
 GROUPS = (
     ("frozen", r"backbone/(stem|layer1)_.*", 0.0, 0.0),
@@ -513,9 +514,9 @@ def loss_and_grads(fixture: Fixture, compiler_options: Mapping[str, Any] | None 
     model, variables = network(fixture)
     if model.sizes.num_proposals:
         task, wanted = TASKS["panoptic"], KernelTargets(*targets(fixture, model.sizes.num_stuff))
-        weights = Weights() if model.sizes.num_stuff else Weights(rank=0)
+        weights = LossWeights() if model.sizes.num_stuff else LossWeights(rank=0)
     else:
-        task, weights = TASKS["semantic"], Weights(dense=0.4)
+        task, weights = TASKS["semantic"], LossWeights(dense=0.4)
         labels = fixture.arrays["labels"].astype(np.int32)
         wanted = jnp.asarray(np.where(labels == 255, EMPTY, labels))
     counts = task.count(wanted, model.sizes)

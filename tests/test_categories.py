@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from knet_jax.categories import find_categories
-from knet_jax.configuration import ConfigError, load_config
-from knet_jax.data import names
+from knet_jax.config.files import load_config
+from knet_jax.saved.class_names import find_categories
+from knet_jax.segmentation import published_classes
+from knet_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TINY = "configs/coco_panoptic.py:tiny"
@@ -19,7 +20,7 @@ def at_root(monkeypatch):
 
 def test_where_names_of_classes_come_from(tmp_path):
     config = load_config(TINY)
-    coco = names.coco("panoptic")
+    coco = published_classes.coco("panoptic")
     assert find_categories(config, (), None) == (coco, "the dataset")
     # As OpenMMLab spells them, and those of another dataset with as many classes.
     spelled = ("person ", *coco.names[1:])
@@ -37,13 +38,11 @@ def test_where_names_of_classes_come_from(tmp_path):
     assert categories == (("cat", "sky"), (4, 9), 1) and origin == str(path)
     unknown, origin = find_categories(small, (), None)
     assert unknown.names == ("class 1", "class 2") and origin == "nowhere"
-    with pytest.raises(
-        ConfigError, match=r"--categories=.*num_things is 80, but the data lists 1;"
-    ):
+    with pytest.raises(UserError, match=r"--categories=.*num_things is 80, but the data lists 1;"):
         find_categories(config, (), path)
     for text in ("[1]", "{", '{"categories": [{"id": 1}]}'):
         path.write_text(text)
-        with pytest.raises(ConfigError, match="--categories=.*accepted are a JSON with COCO's"):
+        with pytest.raises(UserError, match="--categories=.*accepted are a JSON with COCO's"):
             find_categories(small, (), path)
 
     path = tmp_path / "c.txt"
@@ -57,15 +56,15 @@ def test_where_names_of_classes_come_from(tmp_path):
         "cat\n\nsky\n": "must name a class on every line, each another one",
     }.items():
         path.write_text(text)
-        with pytest.raises(ConfigError, match=f"--categories=.*c.txt {words}"):
+        with pytest.raises(UserError, match=f"--categories=.*c.txt {words}"):
             find_categories(small, (), path)
-    with pytest.raises(ConfigError, match="--categories=gone.txt: there is no such file"):
+    with pytest.raises(UserError, match="--categories=gone.txt: there is no such file"):
         find_categories(small, (), Path("gone.txt"))
 
     ade = load_config("configs/ade20k_semantic.py")
-    assert find_categories(ade, (), None)[0].names == names.ADE20K
+    assert find_categories(ade, (), None)[0].names == published_classes.ADE20K
     instance = load_config("configs/coco_instance.py")
-    assert find_categories(instance, (), None)[0] == names.coco("instance")
+    assert find_categories(instance, (), None)[0] == published_classes.coco("instance")
     semantic = load_config("configs/coco_semantic.py")
     assert find_categories(semantic, (), None)[0].num_things == 0
 
@@ -73,6 +72,6 @@ def test_where_names_of_classes_come_from(tmp_path):
 def test_names_of_coco_are_those_of_its_files(coco_mini):
     for task, prefix in {"panoptic": "panoptic", "instance": "instances"}.items():
         listed = json.loads((coco_mini / f"annotations/{prefix}_val2017.json").read_text())
-        categories = names.coco(task)
+        categories = published_classes.coco(task)
         wanted = [(category["id"], category["name"]) for category in listed["categories"]]
         assert list(zip(categories.dataset_ids, categories.names)) == wanted

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from knet_jax.checkpoint import Checkpoints, check_writable
-from knet_jax.snapshot import CheckpointError, DamagedError
+from knet_jax.saved.checkpoint_record import CheckpointError, DamagedError
+from knet_jax.saved.checkpoints import Checkpoints, check_writable
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"num_things": 5, "backbone": {"depths": (1, 1)}}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from knet_jax.commandline import run
-from knet_jax.preemption import Preempted
+from knet_jax.cli.commandline import run
+from knet_jax.system.signals import Preempted
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,15 +12,16 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from parity import RECIPES
 
-from knet_jax import optim, training
-from knet_jax.configuration import load_config
-from knet_jax.data import kinds
-from knet_jax.layers import AXIS
-from knet_jax.matching import Weights
+from knet_jax.config.files import load_config
+from knet_jax.data.annotations import by_task
+from knet_jax.matching import LossWeights
 from knet_jax.model import make_model
-from knet_jax.segments import Categories
+from knet_jax.nn.layers import AXIS
+from knet_jax.saved import checkpoint_record
+from knet_jax.segmentation.segments import Categories
 from knet_jax.structs import Batch
 from knet_jax.tasks import TASKS
+from knet_jax.training import optim, train_step
 
 ROOT = Path(__file__).parents[1]
 TABLE = (ROOT / "docs" / "models.md").read_text()
@@ -78,7 +79,7 @@ def network(spec, *flags):
 
 def batch_of(config, count):
     """A batch of empty pictures on the config's own canvas."""
-    kind = kinds.find(config.task)
+    kind = by_task.find(config.task)
     recipe = kind.recipe(config.data)
     canvas = recipe.train_canvas(0)
     num_classes = config.model.num_things + config.model.num_stuff
@@ -96,7 +97,7 @@ def count(tree):
 
 def layers_of(stage):
     """Layers of a stage's parameters, such as update/output."""
-    return {"/".join(path.split("/")[:2]) for path in optim.leaf_paths(stage)}
+    return {"/".join(path.split("/")[:2]) for path in checkpoint_record.leaf_paths(stage)}
 
 
 def test_the_documentation_lists_the_networks_of_the_paper():
@@ -163,9 +164,9 @@ def test_the_whole_step_at_full_size(spec):
     trainable = optim.trainable(config.optim.groups, params)
 
     def step(state, part, key):
-        counts = training.count_targets(part, task=task, sizes=model.sizes)
+        counts = train_step.count_targets(part, task=task, sizes=model.sizes)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, batch_stats, judgement = training.accumulate(
+        grads, batch_stats, judgement = train_step.accumulate(
             zeros,
             state.params,
             state.batch_stats,
@@ -174,9 +175,9 @@ def test_the_whole_step_at_full_size(spec):
             key,
             model=model,
             task=task,
-            weights=Weights(**config.loss),
+            weights=LossWeights(**config.loss),
         )
-        return training.update(
+        return train_step.update(
             state,
             grads,
             batch_stats,
@@ -186,7 +187,7 @@ def test_the_whole_step_at_full_size(spec):
             ema_decay=0.0,
         )
 
-    state = training.TrainState(
+    state = train_step.TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
         params,
         variables.get("batch_stats", {}),

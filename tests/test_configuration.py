@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from knet_jax import configuration
-from knet_jax.configuration import ConfigError, load_config
+from knet_jax.config import files
+from knet_jax.config.files import load_config
+from knet_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,20 +85,20 @@ def test_overrides(spec, arguments, key, value):
     ],
 )
 def test_what_does_not_exist_is_one_line_with_what_does(spec, variant, arguments, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_config(spec + variant, arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named_with_those_there_are(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ConfigError, match="no file coco.py; accepted: .*configs/coco_panoptic.py"):
+    with pytest.raises(UserError, match="no file coco.py; accepted: .*configs/coco_panoptic.py"):
         load_config("coco.py:r101")
     (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ConfigError, match=r"has no function get_config"):
+    with pytest.raises(UserError, match=r"has no function get_config"):
         load_config(str(tmp_path / "empty.py"))
     (tmp_path / "text.py").write_text("no Python at all")
-    with pytest.raises(ConfigError, match=r"text.py is no Python: invalid syntax"):
+    with pytest.raises(UserError, match=r"text.py is no Python: invalid syntax"):
         load_config(str(tmp_path / "text.py"))
 
 
@@ -110,34 +111,34 @@ def test_a_missing_file_is_named_with_those_there_are(monkeypatch, tmp_path):
     ],
 )
 def test_default_workdir(spec, workdir):
-    assert configuration.default_workdir(spec) == Path(workdir)
+    assert files.default_workdir(spec) == Path(workdir)
 
 
 def test_a_saved_config_is_the_same_config(spec, tmp_path):
     config = load_config(f"{spec}:long")
-    configuration.save_config(config, tmp_path)
-    loaded = configuration.load_saved_config(tmp_path)
+    files.save_config(config, tmp_path)
+    loaded = files.load_saved_config(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert loaded.optim.groups == (("a", ".*", 1.0),)
-    moved = configuration.load_saved_config(tmp_path, ["--config.data.root=/new"])
+    moved = files.load_saved_config(tmp_path, ["--config.data.root=/new"])
     assert moved.data.root == "/new"
-    with pytest.raises(ConfigError, match=r"did you mean data.root"):
-        configuration.load_saved_config(tmp_path, ["--config.data.roots=/new"])
+    with pytest.raises(UserError, match=r"did you mean data.root"):
+        files.load_saved_config(tmp_path, ["--config.data.roots=/new"])
 
 
 def test_a_workdir_without_a_readable_config_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no run has been started here"):
-        configuration.load_saved_config(tmp_path)
+    with pytest.raises(UserError, match="no run has been started here"):
+        files.load_saved_config(tmp_path)
     (tmp_path / "config.json").write_text('{"seed": ')
-    with pytest.raises(ConfigError, match=r"config.json is broken: "):
-        configuration.load_saved_config(tmp_path)
+    with pytest.raises(UserError, match=r"config.json is broken: "):
+        files.load_saved_config(tmp_path)
 
 
 def test_resuming_says_what_differs_and_refuses_another_run(spec, tmp_path):
-    configuration.save_config(load_config(spec), tmp_path)
-    assert configuration.check_resume(load_config(spec), tmp_path) == []
+    files.save_config(load_config(spec), tmp_path)
+    assert files.check_resume(load_config(spec), tmp_path) == []
     harmless = ["--config.train.epochs=24", "--config.optim.lr=0.2", "--config.data.root=/new"]
-    assert configuration.check_resume(load_config(spec, harmless), tmp_path) == [
+    assert files.check_resume(load_config(spec, harmless), tmp_path) == [
         "config.data.root was '', now '/new'",
         "config.optim.lr was 0.1, now 0.2",
         "config.train.epochs was 12.0, now 24.0",
@@ -149,20 +150,20 @@ def test_resuming_says_what_differs_and_refuses_another_run(spec, tmp_path):
         "--config.data.canvas=(32, 32)",
         '--config.optim.groups=(("b", ".*", 1.0),)',
     ):
-        with pytest.raises(ConfigError, match=r"cannot be resumed .*\bwas .*, now ") as caught:
-            configuration.check_resume(load_config(spec, [argument]), tmp_path)
+        with pytest.raises(UserError, match=r"cannot be resumed .*\bwas .*, now ") as caught:
+            files.check_resume(load_config(spec, [argument]), tmp_path)
         assert argument.removeprefix("--").partition("=")[0] in str(caught.value)
 
     # A key that one of the two does not have is a difference too.
     saved = json.loads((tmp_path / "config.json").read_text())
     del saved["model"]["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(ConfigError, match=r"config.model.dtype was 'absent', now 'float32'"):
-        configuration.check_resume(load_config(spec), tmp_path)
+    with pytest.raises(UserError, match=r"config.model.dtype was 'absent', now 'float32'"):
+        files.check_resume(load_config(spec), tmp_path)
 
 
 def test_a_converted_model_is_no_run(spec, tmp_path):
-    configuration.save_config(load_config(spec), tmp_path)
-    (tmp_path / configuration.CONVERSION_NAME).write_text("{}")
-    with pytest.raises(ConfigError, match=r"no run; start from it by --config\.init_weights="):
-        configuration.check_resume(load_config(spec), tmp_path)
+    files.save_config(load_config(spec), tmp_path)
+    (tmp_path / files.CONVERSION_NAME).write_text("{}")
+    with pytest.raises(UserError, match=r"no run; start from it by --config\.init_weights="):
+        files.check_resume(load_config(spec), tmp_path)

@@ -24,15 +24,15 @@ from test_configs import ROWS
 from tiny_weights import assert_equal, fill
 from torch_format import Call, tensor
 
-from knet_jax.checkpoint import Checkpoints
-from knet_jax.configuration import ConfigError, load_config
-from knet_jax.convert import export_weights, import_weights, table
-from knet_jax.data import names
-from knet_jax.model import make_model
-from knet_jax.reference import CLASSES, from_reference, to_reference
-from knet_jax.runs import load_start, open_run
-from knet_jax.training import init_variables
-from knet_jax.weights import read_weights
+from knet_jax.config.files import load_config
+from knet_jax.model import init_variables, make_model
+from knet_jax.saved.checkpoints import Checkpoints
+from knet_jax.saved.convert import export_weights, import_weights, table
+from knet_jax.saved.models import load_start, open_model
+from knet_jax.saved.parameter_names import CLASSES, from_reference, to_reference
+from knet_jax.saved.weight_files import read_weights
+from knet_jax.segmentation import published_classes
+from knet_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 HAS_TORCH = find_spec("torch") is not None
@@ -97,7 +97,7 @@ def test_there_and_back_is_equal_in_every_bit(tmp_path, save, spec):
     report = import_weights(save(tensors | counter), spec, tmp_path / "model")
     assert report["used"] == sorted(tensors) and report["surplus"] == list(counter)
     assert report["anew"] == report["left_over"] == [] == report["interpolated"]
-    opened = open_run(tmp_path / "model")
+    opened = open_model(tmp_path / "model")
     assert_equal(jax.tree.map(np.asarray, opened.variables), variables)
     export_weights(tmp_path / "model", tmp_path / "b.safetensors")
     back = load_file(tmp_path / "b.safetensors")
@@ -106,8 +106,8 @@ def test_there_and_back_is_equal_in_every_bit(tmp_path, save, spec):
         assert back[name].dtype == x.dtype
         np.testing.assert_array_equal(back[name], x)
     import_weights(tmp_path / "b.safetensors", spec, tmp_path / "again")
-    again = open_run(tmp_path / "again")
-    itself = open_run(tmp_path / "b.safetensors")
+    again = open_model(tmp_path / "again")
+    itself = open_model(tmp_path / "b.safetensors")
     assert_equal(jax.tree.map(np.asarray, itself.variables), variables)
     assert itself.config == opened.config and itself.categories == opened.categories
     assert itself.step == opened.step
@@ -171,7 +171,7 @@ def test_a_converted_checkpoint_computes_the_references_numbers(
     manifest = json.loads((fixtures / f"{name}.json").read_text())
     write_by_torch(parity.rule_weights(manifest), tmp_path / "a.pth", torch_names)
     import_weights(tmp_path / "a.pth", spec, tmp_path / "model")
-    opened = open_run(tmp_path / "model")
+    opened = open_model(tmp_path / "model")
     monkeypatch.setattr(parity, "network", lambda fixture: (opened.model, opened.variables))
     monkeypatch.setattr(sys, "argv", ["parity.py", str(fixtures / f"{name}.json")])
     assert parity.main() == 0
@@ -269,7 +269,7 @@ def test_wrong_flags_end_in_one_line(arguments, message):
 def test_left_over_tensors_end_it_unless_partial(tmp_path, save, tensors):
     path = save(tensors | {"roi_head.mask_head.3.fc_cls.bias": np.zeros(5, np.float32)})
     with pytest.raises(
-        ConfigError, match=r"no place for 1 tensors .*mask_head\.3\.fc_cls\.bias; .*--partial"
+        UserError, match=r"no place for 1 tensors .*mask_head\.3\.fc_cls\.bias; .*--partial"
     ):
         import_weights(path, TINY, tmp_path / "model")
     report = import_weights(path, TINY, tmp_path / "model", partial=True)
@@ -279,37 +279,35 @@ def test_left_over_tensors_end_it_unless_partial(tmp_path, save, tensors):
 
 def test_numbers_that_are_not_finite_end_it(tmp_path, save, tensors):
     tensors["neck.fpn_convs.1.conv.bias"][3] = np.nan
-    with pytest.raises(
-        ConfigError, match="numbers for params/neck/fpn/output1/bias are not all fi"
-    ):
+    with pytest.raises(UserError, match="numbers for params/neck/fpn/output1/bias are not all fi"):
         import_weights(save(tensors), TINY, tmp_path / "model")
 
 
 def test_tensors_that_are_no_weights_are_named(tmp_path, save, tensors):
     tensors["backbone.bn1.weight"] = np.arange(16)
-    with pytest.raises(ConfigError, match=r"backbone\.bn1\.weight holds int64; accepted are float"):
+    with pytest.raises(UserError, match=r"backbone\.bn1\.weight holds int64; accepted are float"):
         import_weights(save(tensors), TINY, tmp_path / "model")
 
 
 def test_another_network_is_named(tmp_path, save, tensors):
-    with pytest.raises(ConfigError, match="no tensor"):
+    with pytest.raises(UserError, match="no tensor"):
         import_weights(save(tensors), "configs/ade20k_semantic.py:tiny", tmp_path / "model")
     path = save({"encoder.weight": np.zeros((2, 2), np.float32)})
-    with pytest.raises(ConfigError, match="nothing of it belongs to this network"):
+    with pytest.raises(UserError, match="nothing of it belongs to this network"):
         import_weights(path, TINY, tmp_path / "model")
 
 
 def test_a_folder_that_holds_something_is_kept(tmp_path, save, tensors):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="--output=.* is there already"):
+    with pytest.raises(UserError, match="--output=.* is there already"):
         import_weights(save(tensors), TINY, tmp_path / "model")
     assert (tmp_path / "model" / "config.json").read_text() == "{}"
 
 
 def test_the_folder_that_one_is_in_is_not_made(tmp_path, save, tensors, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"--output=\. is there already"):
+    with pytest.raises(UserError, match=r"--output=\. is there already"):
         import_weights(save(tensors), str(Path(__file__).parents[1] / TINY), Path("."))
 
 
@@ -355,17 +353,15 @@ def parts_of(variables):
 @pytest.mark.slow
 def test_other_classes_keep_all_that_does_not_belong_to_classes(tmp_path, save, variables, tensors):
     counts = ("--config.model.num_things=3", "--config.model.num_stuff=2")
-    path = save(tensors, meta={"CLASSES": names.coco("panoptic").names})
-    with pytest.raises(
-        ConfigError, match=r"133 classes, but config\.model\.num_things=3 and num_st"
-    ):
+    path = save(tensors, meta={"CLASSES": published_classes.coco("panoptic").names})
+    with pytest.raises(UserError, match=r"133 classes, but config\.model\.num_things=3 and num_st"):
         import_weights(path, TINY, tmp_path / "model", counts)
     listed = tmp_path / "classes.txt"
     listed.write_text("cat\ndog\nbird\nroad\nsky\n")
     report = import_weights(
         path, TINY, tmp_path / "model", counts, new_classes=True, categories_file=listed
     )
-    opened = open_run(tmp_path / "model")
+    opened = open_model(tmp_path / "model")
     assert opened.categories.names == ("cat", "dog", "bird", "road", "sky")
     assert opened.categories.num_things == 3
     ours, theirs = parts_of(opened.variables), parts_of(variables)
@@ -399,14 +395,14 @@ def test_a_backbone_makes_a_model_whose_rest_starts_anew(tmp_path, save, variabl
     classifier = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
     classifier |= {"fc.weight": np.zeros((10, 512), np.float32), "fc.bias": np.zeros(10)}
     report = import_weights(save(classifier), TINY, tmp_path / "model")
-    ours, theirs = parts_of(open_run(tmp_path / "model").variables), parts_of(variables)
+    ours, theirs = parts_of(open_model(tmp_path / "model").variables), parts_of(variables)
     assert set(report["anew"]) == {key for key in ours if "/backbone/" not in key}
     for key in ours.keys() - set(report["anew"]):
         np.testing.assert_array_equal(ours[key], theirs[key])
     assert sorted(report["surplus"]) == ["fc.bias", "fc.weight"]
     assert report["renamed"]["conv1.weight"] == "backbone.conv1.weight"
     del classifier["layer3.0.conv2.weight"]
-    with pytest.raises(ConfigError, match=r"no tensor backbone\.layer3\.0\.conv2\.weight"):
+    with pytest.raises(UserError, match=r"no tensor backbone\.layer3\.0\.conv2\.weight"):
         import_weights(save(classifier), TINY, tmp_path / "other")
 
 
@@ -431,7 +427,7 @@ def test_numbers_of_other_types_become_ours(tmp_path, save, tensors, variables):
     half[names_[1]] = tensors[names_[1]].astype(jnp.bfloat16)
     report = import_weights(save(half), TINY, tmp_path / "model")
     assert len(report["rounded"]) == 1
-    opened = open_run(tmp_path / "model").variables
+    opened = open_model(tmp_path / "model").variables
     assert {x.dtype for x in jax.tree.leaves(opened)} == {np.dtype("float32")}
     for a, b in zip(jax.tree.leaves(opened), jax.tree.leaves(variables)):
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-6)
@@ -448,7 +444,7 @@ def test_a_step_or_the_average_of_a_run_is_written(tmp_path, tensors, variables)
     twice = jax.tree.map(lambda x: 2 * x, variables)
     config = load_config(spec)
     with Checkpoints(tmp_path / "run" / "checkpoints", model=config.model.to_dict()) as checkpoints:
-        progress = {"categories": names.coco("panoptic")._asdict()}
+        progress = {"categories": published_classes.coco("panoptic")._asdict()}
         state = {**variables, "ema": twice["params"]}
         checkpoints.save(5, state, progress)
     said = export_weights(tmp_path / "run", path, "latest", ema=True)
@@ -457,14 +453,14 @@ def test_a_step_or_the_average_of_a_run_is_written(tmp_path, tensors, variables)
     np.testing.assert_array_equal(load_file(path)[name], 2 * tensors[name])
     export_weights(tmp_path / "run", path, "0")
     np.testing.assert_array_equal(load_file(path)[name], tensors[name])
-    assert read_weights(path).classes == names.coco("panoptic").names
+    assert read_weights(path).classes == published_classes.coco("panoptic").names
 
 
 def test_a_zip_that_is_no_checkpoint(tmp_path):
     path = tmp_path / "a.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(ConfigError, match="a zip file, but no checkpoint of PyTorch"):
+    with pytest.raises(UserError, match="a zip file, but no checkpoint of PyTorch"):
         import_weights(path, TINY, tmp_path / "model")
 
 
@@ -504,7 +500,7 @@ def write_dataset(folder, things, stuff):
 @pytest.mark.slow
 def test_the_commands_of_the_documentation(tmp_path, save):
     """With small networks and little data in the place of the published ones, in order."""
-    coco = names.coco("panoptic")
+    coco = published_classes.coco("panoptic")
     write_dataset(tmp_path / "coco", coco.names[:80], coco.names[80:])
     data = write_dataset(
         tmp_path / "data", [f"t{i}" for i in range(12)], [f"s{i}" for i in range(5)]
@@ -560,7 +556,7 @@ def test_the_commands_of_the_documentation(tmp_path, save):
         if "train.py" in line:
             assert "network of step 0 from" in done.stdout
     assert (tmp_path / "models" / "knet_r50" / "metrics.json").is_file()
-    assert open_run(tmp_path / "models" / "start").categories.names[11:13] == ("t11", "s0")
+    assert open_model(tmp_path / "models" / "start").categories.names[11:13] == ("t11", "s0")
     assert load_file(tmp_path / "demo.safetensors").keys() == tensors.keys()
 
     if HAS_TORCH:

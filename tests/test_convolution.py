@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from knet_jax import convolution
-from knet_jax.convolution import LAYOUT, convolve
+from knet_jax.nn import convolution
+from knet_jax.nn.convolution import LAYOUT, convolve
 
 # size of the kernel, stride, dilation, padding
 CASES = [

@@ -5,7 +5,8 @@ import pytest
 import tiny_coco
 import tiny_maps
 
-from knet_jax.data import ade20k, pipeline
+from knet_jax.data import pipeline
+from knet_jax.data.sources import ade20k
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_names_are_not_needed(root, tmp_path):
 def test_broken_names_are_named(root, text, words):
     (root / "objectInfo150.txt").write_text(text)
     with pytest.raises(ValueError, match=rf"config\.data\.root: .*objectInfo150\.txt {words}"):
-        ade20k.read_categories(root)
+        ade20k.read_object_info(root)
 
 
 def test_index_beyond_150_is_named(root, tmp_path, capsys):
@@ -69,4 +70,4 @@ def test_missing_folders_are_named(root, tmp_path):
 def test_names_in_another_encoding_are_named(root):
     (root / "objectInfo150.txt").write_text("Idx\tName\n", encoding="utf-16")
     with pytest.raises(ValueError, match=r"config\.data\.root: .*is not a table of classes"):
-        ade20k.read_categories(root)
+        ade20k.read_object_info(root)

@@ -3,7 +3,7 @@ import pytest
 import tiny_coco
 import tiny_maps
 
-from knet_jax.data import check, pipeline
+from knet_jax.data import dataset_report, pipeline
 
 
 def line_of(report, start):
@@ -16,7 +16,7 @@ def test_semantic_report(tmp_path):
     (root / "labels/train/1.png").unlink()
     config = tiny_coco.data_config(tmp_path / "prepared", root, **tiny_maps.FOLDER)
     split = pipeline.load_split(config, "train", "semantic")
-    report = check.report(split)
+    report = dataset_report.report(split)
     maps = [split.truth(i) for i in range(2)]
     total = sum(one.size for one in maps)
     counts = sum(np.bincount(one.ravel(), minlength=4) for one in maps)
@@ -39,7 +39,7 @@ def test_instance_report_counts_overlaps_and_hidden_masks(tmp_path):
     tiny_coco.edit(root, change, prefix="instances_")
     config = tiny_coco.data_config(tmp_path / "prepared", root)
     split = pipeline.load_split(config, "train", "instance")
-    report = check.report(split)
+    report = dataset_report.report(split)
     both = covered = 0
     for index in range(5):
         (_, _, dog), (_, _, cat), _ = tiny_coco.instance_masks(*split.sizes[index])
@@ -62,7 +62,7 @@ def test_panoptic_report_counts_crowds_as_ignored(tmp_path):
         int(np.isin(t.ids, [0, *(s.id for s in t.segments if s.iscrowd)]).sum()) for t in truths
     )
     total = sum(truth.ids.size for truth in truths)
-    report = check.report(split)
+    report = dataset_report.report(split)
     assert line_of(report, "ignored:").startswith(f"ignored: {100 * ignored / total:.2f} %")
 
 
@@ -77,22 +77,24 @@ def broken(tmp_path):
 
 
 def test_broken_pictures_are_named(broken):
-    report = check.report(broken)
+    report = dataset_report.report(broken)
     assert "4 pictures decoded" in report and "1 broken pictures:" in report
     assert "train_1.jpg: the picture is truncated" in report
 
 
 @pytest.mark.parametrize("count, shown", [(12, 4), (2, 2), (1, 1)])
 def test_sheet_shows_pictures_from_all_over(broken, count, shown):
-    sheet = check.sheet(broken, count)
-    columns = min(check.COLUMNS, shown)
-    assert sheet.dtype == np.uint8 and sheet.shape[1] == columns * (check.CELL + check.GAP)
+    sheet = dataset_report.sheet(broken, count)
+    columns = min(dataset_report.COLUMNS, shown)
+    assert sheet.dtype == np.uint8 and sheet.shape[1] == columns * (
+        dataset_report.CELL + dataset_report.GAP
+    )
     cells = np.split(sheet, columns, axis=1)
-    assert all((cell[: check.CELL // 2] != 255).any() for cell in cells)
+    assert all((cell[: dataset_report.CELL // 2] != 255).any() for cell in cells)
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
 def test_every_task_can_be_drawn(tmp_path, task):
     split = pipeline.load_split(tiny_coco.data_config(tmp_path), "val", task)
-    assert check.sheet(split, 3).shape[1] == 3 * (check.CELL + check.GAP)
-    assert "pictures decoded" in check.report(split)
+    assert dataset_report.sheet(split, 3).shape[1] == 3 * (dataset_report.CELL + dataset_report.GAP)
+    assert "pictures decoded" in dataset_report.report(split)

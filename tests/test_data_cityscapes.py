@@ -3,7 +3,8 @@ import pytest
 import tiny_coco
 import tiny_maps
 
-from knet_jax.data import cityscapes, pipeline
+from knet_jax.data import pipeline
+from knet_jax.data.sources import cityscapes
 
 # The ids and the order of the 19 classes, from the table of the dataset's own scripts.
 TRAIN_IDS = {

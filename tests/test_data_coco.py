@@ -8,7 +8,8 @@ import pytest
 import tiny_coco
 from PIL import Image
 
-from knet_jax.data import coco, files, transforms
+from knet_jax.data.sources import coco, examine
+from knet_jax.segmentation import image_files
 
 
 @pytest.fixture
@@ -285,7 +286,7 @@ def test_annotation_without_image(root):
 def test_picture_turned_by_exif(root):
     path = root / "train2017" / "train_1.jpg"
     picture, exif = Image.open(path), Image.Exif()
-    exif[files.EXIF_ORIENTATION] = 6
+    exif[examine.EXIF_ORIENTATION] = 6
     # The annotation is drawn on the upright picture, or on the stored one: both are right.
     picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
     assert scan(root).problems == []
@@ -311,5 +312,5 @@ def test_png_is_rgb(root):
     _, ids, _ = tiny_coco.draw(0, *record.size)
     pixels = np.array(Image.open(png(root, 0))).astype(int)
     np.testing.assert_array_equal(pixels @ [1, 256, 65536], ids)
-    loaded = transforms.load_panoptic(record.annotation.png, record.size)
-    np.testing.assert_array_equal(transforms.segment_ids(loaded), ids)
+    loaded = image_files.load_panoptic(record.annotation.png, record.size)
+    np.testing.assert_array_equal(image_files.segment_ids(loaded), ids)

@@ -4,10 +4,9 @@ import shutil
 import numpy as np
 import pytest
 import tiny_coco
+from coco_readers import InstanceFile
 from pycocotools import mask as run_lengths
 from test_data_coco import scan
-
-from knet_jax.metrics.coco_files import InstanceFile
 
 PREFIX = "instances_"
 ALL = [f"train_{i}.jpg" for i in range(5)]

@@ -2,11 +2,12 @@ import pytest
 import tiny_coco
 import tiny_maps
 
-from knet_jax.data import datasets, pipeline
+from knet_jax.data import pipeline
+from knet_jax.data.sources import by_name
 
 
 def find(task, **changes):
-    return datasets.find(tiny_coco.data_config("", **changes), "train", task)
+    return by_name.find(tiny_coco.data_config("", **changes), "train", task)
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
@@ -34,7 +35,7 @@ def test_missing_keys_are_named(tmp_path, key):
     config = tiny_coco.data_config("", tmp_path, **tiny_maps.FOLDER)
     del config[key]
     with pytest.raises(ValueError, match=rf"config\.data\.{key} is missing: .*'folder' needs it"):
-        datasets.find(config, "train", "semantic")
+        by_name.find(config, "train", "semantic")
 
 
 def test_tasks_are_prepared_side_by_side(tmp_path):

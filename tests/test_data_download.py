@@ -12,7 +12,7 @@ from tensorflow_datasets.core.download import checksums
 
 from knet_jax.data import download, pipeline
 from knet_jax.data.download import Archive
-from knet_jax.lock import lock
+from knet_jax.system.locks import lock
 
 CUT = 3 * download.BLOCK
 """Bytes that a connection which breaks lets through."""

@@ -5,7 +5,9 @@ import pytest
 import tiny_coco
 import tiny_maps
 
-from knet_jax.data import folder, pipeline
+from knet_jax.data import pipeline
+from knet_jax.data.sources import folder
+from knet_jax.segmentation import class_lists
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_bad_class_lists_are_named(root, text):
 def test_class_lists_of_other_encodings(root):
     path = root / "classes.txt"
     path.write_text("wall\nsky\nlamp\n", encoding="utf-8-sig")  # as some editors do
-    assert folder.read_categories(path, 255).names == ("wall", "sky", "lamp")
+    assert class_lists.read_class_list(path, 255).names == ("wall", "sky", "lamp")
     path.write_text("wall\nsky\nlamp\n", encoding="utf-16")
     with pytest.raises(ValueError, match=r"config\.data\.classes: .*must be text in UTF-8"):
         load(root)

@@ -8,9 +8,10 @@ import pytest
 import tiny_maps
 from PIL import Image
 
-from knet_jax.data import index_maps
+from knet_jax.data.sources import index_maps
+from knet_jax.segmentation import class_lists
 
-CATEGORIES = index_maps.categories_of({1: "wall", 4: "floor"})
+CATEGORIES = class_lists.stuff_categories({1: "wall", 4: "floor"})
 
 
 def encoded(image, **options):

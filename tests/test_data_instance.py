@@ -9,8 +9,8 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 
 from knet_jax.data import pipeline, transforms
-from knet_jax.data.instance import Loaded, StoredInstance
-from knet_jax.segments import Instance
+from knet_jax.data.annotations.instance import Loaded, StoredInstance
+from knet_jax.segmentation.segments import Instance
 from knet_jax.structs import EMPTY
 
 
@@ -124,7 +124,7 @@ def test_instances_survive_preparation(coco_mini, tmp_path):
 
 
 def test_a_crop_of_instances_shows_the_window():
-    from knet_jax.data import instance
+    from knet_jax.data.annotations import instance
     from knet_jax.structs import InstanceTargets
 
     rng = np.random.default_rng(0)

@@ -15,8 +15,9 @@ import pytest
 import tiny_coco
 
 from knet_jax.data import batches, pipeline, records, transforms
-from knet_jax.data import shapes as shapes_module
-from knet_jax.segments import Categories, PanopticMap
+from knet_jax.data.sources import shapes as shapes_module
+from knet_jax.segmentation import class_lists, image_files
+from knet_jax.segmentation.segments import Categories, PanopticMap
 from knet_jax.structs import EMPTY
 
 
@@ -223,13 +224,13 @@ def test_roots_do_not_collide(tmp_path):
 
 def test_different_categories_are_named():
     a = Categories(("dog", "sky"), (1, 2), 1)
-    pipeline.check_same_categories(a, a)
+    class_lists.check_same_classes(a, a)
     with pytest.raises(ValueError, match=r"first \('sky', 2\) and \('sea', 2\)"):
-        pipeline.check_same_categories(a, a._replace(names=("dog", "sea")))
+        class_lists.check_same_classes(a, a._replace(names=("dog", "sea")))
     with pytest.raises(ValueError, match=r"first \('sky', 2\) and None"):
-        pipeline.check_same_categories(a, Categories(("dog",), (1,), 1))
+        class_lists.check_same_classes(a, Categories(("dog",), (1,), 1))
     with pytest.raises(ValueError, match="first 1 and 2"):
-        pipeline.check_same_categories(a, a._replace(num_things=2))
+        class_lists.check_same_classes(a, a._replace(num_things=2))
 
 
 @pytest.mark.parametrize("records_per_file", [1, 8, 24, 23])
@@ -335,7 +336,7 @@ def test_batch_holds_what_structs_say(tiny):
         values = {order[0].id: 1, order[1].id: 2}
         values |= {truth.segments[0].id: 1 + 8 + 1, truth.segments[1].id: 1 + 8}
         sampled = transforms.sample_segments(
-            transforms.segment_colors(truth.ids),
+            image_files.segment_colors(truth.ids),
             transforms.whole((int(height), int(width))),
             canvas,
             list(values),

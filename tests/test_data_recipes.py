@@ -124,9 +124,13 @@ def test_no_class_takes_more_than_its_share_where_that_can_be():
     label_map = random_map(90, 120)
     label_map[:, 60:] = 3
     recipe = crop(scale=(120, 90), crop=(32, 32), ratio=(1.0, 1.0))
-    shares = [recipes.largest_share(recipes.look(label_map, v)) for v in draws(recipe, label_map)]
+    shares = [
+        recipes.largest_share(recipes.crop_map(label_map, v)) for v in draws(recipe, label_map)
+    ]
     anywhere = recipe._replace(max_class_share=1.0)
-    before = [recipes.largest_share(recipes.look(label_map, v)) for v in draws(anywhere, label_map)]
+    before = [
+        recipes.largest_share(recipes.crop_map(label_map, v)) for v in draws(anywhere, label_map)
+    ]
     assert np.mean(np.array(before) > 0.75) > 0.3
     assert max(shares) <= 0.75
 
@@ -169,7 +173,7 @@ def test_look_equals_resizing_cropping_and_flipping(flip, size, corner):
     resized = label_map[rows][:, columns]
     expected = resized[corner[0] : corner[0] + shown[0], corner[1] : corner[1] + shown[1]]
     expected = expected[:, ::-1] if flip else expected
-    np.testing.assert_array_equal(recipes.look(label_map, view), expected)
+    np.testing.assert_array_equal(recipes.crop_map(label_map, view), expected)
 
 
 # Whole pictures.

@@ -7,7 +7,8 @@ import tiny_coco
 import tiny_maps
 from PIL import Image
 
-from knet_jax.data import pipeline, scene_parse150
+from knet_jax.data import pipeline
+from knet_jax.data.sources import scene_parse150
 
 
 def png(pixels):

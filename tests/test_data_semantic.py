@@ -6,8 +6,10 @@ import pytest
 import tiny_coco
 import tiny_maps
 
-from knet_jax.data import pipeline, semantic, transforms
-from knet_jax.segments import Categories
+from knet_jax.data import pipeline, transforms
+from knet_jax.data.annotations import semantic
+from knet_jax.segmentation import image_files
+from knet_jax.segmentation.segments import Categories
 
 
 @pytest.fixture
@@ -139,7 +141,7 @@ def test_coco_as_labels_of_pixels(coco_mini, tmp_path):
 def test_encoded_maps_survive(greatest, dtype):
     label_map = np.random.default_rng(0).integers(0, greatest + 1, (9, 11))
     label_map[0, 0] = greatest
-    decoded = transforms.load_label_map(semantic.encode_map(label_map), (9, 11))
+    decoded = image_files.load_label_map(semantic.encode_map(label_map), (9, 11))
     assert decoded.dtype == dtype
     np.testing.assert_array_equal(decoded, label_map)
 

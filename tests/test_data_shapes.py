@@ -3,18 +3,24 @@ import numpy as np
 import pytest
 from pycocotools import mask as run_lengths
 
-from knet_jax.data import shapes, transforms
+from knet_jax.segmentation import published_classes
+from knet_jax.data.sources import shapes
+from knet_jax.segmentation import image_files
 
 SIDES = (96, 128)
 
 
 @pytest.fixture(scope="module")
+
+CATEGORIES = published_classes.find("shapes", "panoptic")
+
+
 def drawn():
     return [shapes.draw("train", i, SIDES) for i in range(150)]
 
 
 def ids_of(annotation, drawing):
-    return transforms.segment_ids(transforms.load_panoptic(annotation.png, drawing.slots.shape))
+    return image_files.segment_ids(image_files.load_panoptic(annotation.png, drawing.slots.shape))
 
 
 def test_same_arguments_same_picture(drawn):
@@ -36,10 +42,10 @@ def test_panoptic_annotation_describes_the_pictures(drawn):
 
 
 def test_everything_occurs(drawn):
-    num_things = shapes.CATEGORIES.num_things
+    num_things = CATEGORIES.num_things
     listed = [shapes.annotate_panoptic(drawing).segments for drawing in drawn]
     segments = [segment for of_one in listed for segment in of_one]
-    assert {s.label for s in segments} == set(range(len(shapes.CATEGORIES.names)))
+    assert {s.label for s in segments} == set(range(len(CATEGORIES.names)))
     assert any(s.iscrowd and s.label < num_things for s in segments)
     assert not any(s.iscrowd and s.label >= num_things for s in segments)
     assert any(all(s.label >= num_things for s in of_one) for of_one in listed)
@@ -50,7 +56,7 @@ def test_everything_occurs(drawn):
 
 
 def test_things_overlap_but_stay_visible(drawn):
-    num_things = shapes.CATEGORIES.num_things
+    num_things = CATEGORIES.num_things
     touching = 0
     for drawing in drawn:
         annotation = shapes.annotate_panoptic(drawing)
@@ -66,7 +72,7 @@ def test_instances_are_the_things_of_the_panoptic_annotation(drawn):
     for drawing in drawn[:50]:
         annotation = shapes.annotate_panoptic(drawing)
         ids = ids_of(annotation, drawing)
-        things = [s for s in annotation.segments if s.label < shapes.CATEGORIES.num_things]
+        things = [s for s in annotation.segments if s.label < CATEGORIES.num_things]
         instances = shapes.annotate_instances(drawing)
         assert len(instances) == len(things)
         for thing, instance in zip(things, instances):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from knet_jax.convolution import LAYOUT
-from knet_jax.deformable import DeformConv, deform_conv
+from knet_jax.nn.convolution import LAYOUT
+from knet_jax.nn.deformable import DeformConv, deform_conv
 
 # size of the kernel, stride, dilation, padding
 CASES = [(3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2), (1, 1, 1, 0), (3, 1, 1, 0), (2, 2, 1, 1)]

@@ -20,15 +20,16 @@ import tiny_runs
 from devices import environment
 from PIL import Image
 
-from knet_jax import demo, rle
-from knet_jax.configuration import ConfigError
-from knet_jax.data.transforms import segment_ids
-from knet_jax.results import Result
-from knet_jax.runs import open_run
-from knet_jax.segmenter import Segmenter
-from knet_jax.segments import Categories, Instance, PanopticMap, SegmentInfo
-from knet_jax.viewer import views
-from knet_jax.viewer.page import Guard, count_categories, list_categories, make_app
+from knet_jax.app.page import views
+from knet_jax.app.page.page import Guard, count_categories, list_categories, make_app
+from knet_jax.app.segmenter import Segmenter
+from knet_jax.cli import demo
+from knet_jax.saved.models import open_model
+from knet_jax.segmentation import rle
+from knet_jax.segmentation.image_files import segment_ids
+from knet_jax.segmentation.result import Result
+from knet_jax.segmentation.segments import Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 MAX_UPLOAD_MB = 3
@@ -73,7 +74,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def segmenter(model):
-    return Segmenter(open_run(model))
+    return Segmenter(open_model(model))
 
 
 def summary(result):
@@ -255,9 +256,9 @@ def test_an_address_that_cannot_be_had():
     with demo.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         assert demo.address(listener) == f"http://127.0.0.1:{port}"
-        with pytest.raises(ConfigError, match=f"--port={port}: Address already in use; --port=0"):
+        with pytest.raises(UserError, match=f"--port={port}: Address already in use; --port=0"):
             demo.listen("127.0.0.1", port)
-    with pytest.raises(ConfigError, match="--host=nowhere.invalid"):
+    with pytest.raises(UserError, match="--host=nowhere.invalid"):
         demo.listen("nowhere.invalid", 0)
 
 
@@ -303,7 +304,7 @@ def test_the_page_offers_what_the_model_does(task, captions, sliders, model, tmp
     import httpx
 
     folder = model if task == "panoptic" else tiny_runs.write(tmp_path / "run", task)
-    segmenter = Segmenter(open_run(folder))
+    segmenter = Segmenter(open_model(folder))
     app = make_app(segmenter, "<i>", 50, 50)
 
     async def ask():

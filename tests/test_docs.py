@@ -12,8 +12,8 @@ import pytest
 import tiny_runs
 from devices import environment
 
-from knet_jax.configuration import load_config
-from knet_jax.validation import validate
+from knet_jax.config.files import load_config
+from knet_jax.config.validation import validate
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md")

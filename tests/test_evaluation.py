@@ -7,18 +7,18 @@ import pytest
 import tiny_model
 from devices import call
 
-from knet_jax import evaluation, inference
-from knet_jax.configuration import load_config
+import knet_jax.inference.forward
+from knet_jax.config.files import load_config
 from knet_jax.data import pipeline
-from knet_jax.evaluation import Evaluator, Gallery
-from knet_jax.fusion import Fused
-from knet_jax.inference import lookahead
+from knet_jax.inference.forward import lookahead
+from knet_jax.inference.fusion import Fused, read_panoptic
 from knet_jax.metrics import panoptic
-from knet_jax.model import make_model
-from knet_jax.segments import SegmentInfo
+from knet_jax.model import init_variables, make_model
+from knet_jax.segmentation.segments import SegmentInfo
 from knet_jax.structs import EMPTY, Stage
-from knet_jax.tasks import TASKS, read_panoptic
-from knet_jax.training import init_variables
+from knet_jax.tasks import TASKS
+from knet_jax.training import evaluation
+from knet_jax.training.evaluation import Evaluator, Gallery
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shapes_panoptic.py"
 SLOTS = 16
@@ -93,7 +93,7 @@ def oracle(data, monkeypatch):
 
     rows = {"panoptic": TASKS["panoptic"]._replace(predict=predict)}
     monkeypatch.setattr(evaluation, "TASKS", rows)
-    monkeypatch.setattr(inference, "run_network", run_network)
+    monkeypatch.setattr(knet_jax.inference.forward, "run_network", run_network)
     return lambda limit=None: Evaluator(
         make_model(**config.model), split, config, jax.devices()[:1], limit
     )

@@ -14,19 +14,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 from test_train_eval import says
 
-from knet_jax import export
-from knet_jax.checkpoint import Checkpoints
-from knet_jax.configuration import ConfigError, load_config, save_config
-from knet_jax.data.shapes import CATEGORIES, draw
-from knet_jax.model import make_model
-from knet_jax.portable import View
-from knet_jax.runs import Run, open_run
-from knet_jax.segments import Categories
+from knet_jax.config.files import load_config, save_config
+from knet_jax.data.sources.shapes import draw
+from knet_jax.export import model_file
+from knet_jax.inference.any_size import Framing
+from knet_jax.model import init_variables, make_model
+from knet_jax.saved.checkpoints import Checkpoints
+from knet_jax.saved.models import Model, open_model
+from knet_jax.segmentation.published_classes import find as find_classes
+from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 from knet_jax.tasks import TASKS
-from knet_jax.training import init_variables
 
 ROOT = Path(__file__).parents[1]
-FORMATS = list(export.FORMATS)
+FORMATS = list(model_file.FORMATS)
 
 SMALL = {
     "model.channels": 16,
@@ -73,7 +74,9 @@ def folders(tmp_path_factory):
         model = make_model(**config.model)
         variables = lively(jax.jit(lambda model=model: init_variables(model, 0))())
         with Checkpoints(root / task / "checkpoints") as checkpoints:
-            checkpoints.save(1, variables, {"categories": CATEGORIES._asdict()})
+            checkpoints.save(
+                1, variables, {"categories": find_classes("shapes", "panoptic")._asdict()}
+            )
     return root
 
 
@@ -118,15 +121,15 @@ def expected(folders):
     """What this project says about each picture, by task."""
     results = {}
     for task in TASKS:
-        run = open_run(folders / task)
-        results[task] = [export.expected(run, picture) for picture in PICTURES]
+        run = open_model(folders / task)
+        results[task] = [model_file.expected(run, picture) for picture in PICTURES]
     return results
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_files_run_without_this_project(name, folders, expected, tmp_path):
-    if export.FORMATS[name].packages:
+    if model_file.FORMATS[name].packages:
         pytest.importorskip("onnxruntime")
     shapes = [picture.shape[:2] for picture in PICTURES]
     image = np.full((2, 96, 112, 3), 7, np.uint8)
@@ -136,9 +139,9 @@ def test_files_run_without_this_project(name, folders, expected, tmp_path):
     for task in TASKS:
         places.append(tmp_path / task)
         places[-1].mkdir()
-        run = open_run(folders / task)
-        path = places[-1] / f"model{export.FORMATS[name].suffix}"
-        export.export(run, path, name, image=PICTURES[0])
+        run = open_model(folders / task)
+        path = places[-1] / f"model{model_file.FORMATS[name].suffix}"
+        model_file.export(run, path, name, image=PICTURES[0])
         assert [file.name for file in path.parent.iterdir()] == [path.name]
         Image.fromarray(PICTURES[0]).save(places[-1] / "photo.png")
         np.savez(places[-1] / "pair.npz", image=image, size=np.int32(shapes))
@@ -155,31 +158,31 @@ def test_files_run_without_this_project(name, folders, expected, tmp_path):
     assert done.stdout.split("\n")[:-1] == [f"{task} noise" for task in TASKS]
     for task, place in zip(TASKS, places):
         alone = {key: array[0] for key, array in np.load(place / "alone.npz").items()}
-        assert export.find_masks(expected[task][0])[1].any(1).sum() > 1, task
-        assert export.agreement(expected[task][0], alone) > 0.98, task
+        assert model_file.find_masks(expected[task][0])[1].any(1).sum() > 1, task
+        assert model_file.agreement(expected[task][0], alone) > 0.98, task
         together = np.load(place / "together.npz")
         for i, (height, width) in enumerate(shapes):
             one = {key: array[i] for key, array in together.items()}
             for key in ("ids", "masks", *(["labels"] if task == "semantic" else [])):
                 if key in one:
                     one[key] = one[key][..., :height, :width]
-            assert export.agreement(expected[task][i], one) > 0.98, (task, i)
+            assert model_file.agreement(expected[task][i], one) > 0.98, (task, i)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_upright_pictures_have_their_own_canvas(name, folders, tmp_path):
-    if export.FORMATS[name].packages:
+    if model_file.FORMATS[name].packages:
         pytest.importorskip("onnxruntime")
-    run = open_run(folders / "panoptic")
+    run = open_model(folders / "panoptic")
     picture = draw("val", 2, (100, 130)).image[:96, :64]
-    views = export.make_views(export.of_two_canvases(run.config))
+    views = model_file.make_views(model_file.of_two_canvases(run.config))
     assert [view.canvas for view in views] == [(64, 96), (96, 64)]
     path = tmp_path / "model"
-    export.export(run, path, name, image=picture)
-    results = export.FORMATS[name].open(path)(picture[None], np.int32([picture.shape[:2]]))
+    model_file.export(run, path, name, image=picture)
+    results = model_file.FORMATS[name].open(path)(picture[None], np.int32([picture.shape[:2]]))
     assert results["ids"].shape == (1, *picture.shape[:2])
-    seen = export.find_masks({name: array[0] for name, array in results.items()})[1]
+    seen = model_file.find_masks({name: array[0] for name, array in results.items()})[1]
     assert seen.any(1).sum() > 1
 
 
@@ -207,25 +210,27 @@ def test_every_network_has_a_translation(case, tmp_path):
     model = make_model(**config.model)
     variables = lively(jax.jit(lambda: init_variables(model, 0))())
     weights = {k: np.asarray(v) for k, v in flatten_dict(variables, sep="/").items()}
-    program = export.make_program(config, model, [View((64, 96), 64, 96)])
+    program = model_file.make_program(config, model, [Framing((64, 96), 64, 96)])
     categories = Categories(("a", "b"), (1, 2), 1)
-    run = Run.of(config, model, variables, categories, 7)
-    export.write_onnx(tmp_path / "model", program, weights, export.input_shapes((50, 70), 1), run)
-    theirs = export.open_onnx(tmp_path / "model")
-    image, size = export.draw_picture((50, 70))[None], np.int32([[50, 70]])
+    run = Model.of(config, model, variables, categories, 7)
+    model_file.write_onnx(
+        tmp_path / "model", program, weights, model_file.input_shapes((50, 70), 1), run
+    )
+    theirs = model_file.open_onnx(tmp_path / "model")
+    image, size = model_file.draw_picture((50, 70))[None], np.int32([[50, 70]])
     theirs = {name: array[0] for name, array in theirs(image, size).items()}
     ours = jax.tree.map(lambda x: np.asarray(x)[0], jax.jit(program)(weights, image, size))
     assert ours.keys() == theirs.keys()
-    assert export.agreement(ours, theirs) > 0.98
+    assert model_file.agreement(ours, theirs) > 0.98
     if "scores" in ours:
         np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-3)
 
 
 def test_a_file_has_the_canvases_of_training_or_that_of_its_size():
     config = load_config(f"{ROOT}/configs/coco_panoptic.py")
-    both = export.make_views(export.of_two_canvases(config))
+    both = model_file.make_views(model_file.of_two_canvases(config))
     assert [view.canvas for view in both] == [(800, 1344), (1344, 800)]
-    [one] = export.make_views(config, (480, 640))
+    [one] = model_file.make_views(config, (480, 640))
     assert one.canvas == (800, 1088)
     assert config.data.eval_multiple == 32
 
@@ -234,39 +239,39 @@ def test_a_file_has_the_canvases_of_training_or_that_of_its_size():
 
 
 def test_a_file_that_says_something_else_is_not_written(folders, tmp_path, monkeypatch):
-    run = open_run(folders / "semantic")
+    run = open_model(folders / "semantic")
     shape = (48, 64)
     nothing = {"labels": np.full(shape, -1)}
-    monkeypatch.setattr(export, "expected", lambda run, image: nothing)
+    monkeypatch.setattr(model_file, "expected", lambda run, image: nothing)
     path = tmp_path / "model"
     with pytest.raises(ValueError, match="is not written: .* by 0.0%"):
-        export.export(run, path, "stablehlo", size=shape, batch=1)
+        model_file.export(run, path, "stablehlo", size=shape, batch=1)
     assert not list(tmp_path.iterdir())
 
 
 def test_agreement_is_the_overlap_of_segments():
     ids = np.array([[0, 0, 1], [2, 2, 1]])
     ours = {"ids": ids, "labels": np.array([5, 3]), "scores": np.ones(2)}
-    assert export.agreement(ours, ours) == 1
-    assert export.agreement(ours, ours | {"labels": np.array([5, 3, -1])}) == 1
+    assert model_file.agreement(ours, ours) == 1
+    assert model_file.agreement(ours, ours | {"labels": np.array([5, 3, -1])}) == 1
     swapped = {"ids": np.array([0, 2, 1])[ids], "labels": np.array([3, 5])}
-    assert export.agreement(ours, swapped) == 1
-    assert export.agreement(ours, ours | {"labels": np.array([5, 4])}) == 0.5
-    assert export.agreement(ours, ours | {"ids": np.minimum(ids, 1)}) == 0.25
+    assert model_file.agreement(ours, swapped) == 1
+    assert model_file.agreement(ours, ours | {"labels": np.array([5, 4])}) == 0.5
+    assert model_file.agreement(ours, ours | {"ids": np.minimum(ids, 1)}) == 0.25
     nothing = {"ids": 0 * ids, "labels": np.array([], int)}
-    assert export.agreement(nothing, nothing) == 1 and export.agreement(ours, nothing) == 0
+    assert model_file.agreement(nothing, nothing) == 1 and model_file.agreement(ours, nothing) == 0
     masks = {"masks": np.ones((2, 2, 2), bool), "labels": np.array([0, 1])}
-    assert export.agreement(masks, masks | {"labels": np.array([0, 2])}) == 0.5
+    assert model_file.agreement(masks, masks | {"labels": np.array([0, 2])}) == 0.5
     labels = {"labels": np.array([[0, 0], [1, -1]])}
-    assert export.agreement(labels, labels) == 1
-    assert export.agreement(labels, {"labels": np.array([[0, 1], [1, -1]])}) == 0.5
+    assert model_file.agreement(labels, labels) == 1
+    assert model_file.agreement(labels, {"labels": np.array([[0, 1], [1, -1]])}) == 0.5
 
 
 def test_packages_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    export.check_packages("stablehlo")
-    with pytest.raises(ConfigError, match="pip install onnx onnxruntime"):
-        export.check_packages("onnx")
+    model_file.check_packages("stablehlo")
+    with pytest.raises(UserError, match="pip install onnx onnxruntime"):
+        model_file.check_packages("onnx")
 
 
 def command(*arguments):

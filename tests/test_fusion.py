@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from plain import plain_probabilities
 
-from knet_jax.fusion import GROUP, fuse
-from knet_jax.resampling import Canvas
+from knet_jax.inference.fusion import GROUP, fuse
+from knet_jax.inference.resampling import Canvas
 from knet_jax.structs import EMPTY
 
 THINGS, STUFF = 3, 2

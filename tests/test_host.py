@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from knet_jax.host import host_call
+from knet_jax.nn.host_call import host_call
 
 
 def cumulate(x, y):

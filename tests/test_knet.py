@@ -10,10 +10,10 @@ import tiny_model
 from flax import traverse_util
 from tiny_model import MODEL, MODELS, NUM_PROPOSALS, NUM_STUFF, NUM_THINGS, make_batch
 
-from knet_jax.configuration import load_config
+from knet_jax.config.files import load_config
 from knet_jax.knet import MEAN, STD, normalize
 from knet_jax.model import make_model
-from knet_jax.optim import trainable
+from knet_jax.training.optim import trainable
 
 ROOT = Path(__file__).parents[1]
 SPECS = [

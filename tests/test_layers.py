@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from knet_jax import layers
+from knet_jax.nn import layers
 
 
 def random(*shape, seed=0):

@@ -2,7 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from knet_jax.lock import lock
+from knet_jax.system.locks import lock
 
 ROOT = Path(__file__).parents[1]
 

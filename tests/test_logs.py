@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from knet_jax import logs
+from knet_jax.training import logs
 
 
 class Terminal(io.StringIO):

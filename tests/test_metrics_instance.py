@@ -5,13 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from coco_readers import InstanceFile, score_instance_files
 from faster_coco_eval import COCO as FasterCOCO
 from faster_coco_eval import COCOeval_faster
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from knet_jax import rle
-from knet_jax.metrics.coco_files import InstanceFile, InstanceResults, score_instance_files
 from knet_jax.metrics.instance import (
     NUMBERS,
     boundary_iou,
@@ -23,7 +22,9 @@ from knet_jax.metrics.instance import (
     summarize,
     table,
 )
-from knet_jax.segments import Categories, Instance
+from knet_jax.segmentation import rle
+from knet_jax.segmentation.coco_files import InstanceResults
+from knet_jax.segmentation.segments import Categories, Instance
 
 CATEGORIES = Categories(("cat", "dog", "cow"), dataset_ids=(17, 18, 21), num_things=3)
 CAT, DOG, COW = range(3)

@@ -5,18 +5,11 @@ import json
 import cv2
 import numpy as np
 import pytest
+from coco_readers import PanopticFile, score_files
 
-from knet_jax.metrics.coco_files import PanopticFile, PanopticResults, score_files
-from knet_jax.metrics.panoptic import (
-    count,
-    merge,
-    no_counts,
-    per_class,
-    segment_index,
-    summarize,
-    table,
-)
-from knet_jax.segments import Categories, PanopticMap, SegmentInfo
+from knet_jax.metrics.panoptic import count, merge, no_counts, per_class, summarize, table
+from knet_jax.segmentation.coco_files import PanopticResults
+from knet_jax.segmentation.segments import Categories, PanopticMap, SegmentInfo, segment_index
 
 CATEGORIES = Categories(("cat", "dog", "sky"), dataset_ids=(17, 18, 187), num_things=2)
 CAT, DOG, SKY = range(3)

@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from knet_jax.metrics.result_files import place_png
 from knet_jax.metrics.semantic import count, merge, no_counts, per_class, summarize, table
-from knet_jax.metrics.semantic_files import SemanticResults
-from knet_jax.segments import Categories
+from knet_jax.segmentation.segments import Categories
+from knet_jax.segmentation.semantic_files import SemanticResults
+from knet_jax.system.output_files import place_png
 
 CATEGORIES = Categories(("cat", "dog", "sky"), dataset_ids=(17, 18, 187), num_things=2)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from devices import FOLDER, environment
 
-from knet_jax import rle
 from knet_jax.metrics import instance, panoptic, semantic
-from knet_jax.metrics.states import from_bytes, gather, to_bytes
-from knet_jax.segments import Instance
+from knet_jax.metrics.counts import from_bytes, gather, to_bytes
+from knet_jax.segmentation import rle
+from knet_jax.segmentation.segments import Instance
 
 LARGE = 2**40 + 1
 """Neither an int32 nor a float32 can hold it."""

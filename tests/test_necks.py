@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from knet_jax import layers
-from knet_jax.necks import (
+from knet_jax.nn import layers
+from knet_jax.nn.necks import (
     ASPP,
     FCN,
     FPN,

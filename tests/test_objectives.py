@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_model import NUM_PROPOSALS, NUM_STUFF, NUM_THINGS, make_batch, make_output, random
 
-from knet_jax.matching import Weights, match, matching_cost
+from knet_jax.matching import LossWeights, match, matching_cost
 from knet_jax.objectives import (
     count_labels,
     count_segments,
@@ -28,7 +28,7 @@ from knet_jax.tasks import TASKS
 
 N, K = NUM_PROPOSALS + NUM_STUFF, NUM_THINGS + NUM_STUFF
 SIZES = Sizes(NUM_PROPOSALS, NUM_THINGS, NUM_STUFF)
-WEIGHTS = Weights()
+WEIGHTS = LossWeights()
 B, H, W = 4, 8, 8  # stride 8 of the pictures of `make_batch`
 
 

@@ -8,9 +8,10 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from knet_jax import optim
-from knet_jax.configuration import load_config
+from knet_jax.config.files import load_config
 from knet_jax.model import make_model
+from knet_jax.saved import checkpoint_record
+from knet_jax.training import optim
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,7 +84,7 @@ def numpy_adamw(params, grads, config):
 
 
 def flat(tree):
-    return dict(zip(optim.leaf_paths(tree), map(np.asarray, jax.tree.leaves(tree))))
+    return dict(zip(checkpoint_record.leaf_paths(tree), map(np.asarray, jax.tree.leaves(tree))))
 
 
 def test_eight_steps_equal_a_second_adamw_in_double_precision():
@@ -112,7 +113,7 @@ def test_frozen_parameters_have_no_state():
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     shapes = sorted(leaf.shape for leaf in moments)
     assert shapes == sorted(2 * [(4, 5), (5, 2), (5,)])  # m and v of the three trained arrays
-    assert not any("stem" in path for path in optim.leaf_paths(state))
+    assert not any("stem" in path for path in checkpoint_record.leaf_paths(state))
 
 
 def test_a_frozen_gradient_neither_clips_nor_spreads():

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from knet_jax import inference
-from knet_jax.configuration import load_config
+import knet_jax.inference.forward
+from knet_jax.config.files import load_config
 from knet_jax.data import pipeline
-from knet_jax.evaluation import Evaluator
+from knet_jax.inference.multiscale import corners, cut, join, mirror
 from knet_jax.model import make_model
-from knet_jax.passes import corners, cut, join, mirror
 from knet_jax.structs import Batch, Stage
+from knet_jax.training.evaluation import Evaluator
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shapes_semantic.py"
 
@@ -116,7 +116,7 @@ def plain_network(monkeypatch):
         shown.append(batch.image.shape[1:3])
         return Stage(None, means(batch.image), None)
 
-    monkeypatch.setattr(inference, "run_network", run_network)
+    monkeypatch.setattr(knet_jax.inference.forward, "run_network", run_network)
     return shown
 
 

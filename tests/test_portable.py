@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from knet_jax.data import transforms
-from knet_jax.portable import View, show, shown_size
-from knet_jax.resampling import Canvas
+from knet_jax.inference.any_size import Framing, show, shown_size
+from knet_jax.inference.resampling import Canvas
 from knet_jax.structs import EMPTY, Pass, Sizes, Stage
 from knet_jax.tasks import TASKS
 
@@ -25,7 +25,7 @@ def test_pictures_are_shown_as_large_as_in_evaluation(limits):
     rng = np.random.default_rng(0)
     common = [(480, 640), (427, 640), (640, 427), (375, 500), (1, 1), (3000, 4000), (720, 1280)]
     sizes = common + rng.integers(1, 2000, (300, 2)).tolist()
-    view = View((1 << 13, 1 << 13), *limits)
+    view = Framing((1 << 13, 1 << 13), *limits)
     assert max(map(max, sizes)) * 1333 < 1 << 31
     expected = [list(transforms.resized_size(tuple(size), *limits)) for size in sizes]
     # Very long pictures are larger than any canvas of a recipe; halves may be rounded otherwise.
@@ -37,7 +37,7 @@ def test_pictures_are_shown_as_large_as_in_evaluation(limits):
 
 
 def test_a_canvas_limits_what_is_shown():
-    view = View((64, 96), 64, 1000)
+    view = Framing((64, 96), 64, 1000)
     assert shown([(50, 100), (100, 50), (100, 150), (32, 32)], view) == [
         [48, 96],
         [64, 32],
@@ -53,7 +53,7 @@ def test_pictures_are_resized_as_in_evaluation(size):
     image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
     padded = np.full((1, size[0] + 7, size[1] + 3, 3), 99, np.uint8)
     padded[0, : size[0], : size[1]] = image
-    view = View((64, 96), 64, 96)
+    view = Framing((64, 96), 64, 96)
     result, shown = show(padded, jnp.asarray([size], jnp.int32), view)
     (height, width) = np.asarray(shown)[0]
     canvas = np.zeros((64, 96, 3), np.uint8)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from plain import plain_probabilities, to_picture
 
-from knet_jax.postprocess import best_instances, label_maps
-from knet_jax.resampling import Canvas
+from knet_jax.inference.postprocess import best_instances, label_maps
+from knet_jax.inference.resampling import Canvas
 from knet_jax.structs import Pass, Stage
 
 # The input is 64 x 96. Pictures that are larger, smaller, cropped, one pixel wide.

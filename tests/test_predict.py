@@ -14,26 +14,33 @@ import cv2
 import numpy as np
 import pytest
 import tiny_runs
+from coco_readers import PanopticFile
 from devices import environment
 from PIL import Image
 from programs import INTERRUPTIBLE, program
 
-from knet_jax import commandline, rle
-from knet_jax.configuration import ConfigError
-from knet_jax.metrics.coco_files import PanopticFile
-from knet_jax.metrics.result_files import JsonList, write_json
-from knet_jax.predictions import (
+from knet_jax.app.predictions import (
     Predictions,
     Source,
     find_ids,
     find_sources,
     predict_pictures,
 )
-from knet_jax.preemption import Preempted, StopRequest
-from knet_jax.results import Result
-from knet_jax.segments import Categories
-from knet_jax.videos import predict_video
-from knet_jax.visualize import MARGIN, THUMBNAIL, contact_sheet, save_picture, thumbnail
+from knet_jax.app.videos import predict_video
+from knet_jax.cli import commandline
+from knet_jax.segmentation import rle
+from knet_jax.segmentation.drawing import (
+    MARGIN,
+    THUMBNAIL,
+    contact_sheet,
+    save_picture,
+    thumbnail,
+)
+from knet_jax.segmentation.result import Result
+from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
+from knet_jax.system.output_files import JsonList, write_json
+from knet_jax.system.signals import Preempted, StopRequest
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("panoptic", "instance", "semantic")
@@ -258,10 +265,10 @@ def test_bad_lists_of_ids_are_named(tmp_path, content, words):
     write_pictures(tmp_path / "in", ("1.png", "2.png"))
     pictures, _ = find_sources([str(tmp_path / "in")], tmp_path / "out")
     info = tmp_path / "info.json"
-    with pytest.raises(ConfigError, match="image_info=.*cannot be read: No such file"):
+    with pytest.raises(UserError, match="image_info=.*cannot be read: No such file"):
         find_ids(info, pictures)
     info.write_text(content)
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         find_ids(info, pictures)
     assert words in str(raised.value) and "\n" not in str(raised.value)
 
@@ -345,7 +352,7 @@ def test_sources_have_names_of_their_own(tmp_path):
         ("a/out", "predictions in .*/a/out would overwrite .*/a/out;"),
         ("a/pipe.jpg", "pipe.jpg is neither a file nor a folder"),
     ):
-        with pytest.raises(ConfigError, match=problem):
+        with pytest.raises(UserError, match=problem):
             find(path)
 
 

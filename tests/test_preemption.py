@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from knet_jax.preemption import stop_when_asked
+from knet_jax.system.signals import stop_when_asked
 
 BUSY = """
 import hashlib, signal

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from knet_jax.quiet import hide_closed_loops, silenced
+from knet_jax.system.library_logs import hide_closed_loops, silenced
 
 
 def test_one_package_is_silenced_and_only_inside(caplog):

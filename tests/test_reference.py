@@ -9,9 +9,14 @@ from flax import traverse_util
 from tiny_model import MODEL, MODELS
 from tiny_weights import BACKBONES, TINY, assert_equal, fill, shapes_of
 
-from knet_jax.backbones.resnet import ResNet
-from knet_jax.backbones.swin import Swin
-from knet_jax.reference import Places, from_reference, reference_name, to_reference
+from knet_jax.nn.resnet import ResNet
+from knet_jax.nn.swin import Swin
+from knet_jax.saved.parameter_names import (
+    Places,
+    from_reference,
+    reference_name,
+    to_reference,
+)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from plain import to_picture
 
 from knet_jax.data.recipes import WholePicture
-from knet_jax.resampling import Canvas, to_original
+from knet_jax.inference.resampling import Canvas, to_original
 
 # The matrix of one axis.
 

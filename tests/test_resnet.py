@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from knet_jax.backbones.resnet import ResNet
+from knet_jax.nn.resnet import ResNet
 
 TINY = partial(ResNet, depths=(1, 1, 1, 1), width=8)
 

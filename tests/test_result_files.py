@@ -1,4 +1,4 @@
-from knet_jax.metrics.result_files import Stems
+from knet_jax.system.output_files import Stems
 
 
 def test_results_of_pictures_do_not_overwrite_each_other():

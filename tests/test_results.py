@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from coco_readers import InstanceFile
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from knet_jax import rle
-from knet_jax.metrics.coco_files import InstanceFile, InstanceResults
-from knet_jax.results import Result
-from knet_jax.segments import Categories, Instance, PanopticMap, SegmentInfo
+from knet_jax.segmentation import rle
+from knet_jax.segmentation.coco_files import InstanceResults
+from knet_jax.segmentation.result import Result
+from knet_jax.segmentation.segments import Categories, Instance, PanopticMap, SegmentInfo
 from knet_jax.structs import EMPTY
 
 TASKS = ("panoptic", "instance", "semantic")

@@ -10,14 +10,14 @@ import pytest
 import tiny_coco
 import tiny_maps
 
-from knet_jax import optim, training
-from knet_jax.checkpoint import Checkpoints
-from knet_jax.configuration import load_config
+from knet_jax.config.files import load_config
+from knet_jax.config.validation import validate
 from knet_jax.data import pipeline
-from knet_jax.matching import Weights
+from knet_jax.matching import LossWeights
 from knet_jax.model import UPDATE_CHANNELS, make_model
+from knet_jax.saved.checkpoints import Checkpoints
 from knet_jax.tasks import TASKS
-from knet_jax.validation import validate
+from knet_jax.training import optim, train_step
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 EMA, REMAT = "--config.train.ema_decay=0.9", "--config.model.backbone.remat=True"
@@ -111,7 +111,7 @@ def norms_of(model):
 def random_variables(model):
     """Numbers that need no compilation; scales and variances are positive."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: training.init_variables(model, 0))
+    shapes = jax.eval_shape(lambda: model.init_variables(model, 0))
     return jax.tree.map(lambda x: abs(rng.normal(0, 0.3, x.shape)).astype(x.dtype), shapes)
 
 
@@ -134,7 +134,7 @@ def test_a_step_after_resuming_is_the_step_that_would_have_come(spec, data, tmp_
     params = variables["params"]
     optimizer, _ = optim.make_optimizer(config.optim, params, 10, size)
     ema = config.train.ema_decay
-    start = training.TrainState(
+    start = train_step.TrainState(
         np.int32(0),
         params,
         variables.get("batch_stats", {}),
@@ -142,13 +142,13 @@ def test_a_step_after_resuming_is_the_step_that_would_have_come(spec, data, tmp_
         jax.tree.map(np.copy, params) if ema else None,
     )
     template = jax.eval_shape(lambda: start)
-    train_step = training.make_train_step(
+    take_step = train_step.make_train_step(
         devices,
         model=model,
         task=TASKS[config.task],
         optimizer=optimizer,
         trainable=optim.trainable(config.optim.groups, params),
-        weights=Weights(**config.loss),
+        weights=LossWeights(**config.loss),
         seed=config.seed,
         ema_decay=ema,
     )
@@ -156,19 +156,19 @@ def test_a_step_after_resuming_is_the_step_that_would_have_come(spec, data, tmp_
     def batches(seen):
         stream = pipeline.train_batches(split, config.data, size, config.seed, seen)
         num_parts = size // config.train.microbatch
-        return (training.to_devices(batch, devices, num_parts) for batch, _ in stream)
+        return (train_step.to_devices(batch, devices, num_parts) for batch, _ in stream)
 
     stream = batches(0)
-    first, _ = train_step(training.replicate(start, devices), next(stream))
+    first, _ = take_step(train_step.replicate(start, devices), next(stream))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, first, {"examples_seen": size})
-    whole = jax.device_get(train_step(first, next(stream)))
+    whole = jax.device_get(take_step(first, next(stream)))
 
     with Checkpoints(tmp_path) as checkpoints:
         saved, record = checkpoints.restore_latest(template)
     stream = batches(record["progress"]["examples_seen"])
     before = jax.device_get(saved)
-    resumed = jax.device_get(train_step(training.replicate(saved, devices), next(stream)))
+    resumed = jax.device_get(take_step(train_step.replicate(saved, devices), next(stream)))
 
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(whole))

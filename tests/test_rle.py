@@ -5,7 +5,7 @@ import pytest
 import tiny_coco
 from pycocotools import mask as coco_mask
 
-from knet_jax import rle
+from knet_jax.segmentation import rle
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (5, 300), (300, 5)])

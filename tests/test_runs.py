@@ -6,16 +6,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_weights import assert_equal
 
-from knet_jax import runs, snapshot
-from knet_jax.checkpoint import Checkpoints
-from knet_jax.configuration import load_config, save_config
-from knet_jax.convert import export_weights
-from knet_jax.model import make_model
-from knet_jax.reference import to_reference
-from knet_jax.runs import open_run
-from knet_jax.segments import Categories
-from knet_jax.training import init_variables
-from knet_jax.weights import MODEL_KEY
+import knet_jax.saved.checkpoint_record
+import knet_jax.saved.models
+from knet_jax.config.files import load_config, save_config
+from knet_jax.model import init_variables, make_model
+from knet_jax.saved.checkpoints import Checkpoints
+from knet_jax.saved.convert import export_weights
+from knet_jax.saved.models import open_model
+from knet_jax.saved.parameter_names import to_reference
+from knet_jax.saved.weight_files import MODEL_KEY
+from knet_jax.segmentation.segments import Categories
 
 CONFIG = "configs/shapes_panoptic.py:tiny"
 CATEGORIES = Categories(tuple("abcdefghi"), tuple(range(11, 20)), 5)
@@ -54,17 +54,17 @@ def workdir(tmp_path_factory):
     ],
 )
 def test_the_checkpoint_that_is_asked_for(workdir, options, step, value):
-    run = open_run(workdir, **options)
+    run = open_model(workdir, **options)
     assert run.step == step and run.categories == CATEGORIES
     assert set(run.variables) == {"params"}
     assert {float(x) for leaf in jax.tree.leaves(run.variables) for x in np.unique(leaf)} == {value}
 
 
 def test_dtype_and_overrides_change_the_config(workdir):
-    run = open_run(workdir, dtype="bfloat16", overrides=["--config.eval.overlap_threshold=0.1"])
+    run = open_model(workdir, dtype="bfloat16", overrides=["--config.eval.overlap_threshold=0.1"])
     assert run.model.backbone.dtype == run.config.model.dtype == "bfloat16"
     assert run.config.eval.overlap_threshold == 0.1
-    assert open_run(workdir).model.backbone.dtype == "float32"
+    assert open_model(workdir).model.backbone.dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_dtype_and_overrides_change_the_config(workdir):
 )
 def test_what_cannot_be_is_named(workdir, options, words):
     with pytest.raises(ValueError, match=words):
-        open_run(workdir, **options)
+        open_model(workdir, **options)
 
 
 def test_only_a_network_that_is_another_is_traced(workdir, monkeypatch):
@@ -90,18 +90,18 @@ def test_only_a_network_that_is_another_is_traced(workdir, monkeypatch):
     def refuse(model, seed):
         raise RecursionError
 
-    monkeypatch.setattr(runs, "init_variables", refuse)
-    assert open_run(workdir, dtype="bfloat16").step == 2
+    monkeypatch.setattr(knet_jax.saved.models, "init_variables", refuse)
+    assert open_model(workdir, dtype="bfloat16").step == 2
     with pytest.raises(RecursionError):
-        open_run(workdir, overrides=["--config.model.ffn_channels=12"])
-    monkeypatch.setattr(snapshot, "network_code", lambda: "another")
+        open_model(workdir, overrides=["--config.model.ffn_channels=12"])
+    monkeypatch.setattr(knet_jax.saved.checkpoint_record, "network_code", lambda: "another")
     with pytest.raises(RecursionError):
-        open_run(workdir)
+        open_model(workdir)
 
 
 def test_a_network_of_another_config_is_explained(workdir):
     with pytest.raises(ValueError, match="config.model.ffn_channels is .* in it, 12 here"):
-        open_run(workdir, overrides=["--config.model.ffn_channels=12"])
+        open_model(workdir, overrides=["--config.model.ffn_channels=12"])
 
 
 # Files.
@@ -110,10 +110,10 @@ def test_a_network_of_another_config_is_explained(workdir):
 def test_the_file_of_a_model_is_the_model(workdir, tmp_path):
     path = tmp_path / "a.safetensors"
     export_weights(workdir, path, "latest", ema=True)
-    folder, file = open_run(workdir, "latest", ema=True), open_run(path)
+    folder, file = open_model(workdir, "latest", ema=True), open_model(path)
     assert_equal(file.variables, folder.variables)
     assert file.config == folder.config and file.categories == CATEGORIES and file.step == 3
-    changed = open_run(path, overrides=["--config.eval.overlap_threshold=0.1"], dtype="bfloat16")
+    changed = open_model(path, overrides=["--config.eval.overlap_threshold=0.1"], dtype="bfloat16")
     assert changed.config.eval.overlap_threshold == 0.1
     assert changed.model.backbone.dtype == "bfloat16"
     again = tmp_path / "b.safetensors"
@@ -123,13 +123,13 @@ def test_the_file_of_a_model_is_the_model(workdir, tmp_path):
         with pytest.raises(
             ValueError, match=r"a\.safetensors is a file and holds one set of weights"
         ):
-            open_run(path, **options)
+            open_model(path, **options)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_a_checkpoint_of_others_opens_with_a_config(workdir, tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
-    folder = open_run(workdir)
+    folder = open_model(workdir)
     tensors = to_reference(folder.variables)
 
     def write(tensors):
@@ -137,34 +137,34 @@ def test_a_checkpoint_of_others_opens_with_a_config(workdir, tmp_path, suffix):
         np.savez(path, **tensors) if suffix == ".npz" else save_file(tensors, path)
 
     write(tensors)
-    file = open_run(path, config=CONFIG)
+    file = open_model(path, config=CONFIG)
     assert_equal(file.variables, folder.variables)
     assert file.step == 0 and file.config.task == "panoptic" and file.categories.num_things == 5
     with pytest.raises(
         ValueError, match="holds weights and no config; knet_jax.load takes its config"
     ):
-        open_run(path)
+        open_model(path)
     with pytest.raises(ValueError, match="is for a file of weights; .* has a config of its own"):
-        open_run(workdir, config=CONFIG)
+        open_model(workdir, config=CONFIG)
     with pytest.raises(
         ValueError, match="9 classes, but config.model.num_things=4 and num_stuff=4; "
     ):
         counts = ["--config.model.num_things=4", "--config.model.num_stuff=4"]
-        open_run(path, config=CONFIG, overrides=counts)
+        open_model(path, config=CONFIG, overrides=counts)
     name = "neck.fpn_convs.1.conv.bias"
     write({key: x for key, x in tensors.items() if key != name})
     with pytest.raises(ValueError, match=rf"a{suffix}: the weights have no tensor {name}"):
-        open_run(path, config=CONFIG)
+        open_model(path, config=CONFIG)
     write({key: x for key, x in tensors.items() if key.startswith("backbone.")})
     with pytest.raises(ValueError, match="it holds a backbone only; python -m knet_jax.convert"):
-        open_run(path, config=CONFIG)
+        open_model(path, config=CONFIG)
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "words", '{"config": {}, "categories": 3}'])
 def test_a_file_that_does_not_say_what_it_is(tmp_path, text):
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "a.safetensors", {MODEL_KEY: text})
     with pytest.raises(ValueError, match=r"a\.safetensors: the file cannot be read: "):
-        open_run(tmp_path / "a.safetensors")
+        open_model(tmp_path / "a.safetensors")
 
 
 # What is refused.
@@ -185,18 +185,18 @@ def test_a_file_that_does_not_say_what_it_is(tmp_path, text):
 def test_arguments_of_another_kind_are_named(tmp_path, workdir, options, words):
     overrides = ["--config.train.ema_decay=0.0"]
     with pytest.raises(ValueError, match=words):
-        open_run(**{"path": workdir, "overrides": overrides} | options)
+        open_model(**{"path": workdir, "overrides": overrides} | options)
 
 
 def test_what_is_no_model_is_named(tmp_path, workdir):
     with pytest.raises(ValueError, match="is no model"):
-        open_run(tmp_path)
+        open_model(tmp_path)
     with pytest.raises(
         ValueError, match=r"config\.json: accepted are \.npz, \.safetensors, .* files"
     ):
-        open_run(workdir / "config.json")
+        open_model(workdir / "config.json")
     with pytest.raises(ValueError, match=r"gone\.safetensors: there is no such file"):
-        open_run(tmp_path / "gone.safetensors")
+        open_model(tmp_path / "gone.safetensors")
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     with pytest.raises(ValueError, match="no checkpoints"):
-        open_run(tmp_path)
+        open_model(tmp_path)

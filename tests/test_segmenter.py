@@ -17,14 +17,17 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import knet_jax
-from knet_jax import inference, rle, segmenter
-from knet_jax.convert import export_weights
+from knet_jax.app import segmenter
+from knet_jax.app.segmenter import Segmenter, as_image
 from knet_jax.data import pipeline
-from knet_jax.evaluation import Evaluator
-from knet_jax.resampling import Canvas
-from knet_jax.runs import keep_programs, open_run
-from knet_jax.segmenter import Segmenter, as_image
+from knet_jax.inference import forward
+from knet_jax.inference.resampling import Canvas
+from knet_jax.saved.convert import export_weights
+from knet_jax.saved.models import open_model
+from knet_jax.segmentation import rle
 from knet_jax.structs import Batch
+from knet_jax.system.compilation_cache import keep_programs
+from knet_jax.training.evaluation import Evaluator
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TASKS = ("panoptic", "instance", "semantic")
@@ -46,7 +49,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def segmenters(models):
     """Opened, by task."""
-    return {task: Segmenter(open_run(path)) for task, path in models.items()}
+    return {task: Segmenter(open_model(path)) for task, path in models.items()}
 
 
 def picture(height, width, seed=0):
@@ -71,7 +74,7 @@ def picture(height, width, seed=0):
     ],
 )
 def test_it_sees_what_an_evaluation_sees(models, tmp_path, task, overrides):
-    run = open_run(models[task], overrides=[f"--config.data.data_dir={tmp_path}", *overrides])
+    run = open_model(models[task], overrides=[f"--config.data.data_dir={tmp_path}", *overrides])
     split = pipeline.load_split(run.config.data, "val", task)
     evaluator = Evaluator(run.model, split, run.config, jax.devices()[:1])
     sees = Segmenter(run)
@@ -96,7 +99,7 @@ def test_it_sees_what_an_evaluation_sees(models, tmp_path, task, overrides):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_pictures_of_one_shape_share_one_program(models, task):
-    sees = Segmenter(open_run(models[task]))
+    sees = Segmenter(open_model(models[task]))
     for height, width in ((63, 94), (50, 75), (40, 60), (60, 90)):
         assert sees(picture(height, width)).size == (height, width)
     assert sees._predict._cache_size() == 1
@@ -117,7 +120,7 @@ def test_pictures_of_any_size(segmenters, task, size):
 def test_a_list_is_its_pictures_in_order(models, task):
     sizes = [(64, 96), (96, 64), (60, 90), (33, 44), (64, 96)]
     pictures = [picture(*size, seed) for seed, size in enumerate(sizes)]
-    run = open_run(models[task])
+    run = open_model(models[task])
     one, several = Segmenter(run, batch_size=1), Segmenter(run, batch_size=3)
     together = several(pictures, threshold=0.2)
     assert [result.size for result in together] == sizes
@@ -294,7 +297,7 @@ def test_the_program_of_the_first_pictures_is_made_before_they_come(
 
     def trace(*args, **kwargs):
         traced.append(kwargs["canvas"])
-        return inference.predict(*args, **kwargs)
+        return forward.predict(*args, **kwargs)
 
     monkeypatch.setattr(segmenter, "predict", trace)
     images = [picture(48, 64, seed) for seed in range(2)]
@@ -307,7 +310,7 @@ def test_the_program_of_the_first_pictures_is_made_before_they_come(
     assert len(traced) == 1 and len(drawn) == len(images)
     results = sees(images)
     assert len(traced) == 1
-    for result, wanted in zip(results, Segmenter(open_run(models["panoptic"]))(images)):
+    for result, wanted in zip(results, Segmenter(open_model(models["panoptic"]))(images)):
         np.testing.assert_array_equal(result.panoptic.ids, wanted.panoptic.ids)
 
 

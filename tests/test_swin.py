@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from knet_jax.backbones import swin
-from knet_jax.backbones.swin import Block, Merge, Swin
+from knet_jax.nn import swin
+from knet_jax.nn.swin import Block, Merge, Swin
 
 TINY = partial(Swin, channels=8, depths=(2, 1), num_heads=(1, 2), window=3)
 

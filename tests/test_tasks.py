@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_model import NUM_PROPOSALS, NUM_STUFF, NUM_THINGS, make_output
 
-from knet_jax import rle
-from knet_jax.postprocess import Instances
+from knet_jax.inference.forward import stage_of
+from knet_jax.inference.postprocess import Instances, read_instances, read_labels
+from knet_jax.segmentation import rle
 from knet_jax.structs import Output, Sizes, Stage
-from knet_jax.tasks import read_instances, read_labels, stage_of
 
 
 def test_instances_share_the_masks_of_their_kernels():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from torch_format import Call, tensor, write
 
-from knet_jax.torch_file import read
+from knet_jax.saved.torch_file import read
 
 ARRAYS = {
     "float": np.arange(6, dtype=np.float32).reshape(2, 3),

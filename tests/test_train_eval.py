@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 import tiny_coco
 import tiny_runs
+from coco_readers import InstanceFile, PanopticFile
 from devices import environment
 from PIL import Image
 from programs import INTERRUPTIBLE, program
 
-from knet_jax import commandline, rle
-from knet_jax.checkpoint import Checkpoints
-from knet_jax.configuration import load_config, load_saved_config, save_config
+from knet_jax.cli import commandline
+from knet_jax.config.files import load_config, load_saved_config, save_config
 from knet_jax.data import batches, pipeline
-from knet_jax.logs import read_log
-from knet_jax.metrics.coco_files import InstanceFile, PanopticFile
-from knet_jax.model import make_model
+from knet_jax.model import init_variables, make_model
+from knet_jax.saved.checkpoints import Checkpoints
+from knet_jax.segmentation import rle
 from knet_jax.tasks import TASKS
-from knet_jax.training import TrainState, init_variables
+from knet_jax.training.logs import read_log
+from knet_jax.training.train_step import TrainState
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/shapes_panoptic.py:tiny"

@@ -11,13 +11,14 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 from tiny_model import MODELS, make_batch
 
-from knet_jax import optim, training
-from knet_jax.matching import Weights
+from knet_jax.matching import LossWeights
 from knet_jax.model import make_model
-from knet_jax.segments import Categories
+from knet_jax.segmentation import class_lists
+from knet_jax.segmentation.segments import Categories
 from knet_jax.structs import EMPTY, PanopticTargets
 from knet_jax.tasks import TASKS
-from knet_jax.training import Parts, explain_change
+from knet_jax.training import optim, train_step
+from knet_jax.training.train_step import Parts, explain_change
 
 
 def model_of(norm, task="panoptic", **changes):
@@ -33,7 +34,7 @@ def variables_of(model):
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: x + jnp.asarray(0.05 * np.abs(rng.standard_normal(x.shape)), x.dtype),
-        training.init_variables(model, 0),
+        model.init_variables(model, 0),
     )
 
 
@@ -44,21 +45,21 @@ def make_step(
     model, variables, devices, optimizer, groups=ALL, task="panoptic", seed=0, ema_decay=0.0
 ):
     """(state, batch, parts) -> state and metrics after a step, on the host."""
-    step = training.make_train_step(
+    step = train_step.make_train_step(
         devices,
         model=model,
         task=TASKS[task],
         optimizer=optimizer,
         trainable=optim.trainable(groups, variables["params"]),
-        weights=Weights(),
+        weights=LossWeights(),
         seed=seed,
         ema_decay=ema_decay,
     )
 
     def run(state, batch, num_parts=1):
         state = jax.tree.map(jnp.array, state)  # a copy: the step's is donated
-        parts = training.to_devices(batch, devices, num_parts)
-        return jax.device_get(step(training.replicate(state, devices), parts))
+        parts = train_step.to_devices(batch, devices, num_parts)
+        return jax.device_get(step(train_step.replicate(state, devices), parts))
 
     return run
 
@@ -66,7 +67,7 @@ def make_step(
 def first_state(variables, optimizer, step=0):
     """Before a step of a number."""
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    return training.TrainState(jnp.asarray(step), params, batch_stats, optimizer.init(params))
+    return train_step.TrainState(jnp.asarray(step), params, batch_stats, optimizer.init(params))
 
 
 # Devices and parts. Statistics of the whole batch need a single part.
@@ -295,18 +296,18 @@ def test_every_device_drops_others():
     model = model_of("group", "semantic", dropout=0.5, auxiliary_channels=0)
     params = variables_of(model)["params"]
     parts = jax.tree.map(lambda x: x[:, None], TWICE)
-    task, weights = TASKS["semantic"], Weights()
+    task, weights = TASKS["semantic"], LossWeights()
 
     @jax.jit
     def run(key):
         def one(part):
-            counts = training.count_targets(part, task=task, sizes=model.sizes)
+            counts = train_step.count_targets(part, task=task, sizes=model.sizes)
             zeros = jax.tree.map(jnp.zeros_like, params)
-            return training.accumulate(
+            return train_step.accumulate(
                 zeros, params, {}, part, counts, key, model=model, task=task, weights=weights
             )[2]
 
-        return jax.vmap(one, axis_name=training.AXIS)(parts)
+        return jax.vmap(one, axis_name=train_step.AXIS)(parts)
 
     terms = run(jax.random.key(0)).terms
     assert terms["loss/initial/mask"][0] != terms["loss/initial/mask"][1]
@@ -330,14 +331,14 @@ def test_gradients_lower_for_gpus(dtype):
     """Of classes: the matching of things calls the host, which lowers beside a GPU only."""
     model, task = model_of("batch", "semantic", dtype=dtype), TASKS["semantic"]
     batch = make_batch(2, task="semantic")
-    variables = jax.eval_shape(lambda: training.init_variables(model, 0))
+    variables = jax.eval_shape(lambda: model.init_variables(model, 0))
     counts = jax.eval_shape(
         lambda: task.count(task.unpack(batch.targets, model.sizes), model.sizes)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     gradients = jax.shard_map(
-        partial(training.accumulate, model=model, task=task, weights=Weights()),
-        mesh=Mesh(np.array(jax.devices()[:1]), (training.AXIS,)),
+        partial(train_step.accumulate, model=model, task=task, weights=LossWeights()),
+        mesh=Mesh(np.array(jax.devices()[:1]), (train_step.AXIS,)),
         in_specs=PartitionSpec(),
         out_specs=PartitionSpec(),
         check_vma=False,
@@ -349,7 +350,7 @@ def test_gradients_lower_for_gpus(dtype):
 
 def test_initialization_is_a_function_of_the_seed():
     model = model_of("frozen_batch")
-    same, again, other = (training.init_variables(model, seed) for seed in (3, 3, 4))
+    same, again, other = (model.init_variables(model, seed) for seed in (3, 3, 4))
     jax.tree.map(np.testing.assert_array_equal, same, again)
     kernels = [v["params"]["backbone"]["stem_conv"]["kernel"] for v in (same, other)]
     assert (kernels[0] != kernels[1]).all()
@@ -359,7 +360,7 @@ def test_initialization_is_a_function_of_the_seed():
 
 def test_parts_hold_every_picture_once():
     batch = make_batch(4)._replace(id=np.arange(4, dtype=np.int32))
-    parts = training.to_devices(batch, jax.devices()[:1], 2)
+    parts = train_step.to_devices(batch, jax.devices()[:1], 2)
     assert [part.id.shape for part in parts] == [(1, 2), (1, 2)]
     assert sorted(np.concatenate([part.id.ravel() for part in parts]).tolist()) == [0, 1, 2, 3]
     for part in parts:
@@ -382,9 +383,9 @@ def test_parts_hold_every_picture_once():
 def test_other_class_counts_are_told_with_the_key_and_the_remedy(counts, wrong, right):
     categories = Categories(("cat", "dog", "sky"), (3, 5, 7), 2)
     model = dict(zip(("num_proposals", "num_things", "num_stuff"), counts))
-    training.check_categories(ConfigDict({"model": model}), categories)
+    class_lists.check_class_counts(ConfigDict({"model": model}), categories)
     with pytest.raises(ValueError) as error:
-        training.check_categories(ConfigDict({"model": model | wrong}), categories)
+        class_lists.check_class_counts(ConfigDict({"model": model | wrong}), categories)
     ((name, value),) = wrong.items()
     message = str(error.value)
     assert f"config.model.{name} is {value}" in message

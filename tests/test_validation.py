@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from knet_jax.configuration import ConfigError, load_config
+from knet_jax.config.files import load_config
+from knet_jax.config.validation import RULES_OF_TASKS, RULES_WHERE_GIVEN, check_data, validate
 from knet_jax.model import BACKBONES, NECKS, make_model
+from knet_jax.system.errors import UserError
 from knet_jax.tasks import TASKS
-from knet_jax.validation import RULES_OF_TASKS, RULES_WHERE_GIVEN, check_data, validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 COCO = str(next(path for path in CONFIGS if path.stem == "coco_panoptic"))
@@ -67,7 +68,7 @@ def test_a_missing_key_is_named():
     config = load_config(COCO)
     with config.unlocked():
         del config.optim.lr
-    with pytest.raises(ConfigError, match=r"config.optim.lr is missing"):
+    with pytest.raises(UserError, match=r"config.optim.lr is missing"):
         validate(config)
 
 
@@ -233,7 +234,7 @@ def test_keys_that_a_task_needs(task, key):
     section, _, name = key.partition(".")
     with config.unlocked():
         del config[section][name]
-    with pytest.raises(ConfigError, match=rf"config\.{key} is missing"):
+    with pytest.raises(UserError, match=rf"config\.{key} is missing"):
         validate(config)
 
 
@@ -250,7 +251,7 @@ def test_keys_of_another_task_are_named(task, key):
     config = config_of(task)
     with config.unlocked():
         config.eval[key] = ()
-    with pytest.raises(ConfigError, match=f"no key config.eval.{key}; "):
+    with pytest.raises(UserError, match=f"no key config.eval.{key}; "):
         validate(config)
 
 
@@ -266,7 +267,7 @@ def test_keys_of_another_task_are_named(task, key):
     ],
 )
 def test_ways_to_see_a_picture_that_make_no_sense(argument, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         validate(load_config(ADE20K, [f"--config.eval.{argument}"]))
 
 
@@ -275,18 +276,18 @@ def test_windows_may_touch_but_leave_no_gap():
     config.eval.update({"window": (512, 512), "window_step": (512, 352)})
     validate(config)
     config.data.eval_multiple = 8
-    with pytest.raises(ConfigError, match=r"eval_multiple is 8; accepted with .*multiples of 32"):
+    with pytest.raises(UserError, match=r"eval_multiple is 8; accepted with .*multiples of 32"):
         validate(config)
     config.data.eval_multiple = 64
     config.eval.window_step = (512, 544)
-    with pytest.raises(ConfigError, match=r"window_step is \(512, 544\).*at most .*\(512, 512\)"):
+    with pytest.raises(UserError, match=r"window_step is \(512, 544\).*at most .*\(512, 512\)"):
         validate(config)
 
 
 def test_a_weight_of_no_term_is_named():
     config = config_of("instance")
     config.loss = ConfigDict({"mask": 1.0, "diec": 4.0})
-    with pytest.raises(ConfigError, match="no key config.loss.diec; did you mean dice"):
+    with pytest.raises(UserError, match="no key config.loss.diec; did you mean dice"):
         validate(config)
     config.loss = ConfigDict({"mask": 1.0})  # the others have their defaults
     validate(config)
@@ -295,9 +296,7 @@ def test_a_weight_of_no_term_is_named():
 def test_there_are_no_more_slots_than_proposals():
     config = config_of("instance")
     config.data.max_things = 11
-    with pytest.raises(
-        ConfigError, match="max_things is 11; accepted: at most .*num_proposals, 10"
-    ):
+    with pytest.raises(UserError, match="max_things is 11; accepted: at most .*num_proposals, 10"):
         validate(config)
 
 
@@ -318,7 +317,7 @@ def test_a_key_that_the_data_does_not_have_is_named(task, key, message):
     with config.unlocked():
         config.data[key] = 1
     for check in (check_data, validate):
-        with pytest.raises(ConfigError, match=message) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             check(config)
         assert "\n" not in str(caught.value)
 
@@ -328,7 +327,7 @@ def test_a_key_that_the_data_lacks_is_named(key):
     config = config_of("panoptic")
     with config.unlocked():
         del config.data[key]
-    with pytest.raises(ConfigError, match=rf"config\.data\.{key} is missing; accepted: "):
+    with pytest.raises(UserError, match=rf"config\.data\.{key} is missing; accepted: "):
         validate(config)
 
 
@@ -338,5 +337,5 @@ def test_data_is_checked_without_the_rest():
     config.train.batch_size = -1
     check_data(config)
     config.data.max_class_share = 0.0
-    with pytest.raises(ConfigError, match="max_class_share is 0.0; accepted: a share above 0"):
+    with pytest.raises(UserError, match="max_class_share is 0.0; accepted: a share above 0"):
         check_data(config)

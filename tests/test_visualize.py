@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from knet_jax import rle, visualize
-from knet_jax.segments import MIN_SCORE, Categories, Instance, PanopticMap, SegmentInfo
-from knet_jax.visualize import (
+from knet_jax.segmentation import drawing, rle
+from knet_jax.segmentation.drawing import (
     CELL,
     FONT,
     THUMBNAIL,
@@ -21,6 +20,13 @@ from knet_jax.visualize import (
     overlay,
     panel,
     save_picture,
+)
+from knet_jax.segmentation.segments import (
+    MIN_SCORE,
+    Categories,
+    Instance,
+    PanopticMap,
+    SegmentInfo,
 )
 
 CATEGORIES = Categories(("cat", "dog", "sky", "grass"), (1, 2, 3, 4), num_things=2)
@@ -84,7 +90,7 @@ def test_shades_of_a_class_stay_near_its_hue():
     for label in range(5):
         segments = [SegmentInfo(i + 1, label) for i in range(40)]
         places = [(slice(0, 10), slice(5 * i, 5 * i + 10)) for i in range(40)]
-        shades = np.array(visualize._colors(segments, places, (100, 210), categories))
+        shades = np.array(drawing._colors(segments, places, (100, 210), categories))
         hues = np.array([colorsys.rgb_to_hsv(*shade)[0] for shade in [palette[label], *shades]])
         assert (np.abs((hues - hues[0] + 0.5) % 1 - 0.5) < 0.01).all()
         assert np.abs(shades[:-4] - shades[4:]).max(1).min() > 8  # neighbors in a row of ten
@@ -368,9 +374,9 @@ def test_names_of_other_scripts(monkeypatch):
     panoptic = PanopticMap(np.ones((200, 300), np.int32), (SegmentInfo(1, SKY, score=0.5),))
 
     def picture(name, fonts):
-        monkeypatch.setattr(visualize, "_system_fonts", lambda: fonts)
-        visualize._typeface.cache_clear()
-        visualize._font.cache_clear()
+        monkeypatch.setattr(drawing, "_system_fonts", lambda: fonts)
+        drawing._typeface.cache_clear()
+        drawing._font.cache_clear()
         return overlay(GRAY, panoptic, CATEGORIES._replace(names=("cat", "dog", name, "grass")))
 
     np.testing.assert_array_equal(picture("天空", []), picture("#3", []))
@@ -380,8 +386,8 @@ def test_names_of_other_scripts(monkeypatch):
     with_font = picture("天空", [has_all])
     assert (with_font != picture("#3", [])).any() and (with_font != picture("sky", [])).any()
     np.testing.assert_array_equal(picture("sky", [has_all]), picture("sky", []))
-    visualize._typeface.cache_clear()
-    visualize._font.cache_clear()
+    drawing._typeface.cache_clear()
+    drawing._font.cache_clear()
 
 
 @pytest.mark.parametrize("side", [0, -5, 2.5, float("nan"), "640"])

@@ -12,9 +12,9 @@ from tiny_model import MODEL
 from tiny_weights import BACKBONES, TINY, assert_equal, fill, shapes_of
 from torch_format import Call, tensor
 
-from knet_jax.backbones.swin import resize_position_bias
-from knet_jax.reference import from_reference, to_reference
-from knet_jax.weights import load_backbone, read_weights
+from knet_jax.nn.swin import resize_position_bias
+from knet_jax.saved.parameter_names import from_reference, to_reference
+from knet_jax.saved.weight_files import load_backbone, read_weights
 
 
 @pytest.fixture(scope="module")

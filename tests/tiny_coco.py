@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 from pycocotools import mask as run_lengths
 
-from knet_jax.data import transforms
+from knet_jax.segmentation import image_files
 
 # Deliberately not things first, and with gaps.
 CATEGORIES = [
@@ -100,7 +100,7 @@ def write(
 
 def write_panoptic(path: Path, ids: np.ndarray) -> None:
     """Writes a map of ids as COCO's PNG."""
-    cv2.imwrite(str(path), transforms.segment_colors(ids)[..., ::-1])
+    cv2.imwrite(str(path), image_files.segment_colors(ids)[..., ::-1])
 
 
 def instance_masks(height: int, width: int) -> list[tuple[int, int, np.ndarray]]:

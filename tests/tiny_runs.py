@@ -5,11 +5,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from knet_jax.checkpoint import Checkpoints
-from knet_jax.configuration import load_config, save_config
-from knet_jax.model import make_model
-from knet_jax.segments import Categories
-from knet_jax.training import init_variables
+from knet_jax.config.files import load_config, save_config
+from knet_jax.model import init_variables, make_model
+from knet_jax.saved.checkpoints import Checkpoints
+from knet_jax.segmentation.segments import Categories
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from knet_jax.torch_file import DTYPES, MAGIC
+from knet_jax.saved.torch_file import DTYPES, MAGIC
 
 
 class Call:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from knet_jax.data import records, sampler, splits, transforms
+from knet_jax.data import prepared_split, records, sampler, transforms
+from knet_jax.data.canvas import empty_batch, empty_eval_batches, fill
+from knet_jax.segmentation import image_files
 from knet_jax.structs import EMPTY, Batch
 
 MAX_REPLACEMENTS = 8
@@ -31,7 +33,7 @@ class Chunk(NamedTuple):
 
 
 def train_batch(
-    split: splits.Split, recipe: Any, epochs: sampler.EpochSampler, rows: slice, index: int
+    split: prepared_split.Split, recipe: Any, epochs: sampler.EpochSampler, rows: slice, index: int
 ) -> tuple[tuple[Batch], list, list[Failure]]:
     """Some rows of a training batch, augmented.
 
@@ -71,7 +73,7 @@ def train_batch(
 
 
 def eval_batch(
-    split: splits.Split, recipes: Sequence[Any], chunk: Chunk
+    split: prepared_split.Split, recipes: Sequence[Any], chunk: Chunk
 ) -> tuple[tuple[Batch, ...], list[tuple[int, Any]], list[Failure]]:
     """A batch for evaluation at every scale, not augmented and without targets.
 
@@ -104,45 +106,14 @@ def eval_batch(
 
 
 def empty_train_batch(
-    split: splits.Split, recipe: Any, count: int, canvas: tuple[int, int]
+    split: prepared_split.Split, recipe: Any, count: int, canvas: tuple[int, int]
 ) -> Batch:
     """Of so many places, with targets."""
     targets = split.kind.empty(recipe, split.categories, count, canvas)
-    return _empty_batch(count, canvas)._replace(targets=targets)
+    return empty_batch(count, canvas)._replace(targets=targets)
 
 
-def empty_eval_batches(count: int, canvases: Sequence[tuple[int, int]]) -> tuple[Batch, ...]:
-    """Of so many places each."""
-    return tuple(_empty_batch(count, canvas) for canvas in canvases)
-
-
-def _empty_batch(count: int, canvas: tuple[int, int]) -> Batch:
-    return Batch(
-        image=np.zeros((count, *canvas, 3), np.uint8),
-        targets=None,
-        size=np.zeros((count, 2), np.int32),
-        original_size=np.zeros((count, 2), np.int32),
-        id=np.full(count, EMPTY, np.int32),
-    )
-
-
-def _load(split: splits.Split, record: records.Record) -> tuple[np.ndarray, Any]:
+def _load(split: prepared_split.Split, record: records.Record) -> tuple[np.ndarray, Any]:
     """A picture and its annotation, decoded. Raises ValueError where the record is broken."""
-    image = transforms.load_image(record.image, record.size)
+    image = image_files.load_image(record.image, record.size)
     return image, split.kind.load(record.annotation, record.size, split.categories)
-
-
-def fill(batch: Batch, place: int, position: int, image: np.ndarray, view: transforms.View) -> None:
-    """Writes a picture into a place of a batch.
-
-    Args:
-        batch: written in place.
-        place: row of it.
-        position: of the picture in its split.
-        image: uint8 [h, w, 3].
-        view: what is shown of it.
-    """
-    transforms.place_image(image, view, batch.image[place])
-    batch.size[place] = view.shown
-    batch.original_size[place] = image.shape[:2]
-    batch.id[place] = position

@@ -28,7 +28,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.util import DownloadError
 
-from knet_jax.lock import lock
+from knet_jax.system.locks import lock
 
 COCO = "http://images.cocodataset.org"
 ADE20K = "http://data.csail.mit.edu/places/ADEchallenge"

@@ -27,13 +27,13 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from knet_jax import rle
-from knet_jax.commandline import CommandLine, run
-from knet_jax.configuration import ConfigError
-from knet_jax.data import files, folder, index_maps, transforms
-from knet_jax.metrics.coco_files import PanopticResults
-from knet_jax.metrics.result_files import write_json
-from knet_jax.segments import Categories, PanopticMap, SegmentInfo
+from knet_jax.cli.commandline import CommandLine, run
+from knet_jax.data.sources import examine, folder, index_maps
+from knet_jax.segmentation import class_lists, image_files, rle
+from knet_jax.segmentation.coco_files import PanopticResults
+from knet_jax.segmentation.segments import Categories, PanopticMap, SegmentInfo
+from knet_jax.system.errors import UserError
+from knet_jax.system.output_files import write_json
 
 IMAGES = flags.DEFINE_string("images", None, "folder of pictures")
 CLASS_MAPS = flags.DEFINE_string("class_maps", None, "folder of PNG files: the class of each pixel")
@@ -52,26 +52,26 @@ SOME_LEFT_OUT = 3
 
 def main(command: CommandLine) -> None:
     if command.overrides:
-        raise ConfigError(f"{command.overrides[0]!r}: no config is read here")
+        raise UserError(f"{command.overrides[0]!r}: no config is read here")
     required = (IMAGES, CLASS_MAPS, NAMES, THINGS, ROOT, SPLIT)
     missing = [f"--{flag.name}" for flag in required if not flag.value]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} missing (--help shows an example)")
+        raise UserError(f"{', '.join(missing)} missing (--help shows an example)")
     if Path(SPLIT.value).name != SPLIT.value or SPLIT.value == "..":
-        raise ConfigError(f"--split={SPLIT.value}; accepted: a name without folders, such as train")
+        raise UserError(f"--split={SPLIT.value}; accepted: a name without folders, such as train")
     folders = (IMAGES, CLASS_MAPS, INSTANCE_MAPS)
     for flag in folders:
         if flag.value and not Path(flag.value).is_dir():
-            raise ConfigError(f"--{flag.name}: there is no folder {flag.value}")
+            raise UserError(f"--{flag.name}: there is no folder {flag.value}")
     if not Path(NAMES.value).is_file():
-        raise ConfigError(f"--names: there is no file {NAMES.value}")
-    named = folder.read_categories(Path(NAMES.value), VOID.value, source="--names")
+        raise UserError(f"--names: there is no file {NAMES.value}")
+    named = class_lists.read_class_list(Path(NAMES.value), VOID.value, source="--names")
     indices, categories = order_classes(named, [name.strip() for name in THINGS.value])
     instance_maps = Path(INSTANCE_MAPS.value) if INSTANCE_MAPS.value else None
     images, class_maps = Path(IMAGES.value), Path(CLASS_MAPS.value)
     pairs = list(folder.find_pairs(images, class_maps))
     if not pairs:
-        raise ConfigError(f"--images: no picture ({', '.join(transforms.PICTURES)}) in {images}")
+        raise UserError(f"--images: no picture ({', '.join(image_files.PICTURES)}) in {images}")
 
     root = Path(ROOT.value)
     panoptic = PanopticResults(root / f"annotations/panoptic_{SPLIT.value}.json", categories)
@@ -90,7 +90,7 @@ def main(command: CommandLine) -> None:
     for problem in problems:
         print(problem)
     if not pictures:
-        raise ConfigError(f"no picture of {images} can be used, see above")
+        raise UserError(f"no picture of {images} can be used, see above")
     panoptic.close()
     listed = zip(categories.dataset_ids[: categories.num_things], categories.names)
     content = {
@@ -119,7 +119,7 @@ def order_classes(named: Categories, things: Sequence[str]) -> tuple[dict[int, i
     """
     for name in things:
         if name not in named.names or things.count(name) > 1:
-            raise ConfigError(f"--things: {name!r}; accepted, each once: {', '.join(named.names)}")
+            raise UserError(f"--things: {name!r}; accepted, each once: {', '.join(named.names)}")
     is_stuff = [name not in things for name in named.names]
     order = sorted(range(len(is_stuff)), key=is_stuff.__getitem__)
     indices = {named.dataset_ids[i]: label for label, i in enumerate(order)}
@@ -147,7 +147,7 @@ def read_maps(
       ValueError: a map is missing, broken or does not fit.
     """
     classes = read_map(pair.png)
-    files.matching_size(pair.path, classes.shape, "map of classes")
+    examine.matching_size(pair.path, classes.shape, "map of classes")
     strange = set(np.unique(classes).tolist()) - set(indices) - {void}
     if strange:
         raise ValueError(

@@ -29,10 +29,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from knet_jax.data import batches, datasets, recipes, records, sampler, splits
-from knet_jax.quiet import silenced
-from knet_jax.segments import Categories
+from knet_jax.data import batches, prepared_split, recipes, records, sampler
+from knet_jax.data.sources import by_name
 from knet_jax.structs import EMPTY, Batch
+from knet_jax.system.library_logs import silenced
 
 LEAST_SEEN = 500
 """A share of broken pictures is judged as if at least so many had been seen."""
@@ -64,9 +64,9 @@ def prepare(config_data, split: str, task: str) -> Path:
     Raises:
         ValueError: the dataset cannot be found or understood.
     """
-    name = splits.split_name(split)
-    builder_class, builder_config = datasets.find(config_data, name, task)
-    data_dir = datasets.data_dir(config_data)
+    name = prepared_split.split_name(split)
+    builder_class, builder_config = by_name.find(config_data, name, task)
+    data_dir = by_name.data_dir(config_data)
     version = str(builder_class.VERSION)
     directory = data_dir / builder_class.name / builder_config.name / version
     if directory.exists():
@@ -89,30 +89,19 @@ def prepare(config_data, split: str, task: str) -> Path:
     return directory
 
 
-def load_split(config_data, split: str, task: str) -> splits.Split:
+def load_split(config_data, split: str, task: str) -> prepared_split.Split:
     """Opens a split, prepared if need be. Raises ValueError as `prepare` does."""
-    return splits.Split(prepare(config_data, split, task), split)
+    return prepared_split.Split(prepare(config_data, split, task), split)
 
 
-def check_same_categories(train: Categories, val: Categories) -> None:
-    """Raises ValueError where two splits differ in their classes."""
-    if train != val:
-        pairs = itertools.zip_longest(zip(*train[:2]), zip(*val[:2]))
-        first = next(((a, b) for a, b in pairs if a != b), (train.num_things, val.num_things))
-        raise ValueError(
-            "config.data.root: the annotations of config.data.train_split and "
-            f"config.data.val_split list different categories, first {first[0]} and {first[1]}"
-        )
-
-
-def steps_per_epoch(split: splits.Split, config_data, batch_size: int) -> int:
+def steps_per_epoch(split: prepared_split.Split, config_data, batch_size: int) -> int:
     """How many training batches show every picture of a split once."""
     groups = split.kind.recipe(config_data).groups(split.sizes, split.num_things)
     return sampler.EpochSampler(groups, batch_size, seed=0).batches_per_epoch
 
 
 def train_batches(
-    split: splits.Split,
+    split: prepared_split.Split,
     config_data,
     batch_size: int,
     seed: int,
@@ -168,7 +157,7 @@ def train_batches(
 
 
 def eval_batches(
-    split: splits.Split,
+    split: prepared_split.Split,
     config_data,
     batch_size: int,
     limit: int | None = None,
@@ -213,7 +202,7 @@ def eval_batches(
             chunks.append(batches.Chunk(positions[rows], tuple(map(tuple, fits.tolist()))))
     make = functools.partial(batches.eval_batch, split, scaled)
     largest = max((chunk.canvases for chunk in chunks), key=lambda c: sum(map(math.prod, c)))
-    needed = _num_bytes(batches.empty_eval_batches(rows.stop - rows.start, largest))
+    needed = _num_bytes(canvas.empty_eval_batches(rows.stop - rows.start, largest))
     results = _results(grain.MapDataset.source(chunks).map(make), recipe, needed)
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
     # may be kept for long. (A pipe is no way out: Grain waits 25 s for a worker that is stopped

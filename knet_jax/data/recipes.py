@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from knet_jax.configuration import to_tuples
-from knet_jax.data import photometric, sampler, transforms
-from knet_jax.data.transforms import View
-from knet_jax.rules import (
+from knet_jax.config.files import to_tuples
+from knet_jax.config.rules import (
     ONE,
     YES_NO,
     ZERO,
@@ -26,6 +24,8 @@ from knet_jax.rules import (
     positive,
     share,
 )
+from knet_jax.data import photometric, sampler, transforms
+from knet_jax.data.transforms import View
 
 STRIDE = 32
 """Sides of a canvas are multiples of the greatest stride of a backbone."""
@@ -194,7 +194,7 @@ class Crop(NamedTuple):
                 int(rng.integers(side - part, endpoint=True)) for side, part in zip(resized, shown)
             )
             view = View(resized, corner, shown)
-            if largest_share(look(label_map, view)) <= self.max_class_share:
+            if largest_share(crop_map(label_map, view)) <= self.max_class_share:
                 break
         flip = bool(rng.random() < self.flip)
         if self.photometric:
@@ -233,7 +233,7 @@ def at_ratios(recipe: WholePicture | Crop, ratios: Sequence[float]) -> list[Whol
     return [recipe.scaled(ratio) if ratio != 1 else recipe for ratio in ratios]
 
 
-def look(label_map: np.ndarray, view: View) -> np.ndarray:
+def crop_map(label_map: np.ndarray, view: View) -> np.ndarray:
     """What a view shows of a map [h, w], by centre-aligned nearest interpolation."""
     height, width = view.shown
     rows = view.rows(np.arange(height), label_map.shape[0])

@@ -19,8 +19,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from knet_jax.data import kinds
-from knet_jax.segments import Categories
+from knet_jax.data.annotations import by_task
+from knet_jax.segmentation.segments import Categories
 
 RECORDS_PER_FILE = 1000
 """TFDS keeps the records of a file in memory while it writes the file."""
@@ -89,7 +89,7 @@ class RecordBuilder(tfds.core.ShardBasedBuilder, abc.ABC, skip_registration=True
                     "image": tfds.features.Image(shape=(None, None, 3)),
                     "image_id": np.int64,
                     "file_name": tfds.features.Text(),
-                    **kinds.find(self.builder_config.task).features(),
+                    **by_task.find(self.builder_config.task).features(),
                 }
             ),
             disable_shuffling=True,
@@ -106,7 +106,7 @@ class RecordBuilder(tfds.core.ShardBasedBuilder, abc.ABC, skip_registration=True
         return {self.builder_config.split: [*files, functools.partial(iter, encoded)]}
 
     def _encode(self, examples: Examples) -> Iterator[tuple[int, dict]]:
-        kind = kinds.find(self.builder_config.task)
+        kind = by_task.find(self.builder_config.task)
         sizes, things = [], []
         columns: dict[str, np.ndarray] = {}
         progress = tqdm.tqdm(
@@ -143,7 +143,7 @@ def describe(metadata: dict, max_problems: int = 20) -> str:
     """What a prepared split holds, as a text for people: counts, classes, problems."""
     categories = Categories.of(metadata["categories"])
     num_pixels = sum(height * width for height, width in metadata["sizes"])
-    describe_ = kinds.find(metadata["task"]).describe
+    describe_ = by_task.find(metadata["task"]).describe
     headline, texts = describe_(metadata["columns"], num_pixels)
     lines = [
         f"{len(metadata['sizes'])} images, {headline}",

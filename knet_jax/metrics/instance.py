@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from knet_jax import rle
-from knet_jax.segments import Categories, Instance
+from knet_jax.segmentation import rle
+from knet_jax.segmentation.segments import Categories, Instance
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """At which IoU an instance counts as found."""

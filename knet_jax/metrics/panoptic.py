@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from knet_jax.segments import Categories, PanopticMap
+from knet_jax.segmentation.segments import Categories, PanopticMap, segment_index
 
 HEADLINE = ("PQ", "PQ_things", "PQ_stuff")
 """The numbers that say the most; the first one decides which step of a run is the best."""
@@ -120,26 +120,6 @@ def table(counts: PQCounts, categories: Categories) -> str:
         means = {name: summary[name + suffix] for name in ("PQ", "SQ", "RQ")}
         lines.append(f"{title:{width}} {quality.format(**means)}  {classes.size:6}")
     return "\n".join(lines)
-
-
-def segment_index(panoptic: PanopticMap) -> np.ndarray:
-    """The map by position instead of id, intp [H, W]: 0 is void, 1 + i is `segments[i]`.
-
-    Raises ValueError where an id is 0, belongs to two segments, or is in the map alone.
-    """
-    ids = np.array([0, *(segment.id for segment in panoptic.segments)])
-    order = np.argsort(ids, kind="stable")
-    known = ids[order]
-    for id in known[1:][known[1:] == known[:-1]]:
-        raise ValueError(
-            f"segment id {id} stands for void" if id == 0 else f"segment id {id} is used twice"
-        )
-    # The last id is left out of the search, so that an id beyond it still gets a place to compare.
-    rank = np.searchsorted(known[:-1], panoptic.ids)
-    unknown = known[rank] != panoptic.ids
-    if unknown.any():
-        raise ValueError(f"the map has id {panoptic.ids[unknown][0]}, which no segment has")
-    return order[rank]
 
 
 def _overlaps(truth: PanopticMap, prediction: PanopticMap) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from knet_jax.segments import Categories
+from knet_jax.segmentation.segments import Categories
 
 HEADLINE = ("mIoU", "mAcc", "aAcc")
 """The numbers that say the most; the first one decides which step of a run is the best."""

@@ -1,0 +1,168 @@
+"""What a segmenter makes of a video: a video of the overlays, and the segments of every frame."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Self
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from knet_jax.app.predictions import VIDEO_RESULTS, Source, end_if_asked, until
+from knet_jax.app.segmenter import Segmenter
+from knet_jax.system.output_files import JsonList
+from knet_jax.system.signals import StopRequest
+
+FRAMES_PER_SECOND = 25.0
+"""Of a video that does not say."""
+
+
+def predict_video(
+    segmenter: Segmenter,
+    source: Source,
+    folder: Path,
+    threshold: float | None = None,
+    stop: StopRequest | None = None,
+) -> str | None:
+    """Segments a video frame by frame, in constant memory, with a progress bar.
+
+    Writes `videos/NAME.mp4`, and `videos/NAME.json`: what `Result.to_coco` gives, the number of the
+    frame being the id of the picture, from 0 on.
+
+    Args:
+      segmenter: how.
+      source: the video.
+      folder: where results go.
+      threshold: least score of a thing.
+      stop: what ends it early.
+
+    Returns:
+      what was wrong with the video, None where all of it could be read and written.
+
+    Raises:
+      Preempted: it was asked to stop.
+    """
+    end_if_asked(stop)
+    capture = cv2.VideoCapture(str(source.path))
+    try:
+        frames = _Frames(capture)
+        first = next(frames, None)
+        if first is None:
+            return f"{source.path}: no frame of it can be decoded"
+        results = segmenter.stream(chain([first], frames), threshold)
+        # Before the first result nothing is written: what an earlier run has left stays.
+        results = chain([next(results)], results)
+        place = folder / VIDEO_RESULTS / f"{source.stem}.mp4"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            _Film(place, frames.rate, first.shape[:2]) as film,
+            JsonList(place.with_suffix(".json")) as records,
+            tqdm(total=frames.total, desc=source.name, unit="frame") as bar,
+        ):
+            for number, result in enumerate(until(stop, results)):
+                film.add(result.draw())
+                found = result.to_coco(number)
+                for record in found if isinstance(found, list) else [found]:
+                    records.add(record)
+                bar.update()
+        if frames.has_more:
+            return f"{source.path}: ends after {frames.number} of {frames.total} frames"
+    except _UnwritableError as error:
+        return f"{source.path}: {error}"
+    finally:
+        capture.release()
+    return None
+
+
+class _Frames:
+    """The frames of a video, uint8 [H, W, 3], RGB, as far as they can be decoded."""
+
+    def __init__(self, capture: cv2.VideoCapture):
+        self._capture = capture
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        self.rate = rate if 0 < rate < 1000 else FRAMES_PER_SECOND
+        total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        self.total = total if total > 0 else None
+        """How many the file says there are, None where it does not."""
+        self.number = 0
+        """How many there were so far."""
+        self.seconds = 0.0
+        """When the last one is shown."""
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the file says that frames follow those that there were.
+
+        Some files only tell how long they last. Where frames are not evenly spaced, that stands for
+        another number of them than there are; so it is enough that the last one comes at the end.
+        """
+        reached = max(self.number, self.seconds * self.rate + 1)
+        return self.total is not None and reached < 0.98 * self.total - 1
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        is_there, frame = self._capture.read()
+        if not is_there:
+            raise StopIteration
+        self.number += 1
+        self.seconds = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+
+class _UnwritableError(Exception):
+    """OpenCV cannot write a video."""
+
+
+class _Film:
+    """Writes a video; it appears when it is whole.
+
+    Args:
+      path: of the file.
+      rate: frames per second.
+      size: height and width.
+
+    Raises:
+      _UnwritableError: OpenCV does not take this, or has not written all frames in the end.
+    """
+
+    def __init__(self, path: Path, rate: float, size: tuple[int, int]):
+        self._path, self._size = path, size
+        # The name tells OpenCV the format.
+        self._draft = path.with_name(f"{path.name}.part.mp4")
+        self._number = 0
+        # OpenCV takes thousandths of a frame; MPEG-4 divides a second into at most 65535 ticks.
+        rate = round(rate, 3 if rate < 65 else 2 if rate < 655 else 1)
+        code = cv2.VideoWriter.fourcc(*"mp4v")
+        self._writer = cv2.VideoWriter(str(self._draft), code, rate, size[::-1])
+        if not self._writer.isOpened():
+            self._draft.unlink(missing_ok=True)
+            raise _UnwritableError(
+                f"OpenCV cannot write {path} of {size[1]}x{size[0]} at {rate} frames per second"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def add(self, frame: np.ndarray) -> None:
+        """Writes uint8 [H, W, 3], RGB; a frame of another size is resized."""
+        if frame.shape[:2] != self._size:
+            frame = cv2.resize(frame, self._size[::-1])
+        self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        self._number += 1
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._writer.release()
+        written = cv2.VideoCapture(str(self._draft))
+        # Ctrl-C may come between a frame and its number.
+        is_whole = written.get(cv2.CAP_PROP_FRAME_COUNT) >= max(1, self._number)
+        written.release()
+        if is_whole:
+            self._draft.replace(self._path)
+            return
+        self._draft.unlink(missing_ok=True)
+        if kind is None:
+            raise _UnwritableError(f"OpenCV could not write all of {self._path}; is the disk full?")

@@ -1,0 +1,90 @@
+"""A page in the browser: drop a picture, see its segments, hover their names, save them.
+
+python -m knet_jax.demo --model runs/demo
+python -m knet_jax.demo --model runs/demo --port 8000 --max_megapixels 12
+
+Needs `pip install -e '.[demo]'`. The page is for this machine alone, at http://127.0.0.1:7860, unless
+--host says otherwise; with --host 0.0.0.0 everyone who reaches the machine may use it. Neither the
+page nor the server asks the network for anything. Pictures are kept until the server ends, for at
+most an hour. Ctrl-C ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+from absl import flags
+
+from knet_jax.app.page.page import make_app
+from knet_jax.app.segmenter import load
+from knet_jax.cli.commandline import CommandLine, run
+from knet_jax.system.errors import UserError
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket of this address. Raises ConfigError where that cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno > 0 else error.strerror
+        raise UserError(
+            f"--host={host} --port={port}: {reason}; --port=0 takes a free port"
+        ) from error
+
+
+def address(listener: socket.socket) -> str:
+    """Where a browser finds a socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def main(command: CommandLine) -> None:
+    """See the top of the file."""
+    values = flags.FLAGS
+    if values.model is None:
+        raise UserError(
+            "--model is missing: the folder of a run of train.py, or file or folder of a conversion"
+        )
+    with tempfile.TemporaryDirectory(prefix="knet_jax_demo_") as folder:
+        os.environ |= {
+            "GRADIO_TEMP_DIR": folder,
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_OFFLINE": "1",
+        }
+        try:
+            import gradio  # noqa: F401
+            import uvicorn
+        except ImportError as error:
+            raise UserError("the page needs gradio: pip install -e '.[demo]'") from error
+        with listen(values.host, values.port) as listener:
+            segmenter = load(
+                values.model, values.checkpoint, values.ema, overrides=command.overrides
+            )
+            name = Path(values.model).resolve().name
+            app = make_app(segmenter, name, values.max_megapixels, values.max_upload_mb)
+            print(f"{name} ({segmenter.task}, step {segmenter.step}): {address(listener)}")
+            print("Ctrl-C ends it", flush=True)
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+            )
+            # Connections that are cut off at the end are no errors.
+            logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
+            server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "model", None, "folder of a run of train.py, or file or folder of a conversion"
+    )
+    flags.DEFINE_string("checkpoint", "best", "best, latest, or the number of a step")
+    flags.DEFINE_boolean("ema", False, "the moving average of the parameters")
+    flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine")
+    flags.DEFINE_integer("port", 7860, "port to listen at; 0 is any that is free", 0, 65535)
+    flags.DEFINE_float("max_megapixels", 50, "of a picture; larger ones are refused", 0.01, 178)
+    flags.DEFINE_integer("max_upload_mb", 50, "MB of a file; larger ones are refused", 1, 4096)
+    run(main)

@@ -1,0 +1,41 @@
+"""Batches of empty canvases, and pictures that are laid out on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from knet_jax.data import transforms
+from knet_jax.structs import EMPTY, Batch
+
+
+def empty_eval_batches(count: int, canvases: Sequence[tuple[int, int]]) -> tuple[Batch, ...]:
+    """Of so many places each."""
+    return tuple(empty_batch(count, canvas) for canvas in canvases)
+
+
+def empty_batch(count: int, canvas: tuple[int, int]) -> Batch:
+    return Batch(
+        image=np.zeros((count, *canvas, 3), np.uint8),
+        targets=None,
+        size=np.zeros((count, 2), np.int32),
+        original_size=np.zeros((count, 2), np.int32),
+        id=np.full(count, EMPTY, np.int32),
+    )
+
+
+def fill(batch: Batch, place: int, position: int, image: np.ndarray, view: transforms.View) -> None:
+    """Writes a picture into a place of a batch.
+
+    Args:
+        batch: written in place.
+        place: row of it.
+        position: of the picture in its split.
+        image: uint8 [h, w, 3].
+        view: what is shown of it.
+    """
+    transforms.place_image(image, view, batch.image[place])
+    batch.size[place] = view.shown
+    batch.original_size[place] = image.shape[:2]
+    batch.id[place] = position

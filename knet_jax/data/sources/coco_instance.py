@@ -1,0 +1,108 @@
+"""COCO's instance files: a mask for every thing, as polygons or as run lengths."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+from knet_jax.data import records
+from knet_jax.data.annotations import instance
+from knet_jax.data.sources import coco_json, examine
+from knet_jax.segmentation import class_lists, rle
+
+PREFIX = "instances_"
+
+
+def scan(annotations: Path) -> records.Examples:
+    """Examines every picture of an instance annotation file, showing progress.
+
+    A picture that cannot be used is left out and named in `problems`; so is an annotation whose
+    mask or category is no good. A picture without annotation is a picture of no thing.
+
+    Raises:
+        ValueError: the file is not what it should be, or nothing can be used.
+    """
+    categories, images, by_image = coco_json.read(
+        annotations, _understand, "instance", class_lists.read_coco_things
+    )
+    labels = {id: label for label, id in enumerate(categories.dataset_ids)}
+    folder = coco_json.pictures_folder(annotations, PREFIX)
+    check = functools.partial(_check_picture, folder, labels, by_image)
+    pictures, problems = examine.examine(
+        check, list(images.values()), f"Checking {annotations.name}"
+    )
+    problems += [
+        f"image {id}: annotated but not among the file's images, left out" for id in by_image
+    ]
+    examine.require_any(pictures, problems, annotations)
+    return records.Examples(categories, len(pictures), examine.read(pictures), problems)
+
+
+def _understand(content: Mapping) -> dict[int, list[Mapping]]:
+    """The annotations of every image that has some, by its id."""
+    by_image: dict[int, list[Mapping]] = {}
+    for annotation in content["annotations"]:
+        by_image.setdefault(int(annotation["image_id"]), []).append(annotation)
+        int(annotation["category_id"])
+        for key in ("id", "segmentation"):
+            annotation[key]
+    return by_image
+
+
+def _check_picture(
+    folder: Path,
+    labels: Mapping[int, int],
+    by_image: dict[int, list[Mapping]],
+    image: Mapping,
+) -> tuple[examine.Picture | None, list[str]]:
+    """A picture, or None where it cannot be used, and what is wrong with it.
+
+    Its annotations are taken out of `by_image`.
+    """
+    listed = by_image.pop(int(image["id"]), ())  # gigabytes of polygons go as they are encoded
+    name = image["file_name"]
+    path = folder / name
+    try:
+        size = examine.read_sizes(path)[0]
+        if "height" in image and "width" in image:
+            entry = (int(image["height"]), int(image["width"]))
+            size = examine.matching_size(path, entry, "entry in the JSON")
+    except (TypeError, ValueError) as error:
+        return None, [f"{name}: {error}, left out"]
+    instances, problems = [], []
+    for annotation in listed:
+        called = f"{name}: annotation {annotation['id']}"
+        try:
+            stored, remarks = _instance(annotation, labels, size)
+        except ValueError as error:
+            problems.append(f"{called}: {error}, dropped")
+        else:
+            instances.append(stored)
+            problems += [f"{called}: {remark}, its other polygons stay" for remark in remarks]
+    annotate = functools.partial(tuple, instances)
+    return examine.Picture(int(image["id"]), path, name, size, annotate, len(instances)), problems
+
+
+def _instance(
+    annotation: Mapping, labels: Mapping[int, int], size: tuple[int, int]
+) -> tuple[instance.StoredInstance, list[str]]:
+    """What is stored of an annotation, and what of it is not. Raises ValueError where it is no good."""
+    if annotation["category_id"] not in labels:
+        raise ValueError(
+            f"category id {annotation['category_id']} is not among the file's categories"
+        )
+    mask, remarks = rle.from_annotation(annotation["segmentation"], size)
+    pixels = rle.area(mask)
+    if not pixels:
+        raise ValueError("its mask is empty")
+    area = annotation.get("area", pixels)
+    if not rle.is_number(area) or area < 0:
+        raise ValueError(f"area {area!r} is no number of pixels")
+    stored = instance.StoredInstance(
+        counts=mask["counts"],
+        label=labels[annotation["category_id"]],
+        iscrowd=class_lists.flag(annotation, "iscrowd"),
+        area=float(area),
+    )
+    return stored, remarks

@@ -1,0 +1,132 @@
+"""Semantic datasets of files: a picture, and a PNG whose pixels are the indices of classes."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from knet_jax.data import records
+from knet_jax.data.annotations import semantic
+from knet_jax.data.sources import examine
+from knet_jax.segmentation import image_files
+from knet_jax.segmentation.segments import Categories
+
+PNG = b"\x89PNG\r\n\x1a\n"
+"""How a PNG begins."""
+MAX_INDEX = 65535
+INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+"""Pillow's names for pictures of one number a pixel."""
+SPREAD = {2: 85, 4: 17}
+"""Pillow spreads grey values of fewer bits over 0 to 255: by how much, by the number of bits."""
+
+
+class Pair(NamedTuple):
+    """A picture and its annotation."""
+
+    path: Path
+    png: Path
+    name: str
+    """What the picture is called: unique, so with subfolders where it needs them."""
+
+
+def scan(
+    pairs: Iterable[Pair],
+    categories: Categories,
+    ignored: Collection[int],
+    source: object,
+    remedy: str = "",
+) -> records.Examples:
+    """Examines pictures and their PNG files, showing progress.
+
+    A picture that cannot be used is left out and named in `problems`. So are indices that are
+    neither a class nor ignored; their pixels become ignored, unless there is a remedy.
+
+    Args:
+        pairs: what belongs together.
+        categories: the classes, `dataset_ids` their indices.
+        ignored: indices that stand for no class.
+        source: what the pictures are called together.
+        remedy: what to do about an index that is neither, which is then an error.
+
+    Raises:
+        ValueError: there is no picture, none can be used, or there is such an index.
+    """
+    pairs = list(pairs)
+    if not pairs:
+        raise ValueError(f"config.data.root: no picture in {source}")
+    known = {*categories.dataset_ids, *ignored}
+    check = functools.partial(_check, categories, known, remedy)
+    pictures, problems = examine.examine(check, list(enumerate(pairs)), f"Checking {source}")
+    examine.require_any(pictures, problems, source)
+    return records.Examples(categories, len(pictures), examine.read(pictures), problems)
+
+
+def _check(
+    categories: Categories, known: Collection[int], remedy: str, item: tuple[int, Pair]
+) -> tuple[examine.Picture | None, list[str]]:
+    """A picture, or None where it cannot be used, and what is wrong with it."""
+    number, pair = item
+    try:
+        examine.read_sizes(pair.path)
+        if not pair.png.is_file():
+            raise ValueError(f"{pair.png} is missing")
+        size = examine.matching_size(pair.path, examine.read_sizes(pair.png)[1], "index PNG")
+        found = np.unique(read_indices(pair.png.read_bytes(), str(pair.png)))
+    except ValueError as error:
+        return None, [f"{pair.name}: {error}, left out"]
+    shown = set(found.tolist())
+    strange = sorted(shown - set(known))
+    classes = shown & set(categories.dataset_ids)
+    problems = []
+    if strange and remedy:
+        raise ValueError(f"{pair.png} has indices {strange[:10]} that are no class: {remedy}")
+    if strange:
+        problems.append(f"{pair.name}: indices {strange[:10]} are no class, ignored")
+    if not classes:
+        problems.append(f"{pair.name}: every pixel is ignored")
+    annotate = functools.partial(_annotate, pair.png, categories)
+    return examine.Picture(number, pair.path, pair.name, size, annotate, len(classes)), problems
+
+
+def _annotate(png: Path, categories: Categories) -> bytes:
+    return relabel(read_indices(png.read_bytes(), str(png)), categories)
+
+
+def relabel(indices: np.ndarray, categories: Categories) -> bytes:
+    """A stored annotation from a map of `categories.dataset_ids`; other indices are ignored."""
+    table = np.zeros(MAX_INDEX + 1, np.uint16)
+    table[np.array(categories.dataset_ids)] = 1 + np.arange(len(categories.names))
+    return semantic.encode_map(table[indices])
+
+
+def read_indices(data: bytes, name: str) -> np.ndarray:
+    """The indices that a PNG holds, of 1 to 16 bits, grey or with a palette: int [H, W].
+
+    Raises:
+        ValueError: it is no PNG, is damaged, or its pixels are colors.
+    """
+    if not data.startswith(PNG):
+        raise ValueError(f"{name} is no PNG")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode not in INDEX_MODES:
+                raise ValueError(
+                    f"{name} has pixels of mode {image.mode}, expected one index a pixel"
+                )
+            indices = np.array(image).astype(np.int32)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be decoded") from error
+    # Bytes 24 and 25 of a PNG are its bits a sample and its color type, of which 0 is grey.
+    bits, color_type = data[24], data[25]
+    return indices // SPREAD[bits] if color_type == 0 and bits in SPREAD else indices
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder and of the folders in it, by name."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in image_files.PICTURES)

@@ -1,0 +1,132 @@
+"""`scene_parse150` of the TFDS catalog, where it has been prepared as ArrayRecord.
+
+Its annotations are those of instances: red is one of 100 classes of things, green tells instances
+apart. They are mapped to the 150 classes of ADE20K; the 50 classes of stuff are not annotated, so
+their pixels are ignored. A grey annotation is taken for ADE20K's own. All 150 classes need
+`ade20k`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from knet_jax.data import records
+from knet_jax.data.sources import ade20k, examine, index_maps
+from knet_jax.segmentation import image_files
+
+CATALOG_NAME = "scene_parse150"
+# fmt: off
+STUFF = (
+    1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60,
+    61, 62, 64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123, 129,
+    132, 141, 142, 146,
+)
+# fmt: on
+"""The indices, from 1, of ADE20K's classes that have no instances."""
+THINGS = tuple(i for i in range(1, 1 + ade20k.NUM_CLASSES) if i not in STUFF)
+"""Thing i of the annotations of instances, counted from 1, is class `THINGS[i - 1]`."""
+
+
+class SceneParse150(records.RecordBuilder, skip_registration=True):
+    """Writes a split of the catalog's dataset in the form of all datasets."""
+
+    name = "scene_parse150_label_maps"
+
+    def examples(self) -> records.Examples:
+        """See the base class."""
+        config = self.builder_config
+        source = _open(Path(config.directory), config.split)
+        categories = ade20k.CATEGORIES
+        sound, problems = [], []
+        for i in range(len(source)):
+            try:
+                indices = read_annotation(source[i]["annotation"])
+                image_files.load_image(source[i]["image"], indices.shape)
+                sound.append(i)
+            except ValueError as error:
+                problems.append(f"example {i}: {error}, left out")
+        if not sound:
+            raise ValueError(f"config.data.data_dir: no picture of {config.directory} can be used")
+
+        def read() -> Iterator[records.Record]:
+            for i in sound:
+                stored = source[i]
+                indices = read_annotation(stored["annotation"])
+                yield records.Record(
+                    image=stored["image"],
+                    image_id=i,
+                    file_name=f"{config.split}_{i:06d}.jpg",
+                    size=indices.shape,
+                    annotation=index_maps.relabel(indices, categories),
+                )
+
+        return records.Examples(categories, len(sound), read(), problems)
+
+
+@dataclasses.dataclass
+class SceneParse150Config(records.SplitConfig):
+    """A split of one prepared directory, as it is now."""
+
+    directory: str = ""
+
+
+def split_config(data_dir: Path, split: str) -> SceneParse150Config:
+    """Finds a split (`train` or `test`); a directory that has changed gives another name.
+
+    Raises:
+        ValueError: the dataset has not been prepared, in this form, or has no such split.
+    """
+    versions = sorted((data_dir / CATALOG_NAME).glob("*/dataset_info.json"))
+    if not versions:
+        raise ValueError(
+            f"config.data.data_dir: TFDS has not prepared {CATALOG_NAME} in '{data_dir}'; "
+            "config.data.dataset 'ade20k' reads the files themselves"
+        )
+    directory = versions[-1].parent
+    _open(directory, split)
+    name = records.config_name("semantic", split, examine.state(directory))
+    return SceneParse150Config(name=name, split=split, task="semantic", directory=str(directory))
+
+
+def _open(directory: Path, split: str):
+    """Random access to the encoded examples. Raises ValueError where there is none."""
+    skip = dict.fromkeys(("image", "annotation"), tfds.decode.SkipDecoding())
+    try:
+        builder = tfds.builder_from_directory(directory)
+        known = ", ".join(builder.info.splits)
+    except Exception as error:
+        raise ValueError(f"config.data.data_dir: {directory} cannot be read") from error
+    try:
+        return builder.as_data_source(split, decoders=skip)
+    except Exception as error:
+        # TFDS raises whatever its files lead it to.
+        raise ValueError(
+            f"config.data.data_dir: split '{split}' of {directory} cannot be read; its splits are "
+            f"{known}, and it must have been prepared with file_format='array_record'"
+        ) from error
+
+
+def read_annotation(data: bytes) -> np.ndarray:
+    """ADE20K's indices, int [H, W], 0 where nothing is known, from an annotation of either form.
+
+    Raises:
+        ValueError: it is damaged, or has a class that does not exist.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            is_color = image.mode not in index_maps.INDEX_MODES
+            pixels = np.array(image.convert("RGB")) if is_color else np.array(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError("its annotation cannot be decoded") from error
+    indices = pixels[..., 0] if is_color else pixels
+    table = np.array((0, *THINGS)) if is_color else np.arange(1 + ade20k.NUM_CLASSES)
+    if indices.max(initial=0) >= len(table):
+        raise ValueError(f"its annotation has class {indices.max()} of {len(table) - 1}")
+    return table[indices]

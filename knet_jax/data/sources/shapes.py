@@ -1,0 +1,312 @@
+"""An embedded dataset: overlapping things on textured stuff, drawn from a seed (the
+split's name and the picture's position).
+
+Five thing classes differ in outline and mostly in hue, four stuff classes in texture. Pictures have
+different sizes and orientations; some have no things, some a crowd of tiny ones, some a void patch.
+
+    python -m knet_jax.data.shapes FOLDER
+
+writes some that no network was trained on, to try predictions with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from pycocotools import mask as run_lengths
+
+from knet_jax.cli.commandline import CommandLine, run
+from knet_jax.config.rules import at_least_one, pair
+from knet_jax.data import records
+from knet_jax.data.annotations import instance, panoptic, semantic
+from knet_jax.segmentation import image_files, published_classes
+from knet_jax.segmentation.published_classes import PATTERNS as STUFF
+from knet_jax.segmentation.published_classes import SHAPES as THINGS
+from knet_jax.system.errors import UserError
+
+MAX_THINGS = 6
+RADII = (11, 24)
+"""Pixels from the centre of a thing to its farthest point."""
+LEAST_VISIBLE = 0.4
+"""The share of a thing that later things leave uncovered."""
+LEAST_SIDE = 48
+"""Pixels below which things do not fit."""
+NUM_SAMPLES, SAMPLE_SIDE = 12, (96, 128)
+"""Pictures that are written for a user, and their sides in pixels."""
+WITHOUT_THINGS, WITH_CROWD, WITH_VOID = 0.1, 0.1, 0.2
+"""The shares of such pictures."""
+
+
+@dataclasses.dataclass
+class ShapesConfig(records.SplitConfig):
+    """How much is drawn."""
+
+    num_images: int = 0
+    image_side: tuple[int, int] = (0, 0)
+    """Least and greatest length of either side, in pixels."""
+
+
+class Shapes(records.RecordBuilder, skip_registration=True):
+    """Writes a split of drawn pictures."""
+
+    name = "shapes"
+    # To be raised when pictures are drawn in another way, lest old ones be taken for new.
+    VERSION = tfds.core.Version("1.0.0")
+
+    def examples(self) -> records.Examples:
+        """See the base class."""
+        config = self.builder_config
+        drawings = (draw(config.split, i, config.image_side) for i in range(config.num_images))
+        categories = published_classes.find("shapes", config.task)
+        annotate = ANNOTATIONS[config.task]
+        drawn = (
+            records.Record(
+                image=_encode(drawing.image),
+                image_id=i,
+                file_name=f"{config.split}_{i:06d}.png",
+                size=drawing.slots.shape,
+                annotation=annotate(drawing),
+            )
+            for i, drawing in enumerate(drawings)
+        )
+        return records.Examples(categories, config.num_images, drawn, problems=())
+
+
+def split_config(split: str, num_images: int, image_side: Sequence[int], task: str) -> ShapesConfig:
+    """The config of a split, named after everything it depends on.
+
+    Raises:
+        ValueError: no pictures, or sides that are too small or no range.
+    """
+    if num_images < 1:
+        raise ValueError(f"config.data.num_train and num_val must be positive, got {num_images}")
+    if not pair(at_least_one)(image_side) or not LEAST_SIDE <= image_side[0] <= image_side[1]:
+        raise ValueError(
+            f"config.data.image_side must be (least, greatest) of at least {LEAST_SIDE}, "
+            f"got {image_side}"
+        )
+    low, high = image_side
+    return ShapesConfig(
+        name=f"{task}-{split}-{num_images}-{low}-{high}",
+        split=split,
+        task=task,
+        num_images=num_images,
+        image_side=(low, high),
+    )
+
+
+class Drawing(NamedTuple):
+    """A picture that was drawn, and what belongs to what in it."""
+
+    image: np.ndarray
+    """uint8 [H, W, 3], RGB."""
+    slots: np.ndarray
+    """int [H, W]: a position in `labels`; position 0 is void."""
+    labels: list[int]
+    crowds: set[int]
+    """Positions in `labels`."""
+    ids: np.ndarray
+    """int [number of labels]: what stands for each position in a panoptic PNG."""
+
+
+def draw(split: str, index: int, image_side: tuple[int, int]) -> Drawing:
+    """Draws a picture; the same arguments give the same drawing."""
+    rng = np.random.default_rng((zlib.crc32(split.encode()), index))
+    height, width = (int(side) for side in rng.integers(*image_side, size=2, endpoint=True))
+    image, slots, labels = _draw_stuff(rng, height, width)
+    crowds = set()
+    if rng.random() >= WITHOUT_THINGS:
+        if rng.random() < WITH_CROWD:
+            crowds.add(len(labels))
+            _draw_crowd(rng, image, slots, labels)
+        for _ in range(rng.integers(1, MAX_THINGS, endpoint=True)):
+            _draw_thing(rng, image, slots, labels)
+    if rng.random() < WITH_VOID:
+        _draw_void(rng, image, slots)
+    noisy = image + rng.normal(0, 6, image.shape)
+    image = np.clip(cv2.GaussianBlur(noisy, (3, 3), 0.6), 0, 255).astype(np.uint8)
+    # Any distinct ids would do; random ones use all three channels of the PNG.
+    ids = rng.choice(np.arange(1, 1 << 24, 997), len(labels), replace=False)
+    ids[0] = 0
+    return Drawing(image, slots, labels, crowds, ids)
+
+
+def annotate_panoptic(drawing: Drawing) -> panoptic.Annotation:
+    """What covers what, things and stuff."""
+    slots, labels, ids = drawing.slots, drawing.labels, drawing.ids
+    areas = np.bincount(slots.ravel(), minlength=len(labels))
+    return panoptic.Annotation(
+        png=_encode(image_files.segment_colors(ids[slots])),
+        segments=tuple(
+            panoptic.StoredSegment(
+                int(ids[slot]), labels[slot], slot in drawing.crowds, int(areas[slot])
+            )
+            for slot in range(1, len(labels))
+            if areas[slot]
+        ),
+    )
+
+
+def annotate_instances(drawing: Drawing) -> tuple[instance.StoredInstance, ...]:
+    """What can be seen of every thing, and of crowds."""
+    masks = {
+        slot: np.asfortranarray(drawing.slots == slot, np.uint8)
+        for slot, label in enumerate(drawing.labels)
+        if 0 <= label < len(THINGS)
+    }
+    return tuple(
+        instance.StoredInstance(
+            run_lengths.encode(mask)["counts"],
+            drawing.labels[slot],
+            slot in drawing.crowds,
+            float(mask.sum()),
+        )
+        for slot, mask in masks.items()
+        if mask.any()
+    )
+
+
+def annotate_semantic(drawing: Drawing) -> bytes:
+    """The class of every pixel; crowds and void are ignored."""
+    table = 1 + np.array(drawing.labels)
+    table[[0, *drawing.crowds]] = 0
+    return semantic.encode_map(table[drawing.slots])
+
+
+ANNOTATIONS = {
+    "panoptic": annotate_panoptic,
+    "instance": annotate_instances,
+    "semantic": annotate_semantic,
+}
+"""How a drawing is annotated for a task."""
+
+
+def _encode(rgb: np.ndarray) -> bytes:
+    return cv2.imencode(".png", rgb[..., ::-1])[1].tobytes()
+
+
+def _draw_stuff(
+    rng: np.random.Generator, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Fills a picture with two or three textured regions around random centres."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    count = int(rng.integers(2, 3, endpoint=True))
+    kinds = rng.choice(len(STUFF), count, replace=False)
+    centers = rng.random((count, 2)) * (height, width)
+    bend = 6 * np.sin(x / rng.uniform(8, 20)) + 6 * np.sin(y / rng.uniform(8, 20))
+    distances = [np.hypot(y - cy, x - cx) + bend * i for i, (cy, cx) in enumerate(centers)]
+    slots = 1 + np.argmin(distances, axis=0)
+    image = np.zeros((height, width, 3), np.float32)
+    for slot, kind in enumerate(kinds, start=1):
+        dark, bright = rng.uniform(50, 100), rng.uniform(150, 210)
+        tint = rng.uniform(0.85, 1, 3)
+        value = dark + (bright - dark) * _texture(rng, STUFF[kind], y, x)
+        image[slots == slot] = (value[..., None] * tint)[slots == slot]
+    return image, slots, [-1, *(len(THINGS) + int(kind) for kind in kinds)]
+
+
+def _texture(rng: np.random.Generator, kind: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Brightness in [0, 1] of a pattern of random direction and period."""
+    angle, period = rng.uniform(0, np.pi), rng.uniform(7, 11)
+    u = 2 * np.pi / period * (np.cos(angle) * x + np.sin(angle) * y)
+    v = 2 * np.pi / period * (np.cos(angle) * y - np.sin(angle) * x)
+    if kind == "stripes":
+        return (np.sin(u) > 0).astype(np.float32)
+    if kind == "checks":
+        return (np.sin(u / 1.3) * np.sin(v / 1.3) > 0).astype(np.float32)
+    if kind == "dots":
+        return (np.cos(u) + np.cos(v) > 0.9).astype(np.float32)
+    return rng.random(x.shape, np.float32)
+
+
+def _outline(rng: np.random.Generator, kind: str, radius: float) -> np.ndarray:
+    """Corners of a thing around the origin, float [p, 2], at a random rotation."""
+    if kind == "cross":
+        t = radius * 0.3
+        r = np.sqrt(radius**2 - t**2)
+        corners = [(t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t)]
+        corners += [(-x, -y) for x, y in corners]
+        corners = np.array(corners)
+        angles, radii = np.arctan2(corners[:, 1], corners[:, 0]), np.hypot(*corners.T)
+    else:
+        points = {"circle": 48, "square": 4, "triangle": 3, "star": 10}[kind]
+        angles = 2 * np.pi * np.arange(points) / points
+        radii = np.full(points, float(radius))
+        if kind == "star":
+            radii[1::2] *= 0.42
+    angles = angles + rng.uniform(0, 2 * np.pi)
+    return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], -1)
+
+
+def _color(rng: np.random.Generator, label: int) -> np.ndarray:
+    """A saturated color whose hue hints at the class."""
+    hue = (label * 180 / len(THINGS) + rng.uniform(-9, 9)) % 180
+    hsv = np.array([[[hue, rng.uniform(150, 255), rng.uniform(140, 255)]]], np.uint8)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
+
+
+def _fill(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(shape, np.uint8)
+    cv2.fillPoly(mask, [np.rint(corners).astype(np.int32)], 1)
+    return mask.astype(bool)
+
+
+def _draw_thing(rng, image: np.ndarray, slots: np.ndarray, labels: list[int]) -> None:
+    """Draws a thing over what there is, unless that would hide another one too much."""
+    label = int(rng.integers(len(THINGS)))
+    outline = _outline(rng, THINGS[label], rng.uniform(*RADII))
+    mask = _fill(outline + rng.random(2) * slots.shape[::-1], slots.shape)
+    before = np.bincount(slots.ravel(), minlength=len(labels))
+    after = np.bincount(slots[~mask], minlength=len(labels))
+    if mask.sum() < LEAST_VISIBLE * _full_area(outline) or np.any(after < LEAST_VISIBLE * before):
+        return
+    image[mask] = _color(rng, label) * rng.uniform(0.85, 1.0)
+    slots[mask] = len(labels)
+    labels.append(label)
+
+
+def _full_area(outline: np.ndarray) -> float:
+    return cv2.contourArea(outline.astype(np.float32))
+
+
+def _draw_crowd(rng, image: np.ndarray, slots: np.ndarray, labels: list[int]) -> None:
+    """Draws a cluster of tiny things of one class as a single segment."""
+    label = int(rng.integers(len(THINGS)))
+    center = rng.uniform(0.3, 0.7, 2) * slots.shape[::-1]
+    for _ in range(12):
+        outline = _outline(rng, THINGS[label], 4)
+        mask = _fill(outline + center + rng.uniform(-14, 14, 2), slots.shape)
+        image[mask] = _color(rng, label)
+        slots[mask] = len(labels)
+    labels.append(label)
+
+
+def _draw_void(rng, image: np.ndarray, slots: np.ndarray) -> None:
+    """Covers a small rectangle by a flat grey that belongs to nothing."""
+    height, width = rng.integers(6, 14, 2)
+    top, left = rng.integers(slots.shape[0] - height), rng.integers(slots.shape[1] - width)
+    image[top : top + height, left : left + width] = 128
+    slots[top : top + height, left : left + width] = 0
+
+
+def main(command: CommandLine) -> None:
+    """Writes pictures to the folder on the command line."""
+    if len(command.paths) != 1:
+        raise UserError("accepted: python -m knet_jax.data.shapes FOLDER")
+    folder = Path(command.paths[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(NUM_SAMPLES):
+        drawing = draw("samples", index, SAMPLE_SIDE)
+        (folder / f"{index:02}.png").write_bytes(_encode(drawing.image))
+    print(f"wrote {NUM_SAMPLES} pictures to {folder}/")
+
+
+if __name__ == "__main__":
+    run(main, takes_paths=True)

@@ -1,0 +1,375 @@
+"""One ONNX operator, or a few, for each primitive of JAX that this project's networks are made of."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import JaxprEqn
+from onnx import helper
+
+from knet_jax.export.onnx_graph import INTEGER, Graph, Operator, Tensor, onnx_type
+
+# Element by element: axes of length 1 stretch by themselves.
+
+ELEMENTWISE: dict[str, Any] = {
+    "abs": "Abs",
+    "add": "Add",
+    "and": "And",
+    "div": "Div",
+    "eq": "Equal",
+    "erf": "Erf",
+    "exp": "Exp",
+    "floor": "Floor",
+    "ge": "GreaterOrEqual",
+    "gt": "Greater",
+    "le": "LessOrEqual",
+    "log": "Log",
+    "logistic": "Sigmoid",
+    "lt": "Less",
+    "max": "Max",
+    "min": "Min",
+    "mul": "Mul",
+    "neg": "Neg",
+    "or": "Or",
+    "sign": "Sign",
+    "sqrt": "Sqrt",
+    "sub": "Sub",
+    "convert_element_type": lambda g, eqn, x: _cast(g, x, eqn.params["new_dtype"]),
+    "log1p": lambda g, eqn, x: g.op("Log", g.op("Add", x, _one(g, eqn))),
+    "ne": lambda g, eqn, x, y: g.op("Not", g.op("Equal", x, y)),
+    "rem": lambda g, eqn, x, y: g.op("Mod", x, y, fmod=1),
+    "rsqrt": lambda g, eqn, x: g.op("Reciprocal", g.op("Sqrt", x)),
+    "square": lambda g, eqn, x: g.op("Mul", x, x),
+    "stop_gradient": lambda g, eqn, x: x,
+}
+
+
+def _one(g: Graph, eqn: JaxprEqn) -> str:
+    return g.constant(np.ones((), eqn.outvars[0].aval.dtype))
+
+
+def _cast(g: Graph, x: str, dtype: Any) -> str:
+    return g.op("Cast", x, to=onnx_type(dtype))
+
+
+def _round(g: Graph, eqn: JaxprEqn, x: str) -> str:
+    if eqn.params["rounding_method"] != jax.lax.RoundingMethod.TO_NEAREST_EVEN:
+        raise ValueError("ONNX rounds halves to even numbers only")
+    return g.op("Round", x)
+
+
+def _select(g: Graph, eqn: JaxprEqn, which: str, *cases: str) -> str:
+    dtype = eqn.outvars[0].aval.dtype
+    if len(cases) != 2 or eqn.invars[0].aval.dtype != bool:
+        raise ValueError("ONNX selects between two cases only")
+    if dtype != bool:
+        return g.op("Where", which, cases[1], cases[0])
+    cases = [_cast(g, case, np.uint8) for case in cases]  # runtimes have no kernel for bool
+    return _cast(g, g.op("Where", which, cases[1], cases[0]), bool)
+
+
+ELEMENTWISE |= {"round": _round, "select_n": _select}
+
+
+def _elementwise(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+    rule = ELEMENTWISE[eqn.primitive.name]
+    if isinstance(rule, str):
+        if rule in ("And", "Or") and eqn.invars[0].aval.dtype != bool:
+            raise ValueError(f"there is no ONNX operator for {eqn.primitive.name!r} of numbers")
+        name = g.op(rule, *map(g.read, inputs))
+    else:
+        name = rule(g, eqn, *map(g.read, inputs))
+    rank = len(eqn.outvars[0].aval.shape)
+    full = any(x.full and v.aval.ndim == rank for x, v in zip(inputs, eqn.invars))
+    return [Tensor(name, full=full)]
+
+
+def _broadcast(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+    x, shape = inputs[0], eqn.params["shape"]
+    if x.array is None:
+        x = g.fill(x, eqn.invars[0].aval.shape)
+    ones = [1] * len(shape)
+    for axis, size in zip(
+        eqn.params["broadcast_dimensions"],
+        eqn.invars[0].aval.shape if x.array is None else x.array.shape,
+    ):
+        ones[axis] = size
+    full = tuple(ones) == tuple(shape)
+    if x.array is not None:
+        return [Tensor("", x.array.reshape(ones), full)]
+    if tuple(ones) != eqn.invars[0].aval.shape:
+        x = Tensor(g.reshape(x.name, ones))
+    return [x._replace(full=full)]
+
+
+def _transpose(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+    [x] = inputs
+    if x.array is not None and x.full:
+        return [Tensor("", x.array.transpose(eqn.params["permutation"]))]
+    name = g.op("Transpose", g.read(x), perm=eqn.params["permutation"])
+    return [Tensor(name, full=x.full)]
+
+
+def _conv(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+    params = eqn.params
+    layout = params["dimension_numbers"]
+    if {*params["lhs_dilation"], params["feature_group_count"]} != {1}:
+        raise ValueError("a convolution of groups, or with dilated inputs, has no translation")
+    x, kernel = (g.fill(t, v.aval.shape) for t, v in zip(inputs, eqn.invars))
+    if kernel.array is not None:  # turned here: to runtimes it is a constant then
+        oihw = kernel.array.transpose(layout.rhs_spec)
+        kernel = Tensor(g.constant(oihw, kernel.name and f"{kernel.name}:oihw"))
+    else:
+        kernel = Tensor(g.op("Transpose", kernel.name, perm=layout.rhs_spec))
+    low, high = zip(*params["padding"])
+    y = g.op(
+        "Conv",
+        g.op("Transpose", g.read(x), perm=layout.lhs_spec),
+        kernel.name,
+        strides=params["window_strides"],
+        pads=low + high,
+        dilations=params["rhs_dilation"],
+    )
+    return [Tensor(g.op("Transpose", y, perm=np.argsort(layout.out_spec).tolist()))]
+
+
+def _iota(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+    shape, axis = eqn.params["shape"], eqn.params["dimension"]
+    scalar = g.constant(np.array([], np.int64))
+    limits = (g.constant(np.int64(0)), g.op("Reshape", g.dim(shape[axis]), scalar))
+    numbers = _cast(g, g.op("Range", *limits, g.constant(np.int64(1))), eqn.params["dtype"])
+    ones = [1] * len(shape)
+    ones[axis] = -1
+    name = g.op("Reshape", numbers, g.constant(np.int64(ones)))
+    return [Tensor(name, full=len(shape) == 1)]
+
+
+def _gather(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+    """A constant window; or whole slices at indices of one axis, in each element of those batched."""
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
+    shape, rank = eqn.invars[0].aval.shape, eqn.invars[0].aval.ndim
+    x, indices = (g.fill(t, v.aval.shape) for t, v in zip(inputs, eqn.invars))
+    sizes = params["slice_sizes"]
+    if indices.array is not None and indices.array.ndim == 1:
+        axes = numbers.start_index_map
+        start = g.constant(indices.array.astype(np.int64))
+        end = g.op("Add", start, g.shape([sizes[axis] for axis in axes]))
+        y = g.op("Slice", g.read(x), start, end, g.constant(np.int64(axes)))
+        return [Tensor(g.reshape(y, eqn.outvars[0].aval.shape))]
+
+    batch, axes = numbers.operand_batching_dims, numbers.start_index_map
+    whole = [i for i in range(rank) if i not in (*batch, *axes)]
+    plain = (
+        len(axes) == 1
+        and tuple(numbers.collapsed_slice_dims) == tuple(axes)
+        and all(sizes[i] == shape[i] for i in whole)
+        and tuple(numbers.start_indices_batching_dims) == tuple(range(len(batch)))
+    )
+    modes = jax.lax.GatherScatterMode
+    if not plain or params["mode"] not in (modes.CLIP, modes.PROMISE_IN_BOUNDS):
+        raise ValueError(f"a gather of {numbers} and {params['mode']} has no translation")
+    places = _cast(g, g.read(indices), np.int64)  # the last axis, of length 1, has the coordinates
+    if params["mode"] == modes.CLIP:
+        limit = g.op("Sub", g.dim(shape[axes[0]]), g.constant(np.int64([1])))
+        places = g.op("Max", g.op("Min", places, limit), g.constant(np.int64([0])))
+    y = g.op("Transpose", g.read(x), perm=[*batch, *axes, *whole])
+    y = g.op("GatherND", y, places, batch_dims=len(batch))
+    # First the axes of the indices, then those of the slices, for which JAX names other places.
+    offsets = list(numbers.offset_dims)
+    others = [i for i in range(eqn.outvars[0].aval.ndim) if i not in offsets]
+    return [Tensor(g.op("Transpose", y, perm=np.argsort([*others, *offsets]).tolist()))]
+
+
+# Everything else.
+
+
+def _reshape(g: Graph, eqn: JaxprEqn, x: str, *_: str) -> str:
+    return g.reshape(x, eqn.outvars[0].aval.shape)
+
+
+def _reduce(op: str) -> Callable[..., str]:
+    def translate(g: Graph, eqn: JaxprEqn, x: str) -> str:
+        axes = g.constant(np.int64(eqn.params["axes"]))
+        return g.op(op, x, axes, keepdims=0)
+
+    return translate
+
+
+def _argmax(g: Graph, eqn: JaxprEqn, x: str) -> str:
+    [axis] = eqn.params["axes"]
+    return _cast(g, g.op("ArgMax", x, axis=axis, keepdims=0), eqn.params["index_dtype"])
+
+
+def _concatenate(g: Graph, eqn: JaxprEqn, *parts: str) -> str:
+    parts = [part for part, v in zip(parts, eqn.invars) if 0 not in v.aval.shape]
+    return g.op("Concat", *parts, axis=eqn.params["dimension"])
+
+
+def _stack(g: Graph, eqn: JaxprEqn, *parts: str) -> str:
+    axis = eqn.params["axis"]
+    parts = [g.op("Unsqueeze", part, g.constant(np.int64([axis]))) for part in parts]
+    return g.op("Concat", *parts, axis=axis)
+
+
+def _pad(g: Graph, eqn: JaxprEqn, x: str, value: str) -> str:
+    low, high, inner = zip(*eqn.params["padding_config"])
+    if any(inner) or any(isinstance(n, INTEGER) and n < 0 for n in low + high):
+        raise ValueError("ONNX pads at the ends only")
+    return g.op("Pad", x, g.shape(low + high), value)
+
+
+def _slice(g: Graph, eqn: JaxprEqn, x: str) -> str:
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    steps = eqn.params["strides"] or [1] * len(start)
+    axes = g.constant(np.arange(len(start)))
+    return g.op("Slice", x, g.shape(start), g.shape(limit), axes, g.shape(steps))
+
+
+def _split(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
+    names = [g.new_name("split") for _ in eqn.outvars]
+    sizes = g.shape(eqn.params["sizes"])
+    g.nodes.append(helper.make_node("Split", [x, sizes], names, axis=eqn.params["axis"]))
+    return names
+
+
+def _unstack(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
+    """As jax 0.12 takes an array apart; before, it was a split."""
+    axis = eqn.params["axis"]
+    parts = [g.new_name("unstack") for _ in eqn.outvars]
+    sizes = g.constant(np.ones(len(parts), np.int64))
+    g.nodes.append(helper.make_node("Split", [x, sizes], parts, axis=axis))
+    return [g.op("Squeeze", part, g.constant(np.int64([axis]))) for part in parts]
+
+
+def _dot(g: Graph, eqn: JaxprEqn, x: str, y: str) -> str:
+    contract, batch = eqn.params["dimension_numbers"]
+    ranks = [v.aval.ndim for v in eqn.invars]
+    if ranks[1] == 2 and contract == ((ranks[0] - 1,), (0,)) and not batch[0]:
+        return g.op("MatMul", x, y)
+    letters = iter(string.ascii_letters)
+    names = [[next(letters) for _ in range(rank)] for rank in ranks]
+    for first, second in (*zip(*contract), *zip(*batch)):
+        names[1][second] = names[0][first]
+    shared = [names[0][axis] for axis in batch[0]]
+    gone = {names[0][axis] for axis in contract[0]} | set(shared)
+    free = [letter for side in names for letter in side if letter not in gone]
+    equation = f"{''.join(names[0])},{''.join(names[1])}->{''.join(shared + free)}"
+    return g.op("Einsum", x, y, equation=equation)
+
+
+def _max_pool(g: Graph, eqn: JaxprEqn, x: str) -> str:
+    params = eqn.params
+    dilations = {*params["base_dilation"], *params["window_dilation"]}
+    window, strides, padding = (
+        params[key] for key in ("window_dimensions", "window_strides", "padding")
+    )
+    if dilations != {1} or len(window) != 4 or {window[0], window[3]} != {1}:
+        raise ValueError("a pooling that is not of rows and columns has no translation")
+    low, high = zip(*padding[1:3])
+    x = g.op("Transpose", x, perm=(0, 3, 1, 2))
+    y = g.op("MaxPool", x, kernel_shape=window[1:3], strides=strides[1:3], pads=low + high)
+    return g.op("Transpose", y, perm=(0, 2, 3, 1))
+
+
+def _top_k(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
+    axis = eqn.params.get("axis", eqn.invars[0].aval.ndim - 1)
+    return _ranked(g, x, eqn.params["k"], axis, eqn.outvars[1].aval.dtype, largest=1)
+
+
+def _sort(g: Graph, eqn: JaxprEqn, keys: str, *others: str) -> list[str]:
+    axis, size = eqn.params["dimension"], eqn.invars[0].aval.shape[eqn.params["dimension"]]
+    if eqn.params["num_keys"] != 1:
+        raise ValueError("ONNX sorts by one key only")
+    keys, places = _ranked(g, keys, size, axis, np.int64, largest=0)
+    return [keys, *(g.op("GatherElements", x, places, axis=axis) for x in others)]
+
+
+def _ranked(g: Graph, x: str, count: Any, axis: int, dtype: Any, largest: int) -> list[str]:
+    """The first so many and where they were; of equals the first stays the first."""
+    values, places = g.new_name("topk"), g.new_name("topk")
+    node = helper.make_node("TopK", [x, g.dim(count)], [values, places], axis=axis, largest=largest)
+    g.nodes.append(node)
+    return [values, _cast(g, places, dtype)]
+
+
+def _scan(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
+    body = eqn.params["jaxpr"]
+    # Told by their ranks: how parameters of the primitive count them differs between versions of JAX.
+    num_xs = sum(v.aval.ndim > a.ndim for v, a in zip(eqn.invars, body.in_avals))
+    num_carry = sum(v.aval.ndim == a.ndim for v, a in zip(eqn.outvars, body.out_avals))
+    num_consts = len(inputs) - num_carry - num_xs
+    if eqn.params["reverse"] or not num_xs:
+        raise ValueError("a loop backwards, or over nothing, has no translation")
+    consts = [Tensor(name) for name in inputs[:num_consts]]
+    looped = [Tensor(g.new_name("step")) for _ in inputs[num_consts:]]
+    graph = g.body("step", body, [*consts, *looped], list(zip(looped, body.in_avals[num_consts:])))
+    names = [g.new_name("scan") for _ in eqn.outvars]
+    node = helper.make_node("Scan", inputs[num_consts:], names, body=graph, num_scan_inputs=num_xs)
+    g.nodes.append(node)
+    return names
+
+
+def _cond(g: Graph, eqn: JaxprEqn, which: str, *inputs: str) -> list[str]:
+    branches = eqn.params["branches"]
+    if len(branches) != 2:
+        raise ValueError("ONNX has branches of two cases only")
+    arguments = [Tensor(name) for name in inputs]
+    no, yes = (g.body("branch", branch, arguments, []) for branch in branches)
+    names = [g.new_name("if") for _ in eqn.outvars]
+    which = _cast(g, which, bool)
+    g.nodes.append(helper.make_node("If", [which], names, then_branch=yes, else_branch=no))
+    return names
+
+
+def _dim_as_value(g: Graph, eqn: JaxprEqn) -> str:
+    scalar = g.op("Reshape", g.dim(eqn.params["dim"]), g.constant(np.array([], np.int64)))
+    return _cast(g, scalar, eqn.outvars[0].aval.dtype)
+
+
+def _plain(translate: Callable[..., str | list[str]]) -> Operator:
+    """An operator of tensors whose axes have their length, by their names."""
+
+    def operator(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+        names = [g.read(g.fill(x, v.aval.shape)) for x, v in zip(inputs, eqn.invars)]
+        results = translate(g, eqn, *names)
+        return [Tensor(name) for name in ([results] if isinstance(results, str) else results)]
+
+    return operator
+
+
+PLAIN: dict[str, Callable[..., str | list[str]]] = {
+    "argmax": _argmax,
+    "concatenate": _concatenate,
+    "cond": _cond,
+    "dim_as_value": _dim_as_value,
+    "dot_general": _dot,
+    "pad": _pad,
+    "reduce_max": _reduce("ReduceMax"),
+    "reduce_sum": _reduce("ReduceSum"),
+    "reduce_window_max": _max_pool,
+    "reshape": _reshape,
+    "scan": _scan,
+    "slice": _slice,
+    "sort": _sort,
+    "split": _split,
+    "squeeze": _reshape,
+    "stack": _stack,
+    "top_k": _top_k,
+    "unstack": _unstack,
+}
+
+OPERATORS: dict[str, Operator] = {
+    **{name: _plain(translate) for name, translate in PLAIN.items()},
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    "broadcast_in_dim": _broadcast,
+    "conv_general_dilated": _conv,
+    "gather": _gather,
+    "iota": _iota,
+    "transpose": _transpose,
+}
+"""By the name of the primitive. Most need axes of their full length; those at the end do not, or look
+at constants."""

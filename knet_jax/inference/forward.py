@@ -1,0 +1,128 @@
+"""From pictures on their canvases to results: what evaluation and prediction share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from knet_jax.inference.multiscale import Pair, canvas_of, cut, join
+from knet_jax.inference.resampling import Canvas
+from knet_jax.kernels import claim_hard
+from knet_jax.knet import KNet, normalize
+from knet_jax.structs import Batch, Output, Pass, Sizes, Stage
+
+
+def run_network(variables: Any, batch: Batch, *, model: KNet, stage: int = -1) -> Stage:
+    """What one device's images give after an update, the last one unless told otherwise."""
+    image = normalize(batch.image, batch.size, model.backbone.dtype)
+    return stage_of(model.apply(variables, image), stage, model.sizes)
+
+
+def run_windows(
+    variables: Any,
+    batch: Batch,
+    *,
+    model: KNet,
+    stage: int = -1,
+    window: Pair | tuple[()] = (),
+    step: Pair | tuple[()] = (),
+) -> Stage:
+    """What one device's images give, shown whole or window by window.
+
+    Args:
+      variables: of the network.
+      batch: without targets.
+      model: the network.
+      stage: after how many updates; -1 is the last.
+      window: height and width; () shows the pictures whole.
+      step: from one window to the next.
+    """
+    network = partial(run_network, variables, model=model, stage=stage)
+    if not window:
+        return network(batch)
+    # One after the other: the program holds the network once, and the memory one window.
+    windows = jax.tree.map(lambda *parts: jnp.stack(parts), *cut(batch, window, step))
+    masks = jax.lax.map(lambda part: network(part).masks, windows)
+    stages = [Stage(None, each, None) for each in masks]
+    return join(stages, canvas=batch.image.shape[1:3], window=window, step=step)
+
+
+def predict(
+    variables: Any,
+    batches: Sequence[Batch],
+    mirrored: Sequence[jax.Array],
+    original_size: jax.Array,
+    thresholds: Mapping[str, jax.Array],
+    *,
+    model: KNet,
+    task: Any,
+    options: Mapping[str, Any],
+    canvas: Canvas,
+) -> Any:
+    """Results of some pictures at their own size: all of it one program.
+
+    Args:
+      variables: of the network.
+      batches: the same pictures in every pass, at its scale.
+      mirrored: bool [b] of every pass, whether it shows them left for right.
+      original_size: int32 [b, 2], height and width of the pictures, at most those of the canvas.
+      thresholds: options that may differ from call to call.
+      model: the network.
+      task: how its kernels are read.
+      options: `config.eval`.
+      canvas: static, of the results.
+
+    Returns:
+      what `task.read` takes, with a leading axis of pictures.
+    """
+    look_ = partial(
+        run_windows,
+        variables,
+        model=model,
+        window=options.get("window", ()),
+        step=options.get("window_step", ()),
+    )
+    passes = [
+        Pass(look_(batch), batch.size, canvas_of(batch), flags)
+        for batch, flags in zip(batches, mirrored)
+    ]
+    return task.predict(
+        passes,
+        original_size,
+        sizes=model.sizes,
+        canvas=canvas,
+        options={**options, **thresholds},
+    )
+
+
+def lookahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each given out after the next one has been drawn: what drawing one starts on
+    the device or in a worker goes on while the one before it is used."""
+    iterator = iter(items)
+    drawn = list(islice(iterator, 1))
+    for item in iterator:
+        yield drawn.pop()
+        drawn.append(item)
+    yield from drawn
+
+
+def stage_of(output: Output, index: int, sizes: Sizes) -> Stage:
+    """A stage with class logits, where the task has any.
+
+    Before the first update kernels have none: there a kernel gets the mean of the dense classes over
+    the pixels that its mask claims.
+    """
+    stage = output.stages[index]
+    if stage.logits is not None or not sizes.num_proposals:
+        return stage
+    classes = jax.nn.sigmoid(output.dense)
+    claims = claim_hard(stage.masks).astype(classes.dtype)
+    area = claims.sum((2, 3))[:, :, None]
+    probs = jnp.einsum("bnhw,bkhw->bnk", claims, classes) / jnp.maximum(area, 1)
+    tiny = jnp.finfo(probs.dtype).tiny
+    return stage._replace(logits=jnp.log(probs + tiny) - jnp.log1p(-probs))

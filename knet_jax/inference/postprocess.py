@@ -1,0 +1,205 @@
+"""From the masks of the kernels to instances and label maps at the picture's own size.
+
+Panoptic maps: `fusion.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from knet_jax.inference.resampling import Canvas, both_to_original, to_original
+from knet_jax.nn.layers import upsample2x
+from knet_jax.segmentation import rle
+from knet_jax.segmentation.segments import Instance
+from knet_jax.structs import Pass, Sizes
+
+MASKS = 8
+"""Masks of a picture that are resampled together."""
+
+ROWS = 128
+"""Rows of a label map that are computed together; divides the height of every canvas."""
+
+
+class Instances(NamedTuple):
+    """The best instances of each picture, best score first."""
+
+    scores: jax.Array
+    """[b, r]."""
+    labels: jax.Array
+    """int32 [b, r]."""
+    kernels: jax.Array
+    """int32 [b, r]: whose mask it is; a kernel may stand for several classes."""
+    bits: jax.Array
+    """uint8 [b, r, W, H/8]: the mask at original size, column by column, eight pixels a byte."""
+
+
+def best_instances(
+    masks: jax.Array,
+    logits: jax.Array,
+    size: jax.Array,
+    original_size: jax.Array,
+    *,
+    canvas: Canvas,
+    num_results: int = 100,
+    threshold: jax.Array | float = 0.0,
+) -> Instances:
+    """The best (kernel, class) pairs of each picture, and their masks.
+
+    Masks are doubled as logits; their probabilities are brought to the size of the input, cropped
+    and brought to the original size, where they must be above one half.
+
+    Args:
+      masks: logits [b, n, h, w] at stride 8.
+      logits: class logits [b, n, k].
+      size: int32 [b, 2], height and width of the resized picture within the input.
+      original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
+      canvas: static, from `Canvas.of`.
+      num_results: r, at most n·k.
+      threshold: a score; masks of pairs below it need not be there.
+    """
+    b = len(logits)
+    scores, kernels, labels = best_pairs(logits, num_results)
+    num_results = scores.shape[1]
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    probs = jax.nn.sigmoid(upsample2x(masks, axes=(2, 3)))
+
+    shape = (canvas.height, canvas.width)
+    y, x = both_to_original(size, original_size, probs.shape[2:], shape, probs.dtype)
+
+    # Pairs are sorted by their score: only the groups that reach the threshold are resampled.
+    group = min(MASKS, num_results)
+    padded = jnp.pad(kernels, ((0, 0), (0, -num_results % group)))
+
+    def add_group(i: jax.Array, bits: jax.Array) -> jax.Array:
+        chosen = jax.lax.dynamic_slice_in_dim(padded, i * group, group, axis=1)
+        some = jnp.take_along_axis(probs, chosen[:, :, None, None], axis=1)
+        above = einsum("bjw,bnhw->bnjh", x, some)
+        packed = jnp.packbits(einsum("bih,bnjh->bnji", y, above) > 0.5, axis=3)
+        return jax.lax.dynamic_update_slice_in_dim(bits, packed, i * group, axis=1)
+
+    bits = jnp.zeros((b, padded.shape[1], canvas.width, canvas.height // 8), jnp.uint8)
+    wanted = (scores >= threshold).sum(1).max()
+    bits = jax.lax.fori_loop(0, -(-wanted // group), add_group, bits)[:, :num_results]
+    return Instances(scores, labels, kernels, bits)
+
+
+def best_pairs(logits: jax.Array, num_results: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best pairs of a kernel and a class: class logits [b, n, k] -> scores, kernels, labels [b, r]
+    of at most `num_results`, best first."""
+    b, n, k = logits.shape
+    scores, pairs = jax.lax.top_k(jax.nn.sigmoid(logits).reshape(b, n * k), min(num_results, n * k))
+    return scores, (pairs // k).astype(jnp.int32), (pairs % k).astype(jnp.int32)
+
+
+def label_maps(passes: Sequence[Pass], original_size: jax.Array, *, canvas: Canvas) -> jax.Array:
+    """The class of every pixel: the most probable one by the mean of all passes, 1 + k for class k.
+
+    Args:
+      passes: of the same pictures; masks are logits [b, k, h, w].
+      original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
+      canvas: static, from `Canvas.of`.
+
+    Returns:
+      uint8 (uint16 above 255 classes) [b, H, W]; beyond the picture it has no meaning.
+    """
+    dtype = jnp.uint8 if passes[0].stage.masks.shape[1] <= 255 else jnp.uint16
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def axes(seen: Pass, original_size: jax.Array) -> tuple[jax.Array, jax.Array]:
+        masks = seen.stage.masks
+        num_rows = masks.shape[1:]
+        scale = jnp.array(num_rows, masks.dtype) / seen.canvas
+
+        def axis(i: int, num_pixels: int, mirrored: jax.Array | bool = False) -> jax.Array:
+            sizes = seen.size[i], original_size[i], num_rows[i]
+            return to_original(*sizes, num_pixels, scale[i], masks.dtype, mirrored)
+
+        y, x = axis(0, canvas.height), axis(1, canvas.width, seen.mirrored)
+        return y.reshape(-1, ROWS, y.shape[1]), x
+
+    def one(passes: Sequence[Pass], original_size: jax.Array) -> jax.Array:
+        all_y, all_x = zip(*(axes(seen, original_size) for seen in passes))
+
+        def block(all_y: Sequence[jax.Array]) -> jax.Array:
+            total = 0
+            for seen, y, x in zip(passes, all_y, all_x):
+                above = einsum("ih,khw->kiw", y, seen.stage.masks)
+                logits = einsum("kiw,jw->kij", above, x)
+                # The largest logit of a single pass is its largest probability.
+                total += jax.nn.softmax(logits, axis=0) if len(passes) > 1 else logits
+            return (1 + total.argmax(0)).astype(dtype)
+
+        rows = jax.lax.map(block, all_y)
+        return rows.reshape(canvas.height, canvas.width)
+
+    return jax.vmap(one)(tuple(passes), original_size)
+
+
+def predict_instances(
+    passes: Sequence[Pass],
+    original_size: jax.Array,
+    *,
+    sizes: Sizes,
+    canvas: Canvas,
+    options: Mapping[str, Any],
+) -> Instances:
+    """The best instances of each picture of a batch."""
+    del sizes
+    [seen] = passes
+    return best_instances(
+        seen.stage.masks,
+        seen.stage.logits,
+        seen.size,
+        original_size,
+        canvas=canvas,
+        num_results=options["num_results"],
+        threshold=options.get("instance_threshold", 0.0),
+    )
+
+
+def read_instances(
+    best: Instances, original_size: np.ndarray, threshold: float = 0.0
+) -> tuple[Instance, ...]:
+    """Instances with their masks as run lengths; a kernel's mask is encoded once."""
+    height, width = original_size
+    good = best.scores >= threshold
+    best = jax.tree.map(lambda x: x[good], best)
+    encoded = {}
+    for kernel, bits in zip(best.kernels.tolist(), best.bits):
+        if kernel not in encoded:
+            columns = np.unpackbits(bits[:width], axis=1, count=height)
+            encoded[kernel] = rle.encode(columns.T)
+    return tuple(
+        Instance(encoded[kernel], label, score, area=float(rle.area(encoded[kernel])))
+        for kernel, label, score in zip(
+            best.kernels.tolist(), best.labels.tolist(), best.scores.tolist()
+        )
+    )
+
+
+def predict_labels(
+    passes: Sequence[Pass],
+    original_size: jax.Array,
+    *,
+    sizes: Sizes,
+    canvas: Canvas,
+    options: Mapping[str, Any],
+) -> jax.Array:
+    """Label maps of a batch, by the mean of all passes."""
+    del sizes, options
+    return label_maps(passes, original_size, canvas=canvas)
+
+
+def read_labels(
+    labels: np.ndarray, original_size: np.ndarray, threshold: float = 0.0
+) -> np.ndarray:
+    """A label map without its padding; there are no things in it."""
+    del threshold
+    height, width = original_size
+    return labels[:height, :width]

@@ -1,0 +1,184 @@
+"""Layers shared by backbones, necks and kernels, with the reference's padding, epsilon and inits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from knet_jax.nn.convolution import convolve
+
+EPSILON = 1e-5
+"""Of every norm in K-Net."""
+
+AXIS = "batch"
+"""Name of the axis over devices."""
+
+BATCH_NORM_STEP = 0.1
+"""How far the running statistics of BatchNorm go towards those of a batch."""
+
+PRIOR_BIAS = -math.log(99)
+"""Bias under which a sigmoid classifier starts at a probability of 0.01."""
+
+# The two-pass variance: the one-pass form loses digits that the hard gathering then amplifies.
+LayerNorm = partial(nn.LayerNorm, epsilon=EPSILON, use_fast_variance=False)
+
+
+def wide(dtype) -> jnp.dtype:
+    """float32, or float64 where the network runs in it: the type of what must not be rounded."""
+    return jnp.promote_types(jnp.float32, dtype)
+
+
+he_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+NORMS = ("frozen_batch", "batch", "group")
+
+
+def group_norm(channels: int, dtype, name: str) -> nn.GroupNorm:
+    """GroupNorm of 32 groups, or of as many as narrow networks allow."""
+    groups = math.gcd(32, channels)
+    return nn.GroupNorm(groups, epsilon=EPSILON, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class BatchNorm(nn.Module):
+    """Normalizes channels by the statistics of the images of all devices, or by running ones.
+
+    The running variance is the unbiased one, as PyTorch keeps it. [b, h, w, c] -> [b, h, w, c].
+    """
+
+    use_running_average: bool
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+
+        x = x.astype(wide(x.dtype))
+        if self.use_running_average or self.is_initializing():
+            mean, var = running_mean.value, running_var.value
+        else:
+            count = jax.lax.psum(x.size // x.shape[-1], AXIS)
+            mean = jax.lax.pmean(x.mean((0, 1, 2)), AXIS)
+            var = jax.lax.pmean(((x - mean) ** 2).mean((0, 1, 2)), AXIS)
+            unbiased = var * (count / max(count - 1, 1))
+            running_mean.value += BATCH_NORM_STEP * (mean - running_mean.value)
+            running_var.value += BATCH_NORM_STEP * (unbiased - running_var.value)
+        return ((x - mean) * (jax.lax.rsqrt(var + EPSILON) * scale) + bias).astype(self.dtype)
+
+
+def make_norm(norm: str, dtype: str, train: bool) -> Callable[..., nn.Module]:
+    """A norm of `NORMS`, called with the number of channels and a name.
+
+    `frozen_batch` uses the running statistics in training too (scale and bias are trained);
+    `batch` uses those of the global batch in training; `group` has none.
+    """
+    if norm == "group":
+        return partial(group_norm, dtype=dtype)
+    running = norm == "frozen_batch" or not train
+    return lambda channels, name: BatchNorm(running, dtype, name=name)
+
+
+def conv(channels: int, size: int, stride: int = 1, dilation: int = 1, **keywords) -> nn.Conv:
+    """A square convolution padded symmetrically, as PyTorch pads to keep the size at stride 1."""
+    return nn.Conv(
+        channels,
+        (size, size),
+        (stride, stride),
+        padding=dilation * (size - 1) // 2,
+        kernel_dilation=dilation,
+        conv_general_dilated=convolve,
+        **keywords,
+    )
+
+
+class ConvNormRelu(nn.Module):
+    """Convolution without bias, norm, ReLU. [b, h, w, c'] -> [b, h/stride, w/stride, c]."""
+
+    channels: int
+    size: int
+    stride: int = 1
+    dilation: int = 1
+    norm: Callable[..., nn.Module] | None = None
+    """Called with the number of channels and a name; None is GroupNorm."""
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = conv(
+            self.channels,
+            self.size,
+            self.stride,
+            self.dilation,
+            use_bias=False,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        norm = self.norm or make_norm("group", self.dtype, train=False)
+        return nn.relu(norm(self.channels, name="norm")(x))
+
+
+def resize(x: jax.Array, size: tuple[int, int], axes: tuple[int, int] = (1, 2)) -> jax.Array:
+    """Resizes two axes bilinearly (half-pixel centers, no antialiasing), as the reference does."""
+    shape = list(x.shape)
+    shape[axes[0]], shape[axes[1]] = size
+    return jax.image.resize(x, shape, "bilinear", antialias=False)
+
+
+def upsample2x(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Doubles two axes bilinearly (half-pixel centers, edges repeated).
+
+    The same as a bilinear resize without corner alignment, in two multiplications an element
+    (`tests/test_layers.py::test_upsample2x_equals_resize`).
+    """
+    for axis in axes:
+        axis %= x.ndim
+        size = x.shape[axis]
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (1, 1)
+        padded = jnp.pad(x, pad, mode="edge")
+        before = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+        after = jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
+        pairs = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
+        x = pairs.reshape(x.shape[:axis] + (2 * size,) + x.shape[axis + 1 :])
+    return x
+
+
+def nearest2x(x: jax.Array) -> jax.Array:
+    """Doubles both axes of a feature map by repeating pixels. [b, h, w, c] -> [b, 2h, 2w, c]."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+def sine_encoding(height: int, width: int, channels: int, dtype) -> jax.Array:
+    """Sine and cosine of normalized positions (DETR), the first half for y. [h, w, channels].
+
+    Positions run from 1 to n, divided by n + 1e-6 and scaled to 2 pi; even channels are sines and
+    odd ones cosines, at wavelengths that grow by 10000^(2 / channels-per-axis). Computed in float32
+    like the reference's, whatever the type of the network.
+    """
+    features = channels // 2
+    wavelength = np.float32(10000) ** (
+        2 * (np.arange(features) // 2).astype(np.float32) / np.float32(features)
+    )
+
+    def encode(size: int) -> np.ndarray:
+        position = np.arange(1, size + 1, dtype=np.float32)
+        position = position / (position[-1] + np.float32(1e-6)) * np.float32(2 * math.pi)
+        angle = position[:, None] / wavelength
+        return np.where(np.arange(features) % 2 == 0, np.sin(angle), np.cos(angle))
+
+    y = np.broadcast_to(encode(height)[:, None], (height, width, features))
+    x = np.broadcast_to(encode(width)[None, :], (height, width, features))
+    return jnp.asarray(np.concatenate([y, x], axis=-1), dtype)

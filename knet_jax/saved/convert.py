@@ -1,0 +1,330 @@
+"""Makes a model of a checkpoint of PyTorch, and a checkpoint in PyTorch's names of a model.
+
+python -m knet_jax.convert knet_r50.pth --config configs/coco_panoptic.py --output models/knet_r50
+python -m knet_jax.convert knet_r50.pth --config configs/coco_panoptic.py --output models/mine \\
+    --new_classes --categories mine.json --config.model.num_things=12 --config.model.num_stuff=5
+python -m knet_jax.convert models/knet_r50 --output knet_r50.safetensors
+
+A checkpoint is pth, safetensors or npz: of K-Net, in the names of its authors or of OpenMMLab, or of
+an ImageNet backbone, of torchvision, timm, OpenMMLab or the authors of Swin. Torch is not needed, and
+nothing in the file is run. The config must be that of the network in the file. The model is a folder,
+as train.py leaves one, for eval.py, predictions and further training; conversion.json in it says
+which tensor went where. A model may stand in the place of the checkpoint, for other classes. The file
+.safetensors of a model is a model too: all that opens such a folder opens it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import traverse_util
+from ml_collections import ConfigDict
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from knet_jax.cli.commandline import CommandLine, run
+from knet_jax.config.files import CONVERSION_NAME, load_config, save_config
+from knet_jax.config.validation import validate
+from knet_jax.model import init_variables, make_model
+from knet_jax.saved.checkpoints import Checkpoints, check_writable
+from knet_jax.saved.class_names import find_categories
+from knet_jax.saved.fitting import complete, fit_network
+from knet_jax.saved.models import headlines, open_model
+from knet_jax.saved.parameter_names import Fit, Variables, to_reference
+from knet_jax.saved.weight_files import (
+    CLASSES_KEY,
+    MODEL_KEY,
+    READERS,
+    About,
+    WeightFile,
+    read_weights,
+)
+from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError, naming_file
+
+# From a file to a model.
+
+
+def import_weights(
+    source: Path,
+    spec: str,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    entry: str = "",
+    ema: bool = False,
+    categories_file: Path | None = None,
+    new_classes: bool = False,
+    partial: bool = False,
+) -> dict[str, Any]:
+    """Makes a model of a file of weights.
+
+    Args:
+      source: the file, or the folder of another model.
+      spec: of the config.
+      output: the folder to be made.
+      overrides: `--config.x.y=value` arguments.
+      entry: of the file that holds the tensors, "" finds it; of a model, the name of a checkpoint.
+      ema: of a model, the moving average.
+      categories_file: names the classes.
+      new_classes: whether what belongs to the classes starts anew.
+      partial: whether anything may start anew, and be left over.
+
+    Returns:
+      the report.
+
+    Raises:
+      ValueError: the file, the config and the rest do not go together.
+    """
+    config = load_config(spec, overrides)
+    validate(config, parts=())
+    here = output.is_dir() and output.samefile(".")  # which cannot be made
+    if output.is_file() or here or (output.is_dir() and any(output.iterdir())):
+        raise UserError(f"--output={output} is there already; accepted: a new folder")
+    check_writable(output.parent)
+    model = make_model(**config.model)
+    template = jax.eval_shape(lambda: init_variables(model, config.seed))
+    with naming_file(source):
+        weights = read_model(source, entry, ema) if source.is_dir() else read_weights(source, entry)
+        found = fit_network(weights, template, config, new_classes, partial)
+    listed = () if new_classes else weights.classes
+    categories, origin = find_categories(config, listed, categories_file)
+    sizes = {
+        key: math.prod(leaf.shape)
+        for key, leaf in traverse_util.flatten_dict(template, sep="/").items()
+    }
+    report = {
+        "source": source.name,
+        "config": spec,
+        **describe(weights, found, sizes),
+        "categories": categories._asdict(),
+        "categories_from": origin,
+    }
+    write_model(output, config, complete(found, template, config), categories, report)
+    return report
+
+
+def read_model(source: Path, checkpoint: str, ema: bool) -> WeightFile:
+    """The weights of a model, as if from a file. Raises ValueError as `open_run`."""
+    opened = open_model(source, checkpoint or "best", ema)
+    tensors = to_reference(opened.variables)
+    where = f"step {opened.step}"
+    return WeightFile(
+        tensors, {n: n for n in tensors}, (), where, (where,), opened.categories.names
+    )
+
+
+def write_model(
+    output: Path,
+    config: ConfigDict,
+    variables: Variables,
+    categories: Categories,
+    report: Mapping[str, Any],
+) -> None:
+    """Writes a model in the form that train.py leaves, as its step 0, whole or not at all."""
+    folder = output.with_name(f".{output.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
+    folder.mkdir()
+    try:
+        save_config(config, folder)
+        (folder / CONVERSION_NAME).write_text(json.dumps(report, indent=2) + "\n")
+        with Checkpoints(
+            folder / "checkpoints",
+            metrics=headlines(config),
+            model=config.model.to_dict(),
+        ) as checkpoints:
+            progress = {"examples_seen": 0, "categories": categories._asdict()}
+            checkpoints.save(0, variables, progress)
+        folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# What is said of it.
+
+
+def describe(weights: WeightFile, found: Fit, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What became of every tensor and every array, as JSON.
+
+    Args:
+      weights: of the file.
+      found: where they belong.
+      sizes: numbers in every array of the network.
+    """
+    original = weights.original
+    anew = sorted(sizes.keys() - found.arrays.keys())
+    return {
+        "entry": weights.entry,
+        "other_entries": [name for name in weights.entries if name != weights.entry],
+        "used": sorted(original[name] for name in found.used),
+        "renamed": {original[n]: n for n in sorted(found.used) if original[n] != n},
+        "interpolated": [original[name] for name in found.resized],
+        "rounded": sorted(key for key, x in found.arrays.items() if jnp.finfo(x.dtype).bits > 32),
+        "surplus": list(weights.surplus),
+        "left_over": [original[name] for name in weights.tensors if name not in found.used],
+        "wrong_shape": {
+            original[name]: {"given": list(given), "needed": list(needed)}
+            for name, (given, needed) in found.misfits.items()
+        },
+        "missing": list(found.missing),
+        "anew": anew,
+        "numbers": sum(sizes.values()),
+        "numbers_anew": sum(sizes[key] for key in anew),
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    rows = [
+        ("tensors used", len(report["used"]), f"of {report['source']}"),
+        ("  under another name", len(report["renamed"]), _some(report["renamed"])),
+        ("  interpolated", len(report["interpolated"]), _some(report["interpolated"])),
+        ("  rounded to float32", len(report["rounded"]), _some(report["rounded"])),
+        ("tensors of no use", len(report["surplus"]), _kinds(report["surplus"])),
+        ("tensors left over", len(report["left_over"]), _some(report["left_over"])),
+        ("  of another shape", len(report["wrong_shape"]), _some(report["wrong_shape"])),
+        ("arrays that start anew", len(report["anew"]), _parts(report)),
+    ]
+    lines = [
+        f"{name:24} {count:6}  {note}".rstrip()
+        for name, count, note in rows
+        if count or not name.startswith(" ")
+    ]
+    names, things = report["categories"]["names"], report["categories"]["num_things"]
+    about = (
+        f"{things} things and {len(names) - things} stuff, names from {report['categories_from']}"
+    )
+    lines.append(f"{'classes':24} {len(names):6}  {about}")
+    if report["categories_from"] == "nowhere":
+        lines[-1] += "; --categories gives them"
+    if report["other_entries"]:
+        chosen = report["entry"] or "the top"
+        lines.append(f"taken from {chosen}; also there: {', '.join(report['other_entries'])}")
+    return "\n".join(lines)
+
+
+def _some(names: Sequence[str] | Mapping[str, Any]) -> str:
+    return ", ".join(list(names)[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """The last parts of names, the most frequent first."""
+    kinds = Counter(name.rpartition(".")[2] for name in names)
+    return _some([kind for kind, _ in kinds.most_common()])
+
+
+def _parts(report: Mapping[str, Any]) -> str:
+    """What starts anew, by the parts of the network."""
+    if not report["anew"]:
+        return ""
+    parts = dict.fromkeys("/".join(key.split("/")[1:-1][:2]) for key in report["anew"])
+    share = f"{report['numbers_anew'] / 1e6:.1f} of {report['numbers'] / 1e6:.1f} M numbers"
+    return f"{share}: {_some(parts)}"
+
+
+# From a model to a file.
+
+
+def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bool = False) -> str:
+    """Writes a model as one file, its weights in the reference's names.
+
+    Args:
+      source: the model, as `open_run` takes it.
+      output: a file of safetensors to be made.
+      checkpoint: best, latest, or a step.
+      ema: the moving average instead of the parameters.
+
+    Returns:
+      what was written, in a sentence.
+
+    Raises:
+      ValueError: there is no such model, or the output is no such file.
+      OSError: the output cannot be written.
+    """
+    if output.suffix != ".safetensors" or output.is_dir():
+        raise UserError(f"--output={output}; accepted: a new folder, or a file .safetensors")
+    check_writable(output.parent)
+    opened = open_model(source, checkpoint, ema)
+    tensors = {name: np.ascontiguousarray(x) for name, x in to_reference(opened.variables).items()}
+    metadata = {
+        "format": "pt",  # loaders of other libraries ask for it
+        CLASSES_KEY: json.dumps(opened.categories.names),
+        MODEL_KEY: About(opened.config.to_dict(), opened.categories, opened.step).to_json(),
+    }
+    draft = output.with_suffix(".part")
+    try:
+        save_file(tensors, draft, metadata)
+        draft.replace(output)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(output)) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    size = sum(x.nbytes for x in tensors.values()) / 2**20
+    return f"wrote {len(tensors)} tensors of step {opened.step} ({size:.1f} MiB) to {output}"
+
+
+def main(command: CommandLine) -> None:
+    """One of the two, as --output is a file or a folder."""
+    given = flags.FLAGS
+    if len(command.paths) != 1 or not given.output:
+        raise UserError(
+            "accepted: CHECKPOINT --config configs/FILE.py --output MODEL, "
+            "or MODEL --output FILE.safetensors (--help tells more)"
+        )
+    source, output = Path(command.paths[0]), Path(given.output)
+    for_models, for_files = ("checkpoint", "ema"), ("entry",)
+    for name in for_files if source.is_dir() else for_models:
+        if given[name].present:
+            kind = "a file" if source.is_dir() else "a model"
+            raise UserError(f"--{name} is for {kind}, which {source} is not")
+    if output.suffix in READERS:
+        written = ("config", "categories", "new_classes", "partial")
+        unused = [f"--{name}" for name in written if given[name].present] + command.overrides
+        if unused:
+            raise UserError(f"{unused[0]} is for a folder as --output, which {output} is not")
+        print(export_weights(source, output, given.checkpoint, given.ema))
+        return
+    if not given.config:
+        raise UserError("--config is missing, such as --config configs/coco_panoptic.py")
+    report = import_weights(
+        source,
+        given.config,
+        output,
+        command.overrides,
+        entry=given.checkpoint if source.is_dir() else given.entry,
+        ema=given.ema,
+        categories_file=Path(given.categories) if given.categories else None,
+        new_classes=given.new_classes,
+        partial=given.partial,
+    )
+    print(table(report))
+    print(f"wrote {output}, which {output / CONVERSION_NAME} describes")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
+    flags.DEFINE_string(
+        "output", None, "the model to be made, a folder; of a model, a .safetensors"
+    )
+    flags.DEFINE_string("entry", "", "which set of weights, such as ema_state_dict or ema_buffers")
+    flags.DEFINE_string("categories", None, "names the classes: COCO's JSON, or a text, one a line")
+    flags.DEFINE_boolean("new_classes", False, "what belongs to the classes starts anew")
+    flags.DEFINE_boolean("partial", False, "whatever does not fit starts anew, or is left over")
+    flags.DEFINE_string("checkpoint", "best", "of a model: best, latest, or the number of a step")
+    flags.DEFINE_boolean("ema", False, "of a model: the moving average of the parameters")
+    run(main, takes_paths=True)

@@ -1,0 +1,149 @@
+"""Files of pictures: decoded, checked, and annotations whose pixels are numbers."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""How the names of pictures end."""
+
+
+NUM_IDS = 1 << 24
+"""How many ids three bytes can tell apart, void included."""
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decodes a picture of any kind that cv2 reads: grey, CMYK, 16 bits, alpha, palette.
+
+    It is turned as its EXIF orientation says, as in the reference.
+
+    Args:
+        data: encoded picture.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        ValueError: the picture is damaged.
+    """
+    if _may_be_truncated(data):
+        # cv2 would fill up with grey; Pillow refuses to.
+        try:
+            Image.open(io.BytesIO(data)).load()
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError("the picture is truncated") from error
+    return _decode(data, cv2.IMREAD_COLOR_RGB)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture from a file, as `decode_image` gives it. Raises ValueError, which names the file."""
+    try:
+        return decode_image(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Decodes the picture of an annotation.
+
+    It is turned as its EXIF orientation says, unless only the unturned one has the size of the
+    annotation (test_exif_follows_the_annotation).
+
+    Args:
+        data: encoded picture.
+        size: height and width of its annotation.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        ValueError: the picture is damaged, or of another size.
+    """
+    image = decode_image(data)
+    if image.shape[:2] == (size[1], size[0]) != tuple(size):
+        image = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    _check_size(image, size)
+    return image
+
+
+def load_panoptic(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Decodes a panoptic PNG; its pixels stand for ids, see `segment_ids`.
+
+    Args:
+        data: encoded PNG.
+        size: expected height and width.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        ValueError: the PNG is damaged, or of another size.
+    """
+    rgb = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    _check_size(rgb, size)
+    return rgb
+
+
+def load_label_map(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Decodes a grey PNG whose pixels are numbers.
+
+    Args:
+        data: encoded PNG.
+        size: expected height and width.
+
+    Returns:
+        uint8 or uint16 [height, width].
+
+    Raises:
+        ValueError: the PNG is damaged, in color, or of another size.
+    """
+    label_map = _decode(data, cv2.IMREAD_UNCHANGED)
+    if label_map.ndim != 2:
+        raise ValueError(f"has {label_map.shape[2]} channels where one is expected")
+    _check_size(label_map, size)
+    return label_map
+
+
+def segment_ids(rgb: np.ndarray) -> np.ndarray:
+    """R + 256 G + 65536 B of a uint8 [h, w, 3] array, int32 [h, w]."""
+    if not rgb.size:
+        # Nothing is sampled of a picture that is one pixel wide. cv2 refuses empty arrays.
+        return np.zeros(rgb.shape[:2], np.int32)
+    # Four bytes, the last one 255, read as one little-endian number.
+    rgba = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA)
+    return rgba.view("<i4")[..., 0] & (NUM_IDS - 1)
+
+
+def segment_colors(ids: np.ndarray) -> np.ndarray:
+    """The inverse of `segment_ids`: uint8 [..., 3], RGB."""
+    return np.stack([ids & 255, (ids >> 8) & 255, (ids >> 16) & 255], -1).astype(np.uint8)
+
+
+def _decode(data: bytes, flags: int) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise ValueError("cannot be decoded")
+    return image
+
+
+def _may_be_truncated(data: bytes) -> bool:
+    """Whether a JPEG's last scan has no end marker. Neither marker can occur within a scan, but
+    both can in what some cameras append."""
+    return data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+
+
+def _check_size(image: np.ndarray, size: tuple[int, int]) -> None:
+    if image.shape[:2] != tuple(size):
+        raise ValueError(
+            f"is {image.shape[1]}x{image.shape[0]} where {size[1]}x{size[0]} is expected"
+        )

@@ -1,0 +1,212 @@
+"""What a network sees in a picture, as people take it: segments with names, scores and masks."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from knet_jax.segmentation import image_files, rle
+from knet_jax.segmentation.segments import Categories, Instance, PanopticMap
+from knet_jax.structs import EMPTY
+from knet_jax.system.output_files import write_whole
+
+Box = tuple[int, int, int, int]
+"""Left, top, width and height, in pixels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A thing or a kind of stuff in a picture."""
+
+    id: int
+    """In the panoptic map or, of instances, their number; from 1 on."""
+    label: int
+    """Class, the position of its name among the categories."""
+    name: str
+    is_thing: bool
+    score: float
+    """From 0 to 1; 1 for a class of semantic segmentation, which has none."""
+    area: int
+    """Pixels."""
+    box: Box
+    _source: Any = field(repr=False)
+    """A map of ids [H, W], or run lengths."""
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [H, W]."""
+        if isinstance(self._source, dict):
+            return rle.decode(self._source).astype(bool)
+        return self._source == self.id
+
+    @property
+    def rle(self) -> dict[str, Any]:
+        """COCO's compressed run lengths of the mask: {"size": [height, width], "counts": bytes}."""
+        return self._source if isinstance(self._source, dict) else rle.encode(self.mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a network sees in a picture."""
+
+    task: str
+    """`panoptic`, `instance` or `semantic`."""
+    categories: Categories
+    image: np.ndarray = field(repr=False)
+    """uint8 [H, W, 3], RGB."""
+    prediction: PanopticMap | tuple[Instance, ...] | np.ndarray = field(repr=False)
+    """As metrics and files take it: a panoptic map, instances, or labels [H, W] (0 none, 1 + class)."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the picture."""
+        return self.image.shape[:2]
+
+    @property
+    def panoptic(self) -> PanopticMap | None:
+        """The picture cut into segments; None from other networks than panoptic ones."""
+        return self.prediction if isinstance(self.prediction, PanopticMap) else None
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Things and stuff of the picture, best score first; of semantic segmentation its classes."""
+        labels = isinstance(self.prediction, np.ndarray)
+        panoptic = PanopticMap.of_labels(self.prediction) if labels else self.panoptic
+        if panoptic is None:
+            return tuple(
+                self._segment(i, one.label, one.score, int(one.area), rle.box(one.rle), one.rle)
+                for i, one in enumerate(self.prediction, 1)
+                if one.area  # a kernel may be sure of its class and claim no pixel
+            )
+        ids, segments = panoptic
+        areas, boxes = np.bincount(ids.ravel()), ndimage.find_objects(ids)
+        return tuple(
+            self._segment(s.id, s.label, s.score, int(areas[s.id]), _box(boxes[s.id - 1]), ids)
+            for s in segments
+        )
+
+    def _segment(
+        self, id: int, label: int, score: float, area: int, box: Box, source: Any
+    ) -> Segment:
+        names, num_things = self.categories.names, self.categories.num_things
+        return Segment(id, label, names[label], label < num_things, score, area, box, source)
+
+    @property
+    def instances(self) -> tuple[Segment, ...] | None:
+        """The things, best score first; None from a semantic network. Those of an instance network
+        may overlap."""
+        if isinstance(self.prediction, np.ndarray):
+            return None
+        return tuple(segment for segment in self.segments if segment.is_thing)
+
+    @cached_property
+    def semantic(self) -> np.ndarray | None:
+        """int32 [H, W]: the class of every pixel, -1 = none; None from an instance network."""
+        if isinstance(self.prediction, np.ndarray):
+            return self.prediction.astype(np.int32) - 1
+        if not self.panoptic:
+            return None
+        labels = np.full(1 + max((s.id for s in self.panoptic.segments), default=0), EMPTY)
+        for segment in self.panoptic.segments:
+            labels[segment.id] = segment.label
+        return labels.astype(np.int32)[self.panoptic.ids]
+
+    def above(self, threshold: float) -> Result:
+        """The same without the things whose score is below a threshold.
+
+        Raises:
+          ValueError: the threshold is no number from 0 to 1.
+        """
+        if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+            raise ValueError(f"threshold is {threshold!r}; accepted: a number from 0 to 1")
+        if self.panoptic:
+            kept = tuple(
+                s
+                for s in self.panoptic.segments
+                if s.score >= threshold or s.label >= self.categories.num_things
+            )
+            values = np.zeros(1 + max((s.id for s in self.panoptic.segments), default=0), np.int32)
+            for segment in kept:
+                values[segment.id] = segment.id
+            return replace(self, prediction=PanopticMap(values[self.panoptic.ids], kept))
+        if isinstance(self.prediction, tuple):
+            return replace(
+                self, prediction=tuple(s for s in self.prediction if s.score >= threshold)
+            )
+        return self
+
+    def draw(self, side: int | None = None) -> np.ndarray:
+        """The picture under its segments, with outlines, names and scores: uint8 [h, w, 3], RGB.
+
+        Args:
+          side: the longer one of what is drawn, in pixels; default: that of the picture, however
+            small: `draw(640)` has room for names.
+
+        Raises:
+          ValueError: the side is no positive number.
+        """
+        from knet_jax.segmentation.drawing import overlay
+
+        return overlay(self.image, self.prediction, self.categories, side)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes what `draw` gives, or, where the name ends in `.json`, what `to_coco` gives.
+
+        Pictures of fewer than 640 pixels on the longer side are enlarged to that.
+
+        Raises:
+          ValueError: the name ends in something else, or such a file holds no picture so large.
+          OSError: the file cannot be written.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if suffix == ".json":
+            write_whole(path, f"{json.dumps(self.to_coco())}\n".encode())
+        elif suffix in image_files.PICTURES:
+            from knet_jax.segmentation.drawing import readable_side, save_picture
+
+            save_picture(path, self.draw(readable_side(self.size)))
+        else:
+            raise ValueError(
+                f"{path} ends in {suffix!r}; accepted: .json, {', '.join(image_files.PICTURES)}"
+            )
+
+    def to_coco(self, image_id: int = 0) -> dict[str, Any] | list[dict[str, Any]]:
+        """The segments as in COCO's results, masks as run lengths, ready for JSON.
+
+        Of instances and of semantic classes a list of annotations; of a panoptic map one annotation
+        with `segments_info`, each of which has its mask too.
+
+        Args:
+          image_id: of the picture.
+        """
+        records = [
+            {
+                "category_id": int(self.categories.dataset_ids[segment.label]),
+                "segmentation": rle.to_json(segment.rle),
+                "bbox": list(segment.box),
+                "area": segment.area,
+                "score": segment.score,
+            }
+            for segment in self.segments
+        ]
+        if not self.panoptic:
+            return [{"image_id": image_id, **record} for record in records]
+        infos = [
+            {"id": segment.id, "isthing": int(segment.is_thing), "iscrowd": 0, **record}
+            for segment, record in zip(self.segments, records)
+        ]
+        return {"image_id": image_id, "segments_info": infos}
+
+
+def _box(found: tuple[slice, slice]) -> Box:
+    rows, columns = found
+    return columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start

@@ -1,0 +1,208 @@
+"""What a run writes about itself: `log.jsonl`, TensorBoard events, a progress line, and curves.
+
+A record of `log.jsonl` is a line of JSON: {"step": 50, "epoch": 0.007, "loss/total": 3.1, ...}.
+`python -m knet_jax.logs WORKDIR` draws the records of a run, while it runs or afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+from knet_jax.cli.commandline import CommandLine, run
+from knet_jax.system.errors import UserError
+
+LOG_NAME = "log.jsonl"
+CURVE_NAME = "curve.png"
+
+
+def read_log(workdir: str | Path) -> list[dict[str, Any]]:
+    """The records of a run in the order in which they were written.
+
+    A last line that a killed run left unfinished is dropped.
+
+    Raises:
+      ConfigError: there is no log, or a line before the last is no record.
+    """
+    path = Path(workdir) / LOG_NAME
+    if not path.is_file():
+        raise UserError(f"there is no {LOG_NAME} in {workdir}")
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}, is no record: {line[:80]!r}") from error
+        records.append(record)
+    return records
+
+
+class Log:
+    """Writes scalars to `log.jsonl` and TensorBoard, and pictures to TensorBoard.
+
+    What an earlier run in the same workdir logged beyond `start_step` is dropped: it will be
+    computed again.
+
+    Args:
+      workdir: an existing folder.
+      steps_per_epoch: for the epoch of a record.
+      start_step: steps done when the run starts or resumes.
+    """
+
+    def __init__(self, workdir: str | Path, steps_per_epoch: float, start_step: int = 0):
+        self._steps_per_epoch = steps_per_epoch
+        path = Path(workdir) / LOG_NAME
+        if path.exists():
+            kept = [record for record in read_log(workdir) if record["step"] <= start_step]
+            draft = path.with_suffix(".tmp")
+            draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            draft.replace(path)
+        self._file = path.open("a", buffering=1)
+        self._events = SummaryWriter(str(Path(workdir) / "events"), purge_step=start_step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one record; values are numbers or arrays of one element, a NaN becomes null."""
+        numbers = {name: float(value) for name, value in values.items()}
+        record = {"step": step, "epoch": round(step / self._steps_per_epoch, 6)}
+        record |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        for name, x in numbers.items():
+            self._events.add_scalar(name, x, step)
+
+    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Shows uint8 pictures [H, W, 3] in TensorBoard."""
+        for name, picture in pictures.items():
+            self._events.add_image(name, picture, step, dataformats="HWC")
+        self._events.flush()
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        self._file.close()
+        self._events.close()
+
+
+class Progress:
+    """A line that says how far a run is and when it will be done.
+
+    On a terminal the line is rewritten; elsewhere a new one is printed every `seconds`.
+    """
+
+    def __init__(self, total_steps: int, *, seconds: float = 30.0, stream: TextIO | None = None):
+        self._total = total_steps
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._interval = 0.2 if self._terminal else seconds
+        self._shown = -math.inf
+        # The first step is not among them: it compiles and says nothing about the rest.
+        self._times: deque[tuple[int, float]] = deque(maxlen=200)
+
+    def update(self, step: int, values: Mapping[str, Any] | None = None) -> None:
+        """Takes note of a step that is done, and shows the line if it is time to.
+
+        Args:
+          step: steps done in all.
+          values: named numbers, shown in their order; read only when they are shown.
+        """
+        now = time.monotonic()
+        self._times.append((step, now))
+        if now - self._shown < self._interval and step < self._total:
+            return
+        self._shown = now
+        parts = [f"step {step}/{self._total} ({100 * step / self._total:.0f} %)"]
+        parts += [f"{name} {float(value):.4g}" for name, value in (values or {}).items()]
+        first_step, first_time = self._times[0]
+        if step > first_step:
+            seconds = (now - first_time) / (step - first_step)
+            parts.append(f"{format_duration(seconds * (self._total - step))} left")
+        self._write(", ".join(parts))
+
+    def print(self, text: str) -> None:
+        """Prints lines of text without tearing the progress line."""
+        self._stream.write(("\r\x1b[K" if self._terminal else "") + text + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Leaves the last line standing."""
+        if self._terminal:
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def _write(self, line: str) -> None:
+        if self._terminal:
+            # Never wider than the terminal: a line that wraps cannot be rewritten.
+            self._stream.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def format_duration(seconds: float) -> str:
+    """`3:07` (minutes), `2:03:07` (hours), `1 d 2:03:07`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if not hours:
+        return f"{minute}:{second:02d}"
+    return (f"{days} d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"
+
+
+def plot_curves(workdir: str | Path) -> Path:
+    """Draws every logged value over the steps, a panel for each prefix, into `curve.png`.
+
+    Raises:
+      ConfigError: there is nothing to draw.
+    """
+    panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+    for record in read_log(workdir):
+        for name in record.keys() - {"step", "epoch"}:
+            if record[name] is not None:
+                panel = panels.setdefault(name.split("/")[0], {})
+                steps, values = panel.setdefault(name, ([], []))
+                steps.append(record["step"])
+                values.append(record[name])
+    if not panels:
+        raise UserError(f"{Path(workdir) / LOG_NAME} has no values yet")
+
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(6 * columns, 4 * rows), layout="constrained")
+    for place, (prefix, lines) in enumerate(sorted(panels.items()), 1):
+        axes = figure.add_subplot(rows, columns, place, title=prefix, xlabel="step")
+        for name, (steps, values) in sorted(lines.items()):
+            marker = "." if len(steps) < 30 else ""
+            axes.plot(steps, values, marker=marker, linewidth=1, label=name)
+        if prefix in ("loss", "lr") and all(min(values) > 0 for _, values in lines.values()):
+            axes.set_yscale("log")
+        if len(lines) > 1:
+            axes.legend(fontsize="xx-small", ncols=1 + len(lines) // 10)
+        axes.grid(alpha=0.3)
+    path = Path(workdir) / CURVE_NAME
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def main(command: CommandLine) -> None:
+    """Draws the curves of the workdirs on the command line."""
+    if not command.paths:
+        raise UserError("accepted: python -m knet_jax.logs WORKDIR ...")
+    for workdir in command.paths:
+        print(plot_curves(workdir))
+
+
+if __name__ == "__main__":
+    run(main, takes_paths=True)
