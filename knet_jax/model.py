@@ -26,6 +26,7 @@ from knet_jax.nn.necks import ASPP, FCN, PSP, AuxiliaryHead, SemanticFPN, UPer
 from knet_jax.nn.resnet import ResNet
 from knet_jax.nn.swin import Swin
 from knet_jax.structs import Sizes
+from knet_jax.system.errors import UserError
 
 UPDATE_CHANNELS = 256
 """Of the adaptive update. Kernels of a multiple of it are updated in parts, as the published networks
@@ -47,7 +48,7 @@ def find_part(
     arguments = dict(part)
     name = arguments.pop("name", next(iter(table)))
     if name not in table:
-        raise ValueError(f"config.model.{kind}.name is {name!r}; accepted: {', '.join(table)}")
+        raise UserError(f"config.model.{kind}.name is {name!r}; accepted: {', '.join(table)}")
     return table[name], arguments
 
 

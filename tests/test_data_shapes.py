@@ -3,18 +3,16 @@ import numpy as np
 import pytest
 from pycocotools import mask as run_lengths
 
-from knet_jax.segmentation import published_classes
 from knet_jax.data.sources import shapes
-from knet_jax.segmentation import image_files
+from knet_jax.segmentation import image_files, published_classes
 
 SIDES = (96, 128)
 
 
-@pytest.fixture(scope="module")
-
 CATEGORIES = published_classes.find("shapes", "panoptic")
 
 
+@pytest.fixture(scope="module")
 def drawn():
     return [shapes.draw("train", i, SIDES) for i in range(150)]
 

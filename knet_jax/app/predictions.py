@@ -65,7 +65,7 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
       output: the folder of the predictions; those that it has are left out where a folder is named.
 
     Raises:
-      ConfigError: there is no such file, nothing in a folder, or what predictions would overwrite.
+      UserError: there is no such file, nothing in a folder, or what predictions would overwrite.
     """
     found: dict[Path, str] = {}
     for given in map(Path, paths):
@@ -151,7 +151,7 @@ def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], in
       ids by `Source.name`, of the pictures that it lists, and how many it lists in all.
 
     Raises:
-      ConfigError: there is no such file, it lists none of them, or gives two the same id.
+      UserError: there is no such file, it lists none of them, or gives two the same id.
     """
     try:
         listed: dict[str, int] = {}
@@ -159,9 +159,9 @@ def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], in
             coco_files.check_file_name(image)
             name, id = image["file_name"], image["id"]
             if type(id) is not int or id.bit_length() > 63:
-                raise ValueError(f"the id of {name} is {id!r}")
+                raise UserError(f"the id of {name} is {id!r}")
             if listed.setdefault(name, id) != id:
-                raise ValueError(f"{name} has two ids")
+                raise UserError(f"{name} has two ids")
     except OSError as error:
         raise UserError(f"--image_info={file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

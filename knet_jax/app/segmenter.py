@@ -31,6 +31,7 @@ from knet_jax.segmentation import image_files
 from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import MIN_SCORE
 from knet_jax.system.compilation_cache import keep_programs
+from knet_jax.system.errors import UserError
 from knet_jax.tasks import TASKS
 
 Image = np.ndarray | str | os.PathLike
@@ -53,7 +54,7 @@ class Segmenter:
 
     def __init__(self, run: Model, batch_size: int | None = None):
         if batch_size is not None and not (_is_number(batch_size, Integral) and batch_size >= 1):
-            raise ValueError(
+            raise UserError(
                 f"batch_size is {batch_size!r}; accepted: a whole number of at least 1, or None"
             )
         config = run.config
@@ -126,7 +127,7 @@ class Segmenter:
         """
         for name, value in {"threshold": threshold, "overlap": overlap}.items():
             if value is not None and not (_is_number(value, Real) and 0 <= value <= 1):
-                raise ValueError(f"{name} is {value!r}; accepted: a number from 0 to 1, or None")
+                raise UserError(f"{name} is {value!r}; accepted: a number from 0 to 1, or None")
         given = {"instance_threshold": threshold, "overlap_threshold": overlap}
         thresholds = self.thresholds | {k: float(v) for k, v in given.items() if v is not None}
         return self._stream(iter(images), thresholds)
@@ -203,7 +204,7 @@ def as_image(image: Image) -> np.ndarray:
         return image_files.read_image(image)
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise ValueError(
+        raise UserError(
             f"a picture is {array.dtype} {list(array.shape)}; accepted: uint8 [H, W, 3] in RGB, "
             "or the path of a file"
         )

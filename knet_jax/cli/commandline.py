@@ -7,8 +7,6 @@ import math
 import re
 import runpy
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -59,8 +57,7 @@ def run(
     """Parses the absl flags, runs `main`, and exits with a status.
 
     Mistakes of the user end in one line on stderr and status 2, an unusable disk in status 1,
-    Ctrl-C in 130 and SIGTERM in 143. Other exceptions are bugs and keep their traceback; so does
-    a ValueError that a library raised.
+    Ctrl-C in 130 and SIGTERM in 143. Other exceptions are bugs and keep their traceback.
     """
     argv = list(sys.argv if argv is None else argv)
     program = Path(argv[0]).name
@@ -92,25 +89,13 @@ def run(
             raise
         where = "" if error.filename is None else f": {error.filename}"
         _exit(program, f"{error.strerror}{where}", 1)
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
+    except UserError as error:
         _exit(program, one_line(error), 2)
 
 
 def _exit(program: str, message: str, status: int) -> None:
     print(f"{program}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether a `raise` of this project, which speaks to users, made an error, and not a library."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    path, package = Path(frame.filename), Path(__file__).parent
-    library = any(path.is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "platlib"))
-    # A library in C has no frame of its own.
-    raised = (frame.line or "").startswith("raise ")
-    return raised and (path.is_relative_to(package) or not library)
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -133,7 +118,7 @@ def usage() -> str:
     """The text of `--help`: the script, its flags, and the configs or the keys of the one given.
 
     Raises:
-      ConfigError: there is no config as the command line names.
+      UserError: there is no config as the command line names.
     """
     script = sys.modules["__main__"]
     parts = [(script.__doc__ or "").strip()]

@@ -26,7 +26,7 @@ from knet_jax.system.errors import UserError
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket of this address. Raises ConfigError where that cannot be had."""
+    """A socket of this address. Raises UserError where that cannot be had."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

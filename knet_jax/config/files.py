@@ -58,7 +58,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads a config file, applies its variants from left to right, then the overrides.
 
     Raises:
-      ConfigError: no such file, variant or key, or a value of another type than the key's.
+      UserError: no such file, variant or key, or a value of another type than the key's.
     """
     path, names = parse_spec(spec)
     if not path.is_file():
@@ -96,7 +96,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """Sets keys of a config from `--config.x.y=value` arguments, in place.
 
     Raises:
-      ConfigError: no such key, or a value of another type.
+      UserError: no such key, or a value of another type.
     """
     known = flatten_dict(config.to_dict(), sep=".")
     for argument in overrides:
@@ -137,7 +137,7 @@ def load_saved_config(workdir: str | Path, overrides: Sequence[str] = ()) -> Con
     """The config that a run was started with, and overrides.
 
     Raises:
-      ConfigError: no run in the workdir, a file that is no JSON, or overrides that do not fit.
+      UserError: no run in the workdir, a file that is no JSON, or overrides that do not fit.
     """
     path = Path(workdir) / SAVED_NAME
     if not path.is_file():
@@ -165,7 +165,7 @@ def check_resume(config: ConfigDict, workdir: str | Path) -> list[str]:
       One sentence for every difference that a resumed run can live with.
 
     Raises:
-      ConfigError: a difference that would make it another run, all of them named; or a folder in
+      UserError: a difference that would make it another run, all of them named; or a folder in
         which no run can go on, because there was none.
     """
     if (Path(workdir) / CONVERSION_NAME).exists():

@@ -78,7 +78,7 @@ def check(values: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "")
     """Compares values with rules, both by their paths below `config`.
 
     Raises:
-      ConfigError: a value is missing or breaks its rule.
+      UserError: a value is missing or breaks its rule.
     """
     for key, (test, accepted) in rules.items():
         if key not in values:
@@ -88,7 +88,7 @@ def check(values: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "")
 
 
 def check_names(path: str, given: Iterable[str], accepted: Iterable[str]) -> None:
-    """Raises ConfigError with the nearest accepted key where a section has one that is not."""
+    """Raises UserError with the nearest accepted key where a section has one that is not."""
     for name in given:
         if name not in accepted:
             raise UserError(f"there is no key config.{path}.{name}; {suggest(name, accepted)}")

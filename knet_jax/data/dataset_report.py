@@ -13,6 +13,7 @@ import tqdm
 from knet_jax.data import prepared_split
 from knet_jax.segmentation import drawing, rle
 from knet_jax.segmentation.segments import PanopticMap
+from knet_jax.system.errors import UserError
 
 CELL = 480
 """Longer side, in pixels, of a picture of the sheet."""
@@ -117,7 +118,7 @@ def sheet(split: prepared_split.Split, count: int = 12) -> np.ndarray:
         image, [painted] = drawing.at_side(CELL, image, painted)
         cells.append(drawing.draw(image, painted, split.categories))
     if not cells:
-        raise ValueError(f"config.data: split '{split.name}' has no sound picture to draw")
+        raise UserError(f"config.data: split '{split.name}' has no sound picture to draw")
     rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
     heights = [max(len(cell) for cell in row) + GAP for row in rows]
     width = min(COLUMNS, len(cells)) * (CELL + GAP)

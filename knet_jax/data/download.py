@@ -28,6 +28,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.util import DownloadError
 
+from knet_jax.system.errors import UserError
 from knet_jax.system.locks import lock
 
 COCO = "http://images.cocodataset.org"
@@ -72,7 +73,7 @@ def find(dataset: str, task: str) -> Sequence[Archive]:
     """The archives of a dataset. Raises ValueError where none can be fetched."""
     if (dataset, task) not in ARCHIVES:
         known = ", ".join(sorted({name for name, _ in ARCHIVES}))
-        raise ValueError(
+        raise UserError(
             f"config.data.dataset '{dataset}' cannot be downloaded for config.task '{task}'; "
             f"accepted: {known}"
         )
@@ -91,7 +92,7 @@ def fetch(archives: Sequence[Archive], root: str) -> None:
             fetched or is damaged.
     """
     if not root:
-        raise ValueError("config.data.root is empty, it must name the folder to download to")
+        raise UserError("config.data.root is empty, it must name the folder to download to")
     target = Path(os.path.expanduser(root))
     folder = target / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +198,7 @@ def _download(manager: tfds.download.DownloadManager, archive: Archive) -> Path:
         path = Path(manager.download(archive.url))
     except (DownloadError, NonMatchingChecksumError, requests.RequestException) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"{archive.url} cannot be downloaded: {reason}; the same command goes on"
         ) from error
     if archive.sha1:
@@ -205,7 +206,7 @@ def _download(manager: tfds.download.DownloadManager, archive: Archive) -> Path:
             found = hashlib.file_digest(file, "sha1").hexdigest()
         if found != archive.sha1:
             _forget(path)
-            raise ValueError(
+            raise UserError(
                 f"{archive.url} has SHA-1 {found}, expected {archive.sha1}; it has been removed"
             )
     return path
@@ -232,6 +233,6 @@ def unpack(path: Path, folder: Path, title: str) -> None:
                 archive.extract(member, folder)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         _forget(path)
-        raise ValueError(
+        raise UserError(
             f"{title}: {path} is no whole zip file and has been removed: {error}"
         ) from error

@@ -115,7 +115,7 @@ def order_classes(named: Categories, things: Sequence[str]) -> tuple[dict[int, i
       things: names of those whose things are told apart.
 
     Raises:
-      ConfigError: a thing is no class, or is named twice.
+      UserError: a thing is no class, or is named twice.
     """
     for name in things:
         if name not in named.names or things.count(name) > 1:
@@ -150,7 +150,7 @@ def read_maps(
     examine.matching_size(pair.path, classes.shape, "map of classes")
     strange = set(np.unique(classes).tolist()) - set(indices) - {void}
     if strange:
-        raise ValueError(
+        raise UserError(
             f"{pair.png} holds {sorted(strange)[:10]}, which --names has no line for "
             f"and which is not --void={void}"
         )
@@ -159,7 +159,7 @@ def read_maps(
         path = instance_maps / Path(pair.name).with_suffix(".png")
         instances = read_map(path)
         if instances.shape != classes.shape:
-            raise ValueError(f"{path} is {instances.shape}, the map of classes {classes.shape}")
+            raise UserError(f"{path} is {instances.shape}, the map of classes {classes.shape}")
     ids, segments = np.zeros(classes.shape, np.int32), []
     for index in sorted(set(np.unique(classes).tolist()) - {void}):
         label, mask = indices[index], classes == index
@@ -172,7 +172,7 @@ def read_maps(
 def read_map(path: Path) -> np.ndarray:
     """int [H, W]. Raises ValueError where there is no such map."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     return index_maps.read_indices(path.read_bytes(), str(path))
 
 

@@ -32,6 +32,7 @@ from absl import flags
 from knet_jax.data import batches, prepared_split, recipes, records, sampler
 from knet_jax.data.sources import by_name
 from knet_jax.structs import EMPTY, Batch
+from knet_jax.system.errors import UserError
 from knet_jax.system.library_logs import silenced
 
 LEAST_SEEN = 500
@@ -81,7 +82,7 @@ def prepare(config_data, split: str, task: str) -> Path:
         if directory.exists():
             # Another process has prepared the same split meanwhile.
             return directory
-        raise ValueError(
+        raise UserError(
             f"config.data.data_dir: split '{name}' cannot be written to '{data_dir}': {error}"
         ) from error
     print(f"{name}: prepared in {directory}", flush=True)
@@ -130,12 +131,12 @@ def train_batches(
     recipe = split.kind.recipe(config_data)
     rows = _process_rows(batch_size, process_index, process_count)
     if start % batch_size:
-        raise ValueError(
+        raise UserError(
             f"{start} examples have been seen, which config.train.batch_size {batch_size} does not "
             "divide: only such a batch size can go on from here"
         )
     if seed < 0:
-        raise ValueError(f"config.seed {seed} must not be negative")
+        raise UserError(f"config.seed {seed} must not be negative")
     crowded = int(np.sum(split.num_things > recipe.max_things))
     if crowded:
         log.warning(
@@ -221,7 +222,7 @@ def _own(leaf: Any) -> Any:
 
 def _process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise UserError(
             f"config.train.batch_size {batch_size} must be a multiple of the "
             f"{process_count} processes"
         )
@@ -260,7 +261,7 @@ def _results(
                     named.add(failure.file_name)
                     log.warning("broken picture %s: %s", failure.file_name, failure.reason)
             if broken > recipe.max_broken_share * max(seen, LEAST_SEEN):
-                raise ValueError(
+                raise UserError(
                     f"{broken} of {seen} pictures are broken, more than "
                     f"config.data.max_broken_share = {recipe.max_broken_share} allows: "
                     + ", ".join(sorted(named)[:10])
@@ -307,7 +308,7 @@ def _check_shared_memory(recipe: Any, num_bytes: int) -> None:
     needed = held * num_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"config.data.num_workers {recipe.num_workers} need {needed >> 20} MiB in {folder}, "
             f"which has {free >> 20} MiB free: enlarge it (docker run --shm-size), or set 0 workers"
         )

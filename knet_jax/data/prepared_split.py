@@ -13,6 +13,7 @@ from knet_jax.data import records
 from knet_jax.data.annotations import by_task
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 
 SPEC = re.compile(r"(\w+)(\[[^\[\]]+\])?")
 
@@ -25,7 +26,7 @@ def split_name(spec: str) -> str:
     """
     match = SPEC.fullmatch(spec)
     if not match:
-        raise ValueError(
+        raise UserError(
             f"config.data: split '{spec}' must be a name or a slice of one, such as 'train[:8]'"
         )
     return match[1]
@@ -51,7 +52,7 @@ class Split:
             builder = tfds.builder_from_directory(directory)
         except Exception as error:
             # TFDS raises whatever its files lead it to.
-            raise ValueError(
+            raise UserError(
                 f"the prepared split in {directory} is damaged; remove it to prepare anew"
             ) from error
         metadata = builder.info.metadata
@@ -65,10 +66,10 @@ class Split:
             self._source = builder.as_data_source(spec, decoders=decoders)
             files = builder.info.splits[split_name(spec)].filepaths
         except (ValueError, AssertionError) as error:
-            raise ValueError(f"config.data: split '{spec}' cannot be read: {error}") from error
+            raise UserError(f"config.data: split '{spec}' cannot be read: {error}") from error
         missing = [str(file) for file in files if not Path(file).is_file()]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"config.data.data_dir: {missing[0]} is missing, remove {directory} to prepare anew"
             )
         self.name = split_name(spec)
@@ -80,7 +81,7 @@ class Split:
         self.description = records.describe(metadata)
         """What was found when the split was prepared, of all of it, as a text."""
         if not len(self):
-            raise ValueError(f"config.data: split '{spec}' holds no picture")
+            raise UserError(f"config.data: split '{spec}' holds no picture")
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -26,6 +26,7 @@ from knet_jax.config.rules import (
 )
 from knet_jax.data import photometric, sampler, transforms
 from knet_jax.data.transforms import View
+from knet_jax.system.errors import UserError
 
 STRIDE = 32
 """Sides of a canvas are multiples of the greatest stride of a backbone."""
@@ -100,7 +101,7 @@ class WholePicture(NamedTuple):
         """
         shown = num_things >= self.min_things
         if not shown.any():
-            raise ValueError(
+            raise UserError(
                 f"config.data.min_things {self.min_things}: no picture of the training split "
                 f"shows so many things, the most are {num_things.max()}"
             )
@@ -140,7 +141,7 @@ def whole_picture(config_data) -> WholePicture:
     """
     recipe = _read(WholePicture, config_data, SHARED_RULES | WHOLE_PICTURE_RULES)
     if recipe.short_side[1] > recipe.canvas[0] or recipe.long_side > recipe.canvas[1]:
-        raise ValueError(
+        raise UserError(
             f"config.data.short_side {recipe.short_side} and long_side {recipe.long_side} "
             f"do not fit into config.data.canvas {recipe.canvas}"
         )

@@ -215,7 +215,7 @@ FORMATS = {
 
 
 def check_packages(name: str) -> None:
-    """Raises ConfigError where a format needs packages that are not installed."""
+    """Raises UserError where a format needs packages that are not installed."""
     import importlib.util
 
     packages = FORMATS[name].packages.split()
@@ -338,7 +338,7 @@ def export(
             bar.update()
             share = agreement(expected(run, image), {k: v[-1] for k, v in results.items()})
         if share < LEAST_AGREEMENT:
-            raise ValueError(
+            raise UserError(
                 f"{path} is not written: its segments of a picture overlap those of the model by "
                 f"{share:.1%}; accepted: at least {LEAST_AGREEMENT:.0%}"
             )
@@ -349,7 +349,7 @@ def export(
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`480,640` -> (480, 640). Raises ConfigError where a text is something else."""
+    """`480,640` -> (480, 640). Raises UserError where a text is something else."""
     sides = text.split(",")
     if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise UserError(f"--size={text}; accepted: height and width, such as 480,640")

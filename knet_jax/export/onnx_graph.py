@@ -17,6 +17,8 @@ import onnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from onnx import helper
 
+from knet_jax.system.errors import UserError
+
 FOLD = 1 << 16
 """Constants of at most so many elements are computed here rather than by the model."""
 
@@ -214,7 +216,7 @@ class Graph:
         if name != "dim_as_value" and (folded := _fold(eqn, inputs)):
             return folded
         if name not in self._operators:
-            raise ValueError(f"there is no ONNX operator for the primitive {name!r} of jax")
+            raise UserError(f"there is no ONNX operator for the primitive {name!r} of jax")
         return self._operators[name](self, eqn, inputs)
 
 

@@ -12,6 +12,7 @@ from jax.extend.core import JaxprEqn
 from onnx import helper
 
 from knet_jax.export.onnx_graph import INTEGER, Graph, Operator, Tensor, onnx_type
+from knet_jax.system.errors import UserError
 
 # Element by element: axes of length 1 stretch by themselves.
 
@@ -58,14 +59,14 @@ def _cast(g: Graph, x: str, dtype: Any) -> str:
 
 def _round(g: Graph, eqn: JaxprEqn, x: str) -> str:
     if eqn.params["rounding_method"] != jax.lax.RoundingMethod.TO_NEAREST_EVEN:
-        raise ValueError("ONNX rounds halves to even numbers only")
+        raise UserError("ONNX rounds halves to even numbers only")
     return g.op("Round", x)
 
 
 def _select(g: Graph, eqn: JaxprEqn, which: str, *cases: str) -> str:
     dtype = eqn.outvars[0].aval.dtype
     if len(cases) != 2 or eqn.invars[0].aval.dtype != bool:
-        raise ValueError("ONNX selects between two cases only")
+        raise UserError("ONNX selects between two cases only")
     if dtype != bool:
         return g.op("Where", which, cases[1], cases[0])
     cases = [_cast(g, case, np.uint8) for case in cases]  # runtimes have no kernel for bool
@@ -79,7 +80,7 @@ def _elementwise(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     rule = ELEMENTWISE[eqn.primitive.name]
     if isinstance(rule, str):
         if rule in ("And", "Or") and eqn.invars[0].aval.dtype != bool:
-            raise ValueError(f"there is no ONNX operator for {eqn.primitive.name!r} of numbers")
+            raise UserError(f"there is no ONNX operator for {eqn.primitive.name!r} of numbers")
         name = g.op(rule, *map(g.read, inputs))
     else:
         name = rule(g, eqn, *map(g.read, inputs))
@@ -118,7 +119,7 @@ def _conv(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     params = eqn.params
     layout = params["dimension_numbers"]
     if {*params["lhs_dilation"], params["feature_group_count"]} != {1}:
-        raise ValueError("a convolution of groups, or with dilated inputs, has no translation")
+        raise UserError("a convolution of groups, or with dilated inputs, has no translation")
     x, kernel = (g.fill(t, v.aval.shape) for t, v in zip(inputs, eqn.invars))
     if kernel.array is not None:  # turned here: to runtimes it is a constant then
         oihw = kernel.array.transpose(layout.rhs_spec)
@@ -171,7 +172,7 @@ def _gather(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     )
     modes = jax.lax.GatherScatterMode
     if not plain or params["mode"] not in (modes.CLIP, modes.PROMISE_IN_BOUNDS):
-        raise ValueError(f"a gather of {numbers} and {params['mode']} has no translation")
+        raise UserError(f"a gather of {numbers} and {params['mode']} has no translation")
     places = _cast(g, g.read(indices), np.int64)  # the last axis, of length 1, has the coordinates
     if params["mode"] == modes.CLIP:
         limit = g.op("Sub", g.dim(shape[axes[0]]), g.constant(np.int64([1])))
@@ -218,7 +219,7 @@ def _stack(g: Graph, eqn: JaxprEqn, *parts: str) -> str:
 def _pad(g: Graph, eqn: JaxprEqn, x: str, value: str) -> str:
     low, high, inner = zip(*eqn.params["padding_config"])
     if any(inner) or any(isinstance(n, INTEGER) and n < 0 for n in low + high):
-        raise ValueError("ONNX pads at the ends only")
+        raise UserError("ONNX pads at the ends only")
     return g.op("Pad", x, g.shape(low + high), value)
 
 
@@ -268,7 +269,7 @@ def _max_pool(g: Graph, eqn: JaxprEqn, x: str) -> str:
         params[key] for key in ("window_dimensions", "window_strides", "padding")
     )
     if dilations != {1} or len(window) != 4 or {window[0], window[3]} != {1}:
-        raise ValueError("a pooling that is not of rows and columns has no translation")
+        raise UserError("a pooling that is not of rows and columns has no translation")
     low, high = zip(*padding[1:3])
     x = g.op("Transpose", x, perm=(0, 3, 1, 2))
     y = g.op("MaxPool", x, kernel_shape=window[1:3], strides=strides[1:3], pads=low + high)
@@ -283,7 +284,7 @@ def _top_k(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
 def _sort(g: Graph, eqn: JaxprEqn, keys: str, *others: str) -> list[str]:
     axis, size = eqn.params["dimension"], eqn.invars[0].aval.shape[eqn.params["dimension"]]
     if eqn.params["num_keys"] != 1:
-        raise ValueError("ONNX sorts by one key only")
+        raise UserError("ONNX sorts by one key only")
     keys, places = _ranked(g, keys, size, axis, np.int64, largest=0)
     return [keys, *(g.op("GatherElements", x, places, axis=axis) for x in others)]
 
@@ -303,7 +304,7 @@ def _scan(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
     num_carry = sum(v.aval.ndim == a.ndim for v, a in zip(eqn.outvars, body.out_avals))
     num_consts = len(inputs) - num_carry - num_xs
     if eqn.params["reverse"] or not num_xs:
-        raise ValueError("a loop backwards, or over nothing, has no translation")
+        raise UserError("a loop backwards, or over nothing, has no translation")
     consts = [Tensor(name) for name in inputs[:num_consts]]
     looped = [Tensor(g.new_name("step")) for _ in inputs[num_consts:]]
     graph = g.body("step", body, [*consts, *looped], list(zip(looped, body.in_avals[num_consts:])))
@@ -316,7 +317,7 @@ def _scan(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
 def _cond(g: Graph, eqn: JaxprEqn, which: str, *inputs: str) -> list[str]:
     branches = eqn.params["branches"]
     if len(branches) != 2:
-        raise ValueError("ONNX has branches of two cases only")
+        raise UserError("ONNX has branches of two cases only")
     arguments = [Tensor(name) for name in inputs]
     no, yes = (g.body("branch", branch, arguments, []) for branch in branches)
     names = [g.new_name("if") for _ in eqn.outvars]

@@ -22,6 +22,7 @@ from pycocotools import mask as coco_mask
 
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Categories, Instance
+from knet_jax.system.errors import UserError
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """At which IoU an instance counts as found."""
@@ -213,21 +214,21 @@ def _check(truth: Sequence[Instance], prediction: Sequence[Instance], num_classe
     for name, given in (("true", truth), ("predicted", prediction)):
         for i, instance in enumerate(given):
             if not 0 <= instance.label < num_classes:
-                raise ValueError(
+                raise UserError(
                     f"{name} instance {i} has label {instance.label}, not one of 0 … {num_classes - 1}"
                 )
             if not np.isfinite(instance.score):
-                raise ValueError(f"{name} instance {i} has score {instance.score}")
+                raise UserError(f"{name} instance {i} has score {instance.score}")
             mask = instance.rle
             if not rle.is_compressed(mask):
-                raise ValueError(
+                raise UserError(
                     f"{name} instance {i} has mask {str(mask)[:60]}; accepted: "
                     "{'size': [height, width], 'counts': bytes}"
                 )
             size = size or tuple(mask["size"])
             if tuple(mask["size"]) != size:
                 sizes = (" x ".join(map(str, each)) for each in (mask["size"], size))
-                raise ValueError("{} instance {} has {} pixels, others {}".format(name, i, *sizes))
+                raise UserError("{} instance {} has {} pixels, others {}".format(name, i, *sizes))
 
 
 def _is_outside(areas: np.ndarray) -> np.ndarray:

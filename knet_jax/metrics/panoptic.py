@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from knet_jax.segmentation.segments import Categories, PanopticMap, segment_index
+from knet_jax.system.errors import UserError
 
 HEADLINE = ("PQ", "PQ_things", "PQ_stuff")
 """The numbers that say the most; the first one decides which step of a run is the best."""
@@ -55,7 +56,7 @@ def count(
     del image_id
     if truth.ids.shape != prediction.ids.shape:
         sizes = (" x ".join(map(str, panoptic.ids.shape)) for panoptic in (prediction, truth))
-        raise ValueError("the prediction has {} pixels and the truth {}".format(*sizes))
+        raise UserError("the prediction has {} pixels and the truth {}".format(*sizes))
     true_labels, labels = _labels(truth, num_classes), _labels(prediction, num_classes)
     crowd = np.array([segment.iscrowd for segment in truth.segments], bool)[:, None]
     same_label = true_labels[:, None] == labels
@@ -64,7 +65,7 @@ def count(
     true_areas, areas = overlap[1:].sum(1, keepdims=True), overlap[:, 1:].sum(0)
     for segment, area in zip(prediction.segments, areas):
         if area == 0:
-            raise ValueError(f"predicted segment {segment.id} has no pixel")
+            raise UserError(f"predicted segment {segment.id} has no pixel")
     on_void, overlap = overlap[0, 1:], overlap[1:, 1:]
 
     # A true segment without pixels and a prediction on void alone have an empty union.
@@ -133,7 +134,7 @@ def _labels(panoptic: PanopticMap, num_classes: int) -> np.ndarray:
     """int64 [num_segments]."""
     for segment in panoptic.segments:
         if not 0 <= segment.label < num_classes:
-            raise ValueError(
+            raise UserError(
                 f"segment {segment.id} has label {segment.label}, not one of 0 … {num_classes - 1}"
             )
     return np.array([segment.label for segment in panoptic.segments], np.int64)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 
 HEADLINE = ("mIoU", "mAcc", "aAcc")
 """The numbers that say the most; the first one decides which step of a run is the best."""
@@ -57,11 +58,11 @@ def count(
     del image_id
     if truth.shape != prediction.shape:
         sizes = (" x ".join(map(str, labels.shape)) for labels in (prediction, truth))
-        raise ValueError("the prediction has {} pixels and the truth {}".format(*sizes))
+        raise UserError("the prediction has {} pixels and the truth {}".format(*sizes))
     for name, labels in (("truth", truth), ("prediction", prediction)):
         if labels.size and (labels.max() > num_classes or labels.min() < 0):
             wrong = labels.max() if labels.max() > num_classes else labels.min()
-            raise ValueError(f"the {name} has label {wrong}, not one of 0 … {num_classes}")
+            raise UserError(f"the {name} has label {wrong}, not one of 0 … {num_classes}")
     side = num_classes + 1
     pairs = truth.astype(np.int64) * side + prediction
     pixels = np.bincount(pairs.ravel(), minlength=side * side).reshape(side, side)[1:]

@@ -10,6 +10,7 @@ import jax
 
 from knet_jax.nn.deformable import DeformConv
 from knet_jax.nn.layers import conv, he_init, make_norm
+from knet_jax.system.errors import UserError
 
 EXPANSION = 4
 
@@ -119,12 +120,12 @@ class ResNet(nn.Module):
     def _check(self) -> None:
         where = "config.model.backbone"
         if self.output_stride not in OUTPUT_STRIDES:
-            raise ValueError(
+            raise UserError(
                 f"{where}.output_stride is {self.output_stride}; "
                 f"accepted: {', '.join(map(str, OUTPUT_STRIDES))}"
             )
         if not 0 <= self.num_deformable <= len(self.depths):
-            raise ValueError(
+            raise UserError(
                 f"{where}.num_deformable is {self.num_deformable}; "
                 f"accepted: 0 to {len(self.depths)}, the number of stages"
             )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from knet_jax.nn.layers import LayerNorm, wide
+from knet_jax.system.errors import UserError
 
 FFN_RATIO = 4
 """Hidden width of a block's feed-forward network over its channels."""
@@ -84,7 +85,7 @@ def resize_position_bias(table: np.ndarray, window: int) -> np.ndarray:
     """
     old, new = math.isqrt(len(table)), 2 * window - 1
     if old * old != len(table) or old % 2 == 0:
-        raise ValueError(f"a table of {len(table)} position biases belongs to no window")
+        raise UserError(f"a table of {len(table)} position biases belongs to no window")
     if old == new:
         return table
     matrix = _bicubic(old, new)
@@ -261,10 +262,10 @@ class Swin(nn.Module):
     def _check(self) -> None:
         where = f"config.model.backbone.num_heads is {self.num_heads}"
         if len(self.num_heads) != len(self.depths):
-            raise ValueError(f"{where}; accepted: one number for each of depths {self.depths}")
+            raise UserError(f"{where}; accepted: one number for each of depths {self.depths}")
         for i, num_heads in enumerate(self.num_heads):
             if self.channels * 2**i % num_heads:
-                raise ValueError(
+                raise UserError(
                     f"{where}; accepted: divisors of the channels of a level, but "
                     f"{num_heads} does not divide {self.channels * 2**i}"
                 )

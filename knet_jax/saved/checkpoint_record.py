@@ -17,10 +17,12 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from knet_jax.system.errors import UserError
+
 DIGEST_SIZE = 16
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, read, or put into this network."""
 
 

@@ -28,7 +28,7 @@ def find_categories(
       file: a JSON in COCO's form, or a text with one name a line, things first.
 
     Raises:
-      ConfigError: the file is something else, or lists another number of classes.
+      UserError: the file is something else, or lists another number of classes.
     """
     num_things = config.model.num_things
     num_classes = num_things + config.model.num_stuff
@@ -59,7 +59,7 @@ def read_given_categories(file: Path, task: str, num_things: int, num_classes: i
     """Classes from a JSON in COCO's form, or from a text, which has so many names.
 
     Raises:
-      ConfigError: there is no such file, or it is neither.
+      UserError: there is no such file, or it is neither.
     """
     if not file.is_file():
         raise UserError(f"--categories={file}: there is no such file")

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from knet_jax.model import init_variables, make_model
 from knet_jax.saved.parameter_names import CLASSES, Fit, Variables, fit
 from knet_jax.saved.weight_files import NETWORK, NEW, WeightFile
+from knet_jax.system.errors import UserError
 
 
 def fit_network(
@@ -40,16 +41,16 @@ def fit_network(
         tensors = {name: x for name, x in tensors.items() if not CLASSES.fullmatch(name)}
     found = fit(tensors, template)
     if not found.used:
-        raise ValueError("nothing of it belongs to this network; is it that of the config?")
+        raise UserError("nothing of it belongs to this network; is it that of the config?")
     infinite = [key for key, array in found.arrays.items() if not np.isfinite(array).all()]
     if infinite:
-        raise ValueError(f"its numbers for {infinite[0]} are not all finite")
+        raise UserError(f"its numbers for {infinite[0]} are not all finite")
     if partial:
         return found
 
     for name, (given, needed) in found.misfits.items():
         if CLASSES.fullmatch(name) and given[1:] == needed[1:]:
-            raise ValueError(
+            raise UserError(
                 f"it has {given[0]} classes, but config.model.num_things="
                 f"{config.model.num_things} and num_stuff={config.model.num_stuff}; give its own, "
                 "or keep what does not belong to them by python -m knet_jax.convert --new_classes"
@@ -74,9 +75,7 @@ def fit_network(
     try:
         strict.check(weights.original)
     except ValueError as error:
-        raise ValueError(
-            f"{error}; python -m knet_jax.convert --partial keeps what fits"
-        ) from error
+        raise UserError(f"{error}; python -m knet_jax.convert --partial keeps what fits") from error
     return found
 
 

@@ -107,7 +107,7 @@ def is_file(path: Path) -> bool:
 
 
 def check_arguments(path: Any, overrides: Any, dtype: Any, config: Any) -> None:
-    """Raises ConfigError where what names a model is not of its type."""
+    """Raises UserError where what names a model is not of its type."""
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path is {path!r}; accepted: the folder of a model, or a file of weights")
     if isinstance(overrides, str) or not all(isinstance(item, str) for item in overrides):
@@ -196,7 +196,7 @@ def _open_file(
     with naming_file(path):
         found = fit_network(weights, template, config)
         if any(not name.startswith("auxiliary_head.") for name in found.missing):
-            raise ValueError(
+            raise UserError(
                 "it holds a backbone only; python -m knet_jax.convert makes a model of it, whose "
                 "rest starts anew"
             )
@@ -215,7 +215,7 @@ def headlines(config: ConfigDict) -> tuple[str, ...]:
 
 
 def choose_step(checkpoints: Checkpoints, name: str) -> int:
-    """The step that a name stands for. Raises ConfigError where there is none."""
+    """The step that a name stands for. Raises UserError where there is none."""
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"no checkpoints in {checkpoints.directory}")
@@ -250,7 +250,7 @@ def load_start(path: str | Path, variables: Variables) -> tuple[Variables, str]:
             tuple(tree[key].shape) if key in tree else None for tree in (found, needed)
         )
         if given != wanted:
-            raise ValueError(
+            raise UserError(
                 f"config.init_weights: {path}: {key} is {given or 'absent'} in it, "
                 f"{wanted or 'absent'} here; python -m knet_jax.convert makes a model of other "
                 "classes of it"

@@ -19,6 +19,7 @@ import numpy as np
 from flax import traverse_util
 
 from knet_jax.nn.swin import resize_position_bias
+from knet_jax.system.errors import UserError
 
 Variables = dict[str, Any]
 """Flax variables: {"params": …, "batch_stats": …}."""
@@ -169,7 +170,7 @@ def reference_name(path: str, places: Places) -> tuple[str, int | None]:
         if match:
             break
     else:
-        raise ValueError(f"the reference has no name for the parameter {path}")
+        raise UserError(f"the reference has no name for the parameter {path}")
     name = match.expand(theirs)
     name = re.sub(r"^stage(\d+)", lambda m: f"{places.stage}.{int(m[1]) - 1}", name)
     name = re.sub(r"^(initial|decoder)\b", lambda m: getattr(places, m[1]), name)
@@ -266,7 +267,7 @@ class Fit(NamedTuple):
                 + (", …" if len(self.left) > 5 else "")
             )
         if problems:
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
 
 
 def _more(problems: Sized) -> str:
@@ -293,7 +294,7 @@ def fit(state: Mapping[str, np.ndarray], template: Variables) -> Fit:
             continue
         tensor = np.asarray(state[name])
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ValueError(f"the tensor {name} holds {tensor.dtype}; accepted are floating-point")
+            raise UserError(f"the tensor {name} holds {tensor.dtype}; accepted are floating-point")
         needed = to_reference_layout(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
         if part is not None:
             needed = (len(PACKED) * needed[0], *needed[1:])

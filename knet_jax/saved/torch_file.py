@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax.numpy as jnp
 import numpy as np
 
-from knet_jax.system.errors import one_line
+from knet_jax.system.errors import UserError, one_line
 
 MAGIC = 0x1950A86A20F9469CFC6C
 """What files of before torch 1.6 begin with."""
@@ -95,7 +95,7 @@ def read(path: str | Path) -> Any:
     except Exception as error:
         # A broken pickle leads its reader to any error.
         reason = one_line(error)[:200] or type(error).__name__
-        raise ValueError(f"it is broken or no checkpoint of PyTorch: {reason}") from error
+        raise UserError(f"it is broken or no checkpoint of PyTorch: {reason}") from error
 
 
 class RefusedError(ValueError):

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from knet_jax.saved import torch_file
 from knet_jax.saved.parameter_names import DERIVED, Variables, fit, to_reference
 from knet_jax.segmentation.segments import Categories
-from knet_jax.system.errors import one_line, suggest
+from knet_jax.system.errors import UserError, one_line, suggest
 
 Tensors = dict[str, np.ndarray]
 
@@ -142,14 +142,14 @@ def read_weights(path: str | Path, entry: str = "") -> WeightFile:
     if not entries:
         top = content.entries[""]
         keys = ", ".join(str(key)[:40] for key in top) if isinstance(top, Mapping) else ""
-        raise ValueError(
+        raise UserError(
             f"it holds no tensors by name but {keys[:200] or f'a {type(top).__name__}'}"
         )
     chosen = entry or next(
         (name for name in ("", *ENTRIES) if name in entries), next(iter(entries))
     )
     if chosen not in entries:
-        raise ValueError(
+        raise UserError(
             f"it has no entry {entry!r} of tensors; {suggest(entry, filter(None, entries))}"
         )
     tensors, original, surplus = bring_to_reference(entries[chosen])
@@ -160,23 +160,23 @@ def read_weights(path: str | Path, entry: str = "") -> WeightFile:
 
 def _read(path: Path) -> Content:
     if path.suffix not in READERS:
-        raise ValueError(f"accepted are {', '.join(READERS)} files")
+        raise UserError(f"accepted are {', '.join(READERS)} files")
     if not path.is_file():
-        raise ValueError("there is no such file")
+        raise UserError("there is no such file")
     try:
         return READERS[path.suffix](path)
     except Exception as error:
         # Readers raise whatever a broken file leads them to.
-        raise ValueError(f"the file cannot be read: {one_line(error)[:300]}") from error
+        raise UserError(f"the file cannot be read: {one_line(error)[:300]}") from error
 
 
 def _read_npz(path: Path) -> Content:
     if not zipfile.is_zipfile(path):  # which numpy would offer to unpickle
-        raise ValueError("it is no npz")
+        raise UserError("it is no npz")
     with zipfile.ZipFile(path) as archive:
         size = sum(info.file_size for info in archive.infolist())
     if size > MAX_COMPRESSION * path.stat().st_size:  # and might fill the memory
-        raise ValueError("it is compressed further than weights can be")
+        raise UserError("it is compressed further than weights can be")
     return Content({"": dict(np.load(path, allow_pickle=False))})
 
 
@@ -323,7 +323,7 @@ def load_backbone(path: str | Path, variables: Variables) -> Variables:
         found.check(weights.original)
     except ValueError as error:
         message = str(error).replace("backbone.", "")  # an ImageNet model has no such prefix
-        raise ValueError(f"config.init_weights: {path}: {message}") from error
+        raise UserError(f"config.init_weights: {path}: {message}") from error
     loaded = traverse_util.unflatten_dict(found.arrays, sep="/")
     as_ours = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), loaded, template)
     return {kind: tree | as_ours.get(kind, {}) for kind, tree in variables.items()}

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 
 
 def check_class_counts(config: ConfigDict, categories: Categories) -> None:
@@ -23,7 +24,7 @@ def check_class_counts(config: ConfigDict, categories: Categories) -> None:
     for name, wanted in counts.items():
         have = config.model[name]
         if have != wanted:
-            raise ValueError(
+            raise UserError(
                 f"config.model.{name} is {have}, but the data lists {wanted}; "
                 f"use --config.model.{name}={wanted}"
             )
@@ -35,7 +36,7 @@ def check_trained_classes(saved: dict[str, Any], categories: Categories) -> None
     if old != new:
         pairs = enumerate(zip_longest(old, new, fillvalue="absent"))
         first, (was, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        raise ValueError(
+        raise UserError(
             f"config.data.root: class {first} of the data is {now!r}, "
             f"but the checkpoint was trained with {was!r} there"
         )
@@ -46,7 +47,7 @@ def check_same_classes(train: Categories, val: Categories) -> None:
     if train != val:
         pairs = itertools.zip_longest(zip(*train[:2]), zip(*val[:2]))
         first = next(((a, b) for a, b in pairs if a != b), (train.num_things, val.num_things))
-        raise ValueError(
+        raise UserError(
             "config.data.root: the annotations of config.data.train_split and "
             f"config.data.val_split list different categories, first {first[0]} and {first[1]}"
         )
@@ -60,7 +61,7 @@ def flag(entry: Mapping, key: str, default: int = 0) -> bool:
     """
     value = entry.get(key, default)
     if value not in (0, 1):
-        raise ValueError(f"{key} is {value!r}; accepted: 0 and 1")
+        raise UserError(f"{key} is {value!r}; accepted: 0 and 1")
     return bool(value)
 
 
@@ -73,11 +74,11 @@ def read_coco_categories(listed: Sequence[Mapping]) -> Categories:
         ValueError: an id occurs twice, or there is none.
     """
     if not listed:
-        raise ValueError("its list of categories is empty")
+        raise UserError("its list of categories is empty")
     ordered = sorted(listed, key=lambda category: not flag(category, "isthing", 1))
     ids = [int(category["id"]) for category in ordered]
     if len(set(ids)) != len(ids):
-        raise ValueError(f"category ids must differ from each other, got {ids}")
+        raise UserError(f"category ids must differ from each other, got {ids}")
     names = tuple(str(category["name"]) for category in ordered)
     num_things = sum(flag(category, "isthing", 1) for category in ordered)
     return Categories(names, tuple(ids), num_things)
@@ -105,7 +106,7 @@ def read_class_list(
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: {path} must be text in UTF-8") from error
+        raise UserError(f"{source}: {path} must be text in UTF-8") from error
     return stuff_categories(parse_class_list(text, f"{source}: {path}", ignore_index))
 
 
@@ -119,7 +120,7 @@ def parse_class_list(text: str, called: str, ignore_index: int | None = None) ->
     lines = [line.strip() for line in text.rstrip().splitlines()]
     names = {i: name for i, name in enumerate(lines) if i != ignore_index}
     if not names or not all(names.values()) or len(set(names.values())) != len(names):
-        raise ValueError(f"{called} must name a class on every line, each another one")
+        raise UserError(f"{called} must name a class on every line, each another one")
     return names
 
 

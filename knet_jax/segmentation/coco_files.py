@@ -28,6 +28,7 @@ from knet_jax.segmentation.segments import (
     PanopticMap,
     segment_index,
 )
+from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import JsonList, place_png, write_json, write_whole
 
 
@@ -52,14 +53,14 @@ class PanopticResults:
         """
         png, place = place_png(self.path.with_suffix(""), png or file_name)
         if png in self._annotations:
-            raise ValueError(f"{self.path}: {png} was added before")
+            raise UserError(f"{self.path}: {png} was added before")
         areas = np.bincount(segment_index(panoptic).ravel(), minlength=1 + len(panoptic.segments))
         infos = []
         for segment, area in zip(panoptic.segments, areas[1:].tolist()):
             if not 0 < segment.id < NUM_IDS:
-                raise ValueError(f"{png}: segment id {segment.id} is not one of 1 … {NUM_IDS - 1}")
+                raise UserError(f"{png}: segment id {segment.id} is not one of 1 … {NUM_IDS - 1}")
             if area == 0:
-                raise ValueError(f"{png}: segment {segment.id} has no pixel")
+                raise UserError(f"{png}: segment {segment.id} has no pixel")
             infos.append(
                 {
                     "id": int(segment.id),
@@ -117,13 +118,13 @@ class InstanceResults:
         """
         del png
         if image_id in self._names:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {file_name} has id {image_id}, as has {self._names[image_id]}"
             )
         num_classes = len(self._categories.names)
         for one in instances:
             if not 0 <= one.label < num_classes:
-                raise ValueError(
+                raise UserError(
                     f"{file_name}: label {one.label} is not one of 0 … {num_classes - 1}"
                 )
         self._names[image_id] = file_name

@@ -26,6 +26,7 @@ from knet_jax.segmentation.segments import (
     SegmentInfo,
     segment_index,
 )
+from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import write_whole
 
 CELL = 640
@@ -180,7 +181,7 @@ def as_panoptic(
 def _check_size(shape: tuple[int, ...], size: tuple[int, int]) -> None:
     if shape != size:
         sizes = (" x ".join(map(str, each)) for each in (shape, size))
-        raise ValueError("the segmentation has {} pixels and the picture {}".format(*sizes))
+        raise UserError("the segmentation has {} pixels and the picture {}".format(*sizes))
 
 
 def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:
@@ -233,7 +234,7 @@ def at_side(
         ValueError: the side is no positive number.
     """
     if not (isinstance(side, int | np.integer) and side > 0):
-        raise ValueError(f"side is {side!r}; accepted: a number of pixels, at least 1")
+        raise UserError(f"side is {side!r}; accepted: a number of pixels, at least 1")
     scale = side / max(image.shape[:2])
     height, width = (max(1, round(scale * length)) for length in image.shape[:2])
     smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
@@ -460,7 +461,7 @@ def save_picture(path: str | Path, picture: np.ndarray) -> None:
     suffix = path.suffix.lower()
     height, width = picture.shape[:2]
     if max(height, width) > (accepted := MAX_SIDES.get(suffix, math.inf)):
-        raise ValueError(
+        raise UserError(
             f"{path}: the picture has {height} x {width} pixels; a {suffix} file holds up to "
             f"{accepted} a side"
         )

@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from knet_jax.system.errors import UserError
+
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """How the names of pictures end."""
 
@@ -36,7 +38,7 @@ def decode_image(data: bytes) -> np.ndarray:
         try:
             Image.open(io.BytesIO(data)).load()
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError("the picture is truncated") from error
+            raise UserError("the picture is truncated") from error
     return _decode(data, cv2.IMREAD_COLOR_RGB)
 
 
@@ -45,9 +47,9 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         return decode_image(Path(path).read_bytes())
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
@@ -106,7 +108,7 @@ def load_label_map(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """
     label_map = _decode(data, cv2.IMREAD_UNCHANGED)
     if label_map.ndim != 2:
-        raise ValueError(f"has {label_map.shape[2]} channels where one is expected")
+        raise UserError(f"has {label_map.shape[2]} channels where one is expected")
     _check_size(label_map, size)
     return label_map
 
@@ -132,7 +134,7 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
     except cv2.error:
         image = None
     if image is None:
-        raise ValueError("cannot be decoded")
+        raise UserError("cannot be decoded")
     return image
 
 
@@ -144,6 +146,6 @@ def _may_be_truncated(data: bytes) -> bool:
 
 def _check_size(image: np.ndarray, size: tuple[int, int]) -> None:
     if image.shape[:2] != tuple(size):
-        raise ValueError(
+        raise UserError(
             f"is {image.shape[1]}x{image.shape[0]} where {size[1]}x{size[0]} is expected"
         )

@@ -16,6 +16,7 @@ from scipy import ndimage
 from knet_jax.segmentation import image_files, rle
 from knet_jax.segmentation.segments import Categories, Instance, PanopticMap
 from knet_jax.structs import EMPTY
+from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import write_whole
 
 Box = tuple[int, int, int, int]
@@ -126,7 +127,7 @@ class Result:
           ValueError: the threshold is no number from 0 to 1.
         """
         if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
-            raise ValueError(f"threshold is {threshold!r}; accepted: a number from 0 to 1")
+            raise UserError(f"threshold is {threshold!r}; accepted: a number from 0 to 1")
         if self.panoptic:
             kept = tuple(
                 s
@@ -175,7 +176,7 @@ class Result:
 
             save_picture(path, self.draw(readable_side(self.size)))
         else:
-            raise ValueError(
+            raise UserError(
                 f"{path} ends in {suffix!r}; accepted: .json, {', '.join(image_files.PICTURES)}"
             )
 

@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from knet_jax.system.errors import UserError
+
 FAR = 100
 """Coordinates of a polygon are at most so many times the longer side of the picture."""
 
@@ -67,7 +69,7 @@ def from_annotation(segmentation: Any, size: tuple[int, int]) -> tuple[dict, lis
     if isinstance(segmentation, Mapping):
         return _encode_runs(segmentation, size), []
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
-        raise ValueError(f"segmentation {str(segmentation)[:40]!r} is neither polygons nor RLE")
+        raise UserError(f"segmentation {str(segmentation)[:40]!r} is neither polygons nor RLE")
     good, problems = [], []
     for polygon in segmentation:
         try:
@@ -77,33 +79,33 @@ def from_annotation(segmentation: Any, size: tuple[int, int]) -> tuple[dict, lis
         else:
             good.append(list(map(float, polygon)))
     if not good:
-        raise ValueError(problems[0])
+        raise UserError(problems[0])
     return coco_mask.merge(coco_mask.frPyObjects(good, *size)), problems
 
 
 def _check_polygon(polygon: Any, size: tuple[int, int]) -> None:
     # Four numbers would be taken for a box, an odd one left over for nothing.
     if not isinstance(polygon, Sequence) or not all(map(is_number, polygon)):
-        raise ValueError("a polygon must be a list of numbers x0, y0, x1, y1, …")
+        raise UserError("a polygon must be a list of numbers x0, y0, x1, y1, …")
     if len(polygon) < 6 or len(polygon) % 2:
-        raise ValueError(f"a polygon has {len(polygon) / 2:g} points, it must have three or more")
+        raise UserError(f"a polygon has {len(polygon) / 2:g} points, it must have three or more")
     # The library walks along every edge, and holds each step of it.
     if max(map(abs, polygon)) > FAR * max(size):
-        raise ValueError(f"a polygon goes beyond {FAR} times the sides of the picture")
+        raise UserError(f"a polygon goes beyond {FAR} times the sides of the picture")
 
 
 def _encode_runs(rle: Mapping, size: tuple[int, int]) -> dict:
     height, width = size
     listed, counts = rle.get("size"), rle.get("counts")
     if not isinstance(listed, Sequence) or tuple(listed) != size:
-        raise ValueError(f"its RLE has size {listed}, the picture [{height}, {width}]")
+        raise UserError(f"its RLE has size {listed}, the picture [{height}, {width}]")
     if isinstance(counts, str):
         counts = counts.encode()
     # The library takes any bytes; only a mask whose runs fill the picture is one.
     runs = _runs(counts) if isinstance(counts, bytes) else counts
     are_runs = isinstance(runs, Sequence) and all(isinstance(r, int) and r >= 0 for r in runs)
     if not are_runs or sum(runs) != height * width:
-        raise ValueError(f"the runs of its RLE do not fill the {height * width} pixels")
+        raise UserError(f"the runs of its RLE do not fill the {height * width} pixels")
     return coco_mask.frPyObjects({"size": [height, width], "counts": list(runs)}, height, width)
 
 
@@ -118,7 +120,7 @@ def _runs(data: bytes) -> list[int]:
     for byte in data:
         bits = byte - 48
         if not 0 <= bits < 64:
-            raise ValueError(f"its RLE has a character {chr(byte)!r}")
+            raise UserError(f"its RLE has a character {chr(byte)!r}")
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:
@@ -128,7 +130,7 @@ def _runs(data: bytes) -> list[int]:
         runs.append(value + runs[-2] if len(runs) > 2 else value)
         value, shift = 0, 0
     if shift:
-        raise ValueError("its RLE is cut off")
+        raise UserError("its RLE is cut off")
     return runs
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from knet_jax.system.errors import UserError
+
 MIN_SCORE = 0.3
 """Least score of a thing that is shown, where nothing else is said: networks predict many more."""
 
@@ -74,12 +76,12 @@ def segment_index(panoptic: PanopticMap) -> np.ndarray:
     order = np.argsort(ids, kind="stable")
     known = ids[order]
     for id in known[1:][known[1:] == known[:-1]]:
-        raise ValueError(
+        raise UserError(
             f"segment id {id} stands for void" if id == 0 else f"segment id {id} is used twice"
         )
     # The last id is left out of the search, so that an id beyond it still gets a place to compare.
     rank = np.searchsorted(known[:-1], panoptic.ids)
     unknown = known[rank] != panoptic.ids
     if unknown.any():
-        raise ValueError(f"the map has id {panoptic.ids[unknown][0]}, which no segment has")
+        raise UserError(f"the map has id {panoptic.ids[unknown][0]}, which no segment has")
     return order[rank]

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import place_png, write_json, write_whole
 
 
@@ -32,7 +33,7 @@ class SemanticResults:
         ids = categories.dataset_ids
         for id in ids:
             if not 0 <= id <= 65535:
-                raise ValueError(f"{path}: category id {id} is not one of 0 … 65535")
+                raise UserError(f"{path}: category id {id} is not one of 0 … 65535")
         dtype = np.uint8 if max(ids) <= 255 else np.uint16
         voids = (0, np.iinfo(dtype).max)
         self._void = next((value for value in voids if value not in ids), None)
@@ -54,16 +55,14 @@ class SemanticResults:
         """
         png, place = place_png(self.path.with_suffix(""), png or file_name)
         if png in self._images:
-            raise ValueError(f"{self.path}: {png} was added before")
+            raise UserError(f"{self.path}: {png} was added before")
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(self._values):
             wrong = low if low < 0 else high
-            raise ValueError(f"{png}: label {wrong} is not one of 0 … {len(self._values) - 1}")
+            raise UserError(f"{png}: label {wrong} is not one of 0 … {len(self._values) - 1}")
         if low == 0 and self._void is None:
             largest = np.iinfo(self._values.dtype).max
-            raise ValueError(
-                f"{png}: a pixel without a class; classes have the ids 0 and {largest}"
-            )
+            raise UserError(f"{png}: a pixel without a class; classes have the ids 0 and {largest}")
         _, data = cv2.imencode(".png", self._values[labels])
         write_whole(place, data.tobytes())
         height, width = labels.shape

@@ -6,6 +6,8 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
+from knet_jax.system.errors import UserError
+
 LOCK_NAME = ".lock"
 
 
@@ -27,7 +29,7 @@ def lock(folder: str | Path, message: str) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise ValueError(message) from error
+        raise UserError(message) from error
     except OSError:
         pass  # a file system without locks
     return file

@@ -33,7 +33,7 @@ def read_log(workdir: str | Path) -> list[dict[str, Any]]:
     A last line that a killed run left unfinished is dropped.
 
     Raises:
-      ConfigError: there is no log, or a line before the last is no record.
+      UserError: there is no log, or a line before the last is no record.
     """
     path = Path(workdir) / LOG_NAME
     if not path.is_file():
@@ -165,7 +165,7 @@ def plot_curves(workdir: str | Path) -> Path:
     """Draws every logged value over the steps, a panel for each prefix, into `curve.png`.
 
     Raises:
-      ConfigError: there is nothing to draw.
+      UserError: there is nothing to draw.
     """
     panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for record in read_log(workdir):

@@ -19,6 +19,7 @@ import optax
 from ml_collections import ConfigDict
 
 from knet_jax.saved.checkpoint_record import leaf_paths
+from knet_jax.system.errors import UserError
 
 # The constants of the reference, which no recipe changes.
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -44,7 +45,7 @@ def parse_groups(groups: Sequence[Sequence[Any]]) -> tuple[Group, ...]:
     for i, row in enumerate(groups):
         where = f"config.optim.groups[{i}]"
         if not isinstance(row, tuple | list) or len(row) != 4:
-            raise ValueError(
+            raise UserError(
                 f"{where} is {row!r}; accepted: (name, regular expression, "
                 "learning rate factor, weight decay factor)"
             )
@@ -52,15 +53,15 @@ def parse_groups(groups: Sequence[Sequence[Any]]) -> tuple[Group, ...]:
         try:
             re.compile(group.pattern)
         except (re.error, TypeError) as error:
-            raise ValueError(f"{where}: {group.pattern!r} is no regular expression: {error}")
+            raise UserError(f"{where}: {group.pattern!r} is no regular expression: {error}")
         for factor in group.lr, group.weight_decay:
             is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
             if not is_number or not 0 <= factor < math.inf:
-                raise ValueError(f"{where} ({group.name!r}): {factor!r} is no factor of at least 0")
+                raise UserError(f"{where} ({group.name!r}): {factor!r} is no factor of at least 0")
         rows.append(group)
     names = [group.name for group in rows]
     if len(set(names)) < len(names):
-        raise ValueError(f"config.optim.groups: a name comes twice in {', '.join(names)}")
+        raise UserError(f"config.optim.groups: a name comes twice in {', '.join(names)}")
     return tuple(rows)
 
 
@@ -75,11 +76,11 @@ def assign_groups(groups: Sequence[Sequence[Any]], params: Any) -> Any:
     for path in leaf_paths(params):
         label = next((row.name for row in rows if re.fullmatch(row.pattern, path)), None)
         if label is None:
-            raise ValueError(f"parameter {path!r} is in no group of config.optim.groups")
+            raise UserError(f"parameter {path!r} is in no group of config.optim.groups")
         labels.append(label)
     for row in rows:
         if row.name not in labels:
-            raise ValueError(
+            raise UserError(
                 f"config.optim.groups: {row.name!r} has no parameter, {row.pattern!r} matches none "
                 f"that the rows above it leave; a path looks like {leaf_paths(params)[0]!r}"
             )
@@ -123,7 +124,7 @@ def decay_steps(optim: ConfigDict, steps_per_epoch: float) -> tuple[int, ...]:
       ValueError: `config.optim.unit` is neither `epoch` nor `step`.
     """
     if optim.unit not in ("epoch", "step"):
-        raise ValueError(f"config.optim.unit is {optim.unit!r}; accepted: epoch, step")
+        raise UserError(f"config.optim.unit is {optim.unit!r}; accepted: epoch, step")
     scale = steps_per_epoch if optim.unit == "epoch" else 1
     return tuple(round(at * scale) for at in optim.decay_at)
 

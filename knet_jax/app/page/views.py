@@ -19,6 +19,7 @@ from knet_jax.segmentation.drawing import as_panoptic, at_side, readable_side
 from knet_jax.segmentation.image_files import PICTURES, decode_image, segment_colors
 from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import Instance
+from knet_jax.system.errors import UserError
 
 MAX_SIDE = 1600
 """Pixels of the longer side of what the page shows: larger pictures are reduced, which bounds the time
@@ -92,9 +93,9 @@ class Pictures:
             # to find all costs more.
             seen = self._whole(path, overlap, threshold) if whole else self._reduced(path, overlap)
         except FileNotFoundError as error:
-            raise ValueError(f"{name}: no longer here; drop it again") from error
+            raise UserError(f"{name}: no longer here; drop it again") from error
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
         return seen._replace(result=as_task(seen.result.above(threshold), task))
 
 
@@ -114,10 +115,10 @@ def check_picture(path: str, max_megapixels: float) -> None:
         raise
     except (OSError, SyntaxError, ValueError) as error:
         accepted = ", ".join(PICTURES)
-        raise ValueError(f"no picture that can be read; accepted: {accepted}") from error
+        raise UserError(f"no picture that can be read; accepted: {accepted}") from error
     if megapixels > max_megapixels:
         size = f"{megapixels:.1f}" if np.isfinite(megapixels) else "far too many"
-        raise ValueError(f"{size} megapixels; accepted: up to {max_megapixels:g}")
+        raise UserError(f"{size} megapixels; accepted: up to {max_megapixels:g}")
 
 
 def as_task(result: Result, task: str) -> Result:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from knet_jax.data import recipes
 from knet_jax.data.annotations import instance, panoptic, semantic
 from knet_jax.data.transforms import View
+from knet_jax.system.errors import UserError
 
 
 class Kind(NamedTuple):
@@ -94,5 +95,5 @@ KINDS = {
 def find(task: str) -> Kind:
     """The kind of annotation that a task needs. Raises ValueError where there is no such task."""
     if task not in KINDS:
-        raise ValueError(f"config.task is {task!r}; accepted: {', '.join(KINDS)}")
+        raise UserError(f"config.task is {task!r}; accepted: {', '.join(KINDS)}")
     return KINDS[task]

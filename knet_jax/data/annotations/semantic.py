@@ -17,6 +17,7 @@ from knet_jax.data.transforms import View
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.segments import Categories
 from knet_jax.structs import SemanticTargets
+from knet_jax.system.errors import UserError
 
 ENCODED = ("label_map",)
 """Which of the features are pictures."""
@@ -72,7 +73,7 @@ def load(annotation: bytes, size: tuple[int, int], categories: Categories) -> np
     label_map = image_files.load_label_map(annotation, size)
     greatest = int(label_map.max(initial=0))
     if greatest > len(categories.names):
-        raise ValueError(f"has class {greatest - 1} of {len(categories.names)}")
+        raise UserError(f"has class {greatest - 1} of {len(categories.names)}")
     return label_map
 
 

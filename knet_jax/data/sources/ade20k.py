@@ -17,6 +17,7 @@ from knet_jax.data import records
 from knet_jax.data.sources import examine, index_maps
 from knet_jax.segmentation import class_lists, published_classes
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 
 FOLDER = "ADEChallengeData2016"
 NUM_CLASSES = len(published_classes.ADE20K)
@@ -56,13 +57,13 @@ def split_config(root: str, split: str) -> Ade20kConfig:
     given = Path(os.path.expanduser(root))
     found = next((f for f in (given, given / FOLDER) if (f / "annotations").is_dir()), None)
     if not root or not found:
-        raise ValueError(
+        raise UserError(
             f"config.data.root: no ADE20K at '{root}', expected images/ and annotations/ in it"
         )
     parts = [found / part / split for part in ("images", "annotations")]
     for part in parts:
         if not part.is_dir():
-            raise ValueError(f"config.data.root: split '{split}' needs the folder {part}")
+            raise UserError(f"config.data.root: split '{split}' needs the folder {part}")
     name = records.config_name("semantic", split, *map(examine.state, parts))
     return Ade20kConfig(name=name, split=split, task="semantic", root=str(found))
 
@@ -82,9 +83,9 @@ def read_object_info(root: Path) -> Categories:
         rows = [line.split("\t") for line in lines if line.strip()]
         listed = {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
     except ValueError as error:
-        raise ValueError(f"config.data.root: {path} is not a table of classes") from error
+        raise UserError(f"config.data.root: {path} is not a table of classes") from error
     if list(listed) != list(range(1, 1 + NUM_CLASSES)):
-        raise ValueError(
+        raise UserError(
             f"config.data.root: {path} lists {len(listed)} classes, expected 1 to {NUM_CLASSES}"
         )
     return class_lists.stuff_categories(listed)

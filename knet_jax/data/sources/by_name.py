@@ -18,6 +18,7 @@ from knet_jax.data.sources import (
     scene_parse150,
     shapes,
 )
+from knet_jax.system.errors import UserError
 
 PATH = (lambda value: isinstance(value, str), "a path, or '' for none")
 SPLIT = (lambda value: isinstance(value, str), "a name, or a slice of one")
@@ -40,7 +41,7 @@ def _shapes(config_data, split: str, task: str) -> shapes.ShapesConfig:
         prepared_split.split_name(config_data.train_split): config_data.num_train,
     }
     if split not in counts:
-        raise ValueError(f"config.data: split '{split}' must be one of {sorted(counts)}")
+        raise UserError(f"config.data: split '{split}' must be one of {sorted(counts)}")
     return shapes.split_config(split, counts[split], config_data.image_side, task)
 
 
@@ -123,13 +124,13 @@ def find_dataset(config_data, task: str) -> Dataset:
     check({f"data.{key}": value for key, value in config_data.items()}, RULES)
     dataset = DATASETS[config_data.dataset]
     if task not in dataset.tasks:
-        raise ValueError(
+        raise UserError(
             f"config.task '{task}': config.data.dataset '{config_data.dataset}' has annotations "
             f"for {', '.join(dataset.tasks)}"
         )
     for key in dataset.keys:
         if key not in config_data:
-            raise ValueError(
+            raise UserError(
                 f"config.data.{key} is missing: config.data.dataset '{config_data.dataset}' needs it"
             )
     return dataset

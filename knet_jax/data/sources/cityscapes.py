@@ -13,6 +13,7 @@ from pathlib import Path
 from knet_jax.data import records
 from knet_jax.data.sources import examine, index_maps
 from knet_jax.segmentation import published_classes
+from knet_jax.system.errors import UserError
 
 CATEGORIES = published_classes.find("cityscapes", "semantic")
 IGNORED = {*range(34), 255} - {*CATEGORIES.dataset_ids}
@@ -52,7 +53,7 @@ def split_config(root: str, split: str) -> CityscapesConfig:
     folders = _folders(root, split)
     for folder in folders:
         if not root or not folder.is_dir():
-            raise ValueError(f"config.data.root: no Cityscapes at '{root}', expected {folder}")
+            raise UserError(f"config.data.root: no Cityscapes at '{root}', expected {folder}")
     cities = sorted(city for folder in folders for city in folder.iterdir())
     name = records.config_name("semantic", split, *map(examine.state, cities))
     return CityscapesConfig(name=name, split=split, task="semantic", root=root)

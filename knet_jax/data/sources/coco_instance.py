@@ -10,6 +10,7 @@ from knet_jax.data import records
 from knet_jax.data.annotations import instance
 from knet_jax.data.sources import coco_json, examine
 from knet_jax.segmentation import class_lists, rle
+from knet_jax.system.errors import UserError
 
 PREFIX = "instances_"
 
@@ -89,16 +90,16 @@ def _instance(
 ) -> tuple[instance.StoredInstance, list[str]]:
     """What is stored of an annotation, and what of it is not. Raises ValueError where it is no good."""
     if annotation["category_id"] not in labels:
-        raise ValueError(
+        raise UserError(
             f"category id {annotation['category_id']} is not among the file's categories"
         )
     mask, remarks = rle.from_annotation(annotation["segmentation"], size)
     pixels = rle.area(mask)
     if not pixels:
-        raise ValueError("its mask is empty")
+        raise UserError("its mask is empty")
     area = annotation.get("area", pixels)
     if not rle.is_number(area) or area < 0:
-        raise ValueError(f"area {area!r} is no number of pixels")
+        raise UserError(f"area {area!r} is no number of pixels")
     stored = instance.StoredInstance(
         counts=mask["counts"],
         label=labels[annotation["category_id"]],

@@ -10,6 +10,7 @@ from typing import Any
 
 from knet_jax.segmentation.coco_files import check_file_name
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 
 
 def find_annotations(root: str, split: str, prefix: str) -> Path:
@@ -21,14 +22,14 @@ def find_annotations(root: str, split: str, prefix: str) -> Path:
     folder = Path(os.path.expanduser(root)) / "annotations"
     wanted = f"annotations/{prefix}{split}*.json"
     if not root or not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"config.data.root: no dataset in COCO's layout at '{root}', expected {wanted} in it"
         )
     exact = folder / f"{prefix}{split}.json"
     found = [exact] if exact.is_file() else sorted(folder.glob(f"{prefix}{split}*.json"))
     if len(found) != 1:
         what = ", ".join(path.name for path in found) or "none"
-        raise ValueError(
+        raise UserError(
             f"config.data.root: '{root}' must hold one {wanted} for split '{split}', found {what}"
         )
     return found[0]
@@ -63,20 +64,20 @@ def read(
     try:
         content = json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"config.data.root: {path} is not readable JSON: {error}") from error
+        raise UserError(f"config.data.root: {path} is not readable JSON: {error}") from error
     try:
         classes = categories(content["categories"])
         images = {}
         for image in content["images"]:
             id = int(image["id"])
             if id in images:
-                raise ValueError(f"image id {id} is listed more than once")
+                raise UserError(f"image id {id} is listed more than once")
             if id.bit_length() > 63:
-                raise ValueError(f"image id {id} does not fit into 64 bits")
+                raise UserError(f"image id {id} does not fit into 64 bits")
             check_file_name(image)
             images[id] = image
         return classes, images, understand(content)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"config.data.root: {path} is not COCO {what} JSON: {error!r}") from error
+        raise UserError(f"config.data.root: {path} is not COCO {what} JSON: {error!r}") from error
     except ValueError as error:
-        raise ValueError(f"config.data.root: {path}: {error}") from error
+        raise UserError(f"config.data.root: {path}: {error}") from error

@@ -13,6 +13,7 @@ from knet_jax.data.annotations import panoptic, semantic
 from knet_jax.data.sources import coco_json, examine
 from knet_jax.segmentation import class_lists, coco_files, image_files
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 
 PREFIX = "panoptic_"
 
@@ -75,7 +76,7 @@ def _understand(content: Mapping) -> list[Mapping]:
             int(segment["id"])
             class_lists.flag(segment, "iscrowd")
             if segment["category_id"] not in ids:
-                raise ValueError(
+                raise UserError(
                     f"image {image_id}: category id {segment['category_id']} of segment "
                     f"{segment['id']} is not among the file's categories"
                 )
@@ -97,7 +98,7 @@ def _check_picture(
         listed = [int(segment["id"]) for segment in annotation["segments_info"]]
         twice = sorted({id for id in listed if listed.count(id) > 1})
         if twice:
-            raise ValueError(f"segments overlap: ids {twice} are listed more than once")
+            raise UserError(f"segments overlap: ids {twice} are listed more than once")
     except ValueError as error:
         return None, [f"{name}: {error}, left out"]
     segments = tuple(
@@ -135,12 +136,12 @@ def _count_pixels(path: Path, png: Path) -> tuple[tuple[int, int], dict[int, int
     """
     examine.read_sizes(path)
     if not png.is_file():
-        raise ValueError(f"panoptic PNG {png} is missing")
+        raise UserError(f"panoptic PNG {png} is missing")
     size = examine.matching_size(path, examine.read_sizes(png)[1], "panoptic PNG")
     try:
         rgb = image_files.load_panoptic(png.read_bytes(), size)
     except ValueError as error:
-        raise ValueError(f"panoptic PNG {png} {error}") from error
+        raise UserError(f"panoptic PNG {png} {error}") from error
     ids = image_files.segment_ids(rgb).ravel()
     # Sorting the ends of runs of equal ids is much cheaper than sorting pixels.
     ends = np.append(np.flatnonzero(np.diff(ids)), len(ids) - 1)

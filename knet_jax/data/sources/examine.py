@@ -12,6 +12,7 @@ import tqdm
 from PIL import Image
 
 from knet_jax.data import records
+from knet_jax.system.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
 TURNED = range(5, 9)
@@ -59,7 +60,7 @@ def require_any(pictures: Iterable[Picture], problems: Sequence[str], source: ob
     """Raises ValueError where no picture shows anything."""
     if not any(picture.count for picture in pictures):
         first = problems[0] if problems else "nothing is annotated"
-        raise ValueError(
+        raise UserError(
             f"config.data.root: no picture of {source} can be used, "
             f"the first of {len(problems)} problems: {first}"
         )
@@ -84,15 +85,15 @@ def read_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
         ValueError: the picture is missing or broken.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     try:
         with Image.open(path) as image:
             width, height = image.size
             turn = image.getexif().get(EXIF_ORIENTATION) in TURNED
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large: {error}") from error
+        raise UserError(f"{path} is too large: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is not a picture") from error
+        raise UserError(f"{path} is not a picture") from error
     return ((width, height) if turn else (height, width)), (height, width)
 
 
@@ -104,7 +105,7 @@ def matching_size(path: Path, size: tuple[int, int], what: str) -> tuple[int, in
     """
     turned, unturned = read_sizes(path)
     if size not in (turned, unturned):
-        raise ValueError(f"picture is {turned[1]}x{turned[0]} but its {what} {size[1]}x{size[0]}")
+        raise UserError(f"picture is {turned[1]}x{turned[0]} but its {what} {size[1]}x{size[0]}")
     return size
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from knet_jax.data import records
 from knet_jax.data.sources import examine, index_maps
 from knet_jax.segmentation.class_lists import read_class_list
+from knet_jax.system.errors import UserError
 
 
 class Folder(records.RecordBuilder, skip_registration=True):
@@ -27,9 +28,7 @@ class Folder(records.RecordBuilder, skip_registration=True):
         pictures = Path(config.images)
         pairs = list(find_pairs(pictures, Path(config.labels)))
         if not pairs:
-            raise ValueError(
-                f"config.data.images: split '{config.split}': no picture in {pictures}"
-            )
+            raise UserError(f"config.data.images: split '{config.split}': no picture in {pictures}")
         categories = read_class_list(Path(config.classes), config.ignore_index)
         remedy = (
             f"name them in config.data.classes, {config.classes}, which ends at "
@@ -66,11 +65,11 @@ def split_config(config_data, split: str) -> FolderConfig:
         path = root / str(config_data[key]).replace("{split}", split)
         if not (path.is_file() if key == "classes" else path.is_dir()):
             kind = "file" if key == "classes" else "folder"
-            raise ValueError(f"config.data.{key}: split '{split}' needs the {kind} {path}")
+            raise UserError(f"config.data.{key}: split '{split}' needs the {kind} {path}")
         paths[key] = path
     index = config_data.ignore_index
     if not 0 <= index <= index_maps.MAX_INDEX:
-        raise ValueError(f"config.data.ignore_index {index} must be in [0, {index_maps.MAX_INDEX}]")
+        raise UserError(f"config.data.ignore_index {index} must be in [0, {index_maps.MAX_INDEX}]")
     folders = [paths["images"], paths["labels"]]
     inside = (path for top in folders for path in top.rglob("*") if path.is_dir())
     facts = [examine.state(path) for path in (*paths.values(), *sorted(inside))]

@@ -16,6 +16,7 @@ from knet_jax.data.annotations import semantic
 from knet_jax.data.sources import examine
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 """How a PNG begins."""
@@ -59,7 +60,7 @@ def scan(
     """
     pairs = list(pairs)
     if not pairs:
-        raise ValueError(f"config.data.root: no picture in {source}")
+        raise UserError(f"config.data.root: no picture in {source}")
     known = {*categories.dataset_ids, *ignored}
     check = functools.partial(_check, categories, known, remedy)
     pictures, problems = examine.examine(check, list(enumerate(pairs)), f"Checking {source}")
@@ -75,7 +76,7 @@ def _check(
     try:
         examine.read_sizes(pair.path)
         if not pair.png.is_file():
-            raise ValueError(f"{pair.png} is missing")
+            raise UserError(f"{pair.png} is missing")
         size = examine.matching_size(pair.path, examine.read_sizes(pair.png)[1], "index PNG")
         found = np.unique(read_indices(pair.png.read_bytes(), str(pair.png)))
     except ValueError as error:
@@ -85,7 +86,7 @@ def _check(
     classes = shown & set(categories.dataset_ids)
     problems = []
     if strange and remedy:
-        raise ValueError(f"{pair.png} has indices {strange[:10]} that are no class: {remedy}")
+        raise UserError(f"{pair.png} has indices {strange[:10]} that are no class: {remedy}")
     if strange:
         problems.append(f"{pair.name}: indices {strange[:10]} are no class, ignored")
     if not classes:
@@ -112,16 +113,16 @@ def read_indices(data: bytes, name: str) -> np.ndarray:
         ValueError: it is no PNG, is damaged, or its pixels are colors.
     """
     if not data.startswith(PNG):
-        raise ValueError(f"{name} is no PNG")
+        raise UserError(f"{name} is no PNG")
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode not in INDEX_MODES:
-                raise ValueError(
+                raise UserError(
                     f"{name} has pixels of mode {image.mode}, expected one index a pixel"
                 )
             indices = np.array(image).astype(np.int32)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be decoded") from error
+        raise UserError(f"{name} cannot be decoded") from error
     # Bytes 24 and 25 of a PNG are its bits a sample and its color type, of which 0 is grey.
     bits, color_type = data[24], data[25]
     return indices // SPREAD[bits] if color_type == 0 and bits in SPREAD else indices

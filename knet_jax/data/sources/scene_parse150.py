@@ -20,6 +20,7 @@ from PIL import Image
 from knet_jax.data import records
 from knet_jax.data.sources import ade20k, examine, index_maps
 from knet_jax.segmentation import image_files
+from knet_jax.system.errors import UserError
 
 CATALOG_NAME = "scene_parse150"
 # fmt: off
@@ -53,7 +54,7 @@ class SceneParse150(records.RecordBuilder, skip_registration=True):
             except ValueError as error:
                 problems.append(f"example {i}: {error}, left out")
         if not sound:
-            raise ValueError(f"config.data.data_dir: no picture of {config.directory} can be used")
+            raise UserError(f"config.data.data_dir: no picture of {config.directory} can be used")
 
         def read() -> Iterator[records.Record]:
             for i in sound:
@@ -85,7 +86,7 @@ def split_config(data_dir: Path, split: str) -> SceneParse150Config:
     """
     versions = sorted((data_dir / CATALOG_NAME).glob("*/dataset_info.json"))
     if not versions:
-        raise ValueError(
+        raise UserError(
             f"config.data.data_dir: TFDS has not prepared {CATALOG_NAME} in '{data_dir}'; "
             "config.data.dataset 'ade20k' reads the files themselves"
         )
@@ -102,12 +103,12 @@ def _open(directory: Path, split: str):
         builder = tfds.builder_from_directory(directory)
         known = ", ".join(builder.info.splits)
     except Exception as error:
-        raise ValueError(f"config.data.data_dir: {directory} cannot be read") from error
+        raise UserError(f"config.data.data_dir: {directory} cannot be read") from error
     try:
         return builder.as_data_source(split, decoders=skip)
     except Exception as error:
         # TFDS raises whatever its files lead it to.
-        raise ValueError(
+        raise UserError(
             f"config.data.data_dir: split '{split}' of {directory} cannot be read; its splits are "
             f"{known}, and it must have been prepared with file_format='array_record'"
         ) from error
@@ -124,9 +125,9 @@ def read_annotation(data: bytes) -> np.ndarray:
             is_color = image.mode not in index_maps.INDEX_MODES
             pixels = np.array(image.convert("RGB")) if is_color else np.array(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError("its annotation cannot be decoded") from error
+        raise UserError("its annotation cannot be decoded") from error
     indices = pixels[..., 0] if is_color else pixels
     table = np.array((0, *THINGS)) if is_color else np.arange(1 + ade20k.NUM_CLASSES)
     if indices.max(initial=0) >= len(table):
-        raise ValueError(f"its annotation has class {indices.max()} of {len(table) - 1}")
+        raise UserError(f"its annotation has class {indices.max()} of {len(table) - 1}")
     return table[indices]

@@ -86,9 +86,9 @@ def split_config(split: str, num_images: int, image_side: Sequence[int], task: s
         ValueError: no pictures, or sides that are too small or no range.
     """
     if num_images < 1:
-        raise ValueError(f"config.data.num_train and num_val must be positive, got {num_images}")
+        raise UserError(f"config.data.num_train and num_val must be positive, got {num_images}")
     if not pair(at_least_one)(image_side) or not LEAST_SIDE <= image_side[0] <= image_side[1]:
-        raise ValueError(
+        raise UserError(
             f"config.data.image_side must be (least, greatest) of at least {LEAST_SIDE}, "
             f"got {image_side}"
         )
