@@ -3,31 +3,40 @@
 VENV ?= .venv
 # What of pyproject.toml is installed besides the package.
 EXTRAS ?= dev
-# The interpreter that creates the environment: the first of these that exists and is new enough.
-PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+# The interpreter that creates the environment: the first of these that runs and is new enough. Newer
+# ones come first: Python 3.11 has an older JAX, which compiles more slowly.
+PYTHONS := $(foreach version,3.13 3.12 3.11,python$(version) $(wildcard $(HOME)/.pyenv/versions/$(version).*/bin/python))
+PYTHON ?= $(shell for python in $(PYTHONS) python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
 	done)
 # What the demo trains: panoptic, instance or semantic.
 TASK ?= panoptic
 DEMO = runs/demo$(if $(filter-out panoptic,$(TASK)),_$(TASK))
-# How many test processes, which tests (`make test MARK="not slow" TESTS=tests/test_demo.py`), and the
-# fixtures of `parity`.
+# How many test processes, which tests (`make test TESTS=tests/test_demo.py`), and the fixtures of
+# `parity`.
 WORKERS ?= 2
-MARK ?=
 TESTS ?=
 FIXTURES ?= fixtures
 
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format parity parity_single parity_double clean
+.PHONY: demo test test-slow test-all lint format parity parity_single parity_double clean
 
 demo: $(INSTALLED)  ## Train a small K-Net on drawn pictures, evaluate it, draw: make demo TASK=instance
 	rm -rf $(DEMO)
 	$(VENV)/bin/python train.py --config configs/shapes_$(TASK).py --workdir $(DEMO)
 	$(VENV)/bin/python eval.py --workdir $(DEMO)
 
-test: $(INSTALLED)  ## Run the tests.
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "$(MARK)" $(TESTS)
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+test: $(INSTALLED)  ## Run the tests, all that take minutes left out.
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-slow: $(INSTALLED)  ## Run those that take minutes.
+	$(PYTEST) -m slow $(TESTS)
+
+test-all: $(INSTALLED)  ## Run all tests.
+	$(PYTEST) $(TESTS)
 
 lint: $(INSTALLED)  ## Check style.
 	$(VENV)/bin/ruff check .
