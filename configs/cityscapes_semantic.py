@@ -2,12 +2,14 @@
 
 from ml_collections import ConfigDict
 
-from configs import ade20k_semantic
+from knet_jax.config.files import base
+
+ADE20K = base("ade20k_semantic")
 
 
 def get_config() -> ConfigDict:
     """FCN on ResNet-50, three kernel updates, by the recipe of ADE20K but for the sizes."""
-    config = ade20k_semantic.get_config()
+    config = ADE20K.get_config()
     config.model.num_stuff = 19
     config.data.dataset = "cityscapes"
     config.data.root = "data/cityscapes"  # holds leftImg8bit/, gtFine/
@@ -19,4 +21,4 @@ def get_config() -> ConfigDict:
 
 
 # But for the size of ADE20K's pictures.
-VARIANTS = {k: v for k, v in ade20k_semantic.VARIANTS.items() if k != "swin_l_640"}
+VARIANTS = {k: v for k, v in ADE20K.VARIANTS.items() if k != "swin_l_640"}

@@ -2,26 +2,21 @@
 
 from ml_collections import ConfigDict
 
-from configs import coco_panoptic
+from knet_jax.config.files import base
+
+PANOPTIC = base("coco_panoptic")
 
 
 def get_config() -> ConfigDict:
     """The recipe of the panoptic network, without stuff and without the rank loss."""
-    config = coco_panoptic.get_config()
+    config = PANOPTIC.get_config()
     config.task = "instance"
     config.model.num_stuff = 0  # kernels: 100 proposals
     config.data.min_things = 1
     config.loss.rank = 0.0
-    config.eval = ConfigDict(
-        {
-            "batch_size": 8,
-            "num_results": 100,  # best (kernel, class) pairs of a picture
-            "num_pictures": 4,
-        }
-    )
     return config
 
 
-VARIANTS = coco_panoptic.VARIANTS | {
+VARIANTS = PANOPTIC.VARIANTS | {
     "n256": {"model.num_proposals": 256},  # with ms3x AP 38.6
 }

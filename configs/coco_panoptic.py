@@ -12,65 +12,32 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "task": "panoptic",
-            "seed": 0,
-            # Of matrix products: float32 is exact, tensorfloat32 much faster on recent GPUs.
-            "precision": "float32",
-            # pth, npz or safetensors of the backbone, torchvision's names; "" starts from scratch.
-            "init_weights": "",
             "model": {
                 "num_proposals": 100,  # kernels: 100 proposals + 53 stuff = 153
                 "num_things": 80,  # classes: 80 + 53 = 133
                 "num_stuff": 53,
-                "num_stages": 3,
                 "channels": 256,
                 "num_heads": 8,  # 256 / 8 = 32 channels a head
-                "ffn_channels": 2048,
-                "adaptive_update": True,  # Table 4a of the paper
-                "kernel_interaction": True,  # Table 4a
-                "dtype": "float32",
-                "neck": {
-                    "name": "semantic_fpn",
-                    "sine": True,  # positional encoding, Table 4b
-                    "coordinates": False,  # Table 4b
-                },
                 "backbone": {
-                    "name": "resnet",
                     "depths": (3, 4, 6, 3),
-                    "width": 64,
-                    "norm": "frozen_batch",
                     "frozen_stages": 1,  # with the stem; the group `frozen` below says the same
-                    "num_deformable": 0,  # the last so many stages; 3 in R101-DCN
-                    "remat": False,  # True: less memory, slower
                 },
             },
             "data": {
                 "dataset": "coco",
                 "root": "data/coco",  # holds train2017/, val2017/, annotations/
-                "data_dir": "",  # of the prepared records; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
-                "train_split": "train",
-                "val_split": "val",
                 "canvas": (800, 1344),  # 1333 up to a multiple of 32; portrait is 1344 x 800
                 "short_side": (800, 800),
                 "long_side": 1333,
-                "eval_multiple": 32,  # of the canvas's sides in evaluation; 0: as in training
-                "flip": 0.5,
+                "eval_multiple": 32,
                 "max_things": 100,
-                "min_things": 0,  # pictures with fewer are not trained on
-                "num_workers": 2,
-                "max_broken_share": 0.01,
             },
-            # Weights of the loss terms; the first three also weigh the matching cost.
             "loss": {"mask": 1.0, "dice": 4.0, "label": 2.0, "rank": 0.1, "dense": 1.0},
             "optim": {
-                "lr": 1e-4,  # for a batch of 16; scale_lr makes it lr x batch_size / reference_batch
-                "scale_lr": False,
-                "reference_batch": BATCH,
+                "lr": 1e-4,  # for a batch of 16
                 "weight_decay": 0.05,  # norms and biases too
-                "clip_norm": 1.0,
                 "warmup_steps": 1000,  # from 1e-7 = 0.001 x 1e-4
-                "warmup_factor": 0.001,
                 "decay_at": (8, 11),  # steps 59 144 and 81 322: 1e-4, 1e-5, 1e-6
-                "decay_factor": 10.0,
                 "unit": "epoch",
                 # (name, parameters, learning rate factor, weight decay factor); 0 is frozen.
                 "groups": (
@@ -81,20 +48,9 @@ def get_config() -> ConfigDict:
             },
             "train": {
                 "batch_size": BATCH,
-                "microbatch": 2,  # images that a device holds at a time; gradients are summed
+                "microbatch": 2,
                 "epochs": 12.0,
-                "steps": 0,  # instead of the epochs, if not 0
-                "ema_decay": 0.0,  # of a moving average of the parameters, such as 0.9998; 0 keeps none
-                "log_every": 50,
                 "eval_every": EPOCH,
-                "checkpoint_every": 1000,
-                "keep": 3,
-            },
-            "eval": {
-                "batch_size": 8,
-                "instance_threshold": 0.3,  # least score of a thing
-                "overlap_threshold": 0.6,  # least share of a mask that others leave it
-                "num_pictures": 4,
             },
         }
     )
@@ -108,7 +64,6 @@ def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...]) -> 
         "depths": depths,
         "num_heads": num_heads,
         "drop_path": 0.2,
-        "remat": False,
     }
 
 

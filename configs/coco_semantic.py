@@ -2,12 +2,14 @@
 
 from ml_collections import ConfigDict
 
-from configs import ade20k_semantic
+from knet_jax.config.files import base
+
+ADE20K = base("ade20k_semantic")
 
 
 def get_config() -> ConfigDict:
     """FCN on ResNet-50, three kernel updates. The paper has no such row."""
-    config = ade20k_semantic.get_config()
+    config = ADE20K.get_config()
     config.model.num_stuff = 133
     config.data.dataset = "coco"
     config.data.root = "data/coco"  # in COCO's panoptic layout
@@ -16,4 +18,4 @@ def get_config() -> ConfigDict:
     return config
 
 
-VARIANTS = ade20k_semantic.VARIANTS
+VARIANTS = ADE20K.VARIANTS

@@ -8,19 +8,13 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "task": "panoptic",
-            "seed": 0,
-            # Of matrix products: float32 is exact, tensorfloat32 much faster on recent GPUs.
-            "precision": "float32",
-            "init_weights": "",  # from scratch
             "model": {
                 "num_proposals": 20,  # kernels: 20 proposals + 4 stuff = 24
                 "num_things": 5,
                 "num_stuff": 4,
-                "num_stages": 3,
                 "channels": 64,
                 "num_heads": 4,  # 64 / 4 = 16 channels a head
                 "ffn_channels": 128,
-                "dtype": "float32",
                 "backbone": {
                     "depths": (1, 1, 1, 1),
                     "width": 16,  # levels of 64, 128, 256, 512 channels
@@ -30,10 +24,6 @@ def get_config() -> ConfigDict:
             },
             "data": {
                 "dataset": "shapes",
-                "root": "",
-                "data_dir": "",
-                "train_split": "train",
-                "val_split": "val",
                 "num_train": 2000,
                 "num_val": 200,
                 "image_side": (96, 128),
@@ -41,43 +31,26 @@ def get_config() -> ConfigDict:
                 "short_side": (96, 128),
                 "long_side": 128,
                 "eval_multiple": 0,  # evaluation is on the canvas of training
-                "flip": 0.5,
                 "max_things": 12,
-                "min_things": 0,
                 "num_workers": 0,
                 "max_broken_share": 0.0,
             },
-            # Weights of the loss terms; the first three also weigh the matching cost.
             "loss": {"mask": 1.0, "dice": 4.0, "label": 2.0, "rank": 0.1, "dense": 1.0},
             "optim": {
                 "lr": 1e-3,
-                "scale_lr": False,
                 "reference_batch": 8,
-                "weight_decay": 0.05,
-                "clip_norm": 1.0,
                 "warmup_steps": 100,
-                "warmup_factor": 0.001,
                 "decay_at": (5.0, 6.3),
-                "decay_factor": 10.0,
                 "unit": "epoch",
-                "groups": (("all", r".*", 1.0, 1.0),),
             },
             "train": {
                 "batch_size": 8,
-                "microbatch": 8,  # images that a device holds at a time; gradients are summed
+                "microbatch": 8,
                 "epochs": 7.0,  # 7 x 2000 / 8 = 1750 steps and a few: batches have one orientation
-                "steps": 0,
-                "ema_decay": 0.0,  # of a moving average of the parameters, such as 0.9998; 0 keeps none
                 "log_every": 25,
                 "eval_every": 1000,
                 "checkpoint_every": 500,
                 "keep": 2,
-            },
-            "eval": {
-                "batch_size": 8,
-                "instance_threshold": 0.3,  # least score of a thing
-                "overlap_threshold": 0.6,  # least share of a mask that others leave it
-                "num_pictures": 4,
             },
         }
     )

@@ -18,13 +18,13 @@ DICE_EPSILON = 1e-3
 
 
 class LossWeights(NamedTuple):
-    """LossWeights of the loss terms (`config.loss`); the first three also weigh the matching cost."""
+    """Weights of the loss terms, `config.loss`; the first three also weigh the matching cost."""
 
-    mask: float = 1.0
-    dice: float = 4.0
-    label: float = 2.0
-    rank: float = 0.1
-    dense: float = 1.0
+    mask: float
+    dice: float
+    label: float
+    rank: float
+    dense: float
 
 
 def focal_cost(logits: jax.Array, labels: jax.Array) -> jax.Array:

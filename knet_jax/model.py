@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from knet_jax.config.schema import complete_model
 from knet_jax.kernels import (
     AdaptiveUpdate,
     ClassKernels,
@@ -26,92 +24,57 @@ from knet_jax.nn.necks import ASPP, FCN, PSP, AuxiliaryHead, SemanticFPN, UPer
 from knet_jax.nn.resnet import ResNet
 from knet_jax.nn.swin import Swin
 from knet_jax.structs import Sizes
-from knet_jax.system.errors import UserError
 
 UPDATE_CHANNELS = 256
 """Of the adaptive update. Kernels of a multiple of it are updated in parts, as the published networks
 do, others as a whole."""
 
-# The first is the default.
 BACKBONES = {"resnet": ResNet, "swin": Swin}
 NECKS = {"semantic_fpn": SemanticFPN, "fcn": FCN, "psp": PSP, "aspp": ASPP, "uper": UPer}
 
 
-def find_part(
-    kind: str, table: Mapping[str, type[nn.Module]], part: Mapping[str, Any]
-) -> tuple[type[nn.Module], dict[str, Any]]:
-    """The class of a backbone or neck, and its arguments: `part` has these and its name.
-
-    Raises:
-      ValueError: there is none of that name.
-    """
-    arguments = dict(part)
-    name = arguments.pop("name", next(iter(table)))
-    if name not in table:
-        raise UserError(f"config.model.{kind}.name is {name!r}; accepted: {', '.join(table)}")
-    return table[name], arguments
-
-
-def make_model(
-    num_proposals: int,
-    num_things: int,
-    num_stuff: int,
-    backbone: Mapping[str, Any],
-    neck: Mapping[str, Any] = MappingProxyType({}),
-    num_stages: int = 3,
-    channels: int = 256,
-    num_heads: int = 8,
-    ffn_channels: int = 2048,
-    auxiliary_channels: int = 0,
-    dropout: float = 0.1,
-    adaptive_update: bool = True,
-    kernel_interaction: bool = True,
-    dtype: str = "float32",
-) -> KNet:
-    """Builds the network from `config.model`, whose keys are these arguments.
+def make_model(**model: Any) -> KNet:
+    """Builds the network that `config.model` describes.
 
     Args:
-      num_proposals: kernels that look for things (N in the paper); 0 is semantic segmentation.
-      num_things: thing classes.
-      num_stuff: stuff classes, each with a kernel of its own.
-      backbone: its name in `BACKBONES`, and the arguments of the class.
-      neck: its name in `NECKS`, and the arguments of the class.
-      num_stages: kernel updates (S in the paper).
-      channels: of features and kernels.
-      num_heads: of the attention between kernels.
-      ffn_channels: hidden width of the network after it.
-      auxiliary_channels: of the auxiliary classifier on C4; 0 is none.
-      dropout: before the classifiers of semantic segmentation.
-      adaptive_update: without it, kernels and their pixels are added (Table 4a).
-      kernel_interaction: without it, kernels do not attend to each other (Table 4a).
-      dtype: of the feature maps, `float32` or `bfloat16`; parameters stay float32.
+        **model: keys of `config.model`, which are listed in `knet_jax/config/schema.py`; those not
+            given have their defaults. `backbone` and `neck` are dicts: `name` is that of a class in
+            `BACKBONES` or `NECKS`, the rest are its arguments.
+
+    Raises:
+        UserError: a key is missing or unknown.
     """
-    num_classes = num_things + num_stuff
+    model = complete_model(model)
+    num_proposals, num_things = model["num_proposals"], model["num_things"]
+    num_classes = num_things + model["num_stuff"]
+    channels, dropout, dtype = model["channels"], model["dropout"], model["dtype"]
     in_parts = channels % UPDATE_CHANNELS == 0
-    interaction = partial(Interaction, num_heads, ffn_channels) if kernel_interaction else None
     update = partial(
         KernelUpdate,
         claim=claim_hard if num_proposals else claim_soft,
         num_classes=num_classes if num_proposals else 0,
         update=partial(AdaptiveUpdate, UPDATE_CHANNELS if in_parts else channels)
-        if adaptive_update
+        if model["adaptive_update"]
         else sum_update,
-        interaction=interaction,
+        interaction=partial(Interaction, model["num_heads"], model["ffn_channels"])
+        if model["kernel_interaction"]
+        else None,
     )
-    make_backbone, backbone = find_part("backbone", BACKBONES, backbone)
-    make_neck, neck = find_part("neck", NECKS, neck)
-    norm = {"norm": neck["norm"]} if "norm" in neck else {}
+    backbone, neck = model["backbone"], model["neck"]
+    make_backbone, make_neck = BACKBONES[backbone.pop("name")], NECKS[neck.pop("name")]
+    auxiliary = model["auxiliary_channels"]
+    sizes = Sizes(num_proposals, num_things, model["num_stuff"])
     return KNet(
         backbone=make_backbone(**backbone, dtype=dtype),
         neck=make_neck(**neck, channels=channels, dtype=dtype),
-        initial=InitialKernels(num_proposals, num_things, num_stuff, channels, dtype)
+        initial=InitialKernels(*sizes, channels, dtype)
         if num_proposals
         else ClassKernels(num_classes, dropout),
         update=update,
-        sizes=Sizes(num_proposals, num_things, num_stuff),
-        num_stages=num_stages,
-        auxiliary=AuxiliaryHead(num_classes, auxiliary_channels, dropout, **norm, dtype=dtype)
-        if auxiliary_channels
+        sizes=sizes,
+        num_stages=model["num_stages"],
+        auxiliary=AuxiliaryHead(num_classes, auxiliary, dropout, neck["norm"], dtype)
+        if auxiliary
         else None,
     )
 

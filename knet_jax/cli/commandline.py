@@ -5,16 +5,15 @@ from __future__ import annotations
 import errno
 import math
 import re
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
-from flax.traverse_util import flatten_dict
 
-from knet_jax.config.files import load_config
+from knet_jax.config import schema
+from knet_jax.config.files import list_configs, load_config, read_file
 from knet_jax.system.errors import UserError, one_line
 from knet_jax.system.library_logs import hide_closed_loops
 from knet_jax.system.signals import Preempted
@@ -131,14 +130,13 @@ def usage() -> str:
 def _config_help() -> str:
     if flags.FLAGS["config"].present:
         spec = flags.FLAGS.config
-        keys = flatten_dict(load_config(spec).to_dict(), sep=".")
-        lines = [f"  --config.{key}={value!r}" for key, value in keys.items()]
-        return "\n".join([f"Keys of {spec} and their values:", *lines])
-    lines = ["Configs, with variants that can be combined (--config=configs/x.py:a,b):"]
-    for path in sorted(Path("configs").glob("*.py")):
-        module = runpy.run_path(str(path))
-        lines.append(f"  {path}: {(module['__doc__'] or 'undocumented').splitlines()[0]}")
-        lines.append(f"    variants: {', '.join(module.get('VARIANTS', {})) or 'none'}")
+        keys = schema.describe(schema.flatten(load_config(spec).to_dict()))
+        return f"Keys of {spec}, their values, what they mean and what is accepted:\n{keys}"
+    lines = ["Configs, with variants that can be combined (--config=coco_panoptic:r101,ms3x):"]
+    for name, path in list_configs().items():
+        file = read_file(path)
+        lines.append(f"  {name}: {(file.__doc__ or 'undocumented').splitlines()[0]}")
+        lines.append(f"    variants: {', '.join(file.VARIANTS) or 'none'}")
     lines.append("Every key is a flag, as --config.optim.lr=2e-4; after --config=...,")
     lines.append("--help lists the keys of that config.")
     return "\n".join(lines)

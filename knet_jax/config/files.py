@@ -1,27 +1,40 @@
 """Configs: read from a file, changed by variants and the command line, kept with the run.
 
 A config file has `get_config()`, which returns a `ConfigDict`, and `VARIANTS`, a dict from a name to
-the keys that it changes: {"r101": {"model.backbone.depths": (3, 4, 23, 3)}}. A dict takes the place of
-all keys below one: {"swin": {"model.backbone": {"name": "swin", …}}}. On the command line:
+the keys that it changes: {"r101": {"model.backbone.depths": (3, 4, 23, 3)}}. A dict takes the place
+of all keys below one: {"swin": {"model.backbone": {"name": "swin", …}}}. What a file leaves out has
+the default of `schema`. The config files of the package are found by name, others by path:
 
-    --config=configs/coco_panoptic.py:r101,ms3x --config.optim.lr=2e-4
+    --config=coco_panoptic:r101,ms3x --config.optim.lr=2e-4
+    --config=my_configs/cells.py
+
+A file builds on one of the package by `base`:
+
+    from knet_jax.config.files import base
+
+    def get_config():
+        config = base("coco_panoptic").get_config()
+        config.data.root = "data/cells"
+        return config
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
+import os
 import re
 import runpy
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import getitem
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from absl import flags
-from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from knet_jax.config import schema
+from knet_jax.config.schema import flatten, to_tuples
 from knet_jax.system.errors import UserError, one_line, suggest
 
 SAVED_NAME = "config.json"
@@ -38,88 +51,158 @@ RESUMABLE = (
     r"eval\..*",
 )
 
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = next(path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir())
+"""The folder of the package's config files: inside it where it is installed, beside it in a checkout."""
 
-# From text to a config.
+
+# Config files.
 
 
-def parse_spec(spec: str) -> tuple[Path, list[str]]:
-    """`configs/x.py:a,b` -> the path and the names of the variants."""
+def list_configs() -> dict[str, Path]:
+    """The config files that are found by name, those of ./configs before those of the package."""
+    files = [*SHIPPED.glob("*.py"), *Path("configs").glob("*.py")]
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
+
+
+def parse_spec(spec: str) -> tuple[str, list[str]]:
+    """Splits `coco_panoptic:r101,ms3x` into the name or path and the names of the variants."""
     path, _, variants = spec.partition(":")
-    return Path(path), [name for name in variants.split(",") if name]
+    return path, [name for name in variants.split(",") if name]
 
 
 def default_workdir(spec: str) -> Path:
-    """`configs/coco_panoptic.py:r101` -> `runs/coco_panoptic_r101`."""
+    """Where a run of a config lives: runs/coco_panoptic_r101 for `coco_panoptic:r101`."""
     path, variants = parse_spec(spec)
-    return Path("runs") / "_".join([path.stem, *variants])
+    return Path("runs") / "_".join([Path(path).stem, *variants])
 
 
-def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Reads a config file, applies its variants from left to right, then the overrides.
+def read_file(path: Path) -> SimpleNamespace:
+    """What a config file defines: `get_config`, `VARIANTS`, and names of its own.
 
     Raises:
-      UserError: no such file, variant or key, or a value of another type than the key's.
+        UserError: the file is no Python, or has no `get_config`.
     """
-    path, names = parse_spec(spec)
-    if not path.is_file():
-        known = ", ".join(map(str, sorted(Path("configs").glob("*.py")))) or (
-            "the whole path, or one in configs/ of the repository's root, which is not here"
-        )
-        raise UserError(f"--config={spec}: there is no file {path}; accepted: {known}")
     try:
-        module = runpy.run_path(str(path))
+        names = runpy.run_path(str(path))
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise UserError(f"--config={spec}: {path} is no Python: {one_line(error)}") from error
-    if "get_config" not in module:
-        raise UserError(f"--config={spec}: {path} has no function get_config()")
-    config = module["get_config"]()
-    variants = module.get("VARIANTS", {})
-    for name in names:
-        if name not in variants:
-            raise UserError(
-                f"--config={spec}: there is no variant {name!r}; {suggest(name, variants)}"
-            )
-        for key, value in variants[name].items():
-            known = flatten_dict(config.to_dict(), sep=".")
-            parent, _, last = key.rpartition(".")
-            if isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in known):
-                reduce(getitem, parent.split(".") if parent else [], config)[last] = ConfigDict(
-                    value
-                )
-                continue
-            _check_key(key, known, f"variant {name!r} of {path}")
-            config.update_from_flattened_dict({key: value})
-    return apply_overrides(config, overrides)
+        raise UserError(f"config {path} is no Python: {one_line(error)}") from error
+    if "get_config" not in names:
+        raise UserError(f"config {path} has no function get_config()")
+    return SimpleNamespace(**{"VARIANTS": {}} | names)
 
 
-def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """Sets keys of a config from `--config.x.y=value` arguments, in place.
+def base(name: str) -> SimpleNamespace:
+    """What a config file of the package defines, for another file to build on.
+
+    Args:
+        name: of the file without its suffix, such as "coco_panoptic".
 
     Raises:
-      UserError: no such key, or a value of another type.
+        UserError: there is no such file.
     """
-    known = flatten_dict(config.to_dict(), sep=".")
-    for argument in overrides:
-        if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-            _check_key(match[1], known, argument)
-    values = flags.FlagValues()
-    argv = ["", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        rest = values(argv)[1:]
-    except (flags.Error, TypeError, ValueError) as error:
-        text = one_line(error)
-        if match := re.search(r"--config\.([\w.]+)=", text):
-            text += f"; accepted: a value like {known[match[1]]!r}"
-        raise UserError(text) from error
-    if rest:
-        raise UserError(f"{rest[0]!r} belongs to no flag; write --config.x.y=value")
-    return config
+    path = SHIPPED / f"{name}.py"
+    if not path.is_file():
+        known = [path.stem for path in SHIPPED.glob("*.py")]
+        raise UserError(f"there is no config {name!r}; {suggest(name, known)}")
+    return read_file(path)
 
 
-def _check_key(key: str, known: Mapping[str, Any], where: str) -> None:
-    if key not in known:
-        raise UserError(f"{where}: there is no key config.{key}; {suggest(key, known)}")
+def load_config(spec: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> ConfigDict:
+    """Reads a config, applies its variants from left to right, then the overrides.
+
+    Args:
+        spec: the path of a config file, or the name of one in ./configs or in the package, and
+            variants: `coco_panoptic`, `coco_panoptic:r101,ms3x`, `my_configs/cells.py:small`.
+        overrides: values by key, {"optim.lr": 2e-4}, or arguments, ["--config.optim.lr=2e-4"].
+
+    Returns:
+        All keys of the config, locked: a value can be changed, but no key added.
+
+    Raises:
+        UserError: no such file, variant or key, or a value of another type than the key's.
+    """
+    name, variants = parse_spec(spec)
+    known = list_configs()
+    path = Path(name) if Path(name).is_file() else known.get(name)
+    if path is None:
+        raise UserError(
+            f"--config={spec}: there is no file {name}; {suggest(name, known)} (or the path of a file)"
+        )
+    file = read_file(path)
+    values = flatten(file.get_config().to_dict())
+    schema.check_names(values, schema.find_keys(values), f"{path}: ")
+    for variant in variants:
+        if variant not in file.VARIANTS:
+            raise UserError(
+                f"--config={spec}: there is no variant {variant!r}; {suggest(variant, file.VARIANTS)}"
+            )
+        for key, value in file.VARIANTS[variant].items():
+            if isinstance(value, Mapping):
+                values = {k: v for k, v in values.items() if not k.startswith(f"{key}.")}
+                value = flatten({key: value})
+            values |= value if isinstance(value, Mapping) else {key: value}
+        schema.check_names(values, schema.find_keys(values), f"variant {variant!r} of {path}: ")
+    return apply_overrides(ConfigDict(schema.unflatten(values)), overrides)
+
+
+def apply_overrides(
+    config: ConfigDict, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> ConfigDict:
+    """Makes a config of all keys: those given, with overrides, and the defaults of the others.
+
+    Arguments and errors are those of `load_config`.
+    """
+    given = overrides if isinstance(overrides, Mapping) else parse_arguments(overrides)
+    values = flatten(config.to_dict())
+    for key in schema.CHOICES:  # other keys depend on them
+        if key in given:
+            values[key] = _convert(key, given[key], "")
+    keys = schema.find_keys(values)
+    schema.check_names([*values, *given], keys)
+    values = schema.complete(values)
+    for key, value in given.items():
+        values[key] = _convert(key, value, values.get(key, keys[key].default))
+    return ConfigDict(schema.unflatten(values)).lock()
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """Reads `--config.x.y=value`, `--config.x.y value`, `--config.flag` and `--noconfig.flag`.
+
+    Returns:
+        The text of each value by its key; of a key that comes twice the last one.
+
+    Raises:
+        UserError: an argument is of another form.
+    """
+    values, key = {}, None
+    for argument in arguments:
+        match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match:
+            no, key, text = match.groups()
+            values[key] = text if text is not None else "False" if no else "True"
+            key = None if no or text is not None else key
+        elif key:
+            values[key], key = argument, None
+        else:
+            raise UserError(f"{argument!r} belongs to no flag; write --config.x.y=value")
+    return values
+
+
+def _convert(key: str, value: Any, like: Any) -> Any:
+    """A value, or the text of one, as of the type of another value of the key."""
+    if isinstance(like, str) and like != schema.REQUIRED:
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    elif isinstance(value, str):
+        with contextlib.suppress(SyntaxError, ValueError):  # what is no literal is judged below
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+    if isinstance(like, tuple):
+        value = to_tuples(value) if isinstance(value, list | tuple) else (value,)
+    if isinstance(like, float) and type(value) is int:
+        value = float(value)
+    if like != schema.REQUIRED and type(value) is not type(like):
+        raise UserError(f"--config.{key}={value}: accepted: a value like {like!r}")
+    return value
 
 
 # The config of a run, on disk.
@@ -133,11 +216,15 @@ def save_config(config: ConfigDict, workdir: str | Path) -> None:
     draft.replace(path)
 
 
-def load_saved_config(workdir: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The config that a run was started with, and overrides.
+def load_saved_config(
+    workdir: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> ConfigDict:
+    """Reads the config that a run was started with, and changes it by overrides.
+
+    Keys that have come since the run was started get their defaults.
 
     Raises:
-      UserError: no run in the workdir, a file that is no JSON, or overrides that do not fit.
+        UserError: no run in the workdir, a file that is no JSON, or overrides that do not fit.
     """
     path = Path(workdir) / SAVED_NAME
     if not path.is_file():
@@ -151,30 +238,23 @@ def load_saved_config(workdir: str | Path, overrides: Sequence[str] = ()) -> Con
     return apply_overrides(config, overrides)
 
 
-def to_tuples(value: Any) -> Any:
-    """Lists in a nest of dicts become tuples: JSON has the ones only, a config the others."""
-    if isinstance(value, Mapping):
-        return {key: to_tuples(item) for key, item in value.items()}
-    return tuple(map(to_tuples, value)) if isinstance(value, list) else value
-
-
 def check_resume(config: ConfigDict, workdir: str | Path) -> list[str]:
     """Compares a config with that of the run in the workdir.
 
     Returns:
-      One sentence for every difference that a resumed run can live with.
+        One sentence for every difference that a resumed run can live with.
 
     Raises:
-      UserError: a difference that would make it another run, all of them named; or a folder in
-        which no run can go on, because there was none.
+        UserError: a difference that would make it another run, all of them named; or a folder in
+            which no run can go on, because there was none.
     """
     if (Path(workdir) / CONVERSION_NAME).exists():
         raise UserError(
             f"--workdir={workdir} holds a converted model and no run; start from it by "
             f"--config.init_weights={workdir} in another --workdir"
         )
-    old = flatten_dict(load_saved_config(workdir).to_dict(), sep=".")
-    new = flatten_dict(to_tuples(config.to_dict()), sep=".")
+    old = flatten(load_saved_config(workdir).to_dict())
+    new = flatten(config.to_dict())
     fine, fatal = [], []
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key, "absent"), new.get(key, "absent")

@@ -7,74 +7,23 @@ trains on crops (`Crop`). Both are the part of `config.data` that a worker needs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from knet_jax.config.files import to_tuples
-from knet_jax.config.rules import (
-    ONE,
-    YES_NO,
-    ZERO,
-    Rule,
-    at_least_one,
-    check,
-    count,
-    pair,
-    positive,
-    share,
-)
 from knet_jax.data import photometric, sampler, transforms
 from knet_jax.data.transforms import View
 from knet_jax.system.errors import UserError
 
-STRIDE = 32
-"""Sides of a canvas are multiples of the greatest stride of a backbone."""
 CROP_TRIES = 10
 """How many windows are looked at for one in which no class takes too much."""
 
-
-def _is_canvas(value: Any) -> bool:
-    return pair(at_least_one)(value) and not any(side % STRIDE for side in value)
+Recipe = TypeVar("Recipe", bound=NamedTuple)
 
 
-CANVAS: Rule = (_is_canvas, f"(height, width), multiples of {STRIDE}")
-
-
-def _is_range(value: Any) -> bool:
-    return pair(positive)(value) and value[0] <= value[1]
-
-
-SHARED_RULES: dict[str, Rule] = {
-    "data.flip": (share, "a probability"),
-    "data.num_workers": ZERO,
-    "data.max_broken_share": (share, "a share between 0 and 1"),
-}
-WHOLE_PICTURE_RULES: dict[str, Rule] = {
-    "data.canvas": (
-        lambda value: _is_canvas(value) and value[0] <= value[1],
-        f"(height, width) of a landscape, multiples of {STRIDE}",
-    ),
-    "data.short_side": (_is_range, "(smallest, largest) in pixels"),
-    "data.long_side": (positive, "a number of pixels"),
-    "data.max_things": ONE,
-    "data.min_things": ZERO,
-    "data.eval_multiple": (
-        lambda value: count(value) and value % STRIDE == 0,
-        f"a multiple of {STRIDE}, or 0 for the canvas of training",
-    ),
-}
-CROP_RULES: dict[str, Rule] = {
-    "data.scale": (
-        lambda value: pair(at_least_one)(value) and value[0] >= value[1],
-        "(long side, short side) in pixels",
-    ),
-    "data.ratio": (_is_range, "(smallest, largest) above 0"),
-    "data.crop": CANVAS,
-    "data.max_class_share": (lambda value: share(value) and value > 0, "a share above 0"),
-    "data.photometric": YES_NO,
-    "data.eval_multiple": ONE,
-}
+def read(kind: type[Recipe], config_data: Mapping[str, Any]) -> Recipe:
+    """The recipe of a kind, `WholePicture` or `Crop`, that `config.data` describes."""
+    return kind(*(config_data[name] for name in kind._fields))
 
 
 class WholePicture(NamedTuple):
@@ -88,9 +37,9 @@ class WholePicture(NamedTuple):
     max_things: int
     num_workers: int
     max_broken_share: float
-    min_things: int = 0
+    min_things: int
     """How many things, crowds not counted, a picture must show to be trained on."""
-    eval_multiple: int = 0
+    eval_multiple: int
     """Of the canvas's sides in evaluation; 0 is the canvas of training, whatever it pads."""
 
     def groups(self, sizes: np.ndarray, num_things: np.ndarray) -> Sequence[np.ndarray]:
@@ -131,21 +80,6 @@ class WholePicture(NamedTuple):
         if not self.eval_multiple:
             return self.train_canvas(int(size[0] > size[1]))
         return _round_up(self.eval_size(size), self.eval_multiple)
-
-
-def whole_picture(config_data) -> WholePicture:
-    """Checks what the loader needs of `config.data` to show whole pictures.
-
-    Raises:
-        ValueError: a value that cannot be meant.
-    """
-    recipe = _read(WholePicture, config_data, SHARED_RULES | WHOLE_PICTURE_RULES)
-    if recipe.short_side[1] > recipe.canvas[0] or recipe.long_side > recipe.canvas[1]:
-        raise UserError(
-            f"config.data.short_side {recipe.short_side} and long_side {recipe.long_side} "
-            f"do not fit into config.data.canvas {recipe.canvas}"
-        )
-    return recipe
 
 
 class Crop(NamedTuple):
@@ -220,15 +154,6 @@ class Crop(NamedTuple):
         return self._replace(scale=tuple(max(1, int(side * ratio)) for side in self.scale))
 
 
-def crop(config_data) -> Crop:
-    """Checks what the loader needs of `config.data` to train on crops.
-
-    Raises:
-        ValueError: a value that cannot be meant.
-    """
-    return _read(Crop, config_data, SHARED_RULES | CROP_RULES)
-
-
 def at_ratios(recipe: WholePicture | Crop, ratios: Sequence[float]) -> list[WholePicture | Crop]:
     """The recipe for pictures that are so many times as large, for each ratio; `Crop` has others than 1."""
     return [recipe.scaled(ratio) if ratio != 1 else recipe for ratio in ratios]
@@ -246,14 +171,6 @@ def largest_share(label_map: np.ndarray) -> float:
     """The share of the most frequent class among the pixels that are not 0; 1 if all are."""
     counts = np.bincount(label_map.ravel(), minlength=2)[1:]
     return counts.max() / counts.sum() if counts.any() else 1.0
-
-
-def _read(kind: type[Any], config_data, rules: Mapping[str, Rule]) -> Any:
-    """The fields of a recipe from `config.data`, each checked by its rule."""
-    given = {name: to_tuples(config_data[name]) for name in kind._fields if name in config_data}
-    values = kind._field_defaults | given
-    check({f"data.{name}": value for name, value in values.items()}, rules)
-    return kind(**values)
 
 
 def _round_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:

@@ -33,8 +33,8 @@ class FPN(nn.Module):
     (C2, C3, C4, C5) -> the same number of maps [b, h, w, channels] of the same sizes.
     """
 
-    channels: int = 256
-    dtype: str = "float32"
+    channels: int
+    dtype: str
 
     @nn.compact
     def __call__(self, levels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -53,10 +53,10 @@ class SemanticFPN(nn.Module):
     maps [b, h, w, channels] at stride 8.
     """
 
-    channels: int = 256
-    sine: bool = True
-    coordinates: bool = False
-    dtype: str = "float32"
+    channels: int
+    sine: bool
+    coordinates: bool
+    dtype: str
 
     @nn.compact
     def __call__(self, levels: tuple[jax.Array, ...], train: bool) -> Features:
@@ -100,9 +100,9 @@ class FCN(nn.Module):
     (C2, …, C5) -> [b, h, w, channels] at the size of C5.
     """
 
-    channels: int = 512
-    norm: str = "batch"
-    dtype: str = "float32"
+    channels: int
+    norm: str
+    dtype: str
 
     @nn.compact
     def __call__(self, levels: tuple[jax.Array, ...], train: bool) -> jax.Array:
@@ -118,10 +118,10 @@ class PSP(nn.Module):
     (C2, …, C5) -> [b, h, w, channels] at the size of C5.
     """
 
-    channels: int = 512
-    scales: tuple[int, ...] = (1, 2, 3, 6)
-    norm: str = "batch"
-    dtype: str = "float32"
+    channels: int
+    scales: tuple[int, ...]
+    norm: str
+    dtype: str
 
     @nn.compact
     def __call__(self, levels: tuple[jax.Array, ...], train: bool) -> jax.Array:
@@ -140,10 +140,10 @@ class ASPP(nn.Module):
     (C2, …, C5) -> [b, h, w, channels] at the size of C5.
     """
 
-    channels: int = 512
-    dilations: tuple[int, ...] = (1, 12, 24, 36)
-    norm: str = "batch"
-    dtype: str = "float32"
+    channels: int
+    dilations: tuple[int, ...]
+    norm: str
+    dtype: str
 
     @nn.compact
     def __call__(self, levels: tuple[jax.Array, ...], train: bool) -> jax.Array:
@@ -163,10 +163,10 @@ class UPer(nn.Module):
     (C2, …, C5) -> [b, h, w, channels] at the size of C2.
     """
 
-    channels: int = 512
-    scales: tuple[int, ...] = (1, 2, 3, 6)
-    norm: str = "batch"
-    dtype: str = "float32"
+    channels: int
+    scales: tuple[int, ...]
+    norm: str
+    dtype: str
 
     @nn.compact
     def __call__(self, levels: tuple[jax.Array, ...], train: bool) -> jax.Array:
@@ -189,10 +189,10 @@ class AuxiliaryHead(nn.Module):
     """
 
     num_classes: int
-    channels: int = 256
-    dropout: float = 0.1
-    norm: str = "batch"
-    dtype: str = "float32"
+    channels: int
+    dropout: float
+    norm: str
+    dtype: str
 
     @nn.compact
     def __call__(self, level: jax.Array, train: bool) -> jax.Array:

@@ -57,19 +57,19 @@ class ResNet(nn.Module):
       ValueError: there is no such output stride, or there are fewer stages than are deformable.
     """
 
-    depths: tuple[int, ...] = (3, 4, 6, 3)
-    width: int = 64
-    norm: str = "frozen_batch"
-    frozen_stages: int = 1
-    deep_stem: bool = False
+    depths: tuple[int, ...]
+    width: int
+    norm: str
+    frozen_stages: int
+    deep_stem: bool
     """Three 3x3 convolutions instead of one 7x7 (ResNet-C of He et al., 2019)."""
-    output_stride: int = 32
+    output_stride: int
     """Where it is reached, stages dilate instead of shrinking (DeepLab; Chen et al., 2017)."""
-    num_deformable: int = 0
+    num_deformable: int
     """The last so many stages have deformable 3x3 convolutions."""
-    remat: bool = False
+    remat: bool
     """Blocks are computed anew for the gradient: slower, in less memory."""
-    dtype: str = "float32"
+    dtype: str
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool) -> tuple[jax.Array, ...]:

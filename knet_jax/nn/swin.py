@@ -209,23 +209,22 @@ class Swin(nn.Module):
     """Swin Transformer without its classifier. Image [b, H, W, 3] -> (C2, C3, C4, C5).
 
     Level i has `channels` · 2^i channels at stride 4 · 2^i, sizes rounded up, and a LayerNorm of its
-    own. The default is Swin-T; `channels` of 192, `depths` of (2, 2, 18, 2) and `num_heads` of
-    (6, 12, 24, 48) are Swin-L.
+    own. `channels` of 96, `depths` of (2, 2, 6, 2) and `num_heads` of (3, 6, 12, 24) are Swin-T; 192,
+    (2, 2, 18, 2) and (6, 12, 24, 48) are Swin-L.
 
     Raises:
       ValueError: the heads do not fit the depths or the channels.
     """
 
-    channels: int = 96
-    depths: tuple[int, ...] = (2, 2, 6, 2)
-    num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window: int = 7
-    drop_path: float = 0.0
+    channels: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    window: int
+    drop_path: float
     """Of the last block; it grows linearly from zero at the first."""
-    remat: bool = False
-    """Whether blocks are computed again for the gradient, so that only their inputs are kept. On the
-    CPU that needs XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false."""
-    dtype: str = "float32"
+    remat: bool
+    """Whether blocks are computed again for the gradient, so that only their inputs are kept."""
+    dtype: str
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool) -> tuple[jax.Array, ...]:

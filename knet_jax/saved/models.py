@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from knet_jax.config.files import apply_overrides, load_config, load_saved_config, to_tuples
+from knet_jax.config.files import apply_overrides, load_config, load_saved_config
+from knet_jax.config.schema import to_tuples
 from knet_jax.config.validation import validate
 from knet_jax.knet import KNet
 from knet_jax.model import init_variables, make_model

@@ -8,9 +8,9 @@ parameters never change, have no optimizer state and do not count in the gradien
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import jax
@@ -35,43 +35,13 @@ class Group(NamedTuple):
     weight_decay: float
 
 
-def parse_groups(groups: Sequence[Sequence[Any]]) -> tuple[Group, ...]:
-    """Checks `config.optim.groups` by itself.
-
-    Raises:
-      ValueError: a row is not (name, pattern, factor, factor), or a name comes twice.
-    """
-    rows = []
-    for i, row in enumerate(groups):
-        where = f"config.optim.groups[{i}]"
-        if not isinstance(row, tuple | list) or len(row) != 4:
-            raise UserError(
-                f"{where} is {row!r}; accepted: (name, regular expression, "
-                "learning rate factor, weight decay factor)"
-            )
-        group = Group(*row)
-        try:
-            re.compile(group.pattern)
-        except (re.error, TypeError) as error:
-            raise UserError(f"{where}: {group.pattern!r} is no regular expression: {error}")
-        for factor in group.lr, group.weight_decay:
-            is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
-            if not is_number or not 0 <= factor < math.inf:
-                raise UserError(f"{where} ({group.name!r}): {factor!r} is no factor of at least 0")
-        rows.append(group)
-    names = [group.name for group in rows]
-    if len(set(names)) < len(names):
-        raise UserError(f"config.optim.groups: a name comes twice in {', '.join(names)}")
-    return tuple(rows)
-
-
 def assign_groups(groups: Sequence[Sequence[Any]], params: Any) -> Any:
     """The name of the group of every parameter, a tree like `params`.
 
     Raises:
       ValueError: a parameter is in no group, or a group has no parameter.
     """
-    rows = parse_groups(groups)
+    rows = [*starmap(Group, groups)]
     labels = []
     for path in leaf_paths(params):
         label = next((row.name for row in rows if re.fullmatch(row.pattern, path)), None)
@@ -89,7 +59,7 @@ def assign_groups(groups: Sequence[Sequence[Any]], params: Any) -> Any:
 
 def trainable(groups: Sequence[Sequence[Any]], params: Any) -> Any:
     """True for every parameter that is not frozen, a tree like `params`."""
-    frozen = {row.name for row in parse_groups(groups) if row.lr == 0}
+    frozen = {row.name for row in starmap(Group, groups) if row.lr == 0}
     return jax.tree.map(lambda label: label not in frozen, assign_groups(groups, params))
 
 
@@ -154,7 +124,7 @@ def group_rates(
 ) -> dict[str, jax.Array]:
     """Learning rates at a step under the names of the logs, `lr/<group>`, without frozen groups."""
     rate = schedule(step)
-    return {f"lr/{row.name}": rate * row.lr for row in parse_groups(optim.groups) if row.lr}
+    return {f"lr/{row.name}": rate * row.lr for row in starmap(Group, optim.groups) if row.lr}
 
 
 def make_optimizer(
@@ -190,7 +160,7 @@ def make_optimizer(
             weight_decay=optim.weight_decay * group.weight_decay,
         )
 
-    rows = parse_groups(optim.groups)
+    rows = [*starmap(Group, optim.groups)]
     labels = assign_groups(optim.groups, params)
     transformation = optax.chain(
         optax.masked(clip_by_global_norm(optim.clip_norm), trainable(optim.groups, params)),
@@ -212,7 +182,7 @@ def describe(
         f"learning rate {rate}; warm-up {optim.warmup_steps} steps; {decay}; {total_steps} steps"
     ]
     labels = jax.tree.leaves(assign_groups(optim.groups, params))
-    for row in parse_groups(optim.groups):
+    for row in starmap(Group, optim.groups):
         sizes = [p.size for p, label in zip(jax.tree.leaves(params), labels) if label == row.name]
         what = (
             f"lr {base * row.lr:g}, weight decay {optim.weight_decay * row.weight_decay:g}"

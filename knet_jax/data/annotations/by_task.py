@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from knet_jax.data import recipes
@@ -16,8 +17,6 @@ class Kind(NamedTuple):
 
     recipe: Callable[..., Any]
     """config.data -> a recipe."""
-    keys: tuple[str, ...]
-    """What the recipe reads of it."""
     features: Callable[[], dict[str, Any]]
     """What TFDS stores of an annotation."""
     encoded: tuple[str, ...]
@@ -44,8 +43,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "panoptic": Kind(
-        recipe=recipes.whole_picture,
-        keys=recipes.WholePicture._fields,
+        recipe=partial(recipes.read, recipes.WholePicture),
         features=panoptic.features,
         encoded=panoptic.ENCODED,
         encode=panoptic.encode,
@@ -59,8 +57,7 @@ KINDS = {
         truth=panoptic.truth,
     ),
     "instance": Kind(
-        recipe=recipes.whole_picture,
-        keys=recipes.WholePicture._fields,
+        recipe=partial(recipes.read, recipes.WholePicture),
         features=instance.features,
         encoded=instance.ENCODED,
         encode=instance.encode,
@@ -74,8 +71,7 @@ KINDS = {
         truth=instance.truth,
     ),
     "semantic": Kind(
-        recipe=recipes.crop,
-        keys=recipes.Crop._fields,
+        recipe=partial(recipes.read, recipes.Crop),
         features=semantic.features,
         encoded=semantic.ENCODED,
         encode=semantic.encode,

@@ -1,0 +1,363 @@
+"""Every key of a config, said once: its default, what is accepted, and what it means.
+
+`GROUPS` is the table. The first group holds the keys of every config, the others those that exist
+for one task, dataset, backbone or neck only. Validation, defaults, `--help` and the tables of
+docs/training.md are read from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from knet_jax.config import rules
+from knet_jax.config.rules import (
+    BELOW_1,
+    FOUR,
+    ONE,
+    POSITIVE,
+    RANGE,
+    SHARE,
+    SOME,
+    TEXT,
+    WEIGHT,
+    YES_NO,
+    ZERO,
+    one_of,
+)
+from knet_jax.system.errors import UserError, suggest
+
+TASKS = ("panoptic", "instance", "semantic")
+DATASETS = ("ade20k", "cityscapes", "coco", "folder", "scene_parse150", "shapes")
+BACKBONES = ("resnet", "swin")
+NECKS = ("semantic_fpn", "fcn", "psp", "aspp", "uper")
+NORMS = ("frozen_batch", "batch", "group")
+DTYPES = ("float32", "bfloat16")
+
+REQUIRED = "REQUIRED"
+"""Stands for the default of a key that has none: every config says it."""
+
+
+class Key(NamedTuple):
+    """One key of a config."""
+
+    default: Any
+    rule: rules.Rule
+    text: str
+
+
+class Group(NamedTuple):
+    """Keys that exist where the config's value of `choice` is one of `values`."""
+
+    choice: str
+    """A key such as `task`, or "" for keys that every config has."""
+    values: tuple[str, ...]
+    keys: dict[str, Key]
+
+
+ALL = (("all", r".*", 1.0, 1.0),)
+
+EVERY = {
+    # The run.
+    "task": Key(REQUIRED, one_of(*TASKS), "what is learned"),
+    "seed": Key(0, rules.SEED, "of initial weights, order of pictures, augmentation, dropout"),
+    "precision": Key(
+        "float32",
+        one_of("float32", "tensorfloat32", "bfloat16"),
+        "of matrix products: `float32` is exact, `tensorfloat32` much faster on recent GPUs",
+    ),
+    "init_weights": Key(
+        "",
+        rules.PATH,
+        "of the backbone: a checkpoint of PyTorch, npz or safetensors; or of the whole network: "
+        "the folder of a model; empty: from scratch",
+    ),
+    # The network.
+    "model.num_proposals": Key(REQUIRED, ZERO, "kernels that look for things (N in the paper)"),
+    "model.num_things": Key(REQUIRED, ZERO, "thing classes"),
+    "model.num_stuff": Key(REQUIRED, ZERO, "stuff classes, each with a kernel of its own"),
+    "model.num_stages": Key(3, ZERO, "updates of the kernels; 0 is a plain decoder"),
+    "model.channels": Key(256, rules.EVEN, "of features and kernels"),
+    "model.num_heads": Key(8, ONE, "of the attention between kernels; divides the channels"),
+    "model.ffn_channels": Key(2048, ONE, "hidden width of the network after the attention"),
+    "model.auxiliary_channels": Key(0, ZERO, "of the auxiliary classifier on C4; 0 is none"),
+    "model.dropout": Key(0.1, BELOW_1, "probability before the classifiers, in semantic tasks"),
+    "model.adaptive_update": Key(True, YES_NO, "False adds kernels and their pixels (Table 4a)"),
+    "model.kernel_interaction": Key(True, YES_NO, "kernels attend to each other (Table 4a)"),
+    "model.dtype": Key("float32", one_of(*DTYPES), "of feature maps; parameters stay float32"),
+    "model.backbone.name": Key("resnet", one_of(*BACKBONES), "which backbone"),
+    "model.backbone.remat": Key(False, YES_NO, "computes blocks twice: less memory, slower"),
+    "model.neck.name": Key("semantic_fpn", one_of(*NECKS), "which neck or decoder"),
+    # The data.
+    "data.dataset": Key(REQUIRED, one_of(*DATASETS), "where the pictures are from"),
+    "data.root": Key("", rules.PATH, "the folder of the dataset"),
+    "data.data_dir": Key(
+        "", rules.PATH, "of prepared records; empty: `$TFDS_DATA_DIR`, or ~/tensorflow_datasets"
+    ),
+    "data.train_split": Key("train", TEXT, "a name, or a slice such as `train[:8]`"),
+    "data.val_split": Key("val", TEXT, "the split of evaluation"),
+    "data.flip": Key(0.5, SHARE, "probability of a mirrored picture in training"),
+    "data.num_workers": Key(2, ZERO, "processes that read pictures; 0: the program itself"),
+    "data.max_broken_share": Key(0.01, SHARE, "of damaged pictures; beyond it training stops"),
+    # The weights of the loss terms.
+    "loss.mask": Key(1.0, WEIGHT, "cross entropy of the masks; also weighs the matching"),
+    "loss.dice": Key(4.0, WEIGHT, "dice loss of the masks; also weighs the matching"),
+    "loss.label": Key(2.0, WEIGHT, "focal loss of the classes; also weighs the matching"),
+    "loss.rank": Key(0.1, WEIGHT, "cross entropy over kernels: which one owns a pixel"),
+    "loss.dense": Key(1.0, WEIGHT, "classes of pixels, by the features or the auxiliary head"),
+    # The optimizer.
+    "optim.lr": Key(REQUIRED, POSITIVE, "learning rate of a group of factor 1"),
+    "optim.scale_lr": Key(False, YES_NO, "times `train.batch_size` / `optim.reference_batch`"),
+    "optim.reference_batch": Key(16, POSITIVE, "the batch that the learning rate is for"),
+    "optim.weight_decay": Key(0.05, rules.NON_NEGATIVE, "of AdamW"),
+    "optim.clip_norm": Key(1.0, POSITIVE, "the most that the norm of the gradient may be"),
+    "optim.warmup_steps": Key(1000, ZERO, "steps until the full learning rate"),
+    "optim.warmup_factor": Key(0.001, SHARE, "share of the learning rate at the first step"),
+    "optim.decay_at": Key((), rules.ASCENDING, "when the learning rate falls"),
+    "optim.decay_factor": Key(10.0, rules.DIVISOR, "by which it is divided then"),
+    "optim.unit": Key("epoch", one_of("epoch", "step"), "of `optim.decay_at`"),
+    "optim.groups": Key(ALL, rules.GROUPS, "the first whose expression matches a path counts"),
+    # The run's length, and what it keeps.
+    "train.batch_size": Key(16, ONE, "images of a step, over all devices"),
+    "train.microbatch": Key(2, ONE, "images on a device at a time; gradients are summed"),
+    "train.epochs": Key(0.0, rules.NON_NEGATIVE, "length, where `train.steps` is 0"),
+    "train.steps": Key(0, ZERO, "length, where it is not 0"),
+    "train.ema_decay": Key(
+        0.0,
+        BELOW_1,
+        "of a moving average of the parameters, such as 0.9998, evaluated beside them "
+        "(`val_ema/*`; `eval.py --ema`); 0 keeps none",
+    ),
+    "train.log_every": Key(50, ONE, "in steps"),
+    "train.eval_every": Key(0, ZERO, "in steps; 0 is at the end only"),
+    "train.checkpoint_every": Key(1000, ONE, "in steps"),
+    "train.keep": Key(3, ONE, "how many of the last checkpoints stay, beside the best"),
+    "eval.batch_size": Key(8, ONE, "images of an evaluation's batch, over all devices"),
+    "eval.num_pictures": Key(4, ZERO, "how many pictures each evaluation draws"),
+}
+
+WITH_THINGS = {
+    "model.num_proposals": Key(REQUIRED, ONE, "kernels that look for things"),
+    "model.num_things": Key(REQUIRED, ONE, "thing classes"),
+    "model.auxiliary_channels": Key(0, rules.NONE, "there is no auxiliary classifier"),
+    "model.neck.name": Key("semantic_fpn", one_of("semantic_fpn"), "the one neck"),
+    "data.canvas": Key(REQUIRED, rules.LANDSCAPE, "of training; portraits get it transposed"),
+    "data.short_side": Key(REQUIRED, RANGE, "of a random length; evaluation takes the largest"),
+    "data.long_side": Key(REQUIRED, POSITIVE, "the most that the long side becomes"),
+    "data.max_things": Key(REQUIRED, ONE, "slots for the things of a picture, largest first"),
+    "data.min_things": Key(0, ZERO, "pictures with fewer are not trained on; crowds aside"),
+    "data.eval_multiple": Key(0, rules.MULTIPLE, "of the canvas's sides in evaluation"),
+}
+PANOPTIC = {
+    "eval.instance_threshold": Key(0.3, SHARE, "least score of a thing"),
+    "eval.overlap_threshold": Key(0.6, SHARE, "least share of a mask that others leave it"),
+}
+INSTANCE = {
+    "model.num_stuff": Key(REQUIRED, rules.NONE, "there is no stuff"),
+    "eval.num_results": Key(100, ONE, "best (kernel, class) pairs of a picture"),
+}
+SEMANTIC = {
+    "model.num_proposals": Key(REQUIRED, rules.NONE, "every kernel is that of a class"),
+    "model.num_things": Key(REQUIRED, rules.NONE, "all classes count as stuff"),
+    "model.num_stuff": Key(REQUIRED, ONE, "classes"),
+    "model.neck.name": Key(REQUIRED, one_of(*NECKS[1:]), "the decoder"),
+    "data.scale": Key(REQUIRED, rules.SIZE, "the most that the sides become at ratio 1"),
+    "data.ratio": Key((0.5, 2.0), RANGE, "of a random factor of the scale"),
+    "data.crop": Key(REQUIRED, rules.CANVAS, "a random window; smaller pictures are padded"),
+    "data.max_class_share": Key(
+        0.75, rules.ABOVE_0, "of ten windows, the first where no class has more of the pixels"
+    ),
+    "data.photometric": Key(True, YES_NO, "random brightness, contrast, saturation and hue"),
+    "data.eval_multiple": Key(32, ONE, "of the canvas's sides in evaluation; 1 pads nothing"),
+    "eval.scales": Key((1.0,), rules.SCALES, "the mean of the probabilities is over these"),
+    "eval.flip": Key(False, YES_NO, "and over mirrored pictures"),
+    "eval.window": Key((), rules.WINDOW, "the part of a large picture that is shown at a time"),
+    "eval.window_step": Key((), rules.WINDOW, "from one to the next, at most the window"),
+}
+
+FOLDER = {
+    "data.images": Key("images/{split}", TEXT, "the folder of pictures, below the root"),
+    "data.labels": Key("labels/{split}", TEXT, "the folder of index PNGs"),
+    "data.classes": Key("classes.txt", TEXT, "the names of the classes, one a line"),
+    "data.ignore_index": Key(255, ZERO, "the index that is no class"),
+}
+SHAPES = {
+    "data.num_train": Key(REQUIRED, ONE, "pictures to train on"),
+    "data.num_val": Key(REQUIRED, ONE, "pictures to evaluate on"),
+    "data.image_side": Key(REQUIRED, RANGE, "of their sides, in pixels"),
+}
+
+RESNET = {
+    "model.backbone.depths": Key((3, 4, 6, 3), FOUR, "blocks; (3, 4, 23, 3) is ResNet-101"),
+    "model.backbone.width": Key(64, ONE, "channels of the first stage's 3x3 convolutions"),
+    "model.backbone.norm": Key(
+        "frozen_batch",
+        one_of(*NORMS),
+        "`frozen_batch` uses the statistics of the initial weights and trains scale and bias; "
+        "`batch` trains statistics too, over one microbatch of all devices; `group` needs none",
+    ),
+    "model.backbone.frozen_stages": Key(1, rules.STAGES, "get no gradient, nor does the stem"),
+    "model.backbone.deep_stem": Key(False, YES_NO, "three 3x3 convolutions (ResNet-C)"),
+    "model.backbone.output_stride": Key(
+        32, one_of(8, 16, 32), "where it is reached, stages dilate instead of shrinking"
+    ),
+    "model.backbone.num_deformable": Key(0, rules.STAGES, "the last so many; 3 in R101-DCN"),
+}
+SWIN = {
+    "model.backbone.channels": Key(96, ONE, "of the first level; 192 in Swin-L"),
+    "model.backbone.depths": Key((2, 2, 6, 2), FOUR, "blocks; (2, 2, 18, 2) is Swin-L"),
+    "model.backbone.num_heads": Key((3, 6, 12, 24), FOUR, "of each stage"),
+    "model.backbone.window": Key(7, ONE, "side of the windows of attention"),
+    "model.backbone.drop_path": Key(0.0, BELOW_1, "of the last block, from 0 at the first"),
+}
+
+SEMANTIC_FPN = {
+    "model.neck.sine": Key(True, YES_NO, "positional encoding (Table 4b)"),
+    "model.neck.coordinates": Key(False, YES_NO, "two channels of coordinates (Table 4b)"),
+}
+DECODER = {"model.neck.norm": Key("batch", one_of(*NORMS), "as of the backbone")}
+POOLING = {"model.neck.scales": Key((1, 2, 3, 6), SOME, "sides of the pooled maps")}
+DILATED = {"model.neck.dilations": Key((1, 12, 24, 36), SOME, "of the branches")}
+SEMANTIC_ONLY = {"task": Key(REQUIRED, one_of("semantic"), "what they are annotated for")}
+
+GROUPS = (
+    Group("", (), EVERY),
+    Group("task", ("panoptic", "instance"), WITH_THINGS),
+    Group("task", ("panoptic",), PANOPTIC),
+    Group("task", ("instance",), INSTANCE),
+    Group("task", ("semantic",), SEMANTIC),
+    Group("data.dataset", ("ade20k", "cityscapes", "folder", "scene_parse150"), SEMANTIC_ONLY),
+    Group("data.dataset", ("folder",), FOLDER),
+    Group("data.dataset", ("shapes",), SHAPES),
+    Group("model.backbone.name", ("resnet",), RESNET),
+    Group("model.backbone.name", ("swin",), SWIN),
+    Group("model.neck.name", ("semantic_fpn",), SEMANTIC_FPN),
+    Group("model.neck.name", ("fcn", "psp", "aspp", "uper"), DECODER),
+    Group("model.neck.name", ("psp", "uper"), POOLING),
+    Group("model.neck.name", ("aspp",), DILATED),
+)
+"""All keys. Where two groups have one key, a value must pass the rules of both."""
+
+MODEL_CHOICES = ("model.backbone.name", "model.neck.name")
+CHOICES = ("task", "data.dataset", *MODEL_CHOICES)
+"""Keys on whose values other keys depend."""
+
+
+def to_tuples(value: Any) -> Any:
+    """Makes tuples of the lists in a nest of dicts: JSON has lists only, a config has tuples."""
+    if isinstance(value, Mapping):
+        return {key: to_tuples(item) for key, item in value.items()}
+    return tuple(map(to_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes one dict of nested ones: {"optim": {"lr": 1.0}} becomes {"optim.lr": 1.0}."""
+    return flatten_dict(to_tuples(config), sep=".")
+
+
+def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `flatten`."""
+    return unflatten_dict(dict(values), sep=".")
+
+
+def find_groups(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> list[Group]:
+    """The groups whose keys a config has.
+
+    Args:
+        values: of the config, flat.
+        choices: which of `CHOICES` are looked at.
+
+    Raises:
+        UserError: one of them is missing or has a value that is not accepted.
+    """
+    keys = {name: EVERY[name] for name in choices}
+    chosen = _complete(values, keys)
+    _check_rules(chosen, Group("", (), keys))
+    return [g for g in GROUPS if not g.choice or chosen.get(g.choice) in g.values]
+
+
+def find_keys(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> dict[str, Key]:
+    """The keys that a config has, by name. Arguments and errors are those of `find_groups`."""
+    groups = find_groups(values, choices)
+    return {name: key for group in groups for name, key in group.keys.items()}
+
+
+def complete(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config, flat, with the defaults of those that it does not state.
+
+    Raises:
+        UserError: task, dataset, backbone or neck are not among those that there are.
+    """
+    return _complete(values, find_keys(values))
+
+
+def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `config.model`, with the defaults of those that it does not state.
+
+    Raises:
+        UserError: a key does not exist, or is missing and has no default.
+    """
+    values = flatten({"model": dict(model)})
+    keys = find_keys(values, MODEL_CHOICES)
+    keys = {name: key for name, key in keys.items() if name.startswith("model.")}
+    check_names(values, keys)
+    completed = _complete(values, keys)
+    if missing := sorted(keys.keys() - completed.keys()):
+        raise UserError(f"config.{missing[0]} is missing; accepted: {keys[missing[0]].rule[1]}")
+    return unflatten(completed)["model"]
+
+
+def _complete(values: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
+    known = {name: values.get(name, key.default) for name, key in keys.items()}
+    return {name: value for name, value in known.items() if value != REQUIRED}
+
+
+def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
+    """Raises UserError where a key does not exist, with those that may have been meant."""
+    for name in given:
+        if name not in known:
+            raise UserError(f"{where}there is no key config.{name}; {suggest(name, known)}")
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Compares the names and values of a config, flat, with the table.
+
+    Raises:
+        UserError: a key is missing, does not exist, or has a value that is not accepted.
+    """
+    check_names(values, find_keys(values))
+    for group in find_groups(values):
+        _check_rules(values, group)
+
+
+def _check_rules(values: Mapping[str, Any], group: Group) -> None:
+    where = f" where config.{group.choice} is {values[group.choice]!r}" if group.choice else ""
+    for name, (_, (test, accepted), _) in group.keys.items():
+        if name not in values:
+            raise UserError(f"config.{name} is missing; accepted: {accepted}{where}")
+        if not test(values[name]):
+            raise UserError(f"config.{name} is {values[name]!r}; accepted: {accepted}{where}")
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """The keys of a config with value, meaning and what is accepted, for `--help`."""
+    return "\n".join(
+        f"  --config.{name}={values.get(name, REQUIRED)!r}\n      {key.text} ({key.rule[1]})"
+        for name, key in find_keys(values).items()
+    )
+
+
+def to_markdown() -> str:
+    """The whole table for the documentation, a Markdown table for each group."""
+    parts = []
+    for group in GROUPS:
+        values = " or ".join(f"`{value}`" for value in group.values)
+        title = f"Where `{group.choice}` is {values}:" if group.choice else "Every config:"
+        parts += [title, "", "| key | default | accepted | meaning |", "|---|---|---|---|"]
+        for name, (default, (_, accepted), text) in group.keys.items():
+            shown = "" if default == REQUIRED else f"`{default!r}`"
+            parts.append(f"| `{name}` | {shown} | {accepted} | {text} |")
+        parts.append("")
+    return "\n".join(parts)
