@@ -514,9 +514,9 @@ def loss_and_grads(fixture: Fixture, compiler_options: Mapping[str, Any] | None 
     model, variables = network(fixture)
     if model.sizes.num_proposals:
         task, wanted = TASKS["panoptic"], KernelTargets(*targets(fixture, model.sizes.num_stuff))
-        weights = LossWeights() if model.sizes.num_stuff else LossWeights(rank=0)
+        weights = WEIGHTS if model.sizes.num_stuff else WEIGHTS._replace(rank=0)
     else:
-        task, weights = TASKS["semantic"], LossWeights(dense=0.4)
+        task, weights = TASKS["semantic"], WEIGHTS._replace(dense=0.4)
         labels = fixture.arrays["labels"].astype(np.int32)
         wanted = jnp.asarray(np.where(labels == 255, EMPTY, labels))
     counts = task.count(wanted, model.sizes)
@@ -792,6 +792,8 @@ FOLDERS = {
 
 # The report.
 
+
+WEIGHTS = LossWeights(mask=1.0, dice=4.0, label=2.0, rank=0.1, dense=1.0)
 
 RECIPES = {
     "knet_s3_r50_fpn_1x_coco": "coco_instance.py",

@@ -1,8 +1,8 @@
-"""The whole train step of every network of the paper at full size, by shapes alone."""
+"""The networks of the paper at full size, by shapes alone."""
 
 import json
 import re
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from parity import RECIPES
 
 from knet_jax.config.files import load_config
 from knet_jax.data.annotations import by_task
@@ -23,61 +22,42 @@ from knet_jax.structs import Batch
 from knet_jax.tasks import TASKS
 from knet_jax.training import optim, train_step
 
-ROOT = Path(__file__).parents[1]
-TABLE = (ROOT / "docs" / "models.md").read_text()
-ROWS = sorted(set(re.findall(r"`(configs/\w+\.py[:\w,]*)`", TABLE)))
-"""The networks of the paper, as the documentation lists them."""
-DECODERS = ("", "psp,", "deeplabv3,", "uper,", "swin_t,", "swin_l,", "swin_l_640,")
+TABLE = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+KIND = r"\w+_(?:panoptic|instance|semantic)"
+ROWS = sorted(set(re.findall(rf"`(?:configs/)?({KIND})(?:\.py)?(:[\w,]+)?`", TABLE)))
+"""The networks of the paper, as the documentation lists them: config and variants."""
+SHALLOW = ("model.backbone.depths", (1, 1, 1, 1))
+"""Backbones at full depth have a row of the tables."""
+WITHOUT = {"model.adaptive_update": "update/", "model.kernel_interaction": "interaction/"}
+"""Flags, and the layers of a stage that are gone without them."""
 MORE = [
-    *((f"configs/ade20k_semantic.py:{name}baseline",) for name in DECODERS),
-    ("configs/ade20k_semantic.py:uper,wide",),
-    ("configs/ade20k_semantic.py:swin_t,wide",),
-    ("configs/ade20k_semantic.py:swin_l,wide",),
-    ("configs/cityscapes_semantic.py",),
-    ("configs/coco_semantic.py",),
-    ("configs/coco_instance.py:r101,n256",),
-    ("configs/coco_instance.py", "model.adaptive_update=False"),
-    ("configs/coco_instance.py", "model.kernel_interaction=False"),
-    (
-        "configs/coco_instance.py",
-        "model.adaptive_update=False",
-        "model.kernel_interaction=False",
-    ),
-    ("configs/coco_instance.py", "model.neck.sine=False"),
-    ("configs/coco_instance.py", "model.neck.coordinates=True"),
+    *((f"ade20k_semantic:{name}baseline",) for name in ("", "psp,", "deeplabv3,", "uper,")),
+    *((f"ade20k_semantic:{name},wide",) for name in ("uper", "swin_t")),
+    ("cityscapes_semantic",),
+    ("coco_semantic",),
+    ("coco_instance", *((flag, False) for flag in WITHOUT)),
 ]
-"""What it mentions besides: a config with its variants, and flags."""
-ABLATED = {
-    "model.adaptive_update=False": {
-        f"update/{name}"
-        for name in ("from_kernel", "from_pixels", "output", "output_norm")
-        + tuple(
-            f"{of}_{part}" for of in ("kernel", "pixel") for part in ("gate", "gate_norm", "norm")
-        )
-    },
-    "model.kernel_interaction=False": {
-        f"interaction/{name}"
-        for name in ("attention", "attention_norm", "ffn_hidden", "ffn_norm", "ffn_output")
-    },
-}
-"""The layers of a stage that a flag takes away."""
+"""What it mentions besides: a config with its variants, and changes."""
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(ROOT)
+def every_network():
+    """A spec and changes for every distinct network."""
+    found = {}
+    for spec, *changes in [("".join(row),) for row in ROWS] + [(*row, SHALLOW) for row in MORE]:
+        found.setdefault(load_config(spec, dict(changes)).model.to_json(), (spec, *changes))
+    return found.values()
 
 
-def network(spec, *flags):
+@cache
+def network(spec, *changes):
     """Config, model, and the shapes of its output for a picture of 64 pixels and of its variables."""
-    config = load_config(spec, [f"--config.{flag}" for flag in flags])
+    config = load_config(spec, dict(changes))
     model = make_model(**config.model)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     return config, model, *jax.eval_shape(model.init_with_output, jax.random.key(0), image)
 
 
-def batch_of(config, count):
+def batch_of(config, num_images):
     """A batch of empty pictures on the config's own canvas."""
     kind = by_task.find(config.task)
     recipe = kind.recipe(config.data)
@@ -85,14 +65,14 @@ def batch_of(config, count):
     num_classes = config.model.num_things + config.model.num_stuff
     names = tuple(map(str, range(num_classes)))
     categories = Categories(names, tuple(range(num_classes)), config.model.num_things)
-    sizes = np.tile(np.int32([canvas]), (count, 1))
-    image = np.zeros((count, *canvas, 3), np.uint8)
-    targets = kind.empty(recipe, categories, count, canvas)
-    return Batch(image, targets, sizes, sizes, np.arange(count, dtype=np.int32))
+    sizes = np.tile(np.int32([canvas]), (num_images, 1))
+    image = np.zeros((num_images, *canvas, 3), np.uint8)
+    targets = kind.empty(recipe, categories, num_images, canvas)
+    return Batch(image, targets, sizes, sizes, np.arange(num_images, dtype=np.int32))
 
 
-def count(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def count(params):
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def layers_of(stage):
@@ -102,64 +82,43 @@ def layers_of(stage):
 
 def test_the_documentation_lists_the_networks_of_the_paper():
     assert len(ROWS) >= 14
+    assert len(every_network()) >= 20
 
 
-@pytest.mark.parametrize("spec", MORE, ids=" ".join)
-def test_more_networks_at_full_size(spec):
-    """Kernels, masks and classes of every stage, and which layers there are."""
-    config, _, output, variables = network(*spec)
-    sizes, params = config.model, variables["params"]
-    num_kernels = sizes.num_proposals + sizes.num_stuff
-    num_classes = sizes.num_things + sizes.num_stuff
-    assert len(output.stages) == 1 + sizes.num_stages
-    for stage in output.stages:
-        assert stage.kernels.shape == (1, num_kernels, sizes.channels)
-        assert stage.masks.shape[:2] == (1, num_kernels)
-    if sizes.num_proposals:
-        assert all(s.logits.shape == (1, num_kernels, num_classes) for s in output.stages[1:])
-    stages = {name for name in params if re.fullmatch(r"stage\d+", name)}
-    assert stages == {f"stage{s}" for s in range(1, 1 + sizes.num_stages)}
-    for stage in stages:
-        for flag, layers in ABLATED.items():
-            assert layers_of(params[stage]) & layers == (set() if flag in spec else layers)
+def small(*changes, variant=""):
+    """Parameters of an instance network with a shallow backbone and one update."""
+    changes = (SHALLOW, ("model.num_stages", 1), *changes)
+    return network(f"coco_instance:{variant}", *changes)[-1]["params"]
 
 
-@pytest.mark.parametrize(
-    "spec", [row[0] for row in MORE if len(row) == 1 and row[0][8:] in RECIPES.values()]
-)
-def test_more_networks_have_the_parameters_of_the_reference(spec, fixtures):
-    models = json.loads((fixtures / "model_sizes.json").read_text())["models"]
-    [name] = [name for name, recipe in RECIPES.items() if f"configs/{recipe}" == spec]
-    assert count(network(spec)[-1]["params"]) == models[name]["params"]
+def test_flags_of_the_ablation_take_away_their_layers():
+    everything = layers_of(small()["stage1"])
+    for flag, prefix in WITHOUT.items():
+        gone = {layer for layer in everything if layer.startswith(prefix)}
+        assert gone and layers_of(small((flag, False))["stage1"]) == everything - gone
 
 
 def test_parameters_that_a_change_adds_are_those_of_the_reference(fixtures):
-    """256 kernels on ResNet-101, as on ResNet-50; coordinates, two channels more of a convolution."""
+    """256 kernels; coordinates, which are two channels more of a convolution."""
     models = json.loads((fixtures / "model_sizes.json").read_text())["models"]
-    r101, n256, r50 = (
-        models[f"knet_s3_{name}"]["params"]
-        for name in ("r101_fpn_ms-3x_coco", "r50_fpn_1x_coco_N256", "r50_fpn_1x_coco")
-    )
-    for spec, wanted in {
-        ("configs/coco_instance.py:r101,n256",): r101 + n256 - r50,
-        ("configs/coco_instance.py", "model.neck.sine=False"): r50,
-        ("configs/coco_instance.py", "model.neck.coordinates=True"): r50 + 3 * 3 * 2 * 256,
-    }.items():
-        assert count(network(*spec)[-1]["params"]) == wanted, spec
-
-
-SHALLOW = "model.backbone.depths=(1, 1, 1, 1)"
-"""Backbones at full depth have a row of the tables."""
+    n256, r50 = (models[f"knet_s3_r50_fpn_1x_coco{name}"]["params"] for name in ("_N256", ""))
+    assert count(small(variant="n256")) - count(small()) == n256 - r50
+    assert count(small(("model.neck.sine", False))) == count(small())
+    coordinates = small(("model.neck.coordinates", True))
+    assert count(coordinates) - count(small()) == 3 * 3 * 2 * 256
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "spec", [*((row,) for row in ROWS), *((*row, SHALLOW) for row in MORE)], ids=" ".join
-)
+@pytest.mark.parametrize("spec", every_network(), ids=str)
 def test_the_whole_step_at_full_size(spec):
     """Two pictures on one device, from the batch to the next state."""
-    config, model, _, variables = network(*spec)
-    task, params = TASKS[config.task], variables["params"]
+    config, model, output, variables = network(*spec)
+    task, params, sizes = TASKS[config.task], variables["params"], config.model
+    assert len(output.stages) == 1 + sizes.num_stages
+    for stage in output.stages:
+        num_kernels = sizes.num_proposals + sizes.num_stuff
+        assert stage.kernels.shape == (1, num_kernels, sizes.channels)
+        assert stage.masks.shape[:2] == (1, num_kernels)
     optimizer, _ = optim.make_optimizer(config.optim, params, 100, config.train.batch_size)
     trainable = optim.trainable(config.optim.groups, params)
 

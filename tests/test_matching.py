@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
-from tiny_model import make_segments, part, random
+from tiny_model import WEIGHTS, make_segments, part, random
 
-from knet_jax.matching import LossWeights, match, matching_cost
+from knet_jax.matching import match, matching_cost
 from knet_jax.structs import EMPTY, Segments
 
 R, B, N, M = 3, 4, 7, 5
@@ -110,7 +110,7 @@ def brute_force(masks, logits, targets, weights):
     return cost
 
 
-@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(mask=0.5, dice=3.0, label=1.5)])
+@pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS._replace(mask=0.5, dice=3.0, label=1.5)])
 @pytest.mark.parametrize("with_classes", [True, False])
 def test_cost_equals_the_formulas(weights, with_classes):
     labels = np.array([[0, 1, 2], [2, EMPTY, 0]])
@@ -128,11 +128,11 @@ def test_cost_of_a_batch_is_the_costs_of_its_images():
     targets = make_segments(3, 4, 6, 5, [0, 2, 1, EMPTY])
     masks, logits = random(3, 5, 6, 5), random(3, 5, 3)
     matching_cost_ = jax.jit(matching_cost)
-    together = matching_cost_(masks, logits, targets, LossWeights())
+    together = matching_cost_(masks, logits, targets, WEIGHTS)
     for i in range(3):
         one = part((masks, logits, targets), i, i + 1)
         np.testing.assert_allclose(
-            matching_cost_(*one, LossWeights())[0], together[i], rtol=1e-5, atol=1e-5
+            matching_cost_(*one, WEIGHTS)[0], together[i], rtol=1e-5, atol=1e-5
         )
 
 
@@ -140,7 +140,7 @@ def test_logits_far_from_zero_have_finite_costs():
     targets = make_segments(1, 2, 4, 4, [0, 1])
     for sign in (1, -1):
         masks, logits = sign * jnp.full((1, 3, 4, 4), 1e4), sign * jnp.full((1, 3, 2), 1e4)
-        assert np.isfinite(matching_cost(masks, logits, targets, LossWeights())).all()
+        assert np.isfinite(matching_cost(masks, logits, targets, WEIGHTS)).all()
 
 
 def test_the_mask_that_fits_is_matched():
@@ -148,7 +148,7 @@ def test_the_mask_that_fits_is_matched():
     order = np.array([3, 0, 2, 1])
     masks = -10 * jnp.ones((1, N, 8, 8))
     masks = masks.at[0, :4].set(20 * (targets.masks[0, order] > 0.5) - 10)
-    slots = match(matching_cost(masks, None, targets, LossWeights())[None], targets.labels)
+    slots = match(matching_cost(masks, None, targets, WEIGHTS)[None], targets.labels)
     assert slots[0, 0].tolist() == [*order, EMPTY, EMPTY, EMPTY]
 
 
@@ -156,7 +156,7 @@ def test_matching_has_no_gradient_and_runs_inside_one():
     targets = make_segments(1, 2, 4, 4, [0, 1])
 
     def total(masks):
-        slots = match(matching_cost(masks, None, targets, LossWeights())[None], targets.labels)
+        slots = match(matching_cost(masks, None, targets, WEIGHTS)[None], targets.labels)
         return (masks * (slots[0] != EMPTY)[:, :, None, None]).sum()
 
     masks = random(1, 3, 4, 4)
@@ -168,5 +168,5 @@ def test_the_best_of_a_class_is_preferred():
     targets = Segments(jnp.ones((1, 1, 4, 4)), jnp.array([[1]]))
     masks = jnp.ones((1, 3, 4, 4))
     logits = jnp.array([[[3.0, -3.0], [-3.0, 3.0], [0.0, 0.0]]])
-    slots = match(matching_cost(masks, logits, targets, LossWeights())[None], targets.labels)
+    slots = match(matching_cost(masks, logits, targets, WEIGHTS)[None], targets.labels)
     assert slots[0, 0].tolist() == [EMPTY, 0, EMPTY]

@@ -5,19 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from tiny_parts import ASPP, FCN, FPN, PSP, AuxiliaryHead, SemanticFPN, UPer
 
 from knet_jax.nn import layers
-from knet_jax.nn.necks import (
-    ASPP,
-    FCN,
-    FPN,
-    PSP,
-    AuxiliaryHead,
-    SemanticFPN,
-    UPer,
-    append_coordinates,
-    average_pool,
-)
+from knet_jax.nn.necks import append_coordinates, average_pool
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import NUM_PROPOSALS, NUM_STUFF, NUM_THINGS, make_batch, make_output, random
+from tiny_model import (
+    NUM_PROPOSALS,
+    NUM_STUFF,
+    NUM_THINGS,
+    WEIGHTS,
+    make_batch,
+    make_output,
+    random,
+)
 
-from knet_jax.matching import LossWeights, match, matching_cost
+from knet_jax.matching import match, matching_cost
 from knet_jax.objectives import (
     count_labels,
     count_segments,
@@ -28,7 +36,6 @@ from knet_jax.tasks import TASKS
 
 N, K = NUM_PROPOSALS + NUM_STUFF, NUM_THINGS + NUM_STUFF
 SIZES = Sizes(NUM_PROPOSALS, NUM_THINGS, NUM_STUFF)
-WEIGHTS = LossWeights()
 B, H, W = 4, 8, 8  # stride 8 of the pictures of `make_batch`
 
 

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from tiny_model import MODEL, MODELS
+from tiny_parts import ResNet, Swin
 from tiny_weights import BACKBONES, TINY, assert_equal, fill, shapes_of
 
-from knet_jax.nn.resnet import ResNet
-from knet_jax.nn.swin import Swin
 from knet_jax.saved.parameter_names import (
     Places,
     from_reference,

@@ -66,7 +66,7 @@ def test_canvas_holds_all_pictures_and_there_are_few():
     assert Canvas.of(np.array([[8, 8]]), np.array([[900, 800]])) == Canvas(1024, 896, 1 / 8)
 
 
-RECIPE = WholePicture((800, 1344), (800, 800), 1333, 0.0, 100, 0, 0.0)
+RECIPE = WholePicture((800, 1344), (800, 800), 1333, 0.0, 100, 0, 0.0, 0, 0)
 
 
 def scaled(original_size):

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-
-from knet_jax.nn.resnet import ResNet
+from tiny_parts import ResNet
 
 TINY = partial(ResNet, depths=(1, 1, 1, 1), width=8)
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_parts import Swin
 
 from knet_jax.nn import swin
-from knet_jax.nn.swin import Block, Merge, Swin
+from knet_jax.nn.swin import Block, Merge
 
 TINY = partial(Swin, channels=8, depths=(2, 1), num_heads=(1, 2), window=3)
 

@@ -9,9 +9,8 @@ from devices import call
 from flax import traverse_util
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
-from tiny_model import MODELS, make_batch
+from tiny_model import MODELS, WEIGHTS, make_batch
 
-from knet_jax.matching import LossWeights
 from knet_jax.model import make_model
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.segments import Categories
@@ -51,7 +50,7 @@ def make_step(
         task=TASKS[task],
         optimizer=optimizer,
         trainable=optim.trainable(groups, variables["params"]),
-        weights=LossWeights(),
+        weights=WEIGHTS,
         seed=seed,
         ema_decay=ema_decay,
     )
@@ -296,7 +295,7 @@ def test_every_device_drops_others():
     model = model_of("group", "semantic", dropout=0.5, auxiliary_channels=0)
     params = variables_of(model)["params"]
     parts = jax.tree.map(lambda x: x[:, None], TWICE)
-    task, weights = TASKS["semantic"], LossWeights()
+    task, weights = TASKS["semantic"], WEIGHTS
 
     @jax.jit
     def run(key):
@@ -337,7 +336,7 @@ def test_gradients_lower_for_gpus(dtype):
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     gradients = jax.shard_map(
-        partial(train_step.accumulate, model=model, task=task, weights=LossWeights()),
+        partial(train_step.accumulate, model=model, task=task, weights=WEIGHTS),
         mesh=Mesh(np.array(jax.devices()[:1]), (train_step.AXIS,)),
         in_specs=PartitionSpec(),
         out_specs=PartitionSpec(),

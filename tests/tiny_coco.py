@@ -33,6 +33,7 @@ def data_config(data_dir: Path, root: Path | str = "", **changes) -> ml_collecti
         "long_side": 128,
         "flip": 0.5,
         "max_things": 8,
+        "min_things": 0,
         "num_workers": 0,
         "max_broken_share": 0.01,
         "num_train": 24,

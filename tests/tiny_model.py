@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from knet_jax.matching import LossWeights
 from knet_jax.structs import (
     EMPTY,
     Batch,
@@ -16,6 +17,8 @@ from knet_jax.structs import (
 )
 
 NUM_PROPOSALS, NUM_THINGS, NUM_STUFF = 6, 3, 2
+
+WEIGHTS = LossWeights(mask=1.0, dice=4.0, label=2.0, rank=0.1, dense=1.0)
 
 MODEL = {
     "num_proposals": NUM_PROPOSALS,

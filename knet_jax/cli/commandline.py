@@ -130,7 +130,7 @@ def usage() -> str:
 def _config_help() -> str:
     if flags.FLAGS["config"].present:
         spec = flags.FLAGS.config
-        keys = schema.describe(schema.flatten(load_config(spec).to_dict()))
+        keys = schema.describe(schema.flatten(load_config(spec)))
         return f"Keys of {spec}, their values, what they mean and what is accepted:\n{keys}"
     lines = ["Configs, with variants that can be combined (--config=coco_panoptic:r101,ms3x):"]
     for name, path in list_configs().items():

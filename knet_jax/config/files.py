@@ -130,7 +130,7 @@ def load_config(spec: str, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
             f"--config={spec}: there is no file {name}; {suggest(name, known)} (or the path of a file)"
         )
     file = read_file(path)
-    values = flatten(file.get_config().to_dict())
+    values = flatten(file.get_config())
     schema.check_names(values, schema.find_keys(values), f"{path}: ")
     for variant in variants:
         if variant not in file.VARIANTS:
@@ -154,7 +154,7 @@ def apply_overrides(
     Arguments and errors are those of `load_config`.
     """
     given = overrides if isinstance(overrides, Mapping) else parse_arguments(overrides)
-    values = flatten(config.to_dict())
+    values = flatten(config)
     for key in schema.CHOICES:  # other keys depend on them
         if key in given:
             values[key] = _convert(key, given[key], "")
@@ -253,8 +253,8 @@ def check_resume(config: ConfigDict, workdir: str | Path) -> list[str]:
             f"--workdir={workdir} holds a converted model and no run; start from it by "
             f"--config.init_weights={workdir} in another --workdir"
         )
-    old = flatten(load_saved_config(workdir).to_dict())
-    new = flatten(config.to_dict())
+    old = flatten(load_saved_config(workdir))
+    new = flatten(config)
     fine, fatal = [], []
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key, "absent"), new.get(key, "absent")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
 from knet_jax.config import rules
 from knet_jax.config.rules import (
@@ -247,12 +248,12 @@ CHOICES = ("task", "data.dataset", *MODEL_CHOICES)
 
 def to_tuples(value: Any) -> Any:
     """Makes tuples of the lists in a nest of dicts: JSON has lists only, a config has tuples."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | ConfigDict):
         return {key: to_tuples(item) for key, item in value.items()}
     return tuple(map(to_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """Makes one dict of nested ones: {"optim": {"lr": 1.0}} becomes {"optim.lr": 1.0}."""
     return flatten_dict(to_tuples(config), sep=".")
 
@@ -299,7 +300,7 @@ def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a key does not exist, or is missing and has no default.
     """
-    values = flatten({"model": dict(model)})
+    values = flatten({"model": model})
     keys = find_keys(values, MODEL_CHOICES)
     keys = {name: key for name, key in keys.items() if name.startswith("model.")}
     check_names(values, keys)

@@ -19,7 +19,7 @@ def check_data(config: ConfigDict) -> None:
     Raises:
         UserError: a key is missing or unknown, or a value makes no sense.
     """
-    schema.check(schema.flatten(config.to_dict()))
+    schema.check(schema.flatten(config))
     if config.task != "semantic":
         data = config.data
         if data.short_side[1] > data.canvas[0] or data.long_side > data.canvas[1]:
