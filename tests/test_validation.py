@@ -70,7 +70,7 @@ def test_the_documentation_has_the_table():
 def test_help_says_what_a_key_means_and_accepts():
     lines = schema.describe(schema.flatten(load_config("coco_panoptic")))
     assert "--config.train.keep=3\n      how many of the last checkpoints stay" in lines
-    assert "--config.model.dtype='float32'\n" in lines and "(float32, bfloat16)" in lines
+    assert "--config.model.dtype='float32'\n" in lines and "accepted: float32, bfloat16\n" in lines
 
 
 # Recipes.

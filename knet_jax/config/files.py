@@ -138,10 +138,9 @@ def load_config(spec: str, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
                 f"--config={spec}: there is no variant {variant!r}; {suggest(variant, file.VARIANTS)}"
             )
         for key, value in file.VARIANTS[variant].items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping):  # takes the place of all keys below this one
                 values = {k: v for k, v in values.items() if not k.startswith(f"{key}.")}
-                value = flatten({key: value})
-            values |= value if isinstance(value, Mapping) else {key: value}
+            values |= flatten({key: value})
         schema.check_names(values, schema.find_keys(values), f"variant {variant!r} of {path}: ")
     return apply_overrides(ConfigDict(schema.unflatten(values)), overrides)
 
@@ -162,7 +161,9 @@ def apply_overrides(
     schema.check_names([*values, *given], keys)
     values = schema.complete(values)
     for key, value in given.items():
-        values[key] = _convert(key, value, values.get(key, keys[key].default))
+        default = keys[key].default
+        like = values.get(key, default) if default == schema.REQUIRED else default
+        values[key] = _convert(key, value, like)
     return ConfigDict(schema.unflatten(values)).lock()
 
 

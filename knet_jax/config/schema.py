@@ -110,7 +110,9 @@ EVERY = {
     "loss.dense": Key(1.0, WEIGHT, "classes of pixels, by the features or the auxiliary head"),
     # The optimizer.
     "optim.lr": Key(REQUIRED, POSITIVE, "learning rate of a group of factor 1"),
-    "optim.scale_lr": Key(False, YES_NO, "times `train.batch_size` / `optim.reference_batch`"),
+    "optim.scale_lr": Key(
+        False, YES_NO, "multiplies it by `train.batch_size` / `optim.reference_batch`"
+    ),
     "optim.reference_batch": Key(16, POSITIVE, "the batch that the learning rate is for"),
     "optim.weight_decay": Key(0.05, rules.NON_NEGATIVE, "of AdamW"),
     "optim.clip_norm": Key(1.0, POSITIVE, "the most that the norm of the gradient may be"),
@@ -145,7 +147,7 @@ WITH_THINGS = {
     "model.auxiliary_channels": Key(0, rules.NONE, "there is no auxiliary classifier"),
     "model.neck.name": Key("semantic_fpn", one_of("semantic_fpn"), "the one neck"),
     "data.canvas": Key(REQUIRED, rules.LANDSCAPE, "of training; portraits get it transposed"),
-    "data.short_side": Key(REQUIRED, RANGE, "of a random length; evaluation takes the largest"),
+    "data.short_side": Key(REQUIRED, RANGE, "of its random length; evaluation takes the largest"),
     "data.long_side": Key(REQUIRED, POSITIVE, "the most that the long side becomes"),
     "data.max_things": Key(REQUIRED, ONE, "slots for the things of a picture, largest first"),
     "data.min_things": Key(0, ZERO, "pictures with fewer are not trained on; crowds aside"),
@@ -172,8 +174,10 @@ SEMANTIC = {
     ),
     "data.photometric": Key(True, YES_NO, "random brightness, contrast, saturation and hue"),
     "data.eval_multiple": Key(32, ONE, "of the canvas's sides in evaluation; 1 pads nothing"),
-    "eval.scales": Key((1.0,), rules.SCALES, "the mean of the probabilities is over these"),
-    "eval.flip": Key(False, YES_NO, "and over mirrored pictures"),
+    "eval.scales": Key(
+        (1.0,), rules.SCALES, "sizes of a picture over which probabilities are averaged"
+    ),
+    "eval.flip": Key(False, YES_NO, "averages over mirrored pictures too"),
     "eval.window": Key((), rules.WINDOW, "the part of a large picture that is shown at a time"),
     "eval.window_step": Key((), rules.WINDOW, "from one to the next, at most the window"),
 }
@@ -199,28 +203,36 @@ RESNET = {
         "`frozen_batch` uses the statistics of the initial weights and trains scale and bias; "
         "`batch` trains statistics too, over one microbatch of all devices; `group` needs none",
     ),
-    "model.backbone.frozen_stages": Key(1, rules.STAGES, "get no gradient, nor does the stem"),
+    "model.backbone.frozen_stages": Key(
+        1, rules.STAGES, "first stages that get no gradient, nor does the stem"
+    ),
     "model.backbone.deep_stem": Key(False, YES_NO, "three 3x3 convolutions (ResNet-C)"),
     "model.backbone.output_stride": Key(
         32, one_of(8, 16, 32), "where it is reached, stages dilate instead of shrinking"
     ),
-    "model.backbone.num_deformable": Key(0, rules.STAGES, "the last so many; 3 in R101-DCN"),
+    "model.backbone.num_deformable": Key(
+        0, rules.STAGES, "last stages with deformable convolutions; 3 in R101-DCN"
+    ),
 }
 SWIN = {
     "model.backbone.channels": Key(96, ONE, "of the first level; 192 in Swin-L"),
     "model.backbone.depths": Key((2, 2, 6, 2), FOUR, "blocks; (2, 2, 18, 2) is Swin-L"),
     "model.backbone.num_heads": Key((3, 6, 12, 24), FOUR, "of each stage"),
     "model.backbone.window": Key(7, ONE, "side of the windows of attention"),
-    "model.backbone.drop_path": Key(0.0, BELOW_1, "of the last block, from 0 at the first"),
+    "model.backbone.drop_path": Key(
+        0.0, BELOW_1, "probability at the last block; it grows from 0 at the first"
+    ),
 }
 
 SEMANTIC_FPN = {
     "model.neck.sine": Key(True, YES_NO, "positional encoding (Table 4b)"),
     "model.neck.coordinates": Key(False, YES_NO, "two channels of coordinates (Table 4b)"),
 }
-DECODER = {"model.neck.norm": Key("batch", one_of(*NORMS), "as of the backbone")}
+DECODER = {"model.neck.norm": Key("batch", one_of(*NORMS), "as `model.backbone.norm`")}
 POOLING = {"model.neck.scales": Key((1, 2, 3, 6), SOME, "sides of the pooled maps")}
-DILATED = {"model.neck.dilations": Key((1, 12, 24, 36), SOME, "of the branches")}
+DILATED = {
+    "model.neck.dilations": Key((1, 12, 24, 36), SOME, "of the decoder's parallel convolutions")
+}
 SEMANTIC_ONLY = {"task": Key(REQUIRED, one_of("semantic"), "what they are annotated for")}
 
 GROUPS = (
@@ -345,7 +357,7 @@ def _check_rules(values: Mapping[str, Any], group: Group) -> None:
 def describe(values: Mapping[str, Any]) -> str:
     """The keys of a config with value, meaning and what is accepted, for `--help`."""
     return "\n".join(
-        f"  --config.{name}={values.get(name, REQUIRED)!r}\n      {key.text} ({key.rule[1]})"
+        f"  --config.{name}={values.get(name, REQUIRED)!r}\n      {key.text}; accepted: {key.rule[1]}"
         for name, key in find_keys(values).items()
     )
 
