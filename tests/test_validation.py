@@ -2,6 +2,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from knet_jax.config import files, rules, schema
@@ -32,7 +33,7 @@ def change(spec, key, value):
     """A config of which a key has any value, as a file could state it, or is not there (None)."""
     values = schema.flatten(load_config(spec)) | {key: value}
     values = {name: value for name, value in values.items() if value is not None}
-    return ConfigDict(schema.unflatten(values))
+    return ConfigDict(unflatten_dict(values, sep="."))
 
 
 # The table.

@@ -31,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from knet_jax.config import schema
@@ -142,7 +143,7 @@ def load_config(spec: str, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
                 values = {k: v for k, v in values.items() if not k.startswith(f"{key}.")}
             values |= flatten({key: value})
         schema.check_names(values, schema.find_keys(values), f"variant {variant!r} of {path}: ")
-    return apply_overrides(ConfigDict(schema.unflatten(values)), overrides)
+    return apply_overrides(ConfigDict(unflatten_dict(values, sep=".")), overrides)
 
 
 def apply_overrides(
@@ -159,12 +160,12 @@ def apply_overrides(
             values[key] = _convert(key, given[key], "")
     keys = schema.find_keys(values)
     schema.check_names([*values, *given], keys)
-    values = schema.complete(values)
+    values = schema.complete(values, keys)
     for key, value in given.items():
         default = keys[key].default
         like = values.get(key, default) if default == schema.REQUIRED else default
         values[key] = _convert(key, value, like)
-    return ConfigDict(schema.unflatten(values)).lock()
+    return ConfigDict(unflatten_dict(values, sep=".")).lock()
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, str]:

@@ -270,11 +270,6 @@ def flatten(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     return flatten_dict(to_tuples(config), sep=".")
 
 
-def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Undoes `flatten`."""
-    return unflatten_dict(dict(values), sep=".")
-
-
 def find_groups(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> list[Group]:
     """The groups whose keys a config has.
 
@@ -286,7 +281,7 @@ def find_groups(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> 
         UserError: one of them is missing or has a value that is not accepted.
     """
     keys = {name: EVERY[name] for name in choices}
-    chosen = _complete(values, keys)
+    chosen = complete(values, keys)
     _check_rules(chosen, Group("", (), keys))
     return [g for g in GROUPS if not g.choice or chosen.get(g.choice) in g.values]
 
@@ -297,13 +292,10 @@ def find_keys(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> di
     return {name: key for group in groups for name, key in group.keys.items()}
 
 
-def complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config, flat, with the defaults of those that it does not state.
-
-    Raises:
-        UserError: task, dataset, backbone or neck are not among those that there are.
-    """
-    return _complete(values, find_keys(values))
+def complete(values: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
+    """The values of keys, flat, with the defaults of those that are not stated."""
+    known = {name: values.get(name, key.default) for name, key in keys.items()}
+    return {name: value for name, value in known.items() if value != REQUIRED}
 
 
 def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,15 +308,10 @@ def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
     keys = find_keys(values, MODEL_CHOICES)
     keys = {name: key for name, key in keys.items() if name.startswith("model.")}
     check_names(values, keys)
-    completed = _complete(values, keys)
+    completed = complete(values, keys)
     if missing := sorted(keys.keys() - completed.keys()):
         raise UserError(f"config.{missing[0]} is missing; accepted: {keys[missing[0]].rule[1]}")
-    return unflatten(completed)["model"]
-
-
-def _complete(values: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
-    known = {name: values.get(name, key.default) for name, key in keys.items()}
-    return {name: value for name, value in known.items() if value != REQUIRED}
+    return unflatten_dict(completed, sep=".")["model"]
 
 
 def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
