@@ -197,10 +197,6 @@ def test_groups_of_the_recipes_fit_their_networks(spec):
         (GROUPS[:3], "parameter 'head/kernel' is in no group"),
         ((("neck", "neck/.*", 1.0, 1.0), *GROUPS), "'neck' has no parameter"),
         ((GROUPS[3], GROUPS[1]), "'backbone' has no parameter"),
-        ((("all", "(", 1.0, 1.0),), "no regular expression"),
-        ((("all", ".*", -1.0, 1.0),), "no factor of at least 0"),
-        (((".*", 1.0),), r"config.optim.groups\[0\] is"),
-        ((GROUPS[0], GROUPS[0]), "a name comes twice"),
     ],
 )
 def test_groups_that_do_not_fit_are_named(groups, message):
