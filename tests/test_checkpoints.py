@@ -152,7 +152,9 @@ def test_damaged_scores_are_none(tmp_path, checkpoints):
     save_all(checkpoints, [1], {1: 41.5})
     path = tmp_path / "checkpoints" / "1" / "scores.json"
     whole = path.read_bytes()
-    damaged = [whole.replace(*change) for change in ((b"41.5", b"91.5"), (b"}", b""), (b"{", b"\xff"))]
+    damaged = [
+        whole.replace(*change) for change in ((b"41.5", b"91.5"), (b"}", b""), (b"{", b"\xff"))
+    ]
     for content in (*damaged, b"", b"null", b"[1]", b"{}", b'"scores"'):
         path.write_bytes(content)
         with Checkpoints(tmp_path / "checkpoints", read_only=True) as opened:

@@ -154,9 +154,7 @@ def test_a_swin_of_anyone(tmp_path, swin):
     authors = authors_file(swin)
 
     def later(name):
-        name = re.sub(
-            r"layers\.(\d)\.down", lambda match: f"layers.{int(match[1]) + 1}.down", name
-        )
+        name = re.sub(r"layers\.(\d)\.down", lambda match: f"layers.{int(match[1]) + 1}.down", name)
         return name.replace("head.", "head.fc.")
 
     timm = {later(name): x for name, x in authors.items()}
