@@ -3,10 +3,8 @@
 import io
 import os
 import pickle
-import struct
 import tracemalloc
 import zipfile
-import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -197,70 +195,42 @@ def test_other_files(tmp_path, torch_names):
             read(path)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_random_changes_end_in_an_error_of_ours_or_in_nothing(tmp_path, torch_names, legacy):
+def test_random_changes_end_in_an_error_of_ours_or_in_nothing(tmp_path, torch_names):
+    """In the older format, where no checksum notices them."""
     content = {"state_dict": one(torch_names), "meta": {"epoch": 1, "set": {1, 2}}}
-    path = write(tmp_path / "a.pth", content, legacy)
+    path = write(tmp_path / "a.pth", content, legacy=True)
     whole, rng = path.read_bytes(), np.random.default_rng(0)
-    start, stop = 0, len(whole)
-    if not legacy:  # within the pickle: elsewhere, the zip file notices
-        with zipfile.ZipFile(path) as archive:
-            pickled = archive.read("archive/data.pkl")
-        start = whole.index(pickled)
-        stop = start + len(pickled)
     failures = 0
-    for _ in range(300):
+    for _ in range(500):
         changed = bytearray(whole)
-        for at in rng.integers(start, stop, rng.integers(1, 6)):
+        for at in rng.integers(len(whole), size=rng.integers(1, 6)):
             changed[at] = rng.integers(256)
-        if not legacy:
-            changed[:] = with_sums(changed)
         path.write_bytes(changed)
         try:
             read(path)
         except ValueError as error:
             failures += 1
             assert len(str(error)) < 500
-    assert 150 < failures < 300
-
-
-def with_sums(data):
-    """A zip file whose checksums fit its content again."""
-    file = io.BytesIO(data)
-    with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            head = info.header_offset
-            name, extra = struct.unpack("<HH", data[head + 26 : head + 30])
-            begin = head + 30 + name + extra
-            total = zlib.crc32(data[begin : begin + info.file_size])
-            old = struct.pack("<L", info.CRC)
-            data = data.replace(old, struct.pack("<L", total))
-    return data
+    assert 250 < failures < 500
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_of_torch_itself(tmp_path, zipped):
     torch = pytest.importorskip("torch")
+    path, options = tmp_path / "a.pth", {"_use_new_zipfile_serialization": zipped}
     base = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
-    state = {
-        "a": base,
-        "b": base[1].T,
-        "c": torch.nn.Parameter(torch.ones(3)),
-        "d": torch.tensor(5),
-        "e": torch.zeros(2, 0),
-        "f": torch.arange(5).to(torch.bfloat16),
-    }
-    optimizer = torch.optim.AdamW([state["c"]])
-    state["c"].sum().backward()
+    weight = torch.nn.Parameter(torch.ones(3))
+    state = {"a": base, "b": base[1].T, "c": weight, "d": torch.tensor(5), "e": torch.zeros(2, 0)}
+    state["f"] = torch.arange(5).to(torch.bfloat16)
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
     optimizer.step()
-    content = {"state_dict": state, "optimizer": optimizer.state_dict(), "meta": {"epoch": 1}}
-    path = tmp_path / "a.pth"
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    torch.save({"state_dict": state, "optimizer": optimizer.state_dict()}, path, **options)
     loaded = read(path)["state_dict"]
     assert list(loaded) == list(state) and loaded["f"].dtype == jnp.bfloat16
     for name, value in state.items():
         wanted = value.detach().float().numpy()
         np.testing.assert_array_equal(loaded[name].astype(np.float32), wanted)
-    torch.save(torch.nn.Conv2d(1, 1, 1), path, _use_new_zipfile_serialization=zipped)
+    torch.save(torch.nn.Conv2d(1, 1, 1), path, **options)
     with pytest.raises(ValueError, match=r"it names torch\.nn\.modules\.conv\.Conv2d"):
         read(path)

@@ -45,29 +45,18 @@ DTYPES = {
     "BoolStorage": np.dtype("bool"),
 }
 
+# fmt: off
 INERT = (
-    "__builtin__.getattr",
-    "_codecs.encode",
-    "argparse.Namespace",
-    "builtins.getattr",
-    "collections.Counter",
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "pathlib.PosixPath",
-    "pathlib._local.PosixPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.WindowsPath",
-    "torch.device",
-    "torch.float16",
-    "torch.float32",
-    "torch.float64",
-    "torch.bfloat16",
+    "__builtin__.getattr", "builtins.getattr", "_codecs.encode", "argparse.Namespace",
+    "collections.Counter", "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy.dtype", "numpy.ndarray",
+    "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
+    "pathlib.PosixPath", "pathlib.WindowsPath",
+    "pathlib._local.PosixPath", "pathlib._local.WindowsPath",  # Python 3.13
+    "torch.device", "torch.float16", "torch.float32", "torch.float64", "torch.bfloat16",
 )
+# fmt: on
 """Names of settings and logs beside the weights, which are not needed and not made."""
 
 MAX_AXES = 32
@@ -77,10 +66,6 @@ MAX_DEPTH, MAX_SIZE = 100, 30_000
 """The most that tuples may hold: tuples within tuples, and parts in all."""
 
 
-class RefusedError(ValueError):
-    """The file is of a kind, or has a content or an end, that is not accepted."""
-
-
 def read(path: str | Path) -> Any:
     """Reads what was saved, with numpy arrays in the place of tensors.
 
@@ -88,7 +73,7 @@ def read(path: str | Path) -> Any:
         path: a file that `torch.save` wrote, in the format of any version since 0.4.
 
     Raises:
-        ValueError: the file is of another kind, is truncated, or names something that is neither a
+        UserError: the file is of another kind, is truncated, or names something that is neither a
             tensor nor a plain container.
     """
     path = Path(path)
@@ -100,10 +85,10 @@ def read(path: str | Path) -> Any:
         with path.open("rb") as file:
             if file.read(len(ZIP_START)) == ZIP_START:
                 # The table of contents stands at the end.
-                raise RefusedError("it is a zip file without an end: is it truncated?")
+                raise UserError("it is a zip file without an end: is it truncated?")
             file.seek(0)
             return _read_legacy(file, storages)
-    except (RefusedError, PermissionError):
+    except (UserError, PermissionError):
         raise
     except Exception as error:
         # A broken pickle leads its reader to any error.
@@ -126,7 +111,7 @@ class _Maker:
         return self._function(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise RefusedError("it changes a function")
+        raise UserError("it changes a function")
 
 
 class _Inert:
@@ -161,17 +146,17 @@ def _rebuild_tensor(
 ) -> np.ndarray:
     """A view of a storage; gradients and hooks, which follow, are not needed."""
     if not isinstance(storage, _Storage):
-        raise RefusedError("it has a tensor without a storage")
+        raise UserError("it has a tensor without a storage")
     array = storage.array
     plain = all(isinstance(axes, tuple | list) and len(axes) <= MAX_AXES for axes in (size, stride))
     numbers = (offset, *size, *stride) if plain and len(size) == len(stride) else (None,)
     if any(not isinstance(n, int) or not 0 <= n < 1 << 63 for n in numbers):
         shown = f"size {reprlib.repr(size)} and strides {reprlib.repr(stride)}"
-        raise RefusedError(f"a tensor of {shown} cannot be")
+        raise UserError(f"a tensor of {shown} cannot be")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     # More elements than are stored would be a small file that fills the memory.
     if math.prod(size) > array.size or (0 not in size and last >= array.size):
-        raise RefusedError(f"a tensor of size {tuple(size)} goes beyond its storage")
+        raise UserError(f"a tensor of size {tuple(size)} goes beyond its storage")
     strides = tuple(step * array.itemsize for step in stride)
     return np.lib.stride_tricks.as_strided(array[offset:], tuple(size), strides)
 
@@ -182,7 +167,7 @@ def _rebuild_parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:
 
 def _make_size(axes: Sequence[int]) -> tuple[int, ...]:
     if not all(isinstance(n, int) for n in axes):
-        raise RefusedError(f"a size of {reprlib.repr(axes)} cannot be")
+        raise UserError(f"a size of {reprlib.repr(axes)} cannot be")
     return tuple(axes)
 
 
@@ -219,13 +204,13 @@ class _Storages:
         wanted = numel * dtype.itemsize
         if key not in self.bytes:
             if wanted > self._left:
-                raise RefusedError(f"storage {key:.80} does not fit the file: is it truncated?")
+                raise UserError(f"storage {key:.80} does not fit the file: is it truncated?")
             self._left -= wanted
             self.bytes[key] = np.zeros(wanted, np.uint8)
             self.types[key] = dtype
         if self.bytes[key].size != wanted:
             have = self.bytes[key].size
-            raise RefusedError(f"storage {key:.80} cannot have {have} bytes and {wanted}")
+            raise UserError(f"storage {key:.80} cannot have {have} bytes and {wanted}")
         return self.bytes[key].view(dtype)
 
 
@@ -239,7 +224,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a name."""
         if f"{module}.{name}" not in ACCEPTED:
-            raise RefusedError(
+            raise UserError(
                 f"it names {module:.80}.{name:.80}; "
                 "accepted are dense tensors and plain containers only"
             )
@@ -248,7 +233,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, reference: Any) -> _Storage:
         """The storage that a reference means."""
         if self._storages is None:
-            raise RefusedError("it has a storage where none belongs")
+            raise UserError("it has a storage where none belongs")
         match reference:
             case (
                 "storage",
@@ -260,9 +245,9 @@ class _Unpickler(pickle.Unpickler):
             ):
                 if rest in ([], [None]):
                     if not 0 <= numel < 1 << 60:
-                        raise RefusedError(f"a storage cannot have {reprlib.repr(numel)} elements")
+                        raise UserError(f"a storage cannot have {reprlib.repr(numel)} elements")
                     return _Storage(self._storages.view(str(key), kind.dtype, numel))
-        raise RefusedError(f"it refers to {reprlib.repr(reference)}, which is no storage")
+        raise UserError(f"it refers to {reprlib.repr(reference)}, which is no storage")
 
 
 def _load(file: BinaryIO, storages: _Storages | None = None) -> Any:
@@ -285,14 +270,14 @@ def _check_nesting(file: BinaryIO) -> None:
         if "PUT" in code.name or code.name == "MEMOIZE":
             index = len(memo) if argument is None else argument
             if index > number:
-                raise RefusedError("it is pickled as torch never does")
+                raise UserError("it is pickled as torch never does")
             memo[index] = stack[-1]
         elif "GET" in code.name:
             stack.append(memo[argument])
         elif code.name == "MARK":
             stack.append(None)
         elif code.name.startswith("EXT"):  # a name that is a number
-            raise RefusedError("it is pickled as torch never does")
+            raise UserError("it is pickled as torch never does")
         else:
             parts, taken = [], code.stack_before
             if pickletools.markobject in taken:  # all above the last mark, and what stands below it
@@ -306,7 +291,7 @@ def _check_nesting(file: BinaryIO) -> None:
             depth = 1 + max((depth for depth, _ in parts), default=0)
             size = 1 + sum(size for _, size in parts)
             if depth > MAX_DEPTH or size > MAX_SIZE:
-                raise RefusedError("it nests tuples as torch never does")
+                raise UserError("it nests tuples as torch never does")
             stack += [(depth, size)] * len(made)
 
 
@@ -318,14 +303,14 @@ def _read_archive(archive: zipfile.ZipFile, storages: _Storages) -> Any:
     names = archive.namelist()
     roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise RefusedError("it is a zip file, but no checkpoint of PyTorch")
+        raise UserError("it is a zip file, but no checkpoint of PyTorch")
     [root] = roots
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-        raise RefusedError("it is compressed, which torch never does")  # and might fill the memory
+        raise UserError("it is compressed, which torch never does")  # and might fill the memory
     if f"{root}constants.pkl" in names:
-        raise RefusedError("it is a program (TorchScript), not a checkpoint")
+        raise UserError("it is a program (TorchScript), not a checkpoint")
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-        raise RefusedError("its numbers are big-endian")
+        raise UserError("its numbers are big-endian")
     content = _load(io.BytesIO(archive.read(f"{root}data.pkl")), storages)
     for key, storage in storages.bytes.items():
         with archive.open(f"{root}data/{key}") as file:
@@ -337,27 +322,25 @@ def _read_archive(archive: zipfile.ZipFile, storages: _Storages) -> Any:
 def _read_legacy(file: BinaryIO, storages: _Storages) -> Any:
     """Reads the format before: five pickles, and the storages one after the other."""
     if _load(file) != MAGIC:
-        raise RefusedError("it is no checkpoint of PyTorch")
+        raise UserError("it is no checkpoint of PyTorch")
     _load(file)  # version of the format
     if not _load(file).get("little_endian", True):
-        raise RefusedError("its numbers are big-endian")
+        raise UserError("its numbers are big-endian")
     content = _load(file, storages)
     keys = [str(key) for key in _load(file)]
     if sorted(keys) != sorted(storages.bytes):
-        raise RefusedError("its storages are not those that its tensors refer to")
+        raise UserError("its storages are not those that its tensors refer to")
     for key in keys:
         storage = storages.bytes[key]
         (numel,) = struct.unpack("<q", file.read(8))
         have = storage.size // storages.types[key].itemsize
         if numel != have:
-            raise RefusedError(f"storage {key:.80} has {numel} elements instead of {have}")
+            raise UserError(f"storage {key:.80} has {numel} elements instead of {have}")
         _fill(storage, file.read(storage.size), key)
     return content
 
 
 def _fill(storage: np.ndarray, data: bytes, key: str) -> None:
     if len(data) != storage.size:
-        raise RefusedError(
-            f"storage {key:.80} does not have {storage.size} bytes: is it truncated?"
-        )
+        raise UserError(f"storage {key:.80} does not have {storage.size} bytes: is it truncated?")
     storage[:] = np.frombuffer(data, np.uint8)
