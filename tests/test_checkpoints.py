@@ -15,13 +15,13 @@ import optax
 import pytest
 
 from knet_jax.saved.checkpoint_record import (
-    CheckpointError,
     DamagedError,
     check_arrays,
     check_record,
     make_record,
 )
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
+from knet_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"num_things": 5, "backbone": {"depths": (1, 1)}}
@@ -117,7 +117,7 @@ def test_a_state_comes_back_in_every_bit_though_it_was_donated(tmp_path, checkpo
 
 def test_the_last_and_the_best_are_kept(tmp_path, checkpoints):
     assert checkpoints.restore_latest(make_state()) is None
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 .*have: none"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 .*have: none"):
         checkpoints.restore(make_state(), 7)
     save_all(checkpoints, [1, 2, 3, 4])
     assert checkpoints.steps() == [3, 4] and checkpoints.best_step() is None
@@ -169,7 +169,7 @@ def test_another_network_is_one_clear_line(tmp_path, checkpoints):
     with Checkpoints(
         tmp_path / "checkpoints", model={**MODEL, "num_things": 133}, read_only=True
     ) as other:
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(UserError) as caught:
             other.restore_latest(state)
         assert other.saved_shapes(1) is None
     assert str(caught.value) == (
@@ -182,10 +182,10 @@ def test_another_network_is_one_clear_line(tmp_path, checkpoints):
         "neck": "params/neck is not in it",
         "odd": "params/odd is float32 in it, int32 here",
     }.items():
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(UserError, match=message):
             checkpoints.restore({"params": params | {change: jnp.zeros(3, jnp.int32)}}, 1)
     del params["odd"]
-    with pytest.raises(CheckpointError, match="params/odd is in it, not here"):
+    with pytest.raises(UserError, match="params/odd is in it, not here"):
         checkpoints.restore({"params": params}, 1)
     shapes = checkpoints.saved_shapes(1)
     assert bits(checkpoints.restore(shapes["params"] and {"params": shapes["params"]}, 1)[0]) == (
@@ -274,7 +274,7 @@ def test_no_whole_step_is_one_clear_line(tmp_path, checkpoints):
     save_all(checkpoints, [1, 2])
     for step in "12":
         remove_all(tmp_path / "checkpoints" / step)
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole: ") as caught:
+    with pytest.raises(UserError, match="no checkpoint in .* is whole: ") as caught:
         checkpoints.restore_latest(make_state())
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
@@ -338,7 +338,7 @@ def test_a_disk_that_takes_no_more_is_one_clear_line(tmp_path, capsys):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        with file_size_limit(1 << 20), pytest.raises(CheckpointError) as caught:
+        with file_size_limit(1 << 20), pytest.raises(UserError) as caught:
             checkpoints.save(2, state, {})
             checkpoints.wait()
         assert str(caught.value) == line
@@ -359,7 +359,7 @@ def test_a_failed_save_is_seen_without_waiting(tmp_path, checkpoints):
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "checkpoints").write_text("a file where the folder was")
     checkpoints.save(1, make_state(), {})
-    with pytest.raises(CheckpointError, match="the folder has been removed"):
+    with pytest.raises(UserError, match="the folder has been removed"):
         for _ in range(200):
             checkpoints.raise_if_failed()
             time.sleep(0.05)
@@ -368,11 +368,11 @@ def test_a_failed_save_is_seen_without_waiting(tmp_path, checkpoints):
 
 def test_an_unwritable_folder_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write to .*file/run: Not a directory"):
+    with pytest.raises(UserError, match="cannot write to .*file/run: Not a directory"):
         check_writable(tmp_path / "file" / "run")
-    with pytest.raises(CheckpointError, match="cannot write to /proc/knet: "):
+    with pytest.raises(UserError, match="cannot write to /proc/knet: "):
         check_writable("/proc/knet")
-    with pytest.raises(CheckpointError, match="no checkpoints: .*none does not exist"):
+    with pytest.raises(UserError, match="no checkpoints: .*none does not exist"):
         Checkpoints(tmp_path / "none", read_only=True)
     check_writable(tmp_path / "new" / "run")
     assert list((tmp_path / "new" / "run").iterdir()) == []

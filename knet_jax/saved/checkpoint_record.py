@@ -18,12 +18,8 @@ from flax.traverse_util import flatten_dict
 from knet_jax.system.errors import UserError
 
 
-class CheckpointError(UserError):
-    """A checkpoint cannot be written, read, or put into this network."""
-
-
-class DamagedError(CheckpointError):
-    """What is on disk is not what was saved."""
+class DamagedError(UserError):
+    """The checkpoint on disk is not what was saved."""
 
 
 def leaf_paths(tree: Any) -> list[str]:
@@ -68,7 +64,7 @@ def check_fit(
         model: `config.model` of the network.
 
     Raises:
-        CheckpointError: a path, shape or dtype differs. The message also has the keys of
+        UserError: a path, shape or dtype differs. The message also has the keys of
             `config.model` that differ.
     """
     saved = record["arrays"]
@@ -91,7 +87,7 @@ def check_fit(
             f"; config.model.{key} is {old!r} in it, {new!r} here"
             for key, (old, new) in model_differences(record, model).items()
         ]
-        raise CheckpointError(f"{path} {problems[path]}{''.join(differences)}")
+        raise UserError(f"{path} {problems[path]}{''.join(differences)}")
 
 
 def model_differences(

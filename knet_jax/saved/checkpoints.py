@@ -24,7 +24,6 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from knet_jax.saved.checkpoint_record import (
-    CheckpointError,
     DamagedError,
     check_arrays,
     check_fit,
@@ -33,6 +32,7 @@ from knet_jax.saved.checkpoint_record import (
     make_record,
     model_differences,
 )
+from knet_jax.system.errors import UserError
 from knet_jax.system.library_logs import silenced
 from knet_jax.system.output_files import write_json
 
@@ -43,14 +43,14 @@ def check_writable(folder: str | Path) -> None:
     """Creates a folder and a file in it, so that a run fails before it has cost anything.
 
     Raises:
-        CheckpointError: one of the two is not possible.
+        UserError: one of the two is not possible.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 class Checkpoints:
@@ -69,7 +69,7 @@ class Checkpoints:
         read_only: nothing is created, removed or moved.
 
     Raises:
-        CheckpointError: the folder cannot be written, or, if `read_only`, does not exist.
+        UserError: the folder cannot be written, or, if `read_only`, does not exist.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._keep = keep
         if read_only and not self.directory.is_dir():
-            raise CheckpointError(f"no checkpoints: {self.directory} does not exist")
+            raise UserError(f"no checkpoints: {self.directory} does not exist")
         if not read_only:
             check_writable(self.directory)
             # Orbax would do it in a thread that outlives `close` and fails while Python shuts down.
@@ -129,7 +129,7 @@ class Checkpoints:
         """Closes. If an error is on its way already, a failed save is only printed."""
         try:
             self.close()
-        except CheckpointError as failure:
+        except UserError as failure:
             if error is None:
                 raise
             print(failure, file=sys.stderr, flush=True)
@@ -147,7 +147,7 @@ class Checkpoints:
             progress: what else to keep, in JSON: examples seen, categories.
 
         Raises:
-            CheckpointError: the previous save failed, for example on a full disk.
+            UserError: the previous save failed, for example on a full disk.
         """
         self.wait()
         latest = self._manager.latest_step()
@@ -178,7 +178,7 @@ class Checkpoints:
                 raise
             size = sum(array.nbytes for array in arrays.values()) / 2**20
             intact = [f"{s}" for s in self.steps() if s != step]
-            raise CheckpointError(
+            raise UserError(
                 f"checkpoint of step {step} ({size:.0f} MiB) cannot be written to "
                 f"{self.directory}: {reason}; on disk: {', '.join(intact) or 'none'}"
             ) from error
@@ -191,7 +191,7 @@ class Checkpoints:
             scores: the scores by name, those of `metrics` among them.
 
         Raises:
-            CheckpointError: the save failed.
+            UserError: the save failed.
         """
         self.wait()
         self._scores[step] = {name: float(value) for name, value in scores.items()}
@@ -256,7 +256,7 @@ class Checkpoints:
             What `restore` returns, or None if there is no step at all.
 
         Raises:
-            CheckpointError: every step is damaged, or the state does not fit.
+            UserError: every step is damaged, or the state does not fit.
         """
         damages: dict[int, DamagedError] = {}
         for step in reversed(self.steps()):
@@ -271,7 +271,7 @@ class Checkpoints:
                 self._set_aside(damages)
             return restored
         if damages:
-            raise CheckpointError(
+            raise UserError(
                 f"no checkpoint in {self.directory} is whole: {'; '.join(map(str, damages.values()))}"
             )
         return None
@@ -284,7 +284,7 @@ class Checkpoints:
             in what they differ.
 
         Raises:
-            CheckpointError: see `restore`.
+            UserError: see `restore`.
         """
         with self._naming(step):
             record = self._read_record(step)
@@ -309,7 +309,7 @@ class Checkpoints:
 
         Raises:
             DamagedError: files are missing, or their content is not what was saved.
-            CheckpointError: there is no such step, or the saved state does not fit `target`.
+            UserError: there is no such step, or the saved state does not fit `target`.
         """
         wanted = dict(zip(leaf_paths(target), jax.tree.leaves(target)))
         with self._naming(step):
@@ -328,7 +328,7 @@ class Checkpoints:
         """
         if step not in self.steps():
             have = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; have: {have}")
+            raise UserError(f"no checkpoint of step {step} in {self.directory}; have: {have}")
         where = f"checkpoint {self.directory / str(step)}"
         try:
             with silenced("orbax"):
@@ -337,8 +337,8 @@ class Checkpoints:
             raise
         except DamagedError as error:
             raise DamagedError(f"{where} is damaged: {error}") from error
-        except CheckpointError as error:
-            raise CheckpointError(f"{where} does not fit this network: {error}") from error
+        except UserError as error:
+            raise UserError(f"{where} does not fit this network: {error}") from error
         except Exception as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise DamagedError(f"{where} is damaged: {line[:300]}") from error
