@@ -24,7 +24,7 @@ from knet_jax.saved.checkpoints import Checkpoints, check_writable
 from knet_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-MODEL = {"num_things": 5, "backbone": {"depths": (1, 1)}}
+MODEL = {"num_proposals": 9, "num_things": 5, "num_stuff": 4, "backbone": {"depths": (1, 1)}}
 
 
 def make_state(seed=0, num_classes=5):

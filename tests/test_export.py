@@ -73,7 +73,7 @@ def folders(tmp_path_factory):
         save_config(config, root / task)
         model = make_model(**config.model)
         variables = lively(jax.jit(lambda model=model: init_variables(model, 0))())
-        with Checkpoints(root / task / "checkpoints") as checkpoints:
+        with Checkpoints(root / task / "checkpoints", model=config.model.to_dict()) as checkpoints:
             checkpoints.save(
                 1, variables, {"categories": find_classes("shapes", "panoptic")._asdict()}
             )

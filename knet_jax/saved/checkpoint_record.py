@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
+from knet_jax.config.schema import complete_model, flatten
 from knet_jax.system.errors import UserError
 
 
@@ -102,11 +102,12 @@ def model_differences(
     Returns:
         Both values of every such key, the saved one first; None stands for an absent one.
     """
-    saved, here = (
-        flatten_dict(json.loads(json.dumps(config)), sep=".") for config in (record["model"], model)
-    )
+    # A key that the saved config lacks has come since, with a default that is what there was before.
+    saved, here = (flatten(complete_model(config)) for config in (record["model"], model))
     keys = sorted(saved.keys() | here.keys())
-    return {key: (saved.get(key), here.get(key)) for key in keys if saved.get(key) != here.get(key)}
+    return {
+        key: (saved.get(key), here.get(key)) for key in keys if saved.get(key) != here.get(key)
+    }
 
 
 def _describe(array: np.ndarray) -> dict[str, Any]:

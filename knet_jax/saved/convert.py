@@ -61,7 +61,7 @@ def import_weights(
     source: Path,
     spec: str,
     output: Path,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     *,
     entry: str = "",
     ema: bool = False,
@@ -73,9 +73,9 @@ def import_weights(
 
     Args:
         source: the file, or the folder of another model.
-        spec: the config, `configs/FILE.py` or `configs/FILE.py:variant`.
+        spec: the config, see `load_config`.
         output: the folder to be made.
-        overrides: `--config.x.y=value` arguments that change the config.
+        overrides: what changes the config, see `load_config`.
         entry: which set of tensors, if a file holds several; of a model, the checkpoint.
         ema: of a model, take the moving average of the parameters.
         categories_file: a file that names the classes.

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def open_model(
     path: str | Path,
     checkpoint: str | int = "best",
     ema: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     dtype: str | None = None,
     num_devices: int = 1,
     config: str | None = None,
@@ -60,10 +61,10 @@ def open_model(
         path: the folder of a model, or a file of weights.
         checkpoint: `best`, `latest`, or the number of a step; for a folder only.
         ema: take the moving average of the parameters; for a folder only.
-        overrides: `--config.x.y=value` arguments that change the config.
+        overrides: what changes the config, see `load_config`.
         dtype: type of the feature maps; by default that of the config.
         num_devices: how many devices share a batch of an evaluation.
-        config: `configs/FILE.py` or `configs/FILE.py:variant`; for a file that others wrote.
+        config: the config of a file that others wrote, see `load_config`.
 
     Raises:
         UserError: there is no such model or checkpoint, or something in it does not fit.
@@ -104,7 +105,7 @@ def _open_folder(
     folder: Path,
     checkpoint: str,
     ema: bool,
-    overrides: Sequence[str],
+    overrides: Sequence[str] | Mapping[str, Any],
     dtype: str | None,
     num_devices: int,
 ) -> Model:
@@ -133,7 +134,7 @@ def _open_folder(
 
 def _open_file(
     path: Path,
-    overrides: Sequence[str],
+    overrides: Sequence[str] | Mapping[str, Any],
     dtype: str | None,
     num_devices: int,
     spec: str | None,
