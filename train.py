@@ -33,9 +33,9 @@ from knet_jax.config.validation import validate
 from knet_jax.data import pipeline
 from knet_jax.data.prepared_split import Split
 from knet_jax.matching import LossWeights
-from knet_jax.model import make_model
+from knet_jax.model import init_variables, make_model
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
-from knet_jax.saved.models import headlines, load_start
+from knet_jax.saved.models import headline_scores, load_init_weights
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.drawing import save_picture
 from knet_jax.structs import EMPTY
@@ -89,7 +89,7 @@ def main(command: CommandLine) -> None:
 
     # The network and its optimizer.
     model = make_model(**config.model)
-    variables = model.init_variables(model, config.seed)
+    variables = init_variables(model, config.seed)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     optimizer, schedule = optim.make_optimizer(config.optim, params, steps_per_epoch, batch_size)
     ema_decay = config.train.ema_decay
@@ -118,7 +118,7 @@ def main(command: CommandLine) -> None:
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep=config.train.keep,
-        metrics=headlines(config),
+        metrics=headline_scores(config),
         model=config.model.to_dict(),
     )
     restored = checkpoints.restore_latest(state)
@@ -130,7 +130,7 @@ def main(command: CommandLine) -> None:
         if warning := train_step.explain_change(model, was, parts):
             print(warning)
     elif config.init_weights:
-        loaded, origin = load_start(config.init_weights, variables)
+        loaded, origin = load_init_weights(config.init_weights, variables)
         state = state._replace(**loaded)
         print(origin)
     else:

@@ -273,7 +273,7 @@ def segmenter(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     stage = jax.device_put(scenes.stage(case.scene, case.batch, canvas, config))
     names = tuple(f"class {i}" for i in range(config.model.num_things + config.model.num_stuff))
     categories = Categories(names, tuple(range(1, 1 + len(names))), config.model.num_things)
-    run = Model.of(config, SceneModel(model, stage), variables, categories, 0)
+    run = Model(config, SceneModel(model, stage), variables, categories, 0)
     sees = Segmenter(run, case.batch)
     rng = np.random.default_rng(0)
     pictures = list(rng.integers(0, 256, (case.batch, *case.original, 3)).astype(np.uint8))

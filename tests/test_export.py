@@ -73,7 +73,7 @@ def folders(tmp_path_factory):
         save_config(config, root / task)
         model = make_model(**config.model)
         variables = lively(jax.jit(lambda model=model: init_variables(model, 0))())
-        with Checkpoints(root / task / "checkpoints") as checkpoints:
+        with Checkpoints(root / task / "checkpoints", model=config.model.to_dict()) as checkpoints:
             checkpoints.save(
                 1, variables, {"categories": find_classes("shapes", "panoptic")._asdict()}
             )
@@ -212,7 +212,7 @@ def test_every_network_has_a_translation(case, tmp_path):
     weights = {k: np.asarray(v) for k, v in flatten_dict(variables, sep="/").items()}
     program = model_file.make_program(config, model, [Framing((64, 96), 64, 96)])
     categories = Categories(("a", "b"), (1, 2), 1)
-    run = Model.of(config, model, variables, categories, 7)
+    run = Model(config, model, variables, categories, 7)
     model_file.write_onnx(
         tmp_path / "model", program, weights, model_file.input_shapes((50, 70), 1), run
     )

@@ -52,7 +52,7 @@ def write(workdir: Path, task: str, *overrides: str) -> Path:
     save_config(config, workdir)
     shapes = jax.eval_shape(lambda: init_variables(make_model(**config.model), 0))
     variables = random_variables(shapes, np.random.default_rng(5))
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
+    with Checkpoints(workdir / "checkpoints", model=config.model.to_dict()) as checkpoints:
         checkpoints.save(1, variables, {"categories": categories(task)._asdict()})
     return workdir
 

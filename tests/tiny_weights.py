@@ -1,15 +1,16 @@
 """Networks of every kind of backbone, and weights for them without two equal numbers."""
 
+import functools
+import json
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tiny_model import MODEL
 
-from knet_jax.model import make_model
+from knet_jax.model import init_variables, make_model
 
 BACKBONES = {
-    "deep stem": {"depths": (1, 2, 1, 1), "width": 8, "deep_stem": True},
-    "deformable": {"depths": (1, 1, 2, 1), "width": 8, "num_deformable": 3},
+    "resnet": {"depths": (1, 2, 1, 1), "width": 8, "deep_stem": True, "num_deformable": 3},
     "swin": {
         "name": "swin",
         "channels": 8,
@@ -22,13 +23,25 @@ TINY = MODEL | {"backbone": MODEL["backbone"] | {"depths": (1, 2, 1, 1), "norm":
 
 
 def shapes_of(model):
-    return jax.eval_shape(make_model(**model).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    """Shapes of the variables of a network, traced once for all tests."""
+    return _trace(json.dumps(dict(model), sort_keys=True))
+
+
+@functools.cache
+def _trace(model):
+    network = make_model(**json.loads(model))
+    return jax.eval_shape(lambda: init_variables(network, 0))
 
 
 def fill(shapes):
     """Variables without two equal numbers."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
+
+
+def zeros(shapes):
+    """Variables that take no memory."""
+    return jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
 
 
 def assert_equal(a, b):

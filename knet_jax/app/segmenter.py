@@ -26,7 +26,7 @@ from knet_jax.data.annotations import by_task
 from knet_jax.inference.forward import lookahead, predict
 from knet_jax.inference.multiscale import both_ways
 from knet_jax.inference.resampling import Canvas
-from knet_jax.saved.models import Model, find_model
+from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import MIN_SCORE
@@ -48,7 +48,7 @@ class Segmenter:
     so does the next process, from the cache on disk.
 
     Args:
-      run: from `open_run`, or from `find_run`: its arrays are read when the first picture comes.
+      run: from `open_model`.
       batch_size: how many pictures are segmented together; default: 1 on a CPU, else 8.
     """
 
@@ -65,7 +65,7 @@ class Segmenter:
         self.batch_size = int(batch_size or default_batch_size())
         self._task = TASKS[config.task]
         self._run: Model | None = run
-        self._shapes = run.shapes
+        self._shapes = jax.eval_shape(lambda: run.variables)
         options = config.eval.to_dict()
         recipe = by_task.find(config.task).recipe(config.data)
         self._recipes = recipes.at_ratios(recipe, options.get("scales", (1,)))
@@ -251,7 +251,7 @@ def load(
     keep_programs()
     if dtype is None and _platform() != "cpu":
         dtype = "bfloat16"
-    run = find_model(path, checkpoint, ema, overrides, dtype, config=config)
+    run = open_model(path, checkpoint, ema, overrides, dtype, config=config)
     segmenter = Segmenter(run, batch_size)
     with ThreadPoolExecutor(1) as reader:
         reading = reader.submit(lambda: segmenter._variables)

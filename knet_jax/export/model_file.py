@@ -36,7 +36,7 @@ from knet_jax.inference.forward import run_network
 from knet_jax.inference.multiscale import canvas_of
 from knet_jax.knet import KNet
 from knet_jax.saved.checkpoints import check_writable
-from knet_jax.saved.models import Model, is_file, open_model
+from knet_jax.saved.models import Model, is_weight_file, open_model
 from knet_jax.segmentation import image_files, rle
 from knet_jax.segmentation.segments import PanopticMap
 from knet_jax.structs import EMPTY, Batch, Pass
@@ -237,7 +237,7 @@ def expected(run: Model, image: np.ndarray) -> Results:
     """What this project makes of a picture in one pass, by the names that files use."""
     config = run.config.to_dict()
     config["eval"] = {key: value for key, value in config["eval"].items() if key not in PASSES}
-    run = replace(run, config=ConfigDict(config), read=lambda whole=run: whole.variables)
+    run = replace(run, config=ConfigDict(config))
     prediction = Segmenter(run)(image, threshold=0.0).prediction
     if isinstance(prediction, np.ndarray):
         return {"labels": prediction.astype(np.int32) - 1}
@@ -373,7 +373,11 @@ def main(command: CommandLine) -> None:
         )
     form = FORMATS[values.format]
     source = Path(command.paths[0])
-    beside = source.with_suffix(form.suffix) if is_file(source) else source / f"model{form.suffix}"
+    beside = (
+        source.with_suffix(form.suffix)
+        if is_weight_file(source)
+        else source / f"model{form.suffix}"
+    )
     path = Path(values.output or beside)
     if path.is_dir():
         raise UserError(f"--output={path} is a folder; accepted: a file {form.suffix}")

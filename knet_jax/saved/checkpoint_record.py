@@ -1,60 +1,52 @@
-"""What a checkpoint holds: arrays under their paths, and a record that describes and proves them.
+"""What a checkpoint says of its arrays: their shapes and types, and digests that prove them.
 
-The record is JSON: `step`, `progress`, `model` (the config of the network), `code` (a digest of what
-made the network), `arrays` (path -> shape, dtype, digest of the bytes), and `digest` of all this.
+The record is JSON: `step`, `progress`, `model` (the config of the network), `arrays` (path -> shape,
+dtype, digest of the bytes), and `digest`, which is that of all the rest.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from knet_jax.config.schema import complete_model, flatten
 from knet_jax.system.errors import UserError
 
-DIGEST_SIZE = 16
+
+class DamagedError(UserError):
+    """The checkpoint on disk is not what was saved."""
 
 
-class CheckpointError(UserError):
-    """A checkpoint cannot be written, read, or put into this network."""
-
-
-class DamagedError(CheckpointError):
-    """What is on disk is not what was saved."""
-
-
-def copy_to_host(state: Any) -> dict[str, np.ndarray]:
-    """Arrays of a pytree under their paths, sharing no memory with what the next step overwrites."""
-    leaves = jax.tree.leaves(state)
-    for leaf in leaves:  # all copies are under way before the first is waited for
-        if isinstance(leaf, jax.Array):
-            leaf.copy_to_host_async()
-    return {
-        path: np.array(leaf, copy=True, order="C") for path, leaf in zip(leaf_paths(state), leaves)
-    }
+def leaf_paths(tree: Any) -> list[str]:
+    """The path of every leaf of a pytree, joined by '/', in the order of `jax.tree.leaves`."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
 def make_record(arrays: Mapping[str, np.ndarray], **fields: Any) -> dict[str, Any]:
-    """The record of arrays; `fields` are what JSON holds."""
+    """Makes the record of some arrays.
+
+    Args:
+        arrays: the arrays by their paths.
+        fields: further entries of the record; whatever JSON can hold.
+    """
     record = fields | {"arrays": {path: _describe(array) for path, array in arrays.items()}}
     return record | {"digest": _digest_of_record(record)}
 
 
 def check_record(record: Any) -> None:
-    """Raises `DamagedError` where a record, any JSON, is not what `make_record` made."""
+    """Raises DamagedError if a record, which may be any JSON, is not one of `make_record`."""
     if not isinstance(record, Mapping) or record.get("digest") != _digest_of_record(record):
         raise DamagedError("its record is not what was saved")
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-    """Raises `DamagedError` with the path of the first array that is not what was saved."""
+    """Raises DamagedError with the path of the first array that is not what was saved."""
     for path, array in arrays.items():
         if _describe(array) != record["arrays"][path]:
             raise DamagedError(f"{path} is not what was saved")
@@ -66,12 +58,14 @@ def check_fit(
     """Compares saved arrays with those of a network.
 
     Args:
-      wanted: path -> array or shape; whole parts of the saved state (`params`) or all of it.
-      record: of the checkpoint.
-      model: `config.model` of the network that is to hold the arrays.
+        wanted: the arrays of the network, or their shapes, by path: all of the saved state, or whole
+            parts of it (such as all paths that begin with `params/`).
+        record: that of the checkpoint.
+        model: `config.model` of the network.
 
     Raises:
-      CheckpointError: a path, shape or dtype differs; with the keys of `config.model` that do.
+        UserError: a path, shape or dtype differs. The message also has the keys of
+            `config.model` that differ.
     """
     saved = record["arrays"]
     problems = {}
@@ -89,70 +83,42 @@ def check_fit(
     if problems:
         # The optimizer's state has the parameter's path within a longer one.
         path = min(problems, key=lambda path: (len(path), path))
-        raise CheckpointError(
-            f"{path} {problems[path]}{_explain_difference(record['model'], model)}"
-        )
+        differences = [
+            f"; config.model.{key} is {old!r} in it, {new!r} here"
+            for key, (old, new) in model_differences(record, model).items()
+        ]
+        raise UserError(f"{path} {problems[path]}{''.join(differences)}")
 
 
-@functools.cache
-def network_code() -> str:
-    """A digest of the files that say which arrays the network of a config has."""
-    package = Path(__file__).parents[1]
-    files = [package / "knet.py", package / "kernels.py", *sorted((package / "nn").glob("*.py"))]
-    code = b"".join(file.read_bytes() for file in files)
-    return hashlib.blake2b(code, digest_size=DIGEST_SIZE).hexdigest()
-
-
-def saved_shapes(record: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Shapes of the saved arrays, a dict of dicts, if a network has just these by construction.
+def model_differences(
+    record: Mapping[str, Any], model: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """The keys of `config.model` in which a network is not the saved one.
 
     Args:
-      record: of the checkpoint.
-      model: `config.model` of the network.
+        record: that of the checkpoint.
+        model: `config.model` of the network.
 
     Returns:
-      None where other code or another config made the network that was saved.
+        Both values of every such key, the saved one first; None stands for an absent one.
     """
-    changed = _differences(record["model"], model).keys() - {"dtype"}
-    if changed or record.get("code") != network_code():
-        return None
-    return unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(tuple(saved["shape"]), saved["dtype"])
-            for path, saved in record["arrays"].items()
-        },
-        sep="/",
-    )
-
-
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys of `config.model` that are not the same, with both values."""
-    old, new = (flatten_dict(json.loads(json.dumps(model)), sep=".") for model in (saved, here))
-    keys = sorted(old.keys() | new.keys())
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
-
-
-def _explain_difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    parts = [
-        f"config.model.{key} is {old!r} in it, {new!r} here"
-        for key, (old, new) in _differences(saved, here).items()
-    ]
-    return "; ".join(["", *parts])
+    # A key that the saved config lacks has come since, with a default that is what there was before.
+    saved, here = (flatten(complete_model(config)) for config in (record["model"], model))
+    keys = sorted(saved.keys() | here.keys())
+    return {
+        key: (saved.get(key), here.get(key)) for key in keys if saved.get(key) != here.get(key)
+    }
 
 
 def _describe(array: np.ndarray) -> dict[str, Any]:
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    digest = hashlib.blake2b(data, digest_size=DIGEST_SIZE).hexdigest()
-    return {"shape": [*array.shape], "dtype": str(array.dtype), "digest": digest}
+    return {"shape": [*array.shape], "dtype": str(array.dtype), "digest": _digest(data)}
 
 
 def _digest_of_record(record: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in record.items() if key != "digest"}
-    text = json.dumps(rest, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=DIGEST_SIZE).hexdigest()
+    return _digest(json.dumps(rest, sort_keys=True).encode())
 
 
-def leaf_paths(tree: Any) -> list[str]:
-    """Path of every leaf, joined by '/', in the order of `jax.tree.leaves`."""
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+def _digest(data: bytes | np.ndarray) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,8 +1,8 @@
-"""Checkpoints that are written behind the training loop, verified when read, and safe to interrupt.
+"""The checkpoints of a run: written in the background, verified when read, safe to interrupt.
 
-A step on disk is an Orbax folder of two items, the `state` and the `record` of `snapshot.py`. Its
-digests are those of the values that trained, so whatever happens to the files is seen. The scores of
-a step, which come later than its state, are a file beside the two.
+A step on disk is a folder of Orbax with two items: `state`, the arrays, and `record`, which has a
+digest of each of them (see `checkpoint_record`), taken before anything was written. So whatever
+happens to the files is noticed. The scores of a step, which come later, are a file beside the two.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,51 +24,52 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from knet_jax.saved.checkpoint_record import (
-    CheckpointError,
     DamagedError,
     check_arrays,
     check_fit,
     check_record,
-    copy_to_host,
     leaf_paths,
     make_record,
-    network_code,
-    saved_shapes,
+    model_differences,
 )
+from knet_jax.system.errors import UserError
 from knet_jax.system.library_logs import silenced
 from knet_jax.system.output_files import write_json
 
 SCORES_NAME = "scores.json"
 
 
-def check_writable(workdir: str | Path) -> None:
-    """Creates the workdir and a file in it, so that a run fails before it has cost anything.
+def check_writable(folder: str | Path) -> None:
+    """Creates a folder and a file in it, so that a run fails before it has cost anything.
 
     Raises:
-      CheckpointError: one of the two is not possible.
+        UserError: one of the two is not possible.
     """
     try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir) as file:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
-        raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last few and the best.
+    """The last few steps of a run and the best ones.
 
-    Only the loop's thread may call the methods; `save` works on in one of its own. Process 0 writes,
-    every process reads.
+    Only one thread may call the methods; `save` goes on in a thread of its own. Of several processes
+    the first one writes, and all read.
 
     Args:
-      directory: one folder a step is made here.
-      keep: how many of the latest steps stay; the best of every metric stays too.
-      metrics: names of scores by which a step is the best, the larger the better; `best_step` goes by
-        the first.
-      model: `config.model` as a dict, kept with every step: it tells whether the saved network is
-        this one, and in what it is not.
-      read_only: for evaluation: nothing is created, cleaned or moved.
+        directory: where the steps are, a folder each.
+        keep: how many of the latest steps stay; the best step of every metric stays too.
+        metrics: names of scores by which a step is the best, the larger the better; `best_step` uses
+            the first.
+        model: `config.model` as a dict. It is saved with every step, so that it can be told in what
+            another network differs.
+        read_only: nothing is created, removed or moved.
+
+    Raises:
+        UserError: the folder cannot be written, or, if `read_only`, does not exist.
     """
 
     def __init__(
@@ -88,10 +89,13 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._keep = keep
         if read_only and not self.directory.is_dir():
-            raise CheckpointError(f"no checkpoints: {self.directory} does not exist")
+            raise UserError(f"no checkpoints: {self.directory} does not exist")
         if not read_only:
             check_writable(self.directory)
-            self._remove_unfinished()
+            # Orbax would do it in a thread that outlives `close` and fails while Python shuts down.
+            if jax.process_index() == 0:
+                for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                    shutil.rmtree(path, ignore_errors=True)
         self._manager = self._open()
         # Not as Orbax's own metrics: a damaged file of these keeps its manager from opening.
         self._scores: dict[int, dict[str, float]] = {}
@@ -102,7 +106,7 @@ class Checkpoints:
                 self._scores[step] = record["scores"]
 
     def _open(self) -> ocp.CheckpointManager:
-        # One process alone reads or writes, whatever the others do meanwhile.
+        # Every process reads or writes alone, whatever the others do meanwhile.
         process = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=process,
@@ -111,7 +115,6 @@ class Checkpoints:
         )
         with silenced("orbax"):  # its remarks about options set on purpose
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=_LatestAndBest(self._keep, self._best_steps),
                 create=False,
                 read_only=self._read_only,
                 enable_async_checkpointing=False,  # a thread of ours does it, digests included
@@ -119,20 +122,14 @@ class Checkpoints:
             )
             return ocp.CheckpointManager(self.directory, options=options)
 
-    def _remove_unfinished(self) -> None:
-        # Orbax would do it in a thread that outlives `close` and fails while Python shuts down.
-        if jax.process_index() == 0:
-            for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(path, ignore_errors=True)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Closes; on the way out with an error, which speaks first, a failed save is only told."""
+        """Closes. If an error is on its way already, a failed save is only printed."""
         try:
             self.close()
-        except CheckpointError as failure:
+        except UserError as failure:
             if error is None:
                 raise
             print(failure, file=sys.stderr, flush=True)
@@ -140,58 +137,61 @@ class Checkpoints:
     # Writing.
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
-        """Copies the state to the host and writes it in the background.
+        """Copies a state to the host and writes it in the background.
 
         Returns as soon as the state may be donated. Waits for the previous save if it is not done.
 
         Args:
-          step: training steps done, never less than before; a step that is saved stays as it is.
-          state: a pytree of arrays.
-          progress: whatever JSON holds: examples seen, class counts, categories.
+            step: the number of training steps done. A step that is saved already stays as it is.
+            state: a pytree of arrays.
+            progress: what else to keep, in JSON: examples seen, categories.
 
         Raises:
-          CheckpointError: the previous save failed, such as on a full disk.
+            UserError: the previous save failed, for example on a full disk.
         """
         self.wait()
         latest = self._manager.latest_step()
         if step == latest or jax.process_index() != 0:
             return
         assert latest is None or step > latest, (step, latest)
-        fields = {"step": step, "progress": dict(progress)}
-        fields |= {"model": self._model, "code": network_code()}
+        fields = {"step": step, "progress": dict(progress), "model": self._model}
         fields = json.loads(json.dumps(fields))  # a copy, and an error here rather than later
-        self._pending = self._executor.submit(self._write, copy_to_host(state), fields)
+        # Copies share no memory with what the next step overwrites.
+        leaves = [np.array(leaf, order="C") for leaf in jax.tree.leaves(jax.device_get(state))]
+        arrays = dict(zip(leaf_paths(state), leaves))
+        self._pending = self._executor.submit(self._write, arrays, fields)
 
     def _write(self, arrays: dict[str, np.ndarray], fields: dict[str, Any]) -> None:
-        step, record = fields["step"], make_record(arrays, **fields)
-        # Orbax refuses arrays without elements; their description is all there is to them.
-        state = unflatten_dict({path: a for path, a in arrays.items() if a.size}, sep="/")
+        step = fields["step"]
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)
+            state=ocp.args.PyTreeSave(unflatten_dict(arrays, sep="/")),
+            record=ocp.args.JsonSave(make_record(arrays, **fields)),
         )
         try:
             with silenced("orbax"):
                 self._manager.save(step, args=args)
+                for old in set(self.steps()[: -self._keep]) - self._best_steps():
+                    self._manager.delete(old)
         except Exception as error:
-            reason = _disk_trouble(error, self.directory)
+            reason = _explain_disk_error(error, self.directory)
             if reason is None:
                 raise
             size = sum(array.nbytes for array in arrays.values()) / 2**20
-            intact = [f"{s}" for s in self._manager.all_steps() if s != step]
-            raise CheckpointError(
+            intact = [f"{s}" for s in self.steps() if s != step]
+            raise UserError(
                 f"checkpoint of step {step} ({size:.0f} MiB) cannot be written to "
                 f"{self.directory}: {reason}; on disk: {', '.join(intact) or 'none'}"
             ) from error
 
     def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Notes what an evaluation of a step gave, once the step is on disk.
+        """Adds the scores of an evaluation to a saved step, once that is on disk.
 
         Args:
-          step: that has been saved.
-          scores: numbers by the names of their plots, that of the metric among them.
+            step: one that has been saved.
+            scores: the scores by name, those of `metrics` among them.
 
         Raises:
-          CheckpointError: the save failed.
+            UserError: the save failed.
         """
         self.wait()
         self._scores[step] = {name: float(value) for name, value in scores.items()}
@@ -203,7 +203,7 @@ class Checkpoints:
         return self.directory / str(step) / SCORES_NAME
 
     def raise_if_failed(self) -> None:
-        """Raises the error of a save that has failed meanwhile; costs nothing, never waits."""
+        """Raises the error of a save that has failed meanwhile. Never waits."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
@@ -214,7 +214,7 @@ class Checkpoints:
             pending.result()
 
     def close(self) -> None:
-        """Waits for the last save and lets go of the folder."""
+        """Waits for the last save and releases the folder."""
         try:
             self.wait()
         finally:
@@ -224,19 +224,19 @@ class Checkpoints:
     # Reading.
 
     def steps(self) -> list[int]:
-        """Steps on disk, in ascending order, damaged or not."""
+        """The steps on disk, damaged ones included, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def scores(self, step: int) -> dict[str, float] | None:
-        """What the evaluation of a step gave, None where there was none that came to its end."""
+        """The scores of a step, or None if no evaluation of it has come to its end."""
         return self._scores.get(step)
 
     def best_step(self) -> int | None:
-        """The step with the largest first metric among those that were evaluated."""
+        """The step with the largest first metric, or None if no step has been evaluated."""
         return self._best_by(self._metrics[0])
 
-    def _best_steps(self) -> set[int]:
-        return {step for step in map(self._best_by, self._metrics) if step is not None}
+    def _best_steps(self) -> set[int | None]:
+        return set(map(self._best_by, self._metrics))
 
     def _best_by(self, metric: str) -> int | None:
         values = ((self._scores.get(step, {}).get(metric), step) for step in self.steps())
@@ -244,94 +244,91 @@ class Checkpoints:
         return max(known)[1] if known else None
 
     def restore_latest(self, target: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest step that is whole, or None where there is no step at all.
+        """Reads the newest step that is whole.
 
         A damaged step is reported on stderr and, unless `read_only`, moved to `damaged/`, so that
         the step can be saved again.
 
+        Args:
+            target: see `restore`.
+
+        Returns:
+            What `restore` returns, or None if there is no step at all.
+
         Raises:
-          CheckpointError: every step is damaged, or the state does not fit.
+            UserError: every step is damaged, or the state does not fit.
         """
-        steps = self.steps()
-        damages = []
-        for step in reversed(steps):
+        damages: dict[int, DamagedError] = {}
+        for step in reversed(self.steps()):
             try:
                 restored = self.restore(target, step)
             except DamagedError as error:
-                damages.append((step, error))
+                damages[step] = error
                 continue
-            for _, error in damages:
+            for error in damages.values():
                 print(f"{error}; going back to step {step}", file=sys.stderr, flush=True)
             if damages and not self._read_only:
-                self._set_aside([step for step, _ in damages])
+                self._set_aside(damages)
             return restored
         if damages:
-            raise CheckpointError(
-                f"no checkpoint in {self.directory} is whole: "
-                + "; ".join(str(error) for _, error in damages)
+            raise UserError(
+                f"no checkpoint in {self.directory} is whole: {'; '.join(map(str, damages.values()))}"
             )
         return None
 
-    def shapes(self, step: int) -> dict[str, Any] | None:
-        """Shapes of the state of a step, a dict of dicts, as a target for `restore`.
+    def saved_shapes(self, step: int) -> dict[str, Any] | None:
+        """Shapes of the state of a step, as a target for `restore`: a dict of dicts.
 
         Returns:
-          None where the step holds another network, or one of other code: a target made of the
-          network then tells in what they differ.
+            None if the step was saved with another `model`. A target made of the network then shows
+            in what they differ.
 
         Raises:
-          CheckpointError: as `restore`.
+            UserError: see `restore`.
         """
         with self._naming(step):
-            return saved_shapes(self._read_record(step), self._model)
+            record = self._read_record(step)
+        if model_differences(record, self._model).keys() - {"dtype"}:
+            return None
+        shapes = {
+            path: jax.ShapeDtypeStruct(tuple(saved["shape"]), saved["dtype"])
+            for path, saved in record["arrays"].items()
+        }
+        return unflatten_dict(shapes, sep="/")
 
-    def check(self, target: Any, step: int) -> dict[str, Any]:
-        """The record of a step: `step`, `progress`. Its arrays are not read.
+    def restore(self, target: Any, step: int) -> tuple[Any, dict[str, Any]]:
+        """Reads the arrays of a step, bit for bit as they were saved.
 
-        Args and errors as of `restore`.
+        Args:
+            target: a pytree of arrays or shapes, the saved state or whole parts of it: a dict of
+                `params` and `batch_stats` is read without the optimizer's state.
+            step: one of `steps()`.
+
+        Returns:
+            The arrays, of numpy, in the structure of `target`, and the record: `step`, `progress`.
+
+        Raises:
+            DamagedError: files are missing, or their content is not what was saved.
+            UserError: there is no such step, or the saved state does not fit `target`.
         """
         wanted = dict(zip(leaf_paths(target), jax.tree.leaves(target)))
         with self._naming(step):
             record = self._read_record(step)
             check_fit(wanted, record, self._model)
-        return record
-
-    def restore(self, target: Any, step: int) -> tuple[Any, dict[str, Any]]:
-        """The arrays that `target` asks for, of numpy, bit for bit as they were saved.
-
-        Args:
-          target: a pytree of arrays or shapes, the saved state or a part of it: a dict with only
-            `params` and `batch_stats` is read without the optimizer's state.
-          step: one of `steps()`.
-
-        Returns:
-          The arrays, in the structure of `target`, and the record: `step`, `progress`.
-
-        Raises:
-          DamagedError: files are missing, or their content is not what was saved.
-          CheckpointError: there is no such step, or the saved state does not fit `target`.
-        """
-        record = self.check(target, step)
-        leaves, treedef = jax.tree.flatten(target)
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        wanted = dict(zip(leaf_paths(target), shapes))
-        with self._naming(step):
             arrays = self._read_arrays(step, wanted)
             check_arrays(arrays, record)
-        restored = [
-            arrays.get(path, np.empty(leaf.shape, leaf.dtype)) for path, leaf in wanted.items()
-        ]
-        return jax.tree.unflatten(treedef, restored), record
+        leaves = [arrays[path] for path in wanted]
+        return jax.tree.unflatten(jax.tree.structure(target), leaves), record
 
     @contextmanager
     def _naming(self, step: int) -> Iterator[None]:
-        """Puts the name of the checkpoint before what is wrong with it.
+        """Puts the name of a checkpoint before what is wrong with it.
 
         Damaged files make the readers raise anything; but a folder without permission is whole.
         """
         if step not in self.steps():
             have = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; have: {have}")
+            raise UserError(f"no checkpoint of step {step} in {self.directory}; have: {have}")
         where = f"checkpoint {self.directory / str(step)}"
         try:
             with silenced("orbax"):
@@ -340,8 +337,8 @@ class Checkpoints:
             raise
         except DamagedError as error:
             raise DamagedError(f"{where} is damaged: {error}") from error
-        except CheckpointError as error:
-            raise CheckpointError(f"{where} does not fit this network: {error}") from error
+        except UserError as error:
+            raise UserError(f"{where} does not fit this network: {error}") from error
         except Exception as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise DamagedError(f"{where} is damaged: {line[:300]}") from error
@@ -353,17 +350,15 @@ class Checkpoints:
         return record
 
     def _read_arrays(self, step: int, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        item = {
-            path: np.empty(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if leaf.size
-        }
+        item = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in wanted.items()}
         item = unflatten_dict(item, sep="/")
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
         return flatten_dict(state, sep="/")
 
-    def _set_aside(self, steps: list[int]) -> None:
-        """Moves damaged steps out of the way; Orbax would refuse to save them again."""
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        """Moves damaged steps out of the way, since Orbax would refuse to save them again."""
         if jax.process_index() == 0:
             self._manager.close()
             folder = self.directory / "damaged"
@@ -376,38 +371,13 @@ class Checkpoints:
         self._manager = self._open()
 
 
-class _LatestAndBest:
-    """Which steps Orbax keeps: the last `num_latest`, and the best ones."""
+def _explain_disk_error(error: Exception, directory: Path) -> str | None:
+    """What is wrong with the disk, or None if the error is about something else.
 
-    def __init__(self, num_latest: int, best_steps: Callable[[], set[int]]):
-        self._num_latest = num_latest
-        self._best_steps = best_steps
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """See `orbax.checkpoint.checkpoint_managers.PreservationPolicy`."""
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = self._best_steps() | set(sorted(steps)[-self._num_latest :])
-        return [step in kept for step in steps]
-
-
-def _disk_trouble(error: Exception, directory: Path) -> str | None:
-    """What is wrong with the disk, None if the error is about something else.
-
-    The storage library raises ValueError and the like, with the system's message inside.
+    Orbax raises ValueError and the like, with the system's message inside.
     """
-    text = f"{error} {error.__cause__ or ''}".lower()
-    messages = (
-        "No space left on device",
-        "Disk quota exceeded",
-        "File too large",
-        "Permission denied",
-        "Read-only file system",
-        "Input/output error",
-    )
-    for message in messages:
-        if message.lower() in text:
+    text = f"{error} {error.__cause__ or ''}"
+    for message in ("No space left on device", "Disk quota exceeded", "File too large"):
+        if message.lower() in text.lower():
             return message[0].lower() + message[1:]
-    if not directory.is_dir():
-        return "the folder has been removed"
-    return None
+    return None if directory.is_dir() else "the folder has been removed"

@@ -9,80 +9,73 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from knet_jax.segmentation import class_lists, published_classes
-from knet_jax.segmentation.class_lists import check_class_counts
 from knet_jax.segmentation.segments import Categories
-from knet_jax.system.errors import UserError
+from knet_jax.system.errors import UserError, naming_file
 
-SAME = 0.9
-"""The least share of names in which two lists of the same classes agree; some are spelled anew."""
+MIN_AGREEMENT = 0.9
+"""The least share of equal names in two lists of the same classes; some are spelled differently."""
 
 
 def find_categories(
     config: ConfigDict, listed: Sequence[str], file: Path | None = None
 ) -> tuple[Categories, str]:
-    """The classes of a network, and where their names come from.
+    """Finds the classes of a network.
 
     Args:
-      config: of the network.
-      listed: names that the file of weights has, in order, or none.
-      file: a JSON in COCO's form, or a text with one name a line, things first.
+        config: that of the network.
+        listed: names that the file of weights has, in order, or none.
+        file: a JSON in COCO's form, or a text with one name a line, things first.
+
+    Returns:
+        The classes, and where their names come from.
 
     Raises:
-      UserError: the file is something else, or lists another number of classes.
+        UserError: the file is something else, or lists another number of classes.
     """
+    if file:
+        return _read_categories(config, file), str(file)
     num_things = config.model.num_things
     num_classes = num_things + config.model.num_stuff
-    if file:
-        categories = read_given_categories(file, config.task, num_things, num_classes)
-        try:
-            check_class_counts(config, categories)
-        except ValueError as error:
-            raise UserError(f"--categories={file}: {error}") from error
-        return categories, str(file)
     published = published_classes.find(config.data.dataset, config.task)
     if published and (len(published.names), published.num_things) != (num_classes, num_things):
         published = None
     if len(listed) == num_classes:
-        numbers = tuple(range(1, 1 + num_classes))
-        own = Categories(tuple(listed), numbers, num_things), "the checkpoint"
-        if not published:
-            return own
-        same = sum(a == b for a, b in zip(listed, published.names)) / num_classes
-        return (published, "the dataset") if same >= SAME else own
+        names = published.names if published else ()
+        if sum(map(str.__eq__, listed, names)) < MIN_AGREEMENT * num_classes:
+            return _number(listed, num_things), "the checkpoint"
     if published:
         return published, "the dataset"
-    names = tuple(f"class {i}" for i in range(1, 1 + num_classes))
-    return Categories(names, tuple(range(1, 1 + num_classes)), num_things), "nowhere"
+    return _number([f"class {i}" for i in range(1, 1 + num_classes)], num_things), "nowhere"
 
 
-def read_given_categories(file: Path, task: str, num_things: int, num_classes: int) -> Categories:
-    """Classes from a JSON in COCO's form, or from a text, which has so many names.
+def _number(names: Sequence[str], num_things: int) -> Categories:
+    return Categories(tuple(names), tuple(range(1, 1 + len(names))), num_things)
 
-    Raises:
-      UserError: there is no such file, or it is neither.
-    """
+
+def _read_categories(config: ConfigDict, file: Path) -> Categories:
+    called = f"--categories={file}"
     if not file.is_file():
-        raise UserError(f"--categories={file}: there is no such file")
+        raise UserError(f"{called}: there is no such file")
     try:
         text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".json":
-            content = json.loads(text)["categories"]
-            read = (
-                class_lists.read_coco_things
-                if task == "instance"
-                else class_lists.read_coco_categories
-            )
-            categories = read(content)
-            return categories._replace(num_things=0) if task == "semantic" else categories
+        listed = json.loads(text)["categories"] if file.suffix == ".json" else None
+        if config.task == "instance" and listed:
+            categories = class_lists.read_coco_things(listed)
+        elif listed is not None:
+            categories = class_lists.read_coco_categories(listed)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--categories={file}: accepted are a JSON with COCO's categories, and a text with one "
-            f"name a line: {error!r:.100}"
+            f"{called}: accepted are a JSON with COCO's categories, and a text with one name a "
+            f"line: {error!r:.100}"
         ) from error
-    try:
-        names = tuple(class_lists.parse_class_list(text, f"--categories={file}").values())
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if len(names) != num_classes:
-        raise UserError(f"--categories={file} lists {len(names)} names; accepted: {num_classes}")
-    return Categories(names, tuple(range(1, 1 + num_classes)), num_things)
+    if listed is None:
+        names = list(class_lists.parse_class_list(text, called).values())
+        num_classes = config.model.num_things + config.model.num_stuff
+        if len(names) != num_classes:
+            raise UserError(f"{called} lists {len(names)} names; accepted: {num_classes}")
+        return _number(names, config.model.num_things)
+    if config.task == "semantic":
+        categories = categories._replace(num_things=0)
+    with naming_file(called):
+        class_lists.check_class_counts(config, categories)
+    return categories

@@ -9,7 +9,7 @@ A checkpoint is pth, safetensors or npz: of K-Net, in the names of its authors o
 an ImageNet backbone, of torchvision, timm, OpenMMLab or the authors of Swin. Torch is not needed, and
 nothing in the file is run. The config must be that of the network in the file. The model is a folder,
 as train.py leaves one, for eval.py, predictions and further training; conversion.json in it says
-which tensor went where. A model may stand in the place of the checkpoint, for other classes. The file
+which tensor went where. A model may take the place of the checkpoint, to get other classes. The file
 .safetensors of a model is a model too: all that opens such a folder opens it.
 """
 
@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import traverse_util
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -41,7 +41,7 @@ from knet_jax.model import init_variables, make_model
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
 from knet_jax.saved.class_names import find_categories
 from knet_jax.saved.fitting import complete, fit_network
-from knet_jax.saved.models import headlines, open_model
+from knet_jax.saved.models import open_model
 from knet_jax.saved.parameter_names import Fit, Variables, to_reference
 from knet_jax.saved.weight_files import (
     CLASSES_KEY,
@@ -61,7 +61,7 @@ def import_weights(
     source: Path,
     spec: str,
     output: Path,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     *,
     entry: str = "",
     ema: bool = False,
@@ -72,21 +72,21 @@ def import_weights(
     """Makes a model of a file of weights.
 
     Args:
-      source: the file, or the folder of another model.
-      spec: of the config.
-      output: the folder to be made.
-      overrides: `--config.x.y=value` arguments.
-      entry: of the file that holds the tensors, "" finds it; of a model, the name of a checkpoint.
-      ema: of a model, the moving average.
-      categories_file: names the classes.
-      new_classes: whether what belongs to the classes starts anew.
-      partial: whether anything may start anew, and be left over.
+        source: the file, or the folder of another model.
+        spec: the config, see `load_config`.
+        output: the folder to be made.
+        overrides: what changes the config, see `load_config`.
+        entry: which set of tensors, if a file holds several; of a model, the checkpoint.
+        ema: of a model, take the moving average of the parameters.
+        categories_file: a file that names the classes.
+        new_classes: leave what belongs to the classes as initialized.
+        partial: take what fits; the rest stays as initialized, or is left over.
 
     Returns:
-      the report.
+        What became of every tensor and every array, in JSON: see `report_table`.
 
     Raises:
-      ValueError: the file, the config and the rest do not go together.
+        UserError: the file, the config and the rest do not go together.
     """
     config = load_config(spec, overrides)
     validate(config, parts=())
@@ -97,54 +97,49 @@ def import_weights(
     model = make_model(**config.model)
     template = jax.eval_shape(lambda: init_variables(model, config.seed))
     with naming_file(source):
-        weights = read_model(source, entry, ema) if source.is_dir() else read_weights(source, entry)
+        if source.is_dir():
+            weights = _read_model(source, entry or "best", ema)
+        else:
+            weights = read_weights(source, entry)
         found = fit_network(weights, template, config, new_classes, partial)
     listed = () if new_classes else weights.classes
     categories, origin = find_categories(config, listed, categories_file)
-    sizes = {
-        key: math.prod(leaf.shape)
-        for key, leaf in traverse_util.flatten_dict(template, sep="/").items()
-    }
     report = {
         "source": source.name,
         "config": spec,
-        **describe(weights, found, sizes),
+        **_describe(weights, found, template),
         "categories": categories._asdict(),
         "categories_from": origin,
     }
-    write_model(output, config, complete(found, template, config), categories, report)
+    _write_model(output, config, complete(found, template, config), categories, report)
     return report
 
 
-def read_model(source: Path, checkpoint: str, ema: bool) -> WeightFile:
-    """The weights of a model, as if from a file. Raises ValueError as `open_run`."""
-    opened = open_model(source, checkpoint or "best", ema)
+def _read_model(source: Path, checkpoint: str, ema: bool) -> WeightFile:
+    """The weights of a model, as if they were from a file."""
+    opened = open_model(source, checkpoint, ema)
     tensors = to_reference(opened.variables)
-    where = f"step {opened.step}"
-    return WeightFile(
-        tensors, {n: n for n in tensors}, (), where, (where,), opened.categories.names
-    )
+    step = f"step {opened.step}"
+    original = {name: name for name in tensors}
+    names = opened.categories.names
+    return WeightFile(tensors, original, entry=step, entries=(step,), classes=names)
 
 
-def write_model(
+def _write_model(
     output: Path,
     config: ConfigDict,
     variables: Variables,
     categories: Categories,
     report: Mapping[str, Any],
 ) -> None:
-    """Writes a model in the form that train.py leaves, as its step 0, whole or not at all."""
+    """Writes a folder as training leaves one at its step 0, whole or not at all."""
     folder = output.with_name(f".{output.name}.part")
     shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
     folder.mkdir()
     try:
         save_config(config, folder)
         (folder / CONVERSION_NAME).write_text(json.dumps(report, indent=2) + "\n")
-        with Checkpoints(
-            folder / "checkpoints",
-            metrics=headlines(config),
-            model=config.model.to_dict(),
-        ) as checkpoints:
+        with Checkpoints(folder / "checkpoints", model=config.model.to_dict()) as checkpoints:
             progress = {"examples_seen": 0, "categories": categories._asdict()}
             checkpoints.save(0, variables, progress)
         folder.rename(output)
@@ -152,18 +147,12 @@ def write_model(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# What is said of it.
+# The report.
 
 
-def describe(weights: WeightFile, found: Fit, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What became of every tensor and every array, as JSON.
-
-    Args:
-      weights: of the file.
-      found: where they belong.
-      sizes: numbers in every array of the network.
-    """
+def _describe(weights: WeightFile, found: Fit, template: Variables) -> dict[str, Any]:
     original = weights.original
+    sizes = {key: math.prod(leaf.shape) for key, leaf in flatten_dict(template, sep="/").items()}
     anew = sorted(sizes.keys() - found.arrays.keys())
     return {
         "entry": weights.entry,
@@ -185,73 +174,66 @@ def describe(weights: WeightFile, found: Fit, sizes: Mapping[str, int]) -> dict[
     }
 
 
-def table(report: Mapping[str, Any]) -> str:
-    """The report for people."""
+def report_table(report: Mapping[str, Any]) -> str:
+    """The report of `import_weights` as a table of text, with a few names of each kind."""
+    anew = ""
+    if report["anew"]:
+        share = f"{report['numbers_anew'] / 1e6:.1f} of {report['numbers'] / 1e6:.1f} M numbers"
+        parts = dict.fromkeys("/".join(key.split("/")[1:-1][:2]) for key in report["anew"])
+        anew = f"{share}: {_first(parts)}"
+    kinds = Counter(name.rpartition(".")[2] for name in report["surplus"])
     rows = [
-        ("tensors used", len(report["used"]), f"of {report['source']}"),
-        ("  under another name", len(report["renamed"]), _some(report["renamed"])),
-        ("  interpolated", len(report["interpolated"]), _some(report["interpolated"])),
-        ("  rounded to float32", len(report["rounded"]), _some(report["rounded"])),
-        ("tensors of no use", len(report["surplus"]), _kinds(report["surplus"])),
-        ("tensors left over", len(report["left_over"]), _some(report["left_over"])),
-        ("  of another shape", len(report["wrong_shape"]), _some(report["wrong_shape"])),
-        ("arrays that start anew", len(report["anew"]), _parts(report)),
+        ("tensors used", report["used"], f"of {report['source']}"),
+        ("  under another name", report["renamed"], None),
+        ("  interpolated", report["interpolated"], None),
+        ("  rounded to float32", report["rounded"], None),
+        ("tensors of no use", report["surplus"], _first(kind for kind, _ in kinds.most_common())),
+        ("tensors left over", report["left_over"], None),
+        ("  of another shape", report["wrong_shape"], None),
+        ("arrays that start anew", report["anew"], anew),
     ]
     lines = [
-        f"{name:24} {count:6}  {note}".rstrip()
-        for name, count, note in rows
-        if count or not name.startswith(" ")
+        f"{title:24} {len(names):6}  {_first(names) if note is None else note}".rstrip()
+        for title, names, note in rows
+        if names or not title.startswith(" ")
     ]
     names, things = report["categories"]["names"], report["categories"]["num_things"]
-    about = (
-        f"{things} things and {len(names) - things} stuff, names from {report['categories_from']}"
+    origin = report["categories_from"]
+    hint = "; --categories gives them" if origin == "nowhere" else ""
+    lines.append(
+        f"{'classes':24} {len(names):6}  {things} things and {len(names) - things} stuff, "
+        f"names from {origin}{hint}"
     )
-    lines.append(f"{'classes':24} {len(names):6}  {about}")
-    if report["categories_from"] == "nowhere":
-        lines[-1] += "; --categories gives them"
     if report["other_entries"]:
         chosen = report["entry"] or "the top"
         lines.append(f"taken from {chosen}; also there: {', '.join(report['other_entries'])}")
     return "\n".join(lines)
 
 
-def _some(names: Sequence[str] | Mapping[str, Any]) -> str:
-    return ", ".join(list(names)[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _kinds(names: Sequence[str]) -> str:
-    """The last parts of names, the most frequent first."""
-    kinds = Counter(name.rpartition(".")[2] for name in names)
-    return _some([kind for kind, _ in kinds.most_common()])
-
-
-def _parts(report: Mapping[str, Any]) -> str:
-    """What starts anew, by the parts of the network."""
-    if not report["anew"]:
-        return ""
-    parts = dict.fromkeys("/".join(key.split("/")[1:-1][:2]) for key in report["anew"])
-    share = f"{report['numbers_anew'] / 1e6:.1f} of {report['numbers'] / 1e6:.1f} M numbers"
-    return f"{share}: {_some(parts)}"
+def _first(names: Iterable[str]) -> str:
+    """The first three names."""
+    names = list(names)
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 # From a model to a file.
 
 
 def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bool = False) -> str:
-    """Writes a model as one file, its weights in the reference's names.
+    """Writes a model as one file, its weights under the reference's names.
 
     Args:
-      source: the model, as `open_run` takes it.
-      output: a file of safetensors to be made.
-      checkpoint: best, latest, or a step.
-      ema: the moving average instead of the parameters.
+        source: the model, see `open_model`.
+        output: the safetensors file to be made.
+        checkpoint: `best`, `latest`, or the number of a step.
+        ema: take the moving average of the parameters.
 
     Returns:
-      what was written, in a sentence.
+        What was written, in a sentence.
 
     Raises:
-      ValueError: there is no such model, or the output is no such file.
-      OSError: the output cannot be written.
+        UserError: there is no such model, or the output is no such file.
+        OSError: the output cannot be written.
     """
     if output.suffix != ".safetensors" or output.is_dir():
         raise UserError(f"--output={output}; accepted: a new folder, or a file .safetensors")
@@ -278,8 +260,11 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
     return f"wrote {len(tensors)} tensors of step {opened.step} ({size:.1f} MiB) to {output}"
 
 
+# The command.
+
+
 def main(command: CommandLine) -> None:
-    """One of the two, as --output is a file or a folder."""
+    """Imports if --output is a folder, exports if it is a file."""
     given = flags.FLAGS
     if len(command.paths) != 1 or not given.output:
         raise UserError(
@@ -312,7 +297,7 @@ def main(command: CommandLine) -> None:
         new_classes=given.new_classes,
         partial=given.partial,
     )
-    print(table(report))
+    print(report_table(report))
     print(f"wrote {output}, which {output / CONVERSION_NAME} describes")
 
 

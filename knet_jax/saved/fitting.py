@@ -1,16 +1,26 @@
-"""What a network takes over from a file of weights, and what starts anew in it."""
+"""Which weights of a file a network takes over, and which of its own stay as initialized."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from knet_jax.model import init_variables, make_model
-from knet_jax.saved.parameter_names import CLASSES, Fit, Variables, fit
-from knet_jax.saved.weight_files import NETWORK, NEW, WeightFile
+from knet_jax.saved.parameter_names import (
+    CLASSES,
+    Fit,
+    Variables,
+    fit,
+    from_reference,
+    to_reference,
+)
+from knet_jax.saved.weight_files import NETWORK, NEW, WeightFile, read_weights
 from knet_jax.system.errors import UserError
 
 
@@ -21,20 +31,20 @@ def fit_network(
     new_classes: bool = False,
     partial: bool = False,
 ) -> Fit:
-    """Finds the places of all tensors, and judges what has none.
+    """Finds the place of every tensor, and decides whether what has none is acceptable.
 
     The auxiliary head, which only training needs, may be missing or left over; so may all but the
-    backbone where the file is of an ImageNet model.
+    backbone if the file is of an ImageNet model.
 
     Args:
-      weights: of the file.
-      template: shapes of the network's variables.
-      config: of the network.
-      new_classes: whether what belongs to the classes starts anew.
-      partial: whether anything may start anew, and be left over.
+        weights: the content of the file.
+        template: shapes of the network's variables.
+        config: that of the network.
+        new_classes: whether what belongs to the classes stays as initialized.
+        partial: whether anything may stay as initialized, and be left over.
 
     Raises:
-      ValueError: anything else is missing, left over or of another shape.
+        UserError: anything else is missing, left over or of another shape.
     """
     tensors = weights.tensors
     if new_classes:
@@ -55,44 +65,75 @@ def fit_network(
                 f"{config.model.num_things} and num_stuff={config.model.num_stuff}; give its own, "
                 "or keep what does not belong to them by python -m knet_jax.convert --new_classes"
             )
-    # An ImageNet model has a backbone only, and lacks some of that.
     is_classifier = not any(name.startswith(NETWORK[1:]) for name in weights.tensors)
 
     def is_optional(name: str) -> bool:
         of_backbone = name.startswith("backbone.")
         return name.startswith("auxiliary_head.") or (is_classifier and not of_backbone)
 
-    def may_start_anew(name: str) -> bool:
-        expected = (new_classes and CLASSES.fullmatch(name)) or (
-            is_classifier and NEW.fullmatch(name)
-        )
-        return bool(expected) or is_optional(name)
+    def may_be_missing(name: str) -> bool:
+        is_class = new_classes and CLASSES.fullmatch(name)
+        is_new = is_classifier and NEW.fullmatch(name)
+        return bool(is_class or is_new or is_optional(name))
 
     strict = found._replace(
-        missing={name: path for name, path in found.missing.items() if not may_start_anew(name)},
+        missing={name: path for name, path in found.missing.items() if not may_be_missing(name)},
         left=tuple(name for name in found.left if not is_optional(name)),
     )
     try:
         strict.check(weights.original)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{error}; python -m knet_jax.convert --partial keeps what fits") from error
     return found
 
 
 def complete(found: Fit, template: Variables, config: ConfigDict) -> Variables:
-    """All variables of a network: those that were found, and the rest as initialized.
+    """Adds to the weights of a file, where they lack something, what a new network has there.
 
     Args:
-      found: from `fit_network`.
-      template: shapes and types of the variables.
-      config: of the network.
+        found: the weights, from `fit_network`.
+        template: shapes and types of the network's variables.
+        config: that of the network.
     """
-    flat = traverse_util.flatten_dict(template, sep="/")
+    flat = flatten_dict(template, sep="/")
     arrays = found.arrays
     if arrays.keys() != flat.keys():
-        print("initializing what starts anew, which can take a minute", file=sys.stderr, flush=True)
+        print("initializing the rest, which can take a minute", file=sys.stderr, flush=True)
         fresh = init_variables(make_model(**config.model), config.seed)
-        fresh = traverse_util.flatten_dict(fresh, sep="/")
-        arrays = {key: arrays.get(key, fresh[key]) for key in flat}
-    arrays = {key: np.asarray(arrays[key], leaf.dtype) for key, leaf in flat.items()}
-    return traverse_util.unflatten_dict(arrays, sep="/")
+        arrays = flatten_dict(fresh, sep="/") | arrays
+    return unflatten_dict(
+        {key: np.asarray(arrays[key], leaf.dtype) for key, leaf in flat.items()}, sep="/"
+    )
+
+
+def load_backbone(path: str | Path, variables: Variables) -> Variables:
+    """Reads a backbone from a file, be it of an ImageNet model or of a whole network.
+
+    What no classifier has (`NEW`) stays as initialized if the file lacks it.
+
+    Args:
+        path: a file that `read_weights` reads.
+        variables: those of the network, as initialized.
+
+    Returns:
+        The variables, with the backbone of the file.
+
+    Raises:
+        UserError: the file cannot be read, or something does not fit; the message names the file.
+    """
+    # A backbone without running statistics has parameters only.
+    template = {
+        kind: {"backbone": tree["backbone"]}
+        for kind, tree in variables.items()
+        if "backbone" in tree
+    }
+    new = {name: x for name, x in to_reference(template).items() if NEW.fullmatch(name)}
+    try:
+        weights = read_weights(path)
+        tensors = {k: x for k, x in weights.tensors.items() if k.startswith("backbone.")}
+        loaded = from_reference(new | tensors, template, weights.original)
+    except UserError as error:
+        message = str(error).replace("backbone.", "")  # an ImageNet model has no such prefix
+        raise UserError(f"config.init_weights: {path}: {message}") from error
+    loaded = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), loaded, template)
+    return {kind: tree | loaded.get(kind, {}) for kind, tree in variables.items()}

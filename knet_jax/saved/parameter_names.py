@@ -1,9 +1,8 @@
-"""Parameters under the reference's names: one mapping, in both directions.
+"""Parameters under the names of the reference, in both directions.
 
 The reference is the authors' PyTorch code on MMDetection 2 (instance, panoptic) and MMSegmentation
-(semantic); its ResNets carry torchvision's names, its Swin those of OpenMMLab. A tensor of theirs
-belongs to exactly one of our arrays, or to three in the case of the packed query, key and value
-matrices of attention.
+(semantic); its ResNets have torchvision's names, its Swin those of OpenMMLab. Each of its tensors
+belongs to one array here, or to three: attention packs its query, key and value matrices in one.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ import math
 import re
 from collections.abc import Mapping, Sized
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from knet_jax.nn.swin import resize_position_bias
 from knet_jax.system.errors import UserError
@@ -24,89 +24,78 @@ from knet_jax.system.errors import UserError
 Variables = dict[str, Any]
 """Flax variables: {"params": …, "batch_stats": …}."""
 
-# (pattern of our module path, their module). The first that matches the whole path wins.
-MODULES = (
-    (r"backbone/stem_conv", r"backbone.conv1"),
-    (r"backbone/stem_norm", r"backbone.bn1"),
-    (r"backbone/stem_conv1", r"backbone.stem.0"),
-    (r"backbone/stem_norm1", r"backbone.stem.1"),
-    (r"backbone/stem_conv2", r"backbone.stem.3"),
-    (r"backbone/stem_norm2", r"backbone.stem.4"),
-    (r"backbone/stem_conv3", r"backbone.stem.6"),
-    (r"backbone/stem_norm3", r"backbone.stem.7"),
-    (r"backbone/layer(\d)_block(\d+)/conv(\d)", r"backbone.layer\1.\2.conv\3"),
-    (
-        r"backbone/layer(\d)_block(\d+)/conv2/conv_offset",
-        r"backbone.layer\1.\2.conv2.conv_offset",
-    ),
-    (r"backbone/layer(\d)_block(\d+)/norm(\d)", r"backbone.layer\1.\2.bn\3"),
-    (r"backbone/layer(\d)_block(\d+)/shortcut_conv", r"backbone.layer\1.\2.downsample.0"),
-    (r"backbone/layer(\d)_block(\d+)/shortcut_norm", r"backbone.layer\1.\2.downsample.1"),
-    (r"backbone/patches", r"backbone.patch_embed.projection"),
-    (r"backbone/patches_norm", r"backbone.patch_embed.norm"),
-    (r"backbone/stage(\d)_block(\d+)/norm(\d)", r"backbone.stages.\1.blocks.\2.norm\3"),
-    (r"backbone/stage(\d)_block(\d+)/attention", r"backbone.stages.\1.blocks.\2.attn.w_msa"),
-    (
-        r"backbone/stage(\d)_block(\d+)/attention/qkv",
-        r"backbone.stages.\1.blocks.\2.attn.w_msa.qkv",
-    ),
-    (
-        r"backbone/stage(\d)_block(\d+)/attention/output",
-        r"backbone.stages.\1.blocks.\2.attn.w_msa.proj",
-    ),
-    (
-        r"backbone/stage(\d)_block(\d+)/ffn_hidden",
-        r"backbone.stages.\1.blocks.\2.ffn.layers.0.0",
-    ),
-    (r"backbone/stage(\d)_block(\d+)/ffn_output", r"backbone.stages.\1.blocks.\2.ffn.layers.1"),
-    (r"backbone/stage(\d)_merge/(norm|reduction)", r"backbone.stages.\1.downsample.\2"),
-    (r"backbone/norm(\d)", r"backbone.norm\1"),
-    (r"neck/fpn/lateral(\d)", r"neck.lateral_convs.\1.conv"),
-    (r"neck/fpn/output(\d)", r"neck.fpn_convs.\1.conv"),
-    (
-        r"neck/level(\d)_conv(\d)/(\w+)",
-        r"rpn_head.localization_fpn.convs_all_levels.\1.conv\2.\3",
-    ),
-    (r"neck/localization/(\w+)", r"rpn_head.localization_fpn.conv_pred.\1"),
-    (r"neck/semantic/(\w+)", r"rpn_head.localization_fpn.aux_convs.0.\1"),
-    (r"initial/localization/(\w+)", r"rpn_head.loc_convs.0.\1"),
-    (r"initial/semantic/(\w+)", r"rpn_head.seg_convs.0.\1"),
-    (r"initial/proposals", r"rpn_head.init_kernels"),
-    (r"initial/class", r"initial.conv_seg"),
-    (r"neck/conv(\d)/(\w+)", r"decoder.convs.\1.\2"),
-    (r"neck/fuse/(\w+)", r"decoder.conv_cat.\1"),
-    (r"neck/(?:psp/)?pool(\d)/(\w+)", r"decoder.psp_modules.\1.1.\2"),
-    (r"neck/image_pool/(\w+)", r"decoder.image_pool.1.\1"),
-    (r"neck/atrous(\d)/(\w+)", r"decoder.aspp_modules.\1.\2"),
-    (r"neck/(?:psp/)?bottleneck/(\w+)", r"decoder.bottleneck.\1"),
-    (r"neck/lateral(\d)/(\w+)", r"decoder.lateral_convs.\1.\2"),
-    (r"neck/output(\d)/(\w+)", r"decoder.fpn_convs.\1.\2"),
-    (r"neck/pyramid/(\w+)", r"decoder.fpn_bottleneck.\1"),
-    (r"auxiliary/conv/(\w+)", r"auxiliary_head.convs.0.\1"),
-    (r"auxiliary/classifier", r"auxiliary_head.conv_seg"),
-    (r"(stage\d+)/transform", r"\1.feat_transform.conv"),
-    (r"(stage\d+)/update/from_pixels", r"\1.kernel_update_conv.dynamic_layer"),
-    (r"(stage\d+)/update/from_kernel", r"\1.kernel_update_conv.input_layer"),
-    (r"(stage\d+)/update/kernel_gate", r"\1.kernel_update_conv.input_gate"),
-    (r"(stage\d+)/update/kernel_gate_norm", r"\1.kernel_update_conv.input_norm_in"),
-    (r"(stage\d+)/update/kernel_norm", r"\1.kernel_update_conv.input_norm_out"),
-    (r"(stage\d+)/update/pixel_gate", r"\1.kernel_update_conv.update_gate"),
-    (r"(stage\d+)/update/pixel_gate_norm", r"\1.kernel_update_conv.norm_in"),
-    (r"(stage\d+)/update/pixel_norm", r"\1.kernel_update_conv.norm_out"),
-    (r"(stage\d+)/update/output", r"\1.kernel_update_conv.fc_layer"),
-    (r"(stage\d+)/update/output_norm", r"\1.kernel_update_conv.fc_norm"),
-    (r"(stage\d+)/interaction/attention/(query|key|value)", r"\1.attention.attn.in_proj"),
-    (r"(stage\d+)/interaction/attention/out", r"\1.attention.attn.out_proj"),
-    (r"(stage\d+)/interaction/attention_norm", r"\1.attention_norm"),
-    (r"(stage\d+)/interaction/ffn_hidden", r"\1.ffn.layers.0.0"),
-    (r"(stage\d+)/interaction/ffn_output", r"\1.ffn.layers.1"),
-    (r"(stage\d+)/interaction/ffn_norm", r"\1.ffn_norm"),
-    (r"(stage\d+)/class_head/hidden", r"\1.cls_fcs.0"),
-    (r"(stage\d+)/class_head/norm", r"\1.cls_fcs.1"),
-    (r"(stage\d+)/class_head/output", r"\1.fc_cls"),
-    (r"(stage\d+)/mask_head/hidden", r"\1.mask_fcs.0"),
-    (r"(stage\d+)/mask_head/norm", r"\1.mask_fcs.1"),
-    (r"(stage\d+)/mask_head/output", r"\1.fc_mask"),
+# Patterns of the path of a module here, each with the reference's name for the module. The first that
+# matches the whole path is taken.
+MODULES = tuple(
+    line.split()
+    for line in r"""
+backbone/stem_conv                           backbone.conv1
+backbone/stem_norm                           backbone.bn1
+backbone/stem_conv1                          backbone.stem.0
+backbone/stem_norm1                          backbone.stem.1
+backbone/stem_conv2                          backbone.stem.3
+backbone/stem_norm2                          backbone.stem.4
+backbone/stem_conv3                          backbone.stem.6
+backbone/stem_norm3                          backbone.stem.7
+backbone/layer(\d)_block(\d+)/conv(\d)       backbone.layer\1.\2.conv\3
+backbone/layer(\d)_block(\d+)/conv2/conv_offset backbone.layer\1.\2.conv2.conv_offset
+backbone/layer(\d)_block(\d+)/norm(\d)       backbone.layer\1.\2.bn\3
+backbone/layer(\d)_block(\d+)/shortcut_conv  backbone.layer\1.\2.downsample.0
+backbone/layer(\d)_block(\d+)/shortcut_norm  backbone.layer\1.\2.downsample.1
+backbone/patches                             backbone.patch_embed.projection
+backbone/patches_norm                        backbone.patch_embed.norm
+backbone/stage(\d)_block(\d+)/norm(\d)       backbone.stages.\1.blocks.\2.norm\3
+backbone/stage(\d)_block(\d+)/attention      backbone.stages.\1.blocks.\2.attn.w_msa
+backbone/stage(\d)_block(\d+)/attention/qkv  backbone.stages.\1.blocks.\2.attn.w_msa.qkv
+backbone/stage(\d)_block(\d+)/attention/output backbone.stages.\1.blocks.\2.attn.w_msa.proj
+backbone/stage(\d)_block(\d+)/ffn_hidden     backbone.stages.\1.blocks.\2.ffn.layers.0.0
+backbone/stage(\d)_block(\d+)/ffn_output     backbone.stages.\1.blocks.\2.ffn.layers.1
+backbone/stage(\d)_merge/(norm|reduction)    backbone.stages.\1.downsample.\2
+backbone/norm(\d)                            backbone.norm\1
+neck/fpn/lateral(\d)                         neck.lateral_convs.\1.conv
+neck/fpn/output(\d)                          neck.fpn_convs.\1.conv
+neck/level(\d)_conv(\d)/(\w+)                rpn_head.localization_fpn.convs_all_levels.\1.conv\2.\3
+neck/localization/(\w+)                      rpn_head.localization_fpn.conv_pred.\1
+neck/semantic/(\w+)                          rpn_head.localization_fpn.aux_convs.0.\1
+initial/localization/(\w+)                   rpn_head.loc_convs.0.\1
+initial/semantic/(\w+)                       rpn_head.seg_convs.0.\1
+initial/proposals                            rpn_head.init_kernels
+initial/class                                initial.conv_seg
+neck/conv(\d)/(\w+)                          decoder.convs.\1.\2
+neck/fuse/(\w+)                              decoder.conv_cat.\1
+neck/(?:psp/)?pool(\d)/(\w+)                 decoder.psp_modules.\1.1.\2
+neck/image_pool/(\w+)                        decoder.image_pool.1.\1
+neck/atrous(\d)/(\w+)                        decoder.aspp_modules.\1.\2
+neck/(?:psp/)?bottleneck/(\w+)               decoder.bottleneck.\1
+neck/lateral(\d)/(\w+)                       decoder.lateral_convs.\1.\2
+neck/output(\d)/(\w+)                        decoder.fpn_convs.\1.\2
+neck/pyramid/(\w+)                           decoder.fpn_bottleneck.\1
+auxiliary/conv/(\w+)                         auxiliary_head.convs.0.\1
+auxiliary/classifier                         auxiliary_head.conv_seg
+(stage\d+)/transform                         \1.feat_transform.conv
+(stage\d+)/update/from_pixels                \1.kernel_update_conv.dynamic_layer
+(stage\d+)/update/from_kernel                \1.kernel_update_conv.input_layer
+(stage\d+)/update/kernel_gate                \1.kernel_update_conv.input_gate
+(stage\d+)/update/kernel_gate_norm           \1.kernel_update_conv.input_norm_in
+(stage\d+)/update/kernel_norm                \1.kernel_update_conv.input_norm_out
+(stage\d+)/update/pixel_gate                 \1.kernel_update_conv.update_gate
+(stage\d+)/update/pixel_gate_norm            \1.kernel_update_conv.norm_in
+(stage\d+)/update/pixel_norm                 \1.kernel_update_conv.norm_out
+(stage\d+)/update/output                     \1.kernel_update_conv.fc_layer
+(stage\d+)/update/output_norm                \1.kernel_update_conv.fc_norm
+(stage\d+)/interaction/attention/(query|key|value) \1.attention.attn.in_proj
+(stage\d+)/interaction/attention/out         \1.attention.attn.out_proj
+(stage\d+)/interaction/attention_norm        \1.attention_norm
+(stage\d+)/interaction/ffn_hidden            \1.ffn.layers.0.0
+(stage\d+)/interaction/ffn_output            \1.ffn.layers.1
+(stage\d+)/interaction/ffn_norm              \1.ffn_norm
+(stage\d+)/class_head/hidden                 \1.cls_fcs.0
+(stage\d+)/class_head/norm                   \1.cls_fcs.1
+(stage\d+)/class_head/output                 \1.fc_cls
+(stage\d+)/mask_head/hidden                  \1.mask_fcs.0
+(stage\d+)/mask_head/norm                    \1.mask_fcs.1
+(stage\d+)/mask_head/output                  \1.fc_mask
+""".strip().splitlines()
 )
 
 LEAVES = {
@@ -124,24 +113,24 @@ DERIVED = ("num_batches_tracked", "relative_position_index")
 """Tensors of the reference that are no weights: counters, and what follows from the architecture."""
 
 CLASSES = re.compile(r"(.*\.)?(conv_seg|fc_cls)\.(weight|bias)")
-"""Tensors of which a part belongs to each class."""
+"""Tensors that have a part for each class."""
 
 PACKED = ("query", "key", "value")
 
 
 class Places(NamedTuple):
-    """What differs between the code bases that the reference consists of."""
+    """Module names in which the code bases of the reference differ."""
 
     initial: str
-    """Where the classifier of pixels is."""
+    """The module with the classifier of pixels."""
     decoder: str
     stage: str
     norm: str
-    """How they call the norm of a convolution block."""
+    """The norm in a block of convolution and norm."""
 
     @classmethod
     def of(cls, variables: Variables) -> Places:
-        """Instance and panoptic networks, semantic ones, and semantic ones without updates."""
+        """Chooses the names by what a network has: proposals, or stages, or neither."""
         params = variables["params"]
         if "proposals" in params.get("initial", {}):
             return cls("rpn_head", "", "roi_head.mask_head", "gn")
@@ -150,14 +139,17 @@ class Places(NamedTuple):
 
 
 def reference_name(path: str, places: Places) -> tuple[str, int | None]:
-    """The reference's tensor for one of our arrays, and the third of it that is meant, if packed.
+    """The name of the reference's tensor for an array.
 
     Args:
-      path: of the array below "params" or "batch_stats", such as `stage1/class_head/norm/scale`.
-      places: of the network.
+        path: the array below "params" or "batch_stats", such as `stage1/class_head/norm/scale`.
+        places: the names that fit the network.
+
+    Returns:
+        The name, and which third of the tensor the array is, or None if it is all of it.
     """
     module, _, leaf = path.rpartition("/")
-    # Four parameters belong to no submodule of ours: name them as if they did.
+    # Four parameters belong to no submodule here: name them as if they did.
     if leaf in ("class_kernels", "class_bias", "transform_kernel", "transform_bias"):
         owner, leaf = leaf.split("_")
         module = f"{module}/{owner}"
@@ -182,7 +174,7 @@ def reference_name(path: str, places: Places) -> tuple[str, int | None]:
 
 
 def to_reference_layout(path: str, array: np.ndarray) -> np.ndarray:
-    """Our array as (its part of) the reference's tensor: outputs first, then inputs, then space."""
+    """An array with its axes in the reference's order: outputs first, then inputs, then space."""
     module, _, leaf = path.rpartition("/")
     if leaf in ("proposals", "class_kernels"):  # [n, c]: the weight of a 1x1 convolution
         return array[:, :, None, None]
@@ -207,10 +199,10 @@ def from_reference_layout(path: str, tensor: np.ndarray, shape: tuple[int, ...])
 
 
 def to_reference(variables: Variables) -> dict[str, np.ndarray]:
-    """Variables, or gradients of the same structure, as {the reference's name: tensor}."""
+    """Variables, or gradients of the same structure, as tensors by the reference's names."""
     tensors: dict[str, Any] = {}
     places = Places.of(variables)
-    for key, array in traverse_util.flatten_dict(variables, sep="/").items():
+    for key, array in flatten_dict(variables, sep="/").items():
         path = key.partition("/")[2]
         name, part = reference_name(path, places)
         tensor = to_reference_layout(path, np.asarray(array))
@@ -221,35 +213,28 @@ def to_reference(variables: Variables) -> dict[str, np.ndarray]:
     return {k: np.concatenate(v) if isinstance(v, list) else v for k, v in tensors.items()}
 
 
-class Misfit(NamedTuple):
-    """The shape of a tensor, and another one that is needed."""
-
-    given: tuple[int, ...]
-    needed: tuple[int, ...]
-
-
 class Fit(NamedTuple):
-    """What of a state dict belongs where in a network. Tensors have the reference's names."""
+    """Which tensor belongs where in a network. Tensors have the reference's names."""
 
     arrays: dict[str, np.ndarray]
-    """Ours, by their paths from "params" or "batch_stats" on, in the types of the tensors."""
+    """Arrays of the network by their paths from "params" or "batch_stats" on, in the tensors' types."""
     used: tuple[str, ...]
+    """Tensors that have a place."""
     resized: tuple[str, ...]
     """Those that were interpolated: position biases of Swin for another window."""
     missing: dict[str, str]
-    """The paths of arrays that have no tensor, by the name it should have."""
-    misfits: dict[str, Misfit]
-    """Tensors of another shape."""
+    """Tensors that the network needs and the file lacks, each with the path of its array."""
+    misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    """Tensors of another shape, each with that shape and the needed one."""
     left: tuple[str, ...]
     """Tensors that belong nowhere."""
 
-    def check(self, original: Mapping[str, str] | None = None) -> None:
-        """Raises ValueError where not all belongs together.
+    def check(self, original: Mapping[str, str]) -> None:
+        """Raises UserError if anything is missing, of another shape, or left over.
 
         Args:
-          original: names of the tensors in their file, where they are others.
+            original: what the file calls the tensors; may lack those whose name is the same.
         """
-        known = original or {}
         problems = []
         if self.missing:
             name, path = next(iter(self.missing.items()))
@@ -257,11 +242,11 @@ class Fit(NamedTuple):
         if self.misfits:
             name, (given, needed) = next(iter(self.misfits.items()))
             problems.append(
-                f"the tensor {known.get(name, name)} has shape {list(given)}; "
+                f"the tensor {original.get(name, name)} has shape {list(given)}; "
                 f"the network needs {list(needed)}{_more(self.misfits)}"
             )
         if self.left:
-            shown = ", ".join(known.get(name, name) for name in self.left[:5])
+            shown = ", ".join(original.get(name, name) for name in self.left[:5])
             problems.append(
                 f"the network has no place for {len(self.left)} tensors of the weights: {shown}"
                 + (", …" if len(self.left) > 5 else "")
@@ -275,18 +260,18 @@ def _more(problems: Sized) -> str:
 
 
 def fit(state: Mapping[str, np.ndarray], template: Variables) -> Fit:
-    """Finds the place of every tensor of a state dict. Every tensor is used once.
+    """Finds the place of every tensor. Every tensor is used once.
 
     Args:
-      state: {the reference's name: tensor}; those of `DERIVED` are ignored.
-      template: variables of the network, arrays or shapes (`jax.eval_shape` of `init` will do).
+        state: tensors by the reference's names; those of `DERIVED` are ignored.
+        template: variables of the network, arrays or shapes.
 
     Raises:
-      ValueError: a tensor holds no floating-point numbers.
+        UserError: a tensor holds no floating-point numbers.
     """
     arrays, used, resized, missing, misfits = {}, {}, {}, {}, {}
     places = Places.of(template)
-    for key, leaf in traverse_util.flatten_dict(template, sep="/").items():
+    for key, leaf in flatten_dict(template, sep="/").items():
         path = key.partition("/")[2]
         name, part = reference_name(path, places)
         if name not in state:
@@ -304,7 +289,7 @@ def fit(state: Mapping[str, np.ndarray], template: Variables) -> Fit:
                 tensor = resize_position_bias(tensor, window=(math.isqrt(needed[0]) + 1) // 2)
                 resized[name] = None
         if tensor.shape != needed:
-            misfits[name] = Misfit(tensor.shape, needed)
+            misfits[name] = tensor.shape, needed
             continue
         if part is not None:
             tensor = np.split(tensor, len(PACKED))[part]
@@ -316,17 +301,24 @@ def fit(state: Mapping[str, np.ndarray], template: Variables) -> Fit:
     return Fit(arrays, tuple(used), tuple(resized), missing, misfits, tuple(left))
 
 
-def from_reference(state: Mapping[str, np.ndarray], template: Variables) -> Variables:
-    """Variables from a state dict in the reference's names, all of them.
+def from_reference(
+    state: Mapping[str, np.ndarray],
+    template: Variables,
+    original: Mapping[str, str] = MappingProxyType({}),
+) -> Variables:
+    """Makes variables of tensors, all of which must belong together.
 
     Args:
-      state: as for `fit`.
-      template: as for `fit`.
+        state: see `fit`.
+        template: see `fit`.
+        original: see `Fit.check`.
+
+    Returns:
+        The variables, in the types of the tensors.
 
     Raises:
-      ValueError: a tensor is missing, of another shape or type, or belongs to nothing in the
-        network.
+        UserError: a tensor is missing, of another shape or type, or belongs nowhere.
     """
     found = fit(state, template)
-    found.check()
-    return traverse_util.unflatten_dict(found.arrays, sep="/")
+    found.check(original)
+    return unflatten_dict(found.arrays, sep="/")

@@ -30,7 +30,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def naming_file(source: Path) -> Iterator[None]:
+def naming_file(source: Path | str) -> Iterator[None]:
     """Puts the name of a file before what is wrong with it."""
     try:
         yield

@@ -1,0 +1,109 @@
+"""A run from before the library's modules were rearranged still opens, predicts and goes on.
+
+`data/old_run.tar.xz` is the workdir of `python train.py --config configs/shapes_panoptic.py:tiny` with
+`OVERRIDES`, stopped after four steps. The numbers are what the code that made it gave.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from knet_jax.config.files import load_config
+from knet_jax.saved.models import open_model
+
+ROOT = Path(__file__).parents[1]
+SPEC = str(ROOT / "configs" / "shapes_panoptic.py:tiny")
+OVERRIDES = (
+    "--config.model.channels=8",
+    "--config.model.ffn_channels=8",
+    "--config.model.num_heads=2",
+    "--config.model.num_stages=1",
+    "--config.model.num_proposals=6",
+    "--config.model.backbone.width=2",
+    "--config.data.max_things=6",
+    "--config.data.num_val=4",
+    "--config.train.eval_every=4",
+    "--config.train.checkpoint_every=2",
+    "--config.train.keep=1",
+    "--config.train.log_every=1",
+    "--config.train.ema_decay=0.9",
+    "--config.eval.num_pictures=0",
+    "--config.eval.instance_threshold=0.0",
+)
+
+# The last stage on `picture()`, of the parameters and of their average: the mean and the standard
+# deviation of each mask (logits), and the largest class logit of each kernel.
+PREDICTIONS = {
+    False: {
+        "mean": [-0.73708, -0.80076, -1.0756, -1.22184, -1.23704, -0.75907, -0.33934, 0.47253,
+                 0.81951, 0.97577],
+        "std": [0.83621, 1.00506, 1.00989, 1.22778, 1.10922, 0.88243, 0.8812, 0.9025, 1.83154,
+                1.23499],
+        "max": [-3.44646, -3.43696, -3.48452, -3.3678, -3.44455, -3.49829, -3.5232, -3.64484,
+                -3.70739, -3.27117],
+    },
+    True: {
+        "mean": [-0.72401, -0.80834, -1.0737, -1.13093, -1.21078, -0.62879, -0.2142, 0.25733,
+                 0.77361, 0.98537],
+        "std": [0.89614, 1.05229, 1.06289, 1.16017, 1.15334, 0.90232, 0.90756, 0.80738, 1.73103,
+                1.25941],
+        "max": [-3.45561, -3.44923, -3.479, -3.37804, -3.49334, -3.4944, -3.50968, -3.58584,
+                -3.70217, -3.28266],
+    },
+}  # fmt: skip
+LOSSES = {5: 10.808433532714844, 6: 10.305272102355957}
+SCORES = {"val/PQ": 2.3984749235027323, "val_ema/PQ": 4.248634760472184}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    with tarfile.open(ROOT / "tests" / "data" / "old_run.tar.xz") as archive:
+        archive.extractall(tmp_path / "run", filter="data")
+    return tmp_path / "run"
+
+
+def picture():
+    y, x = np.indices((64, 96))
+    values = (y + x)[..., None] * np.array([1, 2, 3]) % 256
+    return ((values - 127.5) / 60).astype(np.float32)[None]
+
+
+def test_it_opens_and_predicts_the_same_numbers(workdir):
+    run = open_model(workdir)
+    assert run.step == 4 and run.categories.names[:2] == ("circle", "square")
+    apply = jax.jit(run.model.apply)
+    for ema, wanted in PREDICTIONS.items():
+        last = apply(open_model(workdir, ema=ema).variables, picture()).stages[-1]
+        masks, logits = np.asarray(last.masks[0]), np.asarray(last.logits[0])
+        found = {"mean": masks.mean((1, 2)), "std": masks.std((1, 2)), "max": logits.max(1)}
+        for name, values in wanted.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_it_goes_on_to_the_same_losses_and_scores(workdir, tmp_path):
+    overrides = [
+        *OVERRIDES,
+        "--config.train.steps=6",
+        f"--config.data.data_dir={tmp_path / 'data'}",
+    ]
+    if find_spec("knet_jax.training.loop"):
+        from knet_jax.training.loop import train
+
+        train(load_config(SPEC, overrides), workdir)
+    else:
+        command = [sys.executable, "train.py", "--config", SPEC, "--workdir", workdir, *overrides]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    records = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["loss/total"] for record in records if "loss/total" in record}
+    assert losses == pytest.approx(LOSSES, rel=1e-4)
+    scores = {name: record[name] for record in records for name in SCORES if name in record}
+    assert scores == pytest.approx(SCORES, rel=1e-3)
