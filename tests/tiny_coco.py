@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import ml_collections
 import numpy as np
 from pycocotools import mask as run_lengths
 
+from knet_jax.data.annotations import by_task
+from knet_jax.data.sources import by_name
 from knet_jax.segmentation import image_files
 
 # Deliberately not things first, and with gaps.
@@ -48,6 +51,23 @@ def data_config(data_dir: Path, root: Path | str = "", **changes) -> ml_collecti
         "eval_multiple": 32,
     }
     return ml_collections.ConfigDict(values | changes)
+
+
+def split_in_memory(config, split: str, task: str) -> SimpleNamespace:
+    """What the loader needs of a split, straight from a dataset's files; nothing is prepared."""
+    examples = by_name.find(config, split, task).examine()
+    records = list(examples.records)
+    kind = by_task.KINDS[task](examples.categories)
+    return SimpleNamespace(
+        task=task,
+        kind=kind,
+        categories=examples.categories,
+        sizes=np.array([record.size for record in records], np.int32),
+        num_things=np.array([kind.tally(record)[0] for record in records], np.int32),
+        record=records.__getitem__,
+        image=lambda i: image_files.load_image(records[i].image, records[i].size),
+        truth=lambda i: kind.truth(kind.load(records[i])),
+    )
 
 
 def draw(index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
