@@ -101,9 +101,12 @@ class Split:
         try:
             [chosen] = tfds.core.ReadInstruction.from_spec(spec).to_absolute(builder.info.splits)
             positions = slice(chosen.from_, chosen.to)
-            # Encoded bytes are kept: decoding is ours.
-            skip = tfds.decode.SkipDecoding()
-            decoders = dict.fromkeys(("image", *self.kind.png_features), skip)
+            # Pictures are left encoded: decoding is ours.
+            decoders = {
+                name: tfds.decode.SkipDecoding()
+                for name, feature in builder.info.features.items()
+                if isinstance(feature, tfds.features.Image)
+            }
             self._source = builder.as_data_source(spec, decoders=decoders)
             files = builder.info.splits[split_name(spec)].filepaths
         except (ValueError, AssertionError) as error:

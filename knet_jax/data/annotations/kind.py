@@ -38,9 +38,6 @@ class Kind(abc.ABC):
         categories: the classes of the dataset.
     """
 
-    png_features: tuple[str, ...] = ()
-    """Names of the stored features that are PNG files."""
-
     def __init__(self, categories: Categories):
         self.categories = categories
 

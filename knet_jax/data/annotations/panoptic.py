@@ -48,8 +48,6 @@ class LoadedPanoptic(NamedTuple):
 class PanopticKind(Kind):
     """Things and stuff; every pixel belongs to one segment or to none."""
 
-    png_features = ("panoptic",)
-
     @staticmethod
     def features() -> dict[str, Any]:
         return {

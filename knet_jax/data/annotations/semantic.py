@@ -23,8 +23,6 @@ from knet_jax.structs import SemanticTargets
 class SemanticKind(Kind):
     """A class for every pixel; the decoded form is a map [H, W], uint8 or uint16."""
 
-    png_features = ("label_map",)
-
     @staticmethod
     def features() -> dict[str, Any]:
         # Bytes that are given are stored as they are, whatever their depth.

@@ -35,7 +35,7 @@ def examine_file(annotations: Path) -> records.Examples:
         if id not in images
     ]
     check = functools.partial(_check_picture, folder, labels, by_image)
-    return examine.examine(check, list(images.values()), categories, annotations, stray)
+    return examine.check_pictures(check, list(images.values()), categories, annotations, stray)
 
 
 def _read_annotations(content: Mapping) -> dict[int, list[Mapping]]:

@@ -40,7 +40,9 @@ def examine_file(annotations: Path) -> records.Examples:
             twice.append(f"image {image_id}: annotated more than once, the first one counts")
         by_image.setdefault(image_id, annotation)
     absent = [f"{names[id]}: no annotation, left out" for id in names if id not in by_image]
-    return examine.examine(check, list(by_image.values()), categories, annotations, twice + absent)
+    return examine.check_pictures(
+        check, list(by_image.values()), categories, annotations, twice + absent
+    )
 
 
 def examine_file_as_labels(annotations: Path) -> records.Examples:
@@ -108,14 +110,11 @@ def _check_picture(
         problems.append(f"{name}: segments {absent} are not in its PNG, dropped")
     if unlisted:
         problems.append(f"{name}: ids {unlisted} of its PNG are not listed, taken as void")
-    annotate = functools.partial(_read_annotation, png, segments)
+
+    def annotate() -> panoptic.PanopticAnnotation:
+        return panoptic.PanopticAnnotation(png.read_bytes(), segments)
+
     return examine.Picture(image_id, path, name, size, annotate, len(segments)), problems
-
-
-def _read_annotation(
-    png: Path, segments: tuple[panoptic.StoredSegment, ...]
-) -> panoptic.PanopticAnnotation:
-    return panoptic.PanopticAnnotation(png.read_bytes(), segments)
 
 
 def _count_pixels(path: Path, png: Path) -> tuple[tuple[int, int], dict[int, int]]:
@@ -124,9 +123,6 @@ def _count_pixels(path: Path, png: Path) -> tuple[tuple[int, int], dict[int, int
     Raises:
         UserError: one of them is missing or broken, or their sizes differ.
     """
-    examine.read_sizes(path)
-    if not png.is_file():
-        raise UserError(f"panoptic PNG {png} is missing")
     size = examine.matching_size(path, examine.read_sizes(png)[1], "panoptic PNG")
     try:
         rgb = image_files.load_panoptic(png.read_bytes(), size)

@@ -35,7 +35,7 @@ class Picture(NamedTuple):
     """How many segments, instances or classes it shows."""
 
 
-def examine(
+def check_pictures(
     check: Callable[[Any], tuple[Picture | None, Sequence[str]]],
     items: Sequence[Any],
     categories: Categories,

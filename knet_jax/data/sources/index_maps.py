@@ -62,7 +62,7 @@ def examine_pairs(
         raise UserError(f"config.data.root: no picture in {source}")
     known = {*categories.dataset_ids, *ignored}
     check = functools.partial(_check, categories, known, remedy)
-    return examine.examine(check, list(enumerate(pairs)), categories, source)
+    return examine.check_pictures(check, list(enumerate(pairs)), categories, source)
 
 
 def _check(
@@ -71,9 +71,6 @@ def _check(
     """A picture, or None where it cannot be used, and what is wrong with it."""
     number, pair = item
     try:
-        examine.read_sizes(pair.path)
-        if not pair.png.is_file():
-            raise UserError(f"{pair.png} is missing")
         size = examine.matching_size(pair.path, examine.read_sizes(pair.png)[1], "index PNG")
         found = np.unique(read_indices(pair.png.read_bytes(), str(pair.png)))
     except UserError as error:
@@ -88,12 +85,11 @@ def _check(
         problems.append(f"{pair.name}: indices {strange[:10]} are no class, ignored")
     if not classes:
         problems.append(f"{pair.name}: every pixel is ignored")
-    annotate = functools.partial(_annotate, pair.png, categories)
+
+    def annotate() -> bytes:
+        return relabel(read_indices(pair.png.read_bytes(), str(pair.png)), categories)
+
     return examine.Picture(number, pair.path, pair.name, size, annotate, len(classes)), problems
-
-
-def _annotate(png: Path, categories: Categories) -> bytes:
-    return relabel(read_indices(png.read_bytes(), str(png)), categories)
 
 
 def relabel(indices: np.ndarray, categories: Categories) -> bytes:

@@ -249,15 +249,12 @@ def _draw_thing(rng, image: np.ndarray, slots: np.ndarray, labels: list[int]) ->
     mask = _fill(outline + rng.random(2) * slots.shape[::-1], slots.shape)
     before = np.bincount(slots.ravel(), minlength=len(labels))
     after = np.bincount(slots[~mask], minlength=len(labels))
-    if mask.sum() < LEAST_VISIBLE * _full_area(outline) or np.any(after < LEAST_VISIBLE * before):
+    full_area = cv2.contourArea(outline.astype(np.float32))
+    if mask.sum() < LEAST_VISIBLE * full_area or np.any(after < LEAST_VISIBLE * before):
         return
     image[mask] = _color(rng, label) * rng.uniform(0.85, 1.0)
     slots[mask] = len(labels)
     labels.append(label)
-
-
-def _full_area(outline: np.ndarray) -> float:
-    return cv2.contourArea(outline.astype(np.float32))
 
 
 def _draw_crowd(rng, image: np.ndarray, slots: np.ndarray, labels: list[int]) -> None:
