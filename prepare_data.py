@@ -1,11 +1,10 @@
 """Converts a dataset to ArrayRecord, as the first training run would, and says what it holds.
 
 python prepare_data.py --config configs/coco_panoptic.py --config.data.root=/data/coco
-python prepare_data.py --config configs/coco_panoptic.py --config.data.root=/data/coco --download
 python prepare_data.py --config configs/coco_panoptic.py --config.data.root=/data/coco --check
 
---download fetches the official archives of COCO or ADE20K first. --check decodes every picture,
-reports what the annotations show, and draws some of them.
+--check decodes every picture, reports what the annotations show, and draws some of them.
+docs/data.md says where the archives of COCO and ADE20K are found.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from absl import flags
 from knet_jax.cli.commandline import CommandLine, run
 from knet_jax.config.files import load_config
 from knet_jax.config.validation import check_data
-from knet_jax.data import dataset_report, download, pipeline
+from knet_jax.data import dataset_report, pipeline
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.drawing import save_picture
 from knet_jax.system.errors import UserError
 
 CONFIG = flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
-DOWNLOAD = flags.DEFINE_boolean("download", False, "fetch the archives into config.data.root")
 CHECK = flags.DEFINE_boolean("check", False, "examine what is prepared, and draw a sheet of it")
 OUTPUT = flags.DEFINE_string("output", "runs/check", "where --check puts its sheets")
 
@@ -34,8 +32,6 @@ def main(command: CommandLine) -> None:
     config = load_config(CONFIG.value, command.overrides)
     check_data(config)
     data, task = config.data, config.task
-    if DOWNLOAD.value:
-        download.fetch(download.find(data.dataset, task), data.root)
     train, val = (
         pipeline.load_split(data, split, task) for split in (data.train_split, data.val_split)
     )

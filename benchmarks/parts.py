@@ -23,8 +23,7 @@ import scenes
 from ml_collections import ConfigDict
 
 from knet_jax.app.segmenter import Segmenter
-from knet_jax.data import pipeline
-from knet_jax.data.annotations import by_task
+from knet_jax.data import pipeline, recipes
 from knet_jax.inference.forward import run_network
 from knet_jax.inference.resampling import Canvas
 from knet_jax.knet import KNet
@@ -268,7 +267,7 @@ def segmenter(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     config.precision = case.precision
     model = make_model(**config.model)
     variables = model.init_variables(model, config.seed)
-    recipe = by_task.find(config.task).recipe(config.data)
+    recipe = recipes.find(config.task, config.data)
     canvas = Size(*recipe.eval_canvas(case.original))
     stage = jax.device_put(scenes.stage(case.scene, case.batch, canvas, config))
     names = tuple(f"class {i}" for i in range(config.model.num_things + config.model.num_stuff))

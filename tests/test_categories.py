@@ -20,7 +20,7 @@ def at_root(monkeypatch):
 
 def test_where_names_of_classes_come_from(tmp_path):
     config = load_config(TINY)
-    coco = published_classes.coco("panoptic")
+    coco = published_classes.find("coco", "panoptic")
     assert find_categories(config, (), None) == (coco, "the dataset")
     # As OpenMMLab spells them, and those of another dataset with as many classes.
     spelled = ("person ", *coco.names[1:])
@@ -64,7 +64,7 @@ def test_where_names_of_classes_come_from(tmp_path):
     ade = load_config("configs/ade20k_semantic.py")
     assert find_categories(ade, (), None)[0].names == published_classes.ADE20K
     instance = load_config("configs/coco_instance.py")
-    assert find_categories(instance, (), None)[0] == published_classes.coco("instance")
+    assert find_categories(instance, (), None)[0] == published_classes.find("coco", "instance")
     semantic = load_config("configs/coco_semantic.py")
     assert find_categories(semantic, (), None)[0].num_things == 0
 
@@ -72,6 +72,6 @@ def test_where_names_of_classes_come_from(tmp_path):
 def test_names_of_coco_are_those_of_its_files(coco_mini):
     for task, prefix in {"panoptic": "panoptic", "instance": "instances"}.items():
         listed = json.loads((coco_mini / f"annotations/{prefix}_val2017.json").read_text())
-        categories = published_classes.coco(task)
+        categories = published_classes.find("coco", task)
         wanted = [(category["id"], category["name"]) for category in listed["categories"]]
         assert list(zip(categories.dataset_ids, categories.names)) == wanted

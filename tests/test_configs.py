@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from knet_jax.config.files import load_config
+from knet_jax.data import recipes
 from knet_jax.data.annotations import by_task
 from knet_jax.matching import LossWeights
 from knet_jax.model import make_model
@@ -59,15 +60,14 @@ def network(spec, *changes):
 
 def batch_of(config, num_images):
     """A batch of empty pictures on the config's own canvas."""
-    kind = by_task.find(config.task)
-    recipe = kind.recipe(config.data)
-    canvas = recipe.train_canvas(0)
+    recipe = recipes.find(config.task, config.data)
+    [canvas, *_] = recipe.train_canvases
     num_classes = config.model.num_things + config.model.num_stuff
     names = tuple(map(str, range(num_classes)))
     categories = Categories(names, tuple(range(num_classes)), config.model.num_things)
     sizes = np.tile(np.int32([canvas]), (num_images, 1))
     image = np.zeros((num_images, *canvas, 3), np.uint8)
-    targets = kind.empty(recipe, categories, num_images, canvas)
+    targets = by_task.KINDS[config.task](categories).empty(recipe, 0, num_images)
     return Batch(image, targets, sizes, sizes, np.arange(num_images, dtype=np.int32))
 
 

@@ -1,3 +1,5 @@
+"""COCO's panoptic and instance files: what is stored of sound ones, and what is said of broken ones."""
+
 import json
 import re
 import shutil
@@ -6,311 +8,400 @@ import cv2
 import numpy as np
 import pytest
 import tiny_coco
+from coco_readers import InstanceFile
 from PIL import Image
+from pycocotools import mask as run_lengths
 
-from knet_jax.data.sources import coco, examine
+from knet_jax.data.sources import by_name, examine
 from knet_jax.segmentation import image_files
+from knet_jax.system.errors import UserError
+
+PREFIXES = {"panoptic": "panoptic_", "instance": "instances_"}
+ALL = (0, 1, 2, 3, 4)
+WITHOUT_1 = (0, 2, 3, 4)
 
 
-@pytest.fixture
-def root(tmp_path):
-    return tiny_coco.write(tmp_path / "coco")
+def find(root, split="train", task="panoptic"):
+    return by_name.find(tiny_coco.data_config("", root, dataset="coco"), split, task)
 
 
-def scan(root, split="train", task="panoptic"):
-    source = coco.SOURCES[task]
-    return source.scan(coco.find_annotations(str(root), split, source.prefix))
+def scan(root, task="panoptic", split="train"):
+    return find(root, split, task).examine()
 
 
-def png(root, index):
+def write(root, task="panoptic"):
+    writers = {"panoptic": tiny_coco.write, "instance": tiny_coco.write_instances}
+    return writers[task](root, splits=("train",))
+
+
+def picture(root, index=1):
+    return root / "train2017" / f"train_{index}.jpg"
+
+
+def png(root, index=1):
     return root / "annotations" / "panoptic_train2017" / f"train_{index}.png"
 
 
-ALL = [f"train_{i}.jpg" for i in range(5)]
-WITHOUT_1 = ["train_0.jpg", "train_2.jpg", "train_3.jpg", "train_4.jpg"]
-
-
-def test_sound_dataset(root):
+def test_sound_panoptic_dataset(tmp_path):
+    root = write(tmp_path / "coco")
     examples = scan(root)
     assert examples.problems == [] and examples.count == 5
-    assert examples.categories.names == ("dog", "cat", "grass", "sky")
-    assert examples.categories.dataset_ids == (3, 12, 7, 90)
-    assert examples.categories.num_things == 2
+    assert examples.categories == (("dog", "cat", "grass", "sky"), (3, 12, 7, 90), 2)
     for index, record in enumerate(examples.records):
-        height, width = record.size
-        _, ids, segments = tiny_coco.draw(index, height, width)
+        _, ids, segments = tiny_coco.draw(index, *record.size)
         assert record.image_id == 100 + index and record.file_name == f"train_{index}.jpg"
-        assert record.image == (root / "train2017" / record.file_name).read_bytes()
+        assert record.image == picture(root, index).read_bytes()
         assert record.annotation.png == png(root, index).read_bytes()
-        assert [s.id for s in record.annotation.segments] == [s["id"] for s in segments]
-        assert [s.label for s in record.annotation.segments] == [3, 2, 0, 1, 1]
-        assert [s.iscrowd for s in record.annotation.segments] == [False] * 4 + [True]
-        assert [s.area for s in record.annotation.segments] == [
-            (ids == s["id"]).sum() for s in segments
-        ]
+        stored = record.annotation.segments
+        assert [s.id for s in stored] == [s["id"] for s in segments]
+        assert [s.label for s in stored] == [3, 2, 0, 1, 1]
+        assert [s.iscrowd for s in stored] == [False] * 4 + [True]
+        assert [s.area for s in stored] == [(ids == s["id"]).sum() for s in segments]
+        # COCO's id is R + 256 G + 65536 B, whatever order a library decodes to.
+        pixels = np.array(Image.open(png(root, index))).astype(int)
+        np.testing.assert_array_equal(pixels @ [1, 256, 65536], ids)
+        loaded = image_files.load_panoptic(record.annotation.png, record.size)
+        np.testing.assert_array_equal(image_files.segment_ids(loaded), ids)
+
+
+def decode(record, instance):
+    return run_lengths.decode({"size": list(record.size), "counts": instance.counts})
+
+
+def test_sound_instance_dataset(tmp_path):
+    root = write(tmp_path / "coco", "instance")
+    examples = scan(root, "instance")
+    assert examples.problems == [] and examples.count == 5
+    assert examples.categories == (("dog", "cat"), (3, 12), 2)
+    for index, record in enumerate(examples.records):
+        assert record.image_id == 100 + index and record.file_name == f"train_{index}.jpg"
+        assert record.image == picture(root, index).read_bytes()
+        assert [i.label for i in record.annotation] == [0, 1, 1]
+        assert [i.iscrowd for i in record.annotation] == [False, False, True]
+        drawn = tiny_coco.instance_masks(*record.size)
+        for instance, (_, _, mask) in zip(record.annotation, drawn, strict=True):
+            np.testing.assert_array_equal(decode(record, instance), mask)
+            assert instance.area == mask.sum()
+
+
+def test_instances_as_they_are_written(tmp_path):
+    """The order of classes, classes that say they are stuff, several polygons, areas."""
+    root = write(tmp_path / "coco", "instance")
+
+    def change(content):
+        content["categories"].reverse()
+        content["categories"][0]["isthing"] = 0
+        first, second, _, of_next, *_ = content["annotations"]
+        first["segmentation"].append([40, 40, 50, 40, 50, 45, 40, 45])
+        first["area"] = 17.5
+        del second["area"]
+        of_next["segmentation"] = [[5, 10, 25, 10, 25, 30, 5, 30], [40, 40, 50, 40]]
+
+    tiny_coco.edit(root, change, prefix="instances_")
+    examples = scan(root, "instance")
+    assert examples.categories == (("cat", "dog"), (12, 3), 2)
+    file = InstanceFile(root / "annotations/instances_train2017.json")
+    assert file.categories == examples.categories
+    one, other, *_ = examples.records
+    expected = tiny_coco.instance_masks(*one.size)[0][2]
+    expected[40:45, 40:50] = 1
+    np.testing.assert_array_equal(decode(one, one.annotation[0]), expected)
+    assert [instance.area for instance in one.annotation[:2]] == [17.5, 25 * 30]
+    # A bad polygon leaves the others of its thing.
+    [problem] = examples.problems
+    assert re.search(r"annotation 3: a polygon has 2 points, .*, its other polygons stay", problem)
+    dog = tiny_coco.instance_masks(*other.size)[0][2]
+    np.testing.assert_array_equal(decode(other, other.annotation[0]), dog)
 
 
 def test_coco_itself(coco_mini):
-    """The file's own list, things first, is COCO's standard order of 80 and 53 classes."""
-    examples = scan(coco_mini, "val")
+    """Its list, things first, is the standard order of 80 and 53 classes; areas are its own."""
+    examples = scan(coco_mini, split="val")
     assert examples.count == 60 and examples.problems == []
-    assert len(examples.categories.names) == 133 and examples.categories.num_things == 80
-    ids = examples.categories.dataset_ids
-    assert (ids[0], ids[79], ids[80], ids[132]) == (1, 90, 92, 200)
-    assert list(ids) == sorted(ids)
-    assert examples.categories.names[0] == "person" and examples.categories.names[80] == "banner"
-
-
-def test_areas_equal_the_ones_of_coco(coco_mini):
+    names, ids, num_things = examples.categories
+    assert (len(names), num_things, names[0], names[80]) == (133, 80, "person", "banner")
+    assert (ids[0], ids[79], ids[80], ids[132]) == (1, 90, 92, 200) and list(ids) == sorted(ids)
     listed = json.loads((coco_mini / "annotations" / "panoptic_val2017.json").read_text())
     areas = {
         (annotation["image_id"], segment["id"]): segment["area"]
         for annotation in listed["annotations"]
         for segment in annotation["segments_info"]
     }
-    counted = {
+    assert areas == {
         (record.image_id, segment.id): segment.area
-        for record in scan(coco_mini, "val").records
+        for record in examples.records
         for segment in record.annotation.segments
     }
-    assert counted == areas
 
 
-# What makes a dataset unusable.
+def test_where_the_file_of_a_split_is_looked_for(tmp_path):
+    root = write(tmp_path / "coco")
+    for wrong in ("", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"root: no dataset .* annotations/panoptic_"):
+            find(wrong)
+    with pytest.raises(UserError, match=r"panoptic_test\*\.json for split 'test', found none"):
+        find(root, "test")
+    name = find(root).name
+    assert find(root).name == name
+    assert find(shutil.copytree(root, tmp_path / "copy")).name != name
+    tiny_coco.edit(root, lambda content: content["images"].reverse())
+    assert find(root).name != name
+    folder = root / "annotations"
+    shutil.copy(folder / "panoptic_train2017.json", folder / "panoptic_train_b.json")
+    with pytest.raises(UserError, match="found panoptic_train2017.json, panoptic_train_b.json"):
+        find(root)
+    assert find(root, "train2017").name
+    shutil.copy(folder / "panoptic_train2017.json", folder / "panoptic_train.json")
+    assert find(root).name
 
 
-@pytest.mark.parametrize("where", ["", "nowhere"])
-def test_no_dataset_at_root(tmp_path, where):
-    with pytest.raises(
-        ValueError, match=r"config\.data\.root: no dataset .* annotations/panoptic_"
-    ):
-        coco.split_config(where and str(tmp_path / where), "train", "panoptic")
+# What makes a dataset unusable: the content of its JSON, changed or replaced, and the message.
 
 
-def test_no_such_split(root):
-    with pytest.raises(ValueError, match=r"panoptic_test\*\.json for split 'test', found none"):
-        coco.split_config(str(root), "test", "panoptic")
+def replace(key, value, *path):
+    """Changes a value deep in the content."""
 
-
-def test_ambiguous_split(root):
-    annotations = root / "annotations"
-    shutil.copy(annotations / "panoptic_train2017.json", annotations / "panoptic_train_b.json")
-    with pytest.raises(ValueError, match="found panoptic_train2017.json, panoptic_train_b.json"):
-        coco.split_config(str(root), "train", "panoptic")
-    assert coco.split_config(str(root), "train2017", "panoptic").annotations.endswith(
-        "train2017.json"
-    )
-    shutil.copy(annotations / "panoptic_train2017.json", annotations / "panoptic_train.json")
-    assert coco.split_config(str(root), "train", "panoptic").annotations.endswith(
-        "panoptic_train.json"
-    )
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "",
-        "[]",
-        "{}",
-        "null",
-        '{"images": 3}',
-        "\xff",
-        '{"images": [{"id": Infinity}]}',
-        "[" * 100_000,
-    ],
-)
-def test_broken_json(root, text):
-    path = root / "annotations" / "panoptic_train2017.json"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"config\.data\.root: .*train2017\.json is not .*JSON"):
-        scan(root)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda c: c["annotations"][2].pop("segments_info"),
-        lambda c: c["annotations"][2].pop("image_id"),
-        lambda c: c["annotations"][2]["segments_info"][0].pop("id"),
-        lambda c: c["annotations"].__setitem__(1, None),
-        lambda c: c["images"][0].pop("file_name"),
-        lambda c: c["images"][0].update(id=None),
-        lambda c: c["images"][0].update(file_name=7),
-        lambda c: c["annotations"][0].update(file_name=None),
-        lambda c: c["categories"][0].pop("isthing"),
-    ],
-)
-def test_incomplete_json(root, change):
-    tiny_coco.edit(root, change)
-    with pytest.raises(ValueError, match=r"config\.data\.root: .*is not COCO panoptic JSON"):
-        scan(root)
-
-
-def test_unknown_category(root):
     def change(content):
-        content["annotations"][1]["segments_info"][0]["category_id"] = 55
+        for step in path:
+            content = content[step]
+        content[key] = value
 
-    tiny_coco.edit(root, change)
-    with pytest.raises(ValueError, match="image 101: category id 55 of segment"):
-        scan(root)
-
-
-def test_category_ids_twice(root):
-    tiny_coco.edit(root, lambda content: content["categories"].append(content["categories"][0]))
-    with pytest.raises(ValueError, match="category ids must differ"):
-        scan(root)
+    return change
 
 
-def test_image_ids_twice(root):
-    tiny_coco.edit(root, lambda content: content["images"][2].update(id=101))
-    with pytest.raises(ValueError, match=r"train2017\.json: image id 101 is listed more than once"):
-        scan(root)
+def remove(key, *path):
+    """Removes a key, or an item of a list, deep in the content."""
+
+    def change(content):
+        for step in path:
+            content = content[step]
+        content.pop(key)
+
+    return change
 
 
-def test_image_id_of_many_digits(root):
-    tiny_coco.edit(root, lambda content: content["images"][2].update(id=2**70))
-    with pytest.raises(ValueError, match=f"image id {2**70} does not fit into 64 bits"):
-        scan(root)
+BROKEN = {
+    "panoptic": [
+        *(
+            (text, r"config\.data\.root: .*train2017\.json is not .*JSON")
+            for text in ("{", "", "[]", "{}", "null", '{"images": 3}', "\xff", "[" * 100_000)
+        ),
+        ('{"categories": [{"id": 1, "isthing": 1}], "images": [{"id": Infinity}]}', "JSON"),
+        *(
+            (change, r"config\.data\.root: .*is not COCO panoptic JSON")
+            for change in (
+                remove("segments_info", "annotations", 2),
+                remove("image_id", "annotations", 2),
+                remove("id", "annotations", 2, "segments_info", 0),
+                replace(1, None, "annotations"),
+                remove("file_name", "images", 0),
+                replace("id", None, "images", 0),
+                replace("file_name", 7, "images", 0),
+                replace("file_name", None, "annotations", 0),
+                remove("isthing", "categories", 0),
+            )
+        ),
+        (
+            replace("category_id", 55, "annotations", 1, "segments_info", 0),
+            "image 101: category id 55 of segment",
+        ),
+        (replace("id", 7, "categories", 1), "category ids must differ"),
+        (replace("id", 101, "images", 2), r"2017\.json: image id 101 is listed more than once"),
+        (replace("id", 2**70, "images", 2), f"image id {2**70} does not fit into 64 bits"),
+        *(
+            (replace("isthing", value, "categories", 0), f"isthing is {value!r}; accepted: 0 and 1")
+            for value in ("0", 2, None)
+        ),
+        *(
+            (
+                replace("iscrowd", value, "annotations", 0, "segments_info", 0),
+                f"iscrowd is {value!r}; accepted: 0 and 1",
+            )
+            for value in ("0", 2, None)
+        ),
+        (replace("categories", []), "its list of categories is empty"),
+    ],
+    "instance": [
+        *(
+            (text, r"config\.data\.root: .*instances_train2017\.json")
+            for text in ("{", "[]", "{}", '{"images": [], "categories": []}')
+        ),
+        *(
+            (remove(key, "annotations", 2), r"config\.data\.root: .*is not COCO instance JSON")
+            for key in ("id", "image_id", "category_id", "segmentation")
+        ),
+        (
+            replace("category_id", [1], "annotations", 2),
+            r"config\.data\.root: .*is not COCO instance JSON",
+        ),
+        (replace("annotations", []), "no picture of .* can be used.*nothing is annotated"),
+    ],
+}
 
 
-@pytest.mark.parametrize("value", ["0", 2, None])
-def test_answers_are_yes_or_no(root, value):
-    tiny_coco.edit(root, lambda content: content["categories"][0].update(isthing=value))
-    with pytest.raises(ValueError, match=rf"isthing is {value!r}; accepted: 0 and 1"):
-        scan(root)
-    tiny_coco.edit(root, lambda content: content["categories"][0].update(isthing=True))
-    scan(root)
-    tiny_coco.edit(root, lambda c: c["annotations"][0]["segments_info"][0].update(iscrowd=value))
-    with pytest.raises(ValueError, match=rf"iscrowd is {value!r}; accepted: 0 and 1"):
-        scan(root)
-
-
-def test_no_category(root):
-    tiny_coco.edit(root, lambda content: content.update(categories=[]))
-    with pytest.raises(ValueError, match="its list of categories is empty"):
-        scan(root)
-
-
-def test_nothing_can_be_used(root):
+@pytest.mark.parametrize("task", BROKEN)
+def test_broken_files_are_named(tmp_path, task):
+    root = write(tmp_path / "coco", task)
+    path = root / "annotations" / f"{PREFIXES[task]}train2017.json"
+    sound = path.read_bytes()
+    for change, message in BROKEN[task]:
+        if callable(change):
+            path.write_bytes(sound)
+            tiny_coco.edit(root, change, prefix=PREFIXES[task])
+        else:
+            path.write_bytes(change.encode("latin-1"))
+        with pytest.raises(UserError, match=message):
+            scan(root, task)
+    path.write_bytes(sound)
+    if task == "panoptic":
+        tiny_coco.edit(root, replace("isthing", True, "categories", 1))
+        assert scan(root).problems == []
+        for index in ALL:  # swapped channels are not taken for data
+            cv2.imwrite(str(png(root, index)), cv2.imread(str(png(root, index)))[..., ::-1])
+        with pytest.raises(UserError, match="no picture of .* can be used"):
+            scan(root)
     shutil.rmtree(root / "train2017")
-    with pytest.raises(ValueError, match="no picture of .* can be used, the first of 5 problems"):
-        scan(root)
+    with pytest.raises(UserError, match="no picture of .* can be used, the first of 5 problems"):
+        scan(root, task)
 
 
-def test_swapped_channels_are_not_taken_for_data(root):
-    for index in range(5):
-        cv2.imwrite(str(png(root, index)), cv2.imread(str(png(root, index)))[..., ::-1])
-    with pytest.raises(ValueError, match="no picture of .* can be used"):
-        scan(root)
+# What costs a picture, or a part of one: what is changed, what is said, which pictures are left.
 
 
-# What costs a picture, or a part of it.
+def truncate(keep):
+    return lambda root: png(root).write_bytes(png(root).read_bytes()[:keep])
 
 
-def check_problem(root, pattern, left):
-    examples = scan(root)
-    assert len(examples.problems) == 1
-    assert re.search(pattern, examples.problems[0])
-    records = list(examples.records)
-    assert [record.file_name for record in records] == left
-    assert examples.count == len(left)
-    return records
+def edit(change, task="panoptic"):
+    return lambda root: tiny_coco.edit(root, change, prefix=PREFIXES[task])
 
 
-def test_missing_picture(root):
-    (root / "train2017" / "train_1.jpg").unlink()
-    check_problem(root, r"train_1\.jpg: .*train_1\.jpg is missing, left out", WITHOUT_1)
+def list_twice(content):
+    segments = content["annotations"][1]["segments_info"]
+    segments[1]["id"] = segments[0]["id"]
 
 
-def test_missing_png(root):
-    png(root, 1).unlink()
-    check_problem(root, r"train_1\.jpg: panoptic PNG .*train_1\.png is missing", WITHOUT_1)
+PANOPTIC_PROBLEMS = [
+    (
+        lambda root: picture(root).unlink(),
+        r"train_1\.jpg: .*1\.jpg is missing, left out",
+        WITHOUT_1,
+    ),
+    (lambda root: png(root).unlink(), r"train_1\.jpg: .*1\.png is missing, left out", WITHOUT_1),
+    (
+        lambda root: shutil.copy(png(root, 0), png(root)),
+        "train_1.jpg: picture is 60x80 but its panoptic PNG 80x60",
+        WITHOUT_1,
+    ),
+    *((truncate(keep), r"train_1\.jpg: .*train_1\.png", WITHOUT_1) for keep in (0, 20, 150)),
+    (
+        lambda root: picture(root).write_text("<html>404</html>"),
+        r"train_1\.jpg is not a picture, left out",
+        WITHOUT_1,
+    ),
+    (
+        edit(lambda c: c["annotations"][1]["segments_info"].append({"id": 5, "category_id": 3})),
+        r"train_1\.jpg: segments \[5\] are not in its PNG, dropped",
+        ALL,
+    ),
+    (
+        edit(remove(0, "annotations", 1, "segments_info")),
+        r"train_1\.jpg: ids \[140256\] of its PNG are not listed",
+        ALL,
+    ),
+    (edit(list_twice), r"train_1\.jpg: segments overlap: ids \[140256\] .* left out", WITHOUT_1),
+    (
+        edit(lambda c: c["annotations"].append(c["annotations"][1])),
+        "image 101: annotated more than once",
+        ALL,
+    ),
+    (edit(remove(1, "annotations")), r"train_1\.jpg: no annotation, left out", WITHOUT_1),
+    (
+        edit(remove(1, "images")),
+        "image 101: annotated but not among the file's images",
+        WITHOUT_1,
+    ),
+]
 
 
-def test_png_of_another_size(root):
-    shutil.copy(png(root, 0), png(root, 1))
-    check_problem(root, "train_1.jpg: picture is 60x80 but its panoptic PNG 80x60", WITHOUT_1)
+def test_problems_of_panoptic_files(tmp_path):
+    sound = write(tmp_path / "sound")
+    for number, (change, message, left) in enumerate(PANOPTIC_PROBLEMS):
+        root = shutil.copytree(sound, tmp_path / str(number))
+        change(root)
+        examples = scan(root)
+        assert len(examples.problems) == 1 and re.search(message, examples.problems[0]), message
+        records = list(examples.records)
+        assert [record.file_name for record in records] == [f"train_{i}.jpg" for i in left]
+        assert examples.count == len(left)
+        if left == ALL:
+            listed = 4 if "not listed" in message else 5
+            assert len(records[1].annotation.segments) == listed
 
 
-@pytest.mark.parametrize("keep", [0, 20, 150])
-def test_damaged_png(root, keep):
-    png(root, 1).write_bytes(png(root, 1).read_bytes()[:keep])
-    check_problem(root, r"train_1\.jpg: .*train_1\.png", WITHOUT_1)
+BAD_VALUES = [
+    ({"segmentation": [[1, 2, 30, 40]]}, "a polygon has 2 points, it must have three or more"),
+    ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "a polygon must be a list of numbers"),
+    ({"segmentation": None}, "neither polygons nor RLE"),
+    ({"segmentation": [[900, 900, 950, 900, 950, 950]]}, "its mask is empty"),
+    ({"segmentation": {"size": [60, 80], "counts": [4800]}}, "its mask is empty"),
+    (
+        {"segmentation": {"size": [80, 60], "counts": [4800]}},
+        r"RLE has size \[80, 60\], .* \[60, 80\]",
+    ),
+    ({"segmentation": {"size": [60, 80], "counts": "P"}}, "RLE is cut off"),
+    ({"category_id": 55}, "category id 55 is not"),
+    ({"area": "big"}, "area 'big' is no number"),
+    ({"iscrowd": "0"}, "iscrowd is '0'; accepted: 0 and 1"),
+]
 
 
-def test_not_a_picture(root):
-    (root / "train2017" / "train_1.jpg").write_text("<html>404</html>")
-    check_problem(root, r"train_1\.jpg is not a picture, left out", WITHOUT_1)
+def test_bad_instances_are_named_and_dropped(tmp_path):
+    root = write(tmp_path / "coco", "instance")
 
-
-def test_segment_that_the_png_does_not_show(root):
     def change(content):
-        content["annotations"][1]["segments_info"].append({"id": 5, "category_id": tiny_coco.DOG})
+        sound = content["annotations"][0]
+        for number, (values, _) in enumerate(BAD_VALUES, 100):
+            content["annotations"].append(sound | {"id": number} | values)
 
-    tiny_coco.edit(root, change)
-    records = check_problem(root, r"train_1\.jpg: segments \[5\] are not in its PNG, dropped", ALL)
-    assert len(records[1].annotation.segments) == 5
-
-
-def test_id_that_the_json_does_not_list(root):
-    tiny_coco.edit(root, lambda c: c["annotations"][1]["segments_info"].pop(0))
-    records = check_problem(root, r"train_1\.jpg: ids \[140256\] of its PNG are not listed", ALL)
-    assert len(records[1].annotation.segments) == 4
-
-
-def test_overlap(root):
-    def change(content):
-        segments = content["annotations"][1]["segments_info"]
-        segments[1]["id"] = segments[0]["id"]
-
-    tiny_coco.edit(root, change)
-    check_problem(root, r"train_1\.jpg: segments overlap: ids \[140256\] .* left out", WITHOUT_1)
+    tiny_coco.edit(root, change, prefix="instances_")
+    examples = scan(root, "instance")
+    assert len(examples.problems) == len(BAD_VALUES)
+    for number, (problem, (_, message)) in enumerate(zip(examples.problems, BAD_VALUES), 100):
+        assert re.search(rf"train_0\.jpg: annotation {number}: .*{message}.*, dropped", problem)
+    assert [len(record.annotation) for record in examples.records] == [3] * 5
 
 
-def test_image_annotated_twice(root):
-    tiny_coco.edit(root, lambda c: c["annotations"].append(c["annotations"][1]))
-    check_problem(root, "image 101: annotated more than once", ALL)
+INSTANCE_PROBLEMS = [
+    (
+        edit(replace("height", 81, "images", 1), "instance"),
+        "train_1.jpg: picture is 60x80 but its entry .* 60x81",
+    ),
+    (lambda root: picture(root).unlink(), r"train_1\.jpg: .*train_1\.jpg is missing, left out"),
+    (
+        edit(remove(1, "images"), "instance"),
+        "image 101: annotated but not among the file's images",
+    ),
+]
 
 
-def test_image_without_annotation(root):
-    tiny_coco.edit(root, lambda c: c["annotations"].pop(1))
-    check_problem(root, r"train_1\.jpg: no annotation, left out", WITHOUT_1)
+def test_problems_of_instance_files(tmp_path):
+    sound = write(tmp_path / "sound", "instance")
+    for number, (change, message) in enumerate(INSTANCE_PROBLEMS):
+        root = shutil.copytree(sound, tmp_path / str(number))
+        change(root)
+        examples = scan(root, "instance")
+        assert len(examples.problems) == 1 and re.search(message, examples.problems[0]), message
+        assert [len(record.annotation) for record in examples.records] == [3] * 4
 
 
-def test_annotation_without_image(root):
-    tiny_coco.edit(root, lambda c: c["images"].pop(1))
-    check_problem(root, "image 101: annotated but not among the file's images", WITHOUT_1)
-
-
-def test_picture_turned_by_exif(root):
-    path = root / "train2017" / "train_1.jpg"
-    picture, exif = Image.open(path), Image.Exif()
+def test_picture_turned_by_exif(tmp_path):
+    root = write(tmp_path / "coco")
+    path = picture(root)
+    image, exif = Image.open(path), Image.Exif()
     exif[examine.EXIF_ORIENTATION] = 6
     # The annotation is drawn on the upright picture, or on the stored one: both are right.
-    picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
     assert scan(root).problems == []
-    picture.save(path, exif=exif)
+    image.save(path, exif=exif)
     assert scan(root).problems == []
-
-
-# Names of what is prepared.
-
-
-def test_config_name_follows_root_and_content(root, tmp_path):
-    name = coco.split_config(str(root), "train", "panoptic").name
-    assert coco.split_config(str(root), "train", "panoptic").name == name
-    copy = shutil.copytree(root, tmp_path / "copy")
-    assert coco.split_config(str(copy), "train", "panoptic").name != name
-    tiny_coco.edit(root, lambda c: c["images"].reverse())
-    assert coco.split_config(str(root), "train", "panoptic").name != name
-
-
-def test_png_is_rgb(root):
-    """COCO's id is R + 256 G + 65536 B, whatever order a library decodes to."""
-    record = next(iter(scan(root).records))
-    _, ids, _ = tiny_coco.draw(0, *record.size)
-    pixels = np.array(Image.open(png(root, 0))).astype(int)
-    np.testing.assert_array_equal(pixels @ [1, 256, 65536], ids)
-    loaded = image_files.load_panoptic(record.annotation.png, record.size)
-    np.testing.assert_array_equal(image_files.segment_ids(loaded), ids)

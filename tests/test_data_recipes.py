@@ -1,4 +1,6 @@
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +21,11 @@ ADE20K = {
 
 
 def crop(**changes):
-    return recipes.read(recipes.Crop, tiny_coco.data_config("", **ADE20K | changes))
+    return recipes.find("semantic", tiny_coco.data_config("", **ADE20K | changes))
 
 
 def whole_picture(**changes):
-    return recipes.read(recipes.WholePicture, tiny_coco.data_config("", **changes))
+    return recipes.find("panoptic", tiny_coco.data_config("", **changes))
 
 
 # Sizes.
@@ -53,12 +55,12 @@ def test_sizes_of_whole_pictures_equal_the_reference(fixtures):
         assert recipe.eval_size((case["h"], case["w"])) == (case["out_h"], case["out_w"])
 
 
-@pytest.mark.parametrize("multiple", [32, 128])
-@pytest.mark.parametrize("size", [(480, 640), (640, 480), (512, 512), (100, 3000)])
-def test_canvases_of_evaluation_are_the_least_multiple(multiple, size):
-    for recipe in (crop(eval_multiple=multiple), whole_picture(eval_multiple=multiple)):
-        for side, resized in zip(recipe.eval_canvas(size), recipe.eval_size(size)):
-            assert side % multiple == 0 and 0 <= side - resized < multiple
+def test_canvases_of_evaluation_are_the_least_multiple():
+    for multiple, make in itertools.product((32, 128), (crop, whole_picture)):
+        recipe = make(eval_multiple=multiple)
+        for size in ((480, 640), (640, 480), (512, 512), (100, 3000)):
+            for side, resized in zip(recipe.eval_canvas(size), recipe.eval_size(size)):
+                assert side % multiple == 0 and 0 <= side - resized < multiple
 
 
 def test_whole_pictures_may_be_evaluated_on_the_canvases_of_training():
@@ -69,11 +71,11 @@ def test_whole_pictures_may_be_evaluated_on_the_canvases_of_training():
             assert recipe.eval_canvas(size[::-1]) == recipe.canvas[::-1]
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.75, 1.25, 1.75])
-def test_scaled_pictures_fit_the_scaled_canvas(ratio):
+def test_scaled_pictures_fit_the_scaled_canvas():
     recipe = crop()
-    scaled = recipe.scaled(ratio)
-    for size in ((480, 640), (640, 480), (333, 500), (200, 201), (90, 1200)):
+    sizes = ((480, 640), (640, 480), (333, 500), (200, 201), (90, 1200))
+    for ratio, size in itertools.product((0.5, 0.75, 1.25, 1.75), sizes):
+        scaled = recipe.scaled(ratio)
         resized, canvas = scaled.eval_size(size), scaled.eval_canvas(size)
         assert all(a <= b and b % 32 == 0 for a, b in zip(resized, canvas))
         wanted = [ratio * side for side in recipe.eval_size(size)]
@@ -91,8 +93,7 @@ def random_map(height, width, seed=0, classes=5):
 
 
 def draws(recipe, label_map, count=200):
-    size = label_map.shape
-    return [recipe.train_view(size, np.random.default_rng(i), label_map) for i in range(count)]
+    return [recipe.train_view(label_map, np.random.default_rng(i)) for i in range(count)]
 
 
 def test_windows_lie_everywhere_inside_the_picture():
@@ -154,18 +155,18 @@ def test_a_view_depends_on_the_generator_alone():
     assert first == second
 
 
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("size, corner", [((61, 93), (7, 20)), ((30, 41), (0, 0))])
-def test_look_equals_resizing_cropping_and_flipping(flip, size, corner):
+def test_a_window_of_a_map_equals_resizing_cropping_and_flipping():
     label_map = random_map(30, 41)
-    shown = (min(40, size[0]), min(64, size[1]))
-    view = View(size, corner, shown, flip)
-    rows = np.floor((np.arange(size[0]) + 0.5) * 30 / size[0]).astype(int)
-    columns = np.floor((np.arange(size[1]) + 0.5) * 41 / size[1]).astype(int)
-    resized = label_map[rows][:, columns]
-    expected = resized[corner[0] : corner[0] + shown[0], corner[1] : corner[1] + shown[1]]
-    expected = expected[:, ::-1] if flip else expected
-    np.testing.assert_array_equal(recipes.crop_map(label_map, view), expected)
+    for (size, (top, left)), flip in itertools.product(
+        (((61, 93), (7, 20)), ((30, 41), (0, 0))), (False, True)
+    ):
+        shown = (min(40, size[0]), min(64, size[1]))
+        view = View(size, (top, left), shown, flip)
+        rows = np.floor((np.arange(size[0]) + 0.5) * 30 / size[0]).astype(int)
+        columns = np.floor((np.arange(size[1]) + 0.5) * 41 / size[1]).astype(int)
+        expected = label_map[rows][:, columns][top : top + shown[0], left : left + shown[1]]
+        expected = expected[:, ::-1] if flip else expected
+        np.testing.assert_array_equal(recipes.crop_map(label_map, view), expected)
 
 
 # Whole pictures.
@@ -184,18 +185,14 @@ def test_whole_pictures_are_shown_whole():
 
 
 def test_groups_and_canvases():
-    sizes = np.array([[60, 80], [80, 60], [70, 70]])
-    landscape, portrait = whole_picture().groups(sizes, np.array([1, 2, 0]))
-    assert landscape.tolist() == [0, 2] and portrait.tolist() == [1]
-    assert [whole_picture().train_canvas(i) for i in (0, 1)] == [(96, 128), (128, 96)]
-    [everything] = crop().groups(sizes, np.zeros(3))
-    assert everything.tolist() == [0, 1, 2] and crop().train_canvas(0) == (512, 512)
-
-
-def test_pictures_with_too_few_things_are_left_out():
-    sizes, num_things = np.array([[60, 80], [80, 60], [70, 70]]), np.array([1, 3, 0])
+    split = SimpleNamespace(
+        sizes=np.array([[60, 80], [80, 60], [70, 70]]), num_things=np.array([1, 3, 0])
+    )
     for least, expected in ((0, [[0, 2], [1]]), (1, [[0], [1]]), (2, [[], [1]])):
-        groups = whole_picture(min_things=least).groups(sizes, num_things)
+        groups = whole_picture(min_things=least).groups(split)
         assert [group.tolist() for group in groups] == expected
+    assert whole_picture().train_canvases == ((96, 128), (128, 96))
     with pytest.raises(ValueError, match=r"config\.data\.min_things 4: .* the most are 3"):
-        whole_picture(min_things=4).groups(sizes, num_things)
+        whole_picture(min_things=4).groups(split)
+    [everything] = crop().groups(split)
+    assert everything.tolist() == [0, 1, 2] and crop().train_canvases == ((512, 512),)

@@ -1,14 +1,14 @@
 import cv2
 import numpy as np
 import pytest
+import tiny_coco
 from pycocotools import mask as run_lengths
 
 from knet_jax.data.sources import shapes
 from knet_jax.segmentation import image_files, published_classes
+from knet_jax.system.errors import UserError
 
 SIDES = (96, 128)
-
-
 CATEGORIES = published_classes.find("shapes", "panoptic")
 
 
@@ -92,29 +92,23 @@ def test_labels_are_the_classes_of_the_panoptic_annotation(drawn):
         np.testing.assert_array_equal(cv2.imdecode(png, cv2.IMREAD_UNCHANGED), expected)
 
 
-def test_config_name_holds_everything_that_matters():
+def find(split="train", task="panoptic", **changes):
+    return shapes.find(task, tiny_coco.data_config("", **changes), split)
+
+
+def test_names_hold_everything_that_matters():
     names = {
-        shapes.split_config("train", 10, (96, 128), "panoptic").name,
-        shapes.split_config("val", 10, (96, 128), "panoptic").name,
-        shapes.split_config("train", 11, (96, 128), "panoptic").name,
-        shapes.split_config("train", 10, (64, 128), "panoptic").name,
-        shapes.split_config("train", 10, (96, 128), "semantic").name,
+        find().name,
+        find("val").name,
+        find(num_train=11).name,
+        find(image_side=(64, 128)).name,
+        find(task="semantic").name,
     }
     assert len(names) == 5
 
 
-@pytest.mark.parametrize(
-    "count, sides",
-    [
-        (0, (96, 128)),
-        (5, (128, 96)),
-        (5, (8, 128)),
-        (5, (96,)),
-        (5, (96, 112, 128)),
-        (5, (96.5, 128)),
-        (5, ("a", "b")),
-    ],
-)
-def test_bad_configs_are_named(count, sides):
-    with pytest.raises(ValueError, match=r"config\.data\.(num_train|image_side)"):
-        shapes.split_config("train", count, sides, "panoptic")
+def test_bad_configs_are_named():
+    with pytest.raises(UserError, match=r"config\.data\.image_side is \(8, 128\); accepted: sides"):
+        find(image_side=(8, 128))
+    with pytest.raises(UserError, match=r"split 'test' must be one of \['train', 'val'\]"):
+        find("test")

@@ -42,7 +42,6 @@ def test_shapes_are_prepared_checked_and_drawn(tmp_path, task):
     "arguments, message",
     [
         ((), "--config is missing"),
-        (("--config", "configs/shapes_panoptic.py", "--download"), "'shapes' cannot be downloaded"),
         (
             ("--config", "configs/shapes_panoptic.py", "--config.task=depth"),
             "config.task is 'depth'",

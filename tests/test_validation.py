@@ -9,6 +9,7 @@ from knet_jax.config import files, rules, schema
 from knet_jax.config.files import base, load_config
 from knet_jax.config.validation import check_data, validate
 from knet_jax.data.annotations import by_task
+from knet_jax.data.recipes import RECIPES
 from knet_jax.data.sources import by_name
 from knet_jax.matching import LossWeights
 from knet_jax.model import BACKBONES, NECKS, make_model
@@ -52,9 +53,9 @@ def test_the_table_knows_what_there_is():
             ours = {key.rpartition(".")[2] for key in keys if key.startswith(f"model.{part}.")}
             handed_on = {"parent", "name", "dtype"} | ({"channels"} if part == "neck" else set())
             assert ours - {"name"} == {*module.__dataclass_fields__} - handed_on, name
-    for task, kind in by_task.KINDS.items():
+    for task, recipe in RECIPES.items():
         keys = schema.find_keys({"task": task, "data.dataset": "coco"})
-        assert {f"data.{name}" for name in kind.recipe.args[0]._fields} <= keys.keys()
+        assert {f"data.{name}" for name in recipe._fields} <= keys.keys()
 
 
 def test_every_default_is_accepted():

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import ml_collections
 import numpy as np
 from pycocotools import mask as run_lengths
 
+from knet_jax.data.annotations import by_task
+from knet_jax.data.sources import by_name
 from knet_jax.segmentation import image_files
 
 # Deliberately not things first, and with gaps.
@@ -50,6 +53,23 @@ def data_config(data_dir: Path, root: Path | str = "", **changes) -> ml_collecti
     return ml_collections.ConfigDict(values | changes)
 
 
+def split_in_memory(config, split: str, task: str) -> SimpleNamespace:
+    """What the loader needs of a split, straight from a dataset's files; nothing is prepared."""
+    examples = by_name.find(config, split, task).examine()
+    records = list(examples.records)
+    kind = by_task.KINDS[task](examples.categories)
+    return SimpleNamespace(
+        task=task,
+        kind=kind,
+        categories=examples.categories,
+        sizes=np.array([record.size for record in records], np.int32),
+        num_things=np.array([kind.tally(record)[0] for record in records], np.int32),
+        record=records.__getitem__,
+        image=lambda i: image_files.load_image(records[i].image, records[i].size),
+        truth=lambda i: kind.truth(kind.load(records[i])),
+    )
+
+
 def draw(index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     """A picture, its map of ids and its segments: sky above grass, a dog, a cat and a crowd."""
     rng = np.random.default_rng(index)
@@ -70,33 +90,37 @@ def draw(index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray, l
     return image, ids, segments
 
 
-def write(
-    root: Path,
-    sizes=((60, 80), (80, 60), (64, 64), (50, 90), (90, 50)),
-    splits=("train", "val"),
-    categories=tuple(CATEGORIES),
-) -> Path:
-    """Writes a sound dataset of some pictures, `.jpg` named `<split>_<position>`."""
+SIZES = ((60, 80), (80, 60), (64, 64), (50, 90), (90, 50))
+
+
+def write(root: Path, sizes=SIZES, splits=("train", "val"), categories=tuple(CATEGORIES)) -> Path:
+    """Writes a sound panoptic dataset, pictures named `<split>_<position>.jpg`."""
     for split in splits:
-        pictures, folder = root / f"{split}2017", root / "annotations" / f"panoptic_{split}2017"
-        pictures.mkdir(parents=True)
+        folder = root / "annotations" / f"panoptic_{split}2017"
         folder.mkdir(parents=True)
-        content = {"images": [], "annotations": [], "categories": list(categories)}
-        for index, (height, width) in enumerate(sizes):
-            image, ids, segments = draw(index, height, width)
-            name = f"{split}_{index}"
-            cv2.imwrite(str(pictures / f"{name}.jpg"), image)
-            write_panoptic(folder / f"{name}.png", ids)
-            content["images"].append({"id": 100 + index, "file_name": f"{name}.jpg"})
+        content = _write_pictures(root, split, sizes) | {"categories": list(categories)}
+        for index, (image, size) in enumerate(zip(content["images"], sizes)):
+            _, ids, segments = draw(index, *size)
+            png = image["file_name"].replace(".jpg", ".png")
+            write_panoptic(folder / png, ids)
             content["annotations"].append(
-                {
-                    "image_id": 100 + index,
-                    "file_name": f"{name}.png",
-                    "segments_info": segments,
-                }
+                {"image_id": image["id"], "file_name": png, "segments_info": segments}
             )
         folder.with_suffix(".json").write_text(json.dumps(content))
     return root
+
+
+def _write_pictures(root: Path, split: str, sizes) -> dict:
+    """The pictures of a split; what a JSON says of them, without annotations yet."""
+    folder = root / f"{split}2017"
+    folder.mkdir(parents=True, exist_ok=True)
+    images = []
+    for index, (height, width) in enumerate(sizes):
+        name = f"{split}_{index}.jpg"
+        cv2.imwrite(str(folder / name), draw(index, height, width)[0])
+        entry = {"id": 100 + index, "file_name": name, "height": height, "width": width}
+        images.append(entry)
+    return {"images": images, "annotations": []}
 
 
 def write_panoptic(path: Path, ids: np.ndarray) -> None:
@@ -119,35 +143,25 @@ def instance_masks(height: int, width: int) -> list[tuple[int, int, np.ndarray]]
     return masks
 
 
-def write_instances(
-    root: Path, sizes=((60, 80), (80, 60), (64, 64), (50, 90), (90, 50)), splits=("train", "val")
-) -> Path:
+def write_instances(root: Path, sizes=SIZES, splits=("train", "val")) -> Path:
     """Writes pictures, and instances as a polygon, as plain and as compressed run lengths."""
-    things = [category for category in CATEGORIES if category["isthing"]]
-    things = [{"id": category["id"], "name": category["name"]} for category in things]
+    things = [{"id": c["id"], "name": c["name"]} for c in CATEGORIES if c["isthing"]]
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split in splits:
-        pictures = root / f"{split}2017"
-        pictures.mkdir(parents=True, exist_ok=True)
-        content = {"images": [], "annotations": [], "categories": things}
-        for index, (height, width) in enumerate(sizes):
-            name = f"{split}_{index}.jpg"
-            cv2.imwrite(str(pictures / name), draw(index, height, width)[0])
-            content["images"].append(
-                {"id": 100 + index, "file_name": name, "height": height, "width": width}
-            )
-            for category, crowd, mask in instance_masks(height, width):
+        content = _write_pictures(root, split, sizes) | {"categories": things}
+        for image, size in zip(content["images"], sizes):
+            for category, crowd, mask in instance_masks(*size):
                 rle = run_lengths.encode(np.asfortranarray(mask))
                 forms = (
                     [[5, 10, 25, 10, 25, 30, 5, 30]],
-                    {"size": [height, width], "counts": runs_of(mask)},
+                    {"size": list(size), "counts": runs_of(mask)},
                     rle | {"counts": rle["counts"].decode()},
                 )
                 number = len(content["annotations"])
                 content["annotations"].append(
                     {
                         "id": number,
-                        "image_id": 100 + index,
+                        "image_id": image["id"],
                         "category_id": category,
                         "iscrowd": crowd,
                         "area": float(mask.sum()),

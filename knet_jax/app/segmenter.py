@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from knet_jax.data import recipes, transforms
-from knet_jax.data.annotations import by_task
+from knet_jax.data.canvas import empty_eval_batches, fill
 from knet_jax.inference.forward import lookahead, predict
 from knet_jax.inference.multiscale import both_ways
 from knet_jax.inference.resampling import Canvas
@@ -67,7 +67,7 @@ class Segmenter:
         self._run: Model | None = run
         self._shapes = jax.eval_shape(lambda: run.variables)
         options = config.eval.to_dict()
-        recipe = by_task.find(config.task).recipe(config.data)
+        recipe = recipes.find(config.task, config.data)
         self._recipes = recipes.at_ratios(recipe, options.get("scales", (1,)))
         self._flip = options.get("flip", False)
         self.thresholds = {
@@ -184,11 +184,11 @@ class Segmenter:
             groups[self._layout(image)].append(i)
         for (shown, canvas), members in groups.items():
             count = 1 if len(members) == 1 else self.batch_size
-            scales = canvas.empty_eval_batches(count, shown)
+            scales = empty_eval_batches(count, shown)
             for place, i in enumerate(members):
                 for batch, recipe in zip(scales, self._recipes):
                     view = transforms.whole(recipe.eval_size(images[i].shape[:2]))
-                    canvas.fill(batch, place, place, images[i], view)
+                    fill(batch, place, place, images[i], view)
             passes, mirrored = zip(*both_ways(scales, self._flip))
             yield members, (passes, mirrored, scales[0].original_size, thresholds), canvas
 

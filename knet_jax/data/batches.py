@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from knet_jax.data import prepared_split, records, sampler, transforms
+from knet_jax.data import sampler, transforms
+from knet_jax.data.annotations.kind import Record
 from knet_jax.data.canvas import empty_batch, empty_eval_batches, fill
+from knet_jax.data.prepared_split import Split
+from knet_jax.data.recipes import Crop, WholePicture
 from knet_jax.segmentation import image_files
 from knet_jax.structs import EMPTY, Batch
+from knet_jax.system.errors import UserError
 
 MAX_REPLACEMENTS = 8
 """How many pictures are tried for one place in a batch."""
@@ -23,18 +27,33 @@ class Failure(NamedTuple):
     reason: str
 
 
-class Chunk(NamedTuple):
-    """The pictures of a batch for evaluation."""
+class EvalPlan(NamedTuple):
+    """What a batch for evaluation shows."""
 
     positions: np.ndarray
-    """int [b]: in the split, `EMPTY` for none."""
+    """int [b]: of the pictures in the split; `EMPTY` where the batch has no picture."""
     canvases: tuple[tuple[int, int], ...]
-    """Height and width that all of them fit, at every scale."""
+    """Height and width that all the pictures fit, for every recipe."""
+
+
+class Prepared(NamedTuple):
+    """What a worker hands over."""
+
+    batches: tuple[Batch, ...]
+    """The same pictures prepared by each recipe; one batch in training."""
+    truths: list[tuple[int, Any]]
+    """(position, truth) of the pictures; none in training."""
+    failures: list[Failure]
+    """The pictures that were left out."""
 
 
 def train_batch(
-    split: prepared_split.Split, recipe: Any, epochs: sampler.EpochSampler, rows: slice, index: int
-) -> tuple[tuple[Batch], list, list[Failure]]:
+    split: Split,
+    recipe: WholePicture | Crop,
+    epochs: sampler.EpochSampler,
+    rows: slice,
+    index: int,
+) -> Prepared:
     """Some rows of a training batch, augmented.
 
     A broken picture is replaced by the next one of its group. Where none of several is sound, the
@@ -42,18 +61,14 @@ def train_batch(
 
     Args:
         split: where the pictures come from.
-        recipe: how they are changed, of `split.kind.recipe`.
+        recipe: how they are changed.
         epochs: which pictures the batch shows.
         rows: which of them are wanted.
-        index: of the batch, from the start of training.
-
-    Returns:
-        the batch, no truths, and what was broken.
+        index: of the batch, counted from the start of training.
     """
     number, members = epochs.batch(index)
     group = epochs.groups[number]
-    canvas = recipe.train_canvas(number)
-    batch, failures = empty_train_batch(split, recipe, len(members[rows]), canvas), []
+    batch, failures = empty_train_batch(split, recipe, number, len(members[rows])), []
     for place, row in enumerate(range(len(members))[rows]):
         member = np.searchsorted(group, members[row])
         for attempt in range(min(MAX_REPLACEMENTS, len(group))):
@@ -62,58 +77,45 @@ def train_batch(
             rng = epochs.generator(index, row)
             try:
                 image, loaded = _load(split, record)
-            except ValueError as error:
+            except UserError as error:
                 failures.append(Failure(record.file_name, str(error)))
                 continue
-            view = split.kind.train_view(recipe, loaded, record.size, rng)
+            view = split.kind.train_view(recipe, loaded, rng)
             fill(batch, place, position, image, view)
-            split.kind.fill(batch.targets, place, loaded, view, canvas, split.categories)
+            split.kind.fill(batch.targets, place, loaded, view)
             break
-    return (batch,), [], failures
+    return Prepared((batch,), [], failures)
 
 
-def eval_batch(
-    split: prepared_split.Split, recipes: Sequence[Any], chunk: Chunk
-) -> tuple[tuple[Batch, ...], list[tuple[int, Any]], list[Failure]]:
-    """A batch for evaluation at every scale, not augmented and without targets.
+def eval_batch(split: Split, recipes: Sequence[WholePicture | Crop], plan: EvalPlan) -> Prepared:
+    """A batch for evaluation by each of the recipes, not augmented and without targets.
 
     A broken picture leaves its place empty.
-
-    Args:
-        split: where the pictures come from.
-        recipes: how they are resized, one for every scale.
-        chunk: which pictures.
-
-    Returns:
-        the batches, position and truth of every picture in them, and what was broken.
     """
-    scales = empty_eval_batches(len(chunk.positions), chunk.canvases)
+    scales = empty_eval_batches(len(plan.positions), plan.canvases)
     truths, failures = [], []
-    for place, position in enumerate(chunk.positions.tolist()):
+    for place, position in enumerate(plan.positions.tolist()):
         if position == EMPTY:
             continue
         record = split.record(position)
         try:
             image, loaded = _load(split, record)
-        except ValueError as error:
+        except UserError as error:
             failures.append(Failure(record.file_name, str(error)))
             continue
         for batch, recipe in zip(scales, recipes):
             view = transforms.whole(recipe.eval_size(record.size))
             fill(batch, place, position, image, view)
-        truths.append((position, split.kind.truth(loaded, split.categories)))
-    return scales, truths, failures
+        truths.append((position, split.kind.truth(loaded)))
+    return Prepared(scales, truths, failures)
 
 
-def empty_train_batch(
-    split: prepared_split.Split, recipe: Any, count: int, canvas: tuple[int, int]
-) -> Batch:
-    """Of so many places, with targets."""
-    targets = split.kind.empty(recipe, split.categories, count, canvas)
-    return empty_batch(count, canvas)._replace(targets=targets)
+def empty_train_batch(split: Split, recipe: WholePicture | Crop, group: int, count: int) -> Batch:
+    """A training batch for `count` pictures of a group, with targets, all of it empty."""
+    batch = empty_batch(count, recipe.train_canvases[group])
+    return batch._replace(targets=split.kind.empty(recipe, group, count))
 
 
-def _load(split: prepared_split.Split, record: records.Record) -> tuple[np.ndarray, Any]:
-    """A picture and its annotation, decoded. Raises ValueError where the record is broken."""
-    image = image_files.load_image(record.image, record.size)
-    return image, split.kind.load(record.annotation, record.size, split.categories)
+def _load(split: Split, record: Record) -> tuple[np.ndarray, Any]:
+    """A picture and its annotation, decoded. Raises UserError where the record is broken."""
+    return image_files.load_image(record.image, record.size), split.kind.load(record)

@@ -11,11 +11,12 @@ from knet_jax.structs import EMPTY, Batch
 
 
 def empty_eval_batches(count: int, canvases: Sequence[tuple[int, int]]) -> tuple[Batch, ...]:
-    """Of so many places each."""
+    """For each canvas (height, width) a batch for `count` pictures, without targets, empty."""
     return tuple(empty_batch(count, canvas) for canvas in canvases)
 
 
 def empty_batch(count: int, canvas: tuple[int, int]) -> Batch:
+    """A batch for `count` pictures on a canvas (height, width), without targets, empty."""
     return Batch(
         image=np.zeros((count, *canvas, 3), np.uint8),
         targets=None,
@@ -26,12 +27,12 @@ def empty_batch(count: int, canvas: tuple[int, int]) -> Batch:
 
 
 def fill(batch: Batch, place: int, position: int, image: np.ndarray, view: transforms.View) -> None:
-    """Writes a picture into a place of a batch.
+    """Writes a picture into a batch.
 
     Args:
         batch: written in place.
-        place: row of it.
-        position: of the picture in its split.
+        place: row of the batch.
+        position: of the picture in its split, which becomes its id.
         image: uint8 [h, w, 3].
         view: what is shown of it.
     """

@@ -35,87 +35,95 @@ from knet_jax.segmentation.segments import Categories, PanopticMap, SegmentInfo
 from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import write_json
 
-IMAGES = flags.DEFINE_string("images", None, "folder of pictures")
-CLASS_MAPS = flags.DEFINE_string("class_maps", None, "folder of PNG files: the class of each pixel")
-INSTANCE_MAPS = flags.DEFINE_string(
-    "instance_maps", None, "folder of PNG files: the thing of each pixel; default: regions"
-)
-NAMES = flags.DEFINE_string("names", None, "text file with the name of a class on every line")
-THINGS = flags.DEFINE_list("things", None, "the classes whose things are told apart: NAME,NAME")
-VOID = flags.DEFINE_integer("void", 255, "the index of pixels of unknown class")
-ROOT = flags.DEFINE_string("root", None, "the dataset to write, config.data.root of the training")
-SPLIT = flags.DEFINE_string("split", None, "what it is: train, val")
 
-SOME_LEFT_OUT = 3
-"""Exit status where pictures could not be used."""
+def write_panoptic_dataset(
+    images: Path,
+    class_maps: Path,
+    names: Path,
+    things: Sequence[str],
+    root: Path,
+    split: str,
+    instance_maps: Path | None = None,
+    void: int = 255,
+) -> list[str]:
+    """Writes a split of a dataset in COCO's layout, panoptic and instance, showing progress.
 
+    Args:
+        images: folder of pictures; its subfolders are followed.
+        class_maps: folder of PNG files named like the pictures: the class of each pixel.
+        names: text file; line i, counted from 0, names class i.
+        things: names of the classes whose things are told apart.
+        root: the dataset, `config.data.root` of the training.
+        split: name of the split.
+        instance_maps: folder of PNG files: the number of the thing at each pixel, 0 for a crowd;
+            without it every connected region of a thing class is one thing.
+        void: the index of pixels of unknown class.
 
-def main(command: CommandLine) -> None:
-    if command.overrides:
-        raise UserError(f"{command.overrides[0]!r}: no config is read here")
-    required = (IMAGES, CLASS_MAPS, NAMES, THINGS, ROOT, SPLIT)
-    missing = [f"--{flag.name}" for flag in required if not flag.value]
-    if missing:
-        raise UserError(f"{', '.join(missing)} missing (--help shows an example)")
-    if Path(SPLIT.value).name != SPLIT.value or SPLIT.value == "..":
-        raise UserError(f"--split={SPLIT.value}; accepted: a name without folders, such as train")
-    folders = (IMAGES, CLASS_MAPS, INSTANCE_MAPS)
-    for flag in folders:
-        if flag.value and not Path(flag.value).is_dir():
-            raise UserError(f"--{flag.name}: there is no folder {flag.value}")
-    if not Path(NAMES.value).is_file():
-        raise UserError(f"--names: there is no file {NAMES.value}")
-    named = class_lists.read_class_list(Path(NAMES.value), VOID.value, source="--names")
-    indices, categories = order_classes(named, [name.strip() for name in THINGS.value])
-    instance_maps = Path(INSTANCE_MAPS.value) if INSTANCE_MAPS.value else None
-    images, class_maps = Path(IMAGES.value), Path(CLASS_MAPS.value)
-    pairs = list(folder.find_pairs(images, class_maps))
+    Returns:
+        what is wrong with the pictures that were left out, a line each.
+
+    Raises:
+        UserError: a folder or file is missing, the classes make no sense, or no picture can be
+            used.
+    """
+    if Path(split).name != split or split == "..":
+        raise UserError(f"--split={split}; accepted: a name without folders, such as train")
+    folders = {"images": images, "class_maps": class_maps, "instance_maps": instance_maps}
+    for flag, path in folders.items():
+        if path and not path.is_dir():
+            raise UserError(f"--{flag}: there is no folder {path}")
+    if not names.is_file():
+        raise UserError(f"--names: there is no file {names}")
+    named = class_lists.read_class_list(names, void, source="--names")
+    indices, categories = order_classes(named, things)
+    pairs = folder.find_pairs(images, class_maps)
     if not pairs:
         raise UserError(f"--images: no picture ({', '.join(image_files.PICTURES)}) in {images}")
 
-    root = Path(ROOT.value)
-    panoptic = PanopticResults(root / f"annotations/panoptic_{SPLIT.value}.json", categories)
-    pictures, things, problems = [], [], []
+    panoptic = PanopticResults(root / f"annotations/panoptic_{split}.json", categories)
+    pictures, annotations, problems = [], [], []
     for number, pair in enumerate(tqdm.tqdm(pairs, "Converting", unit="img"), 1):
         try:
-            found = read_maps(pair, instance_maps, indices, categories, VOID.value)
+            found = read_maps(pair, instance_maps, indices, categories, void)
             panoptic.add(number, pair.name, found)
-        except ValueError as error:
+        except UserError as error:
             problems.append(f"{pair.name}: {error}, left out")
             continue
-        link(pair.path, root / SPLIT.value / pair.name)
+        link(pair.path, root / split / pair.name)
         height, width = found.ids.shape
         pictures.append({"id": number, "file_name": pair.name, "height": height, "width": width})
-        things.extend(describe_things(found, number, len(things), categories))
-    for problem in problems:
-        print(problem)
+        annotations.extend(describe_things(found, number, len(annotations), categories))
     if not pictures:
-        raise UserError(f"no picture of {images} can be used, see above")
+        raise UserError(f"no picture of {images} can be used; {problems[0]}")
     panoptic.close()
     listed = zip(categories.dataset_ids[: categories.num_things], categories.names)
     content = {
         "images": pictures,
-        "annotations": things,
+        "annotations": annotations,
         "categories": [{"id": id, "name": name} for id, name in listed],
     }
-    write_json(root / f"annotations/instances_{SPLIT.value}.json", content)
+    write_json(root / f"annotations/instances_{split}.json", content)
     print(
-        f"wrote {len(pictures)} pictures with {len(things)} things of {categories.num_things} "
-        f"classes, and {categories.num_stuff} classes of stuff, to {root}; {len(problems)} problems"
+        f"wrote {len(pictures)} pictures with {len(annotations)} things of "
+        f"{categories.num_things} classes, and {categories.num_stuff} classes of stuff, to {root}; "
+        f"{len(problems)} problems"
     )
-    if problems:
-        sys.exit(SOME_LEFT_OUT)
+    return problems
 
 
 def order_classes(named: Categories, things: Sequence[str]) -> tuple[dict[int, int], Categories]:
-    """{index in the maps: label}, and the classes with the things first, ids counted from 1.
+    """Puts the things before the stuff.
 
     Args:
-      named: the classes by their index, none of them a thing.
-      things: names of those whose things are told apart.
+        named: the classes by their index in the maps, all of them stuff.
+        things: names of those whose things are told apart.
+
+    Returns:
+        {index in the maps: label}, and the classes, things first; the id of a class is its index
+        in the maps + 1.
 
     Raises:
-      UserError: a thing is no class, or is named twice.
+        UserError: a thing is no class, or is named twice.
     """
     for name in things:
         if name not in named.names or things.count(name) > 1:
@@ -137,14 +145,14 @@ def read_maps(
     """The segments of a picture.
 
     Args:
-      pair: the picture and its map of classes.
-      instance_maps: the folder of maps of instances; None where regions are things.
-      indices: {index in the maps: label}.
-      categories: things first.
-      void: the index of pixels of unknown class.
+        pair: the picture and its map of classes.
+        instance_maps: the folder of maps of instances; None where regions are things.
+        indices: {index in the maps: label}.
+        categories: the classes, things first.
+        void: the index of pixels of unknown class.
 
     Raises:
-      ValueError: a map is missing, broken or does not fit.
+        UserError: a map is missing, broken or does not fit.
     """
     classes = read_map(pair.png)
     examine.matching_size(pair.path, classes.shape, "map of classes")
@@ -170,7 +178,7 @@ def read_maps(
 
 
 def read_map(path: Path) -> np.ndarray:
-    """int [H, W]. Raises ValueError where there is no such map."""
+    """The indices of a PNG, int [H, W]. Raises UserError where there is no such file."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
     return index_maps.read_indices(path.read_bytes(), str(path))
@@ -179,7 +187,16 @@ def read_map(path: Path) -> np.ndarray:
 def split_class(
     mask: np.ndarray, instances: np.ndarray | None, is_thing: bool
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """The segments of one class: masks, and whether each is a crowd."""
+    """The segments of one class.
+
+    Args:
+        mask: the pixels of the class, bool [H, W].
+        instances: numbers of things, int [H, W]; None where connected regions are things.
+        is_thing: whether the class is one of things.
+
+    Yields:
+        (mask of a segment, whether it is a crowd).
+    """
     if not is_thing:
         yield mask, False
         return
@@ -200,7 +217,7 @@ def describe_things(
             "id": number,
             "image_id": image_id,
             "category_id": categories.dataset_ids[info.label],
-            "segmentation": encoded | {"counts": encoded["counts"].decode()},
+            "segmentation": rle.to_json(encoded),
             "area": float(rle.area(encoded)),
             "bbox": rle.box(encoded),
             "iscrowd": int(info.iscrowd),
@@ -208,7 +225,7 @@ def describe_things(
 
 
 def link(picture: Path, place: Path) -> None:
-    """Puts a picture to a place, without a second copy where the file system can."""
+    """Makes a picture appear at `place`, as a hard link where the file system can, else as a copy."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.exists() and place.samefile(picture):
         return
@@ -217,6 +234,44 @@ def link(picture: Path, place: Path) -> None:
         os.link(picture, place)
     except OSError:
         shutil.copyfile(picture, place)
+
+
+# The command.
+
+IMAGES = flags.DEFINE_string("images", None, "folder of pictures")
+CLASS_MAPS = flags.DEFINE_string("class_maps", None, "folder of PNG files: the class of each pixel")
+INSTANCE_MAPS = flags.DEFINE_string(
+    "instance_maps", None, "folder of PNG files: the thing of each pixel; default: regions"
+)
+NAMES = flags.DEFINE_string("names", None, "text file with the name of a class on every line")
+THINGS = flags.DEFINE_list("things", None, "the classes whose things are told apart: NAME,NAME")
+VOID = flags.DEFINE_integer("void", 255, "the index of pixels of unknown class")
+ROOT = flags.DEFINE_string("root", None, "the dataset to write, config.data.root of the training")
+SPLIT = flags.DEFINE_string("split", None, "what it is: train, val")
+
+
+def main(command: CommandLine) -> None:
+    """Writes the dataset that the flags describe."""
+    if command.overrides:
+        raise UserError(f"{command.overrides[0]!r}: no config is read here")
+    required = (IMAGES, CLASS_MAPS, NAMES, THINGS, ROOT, SPLIT)
+    missing = [f"--{flag.name}" for flag in required if not flag.value]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing (--help shows an example)")
+    problems = write_panoptic_dataset(
+        images=Path(IMAGES.value),
+        class_maps=Path(CLASS_MAPS.value),
+        names=Path(NAMES.value),
+        things=[name.strip() for name in THINGS.value],
+        root=Path(ROOT.value),
+        split=SPLIT.value,
+        instance_maps=Path(INSTANCE_MAPS.value) if INSTANCE_MAPS.value else None,
+        void=VOID.value,
+    )
+    for problem in problems:
+        print(problem)
+    if problems:
+        sys.exit(3)
 
 
 if __name__ == "__main__":

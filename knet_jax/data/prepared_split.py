@@ -1,7 +1,9 @@
-"""A prepared split, read by position."""
+"""Splits of datasets that have been converted to ArrayRecord, and their conversion."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,18 @@ import tensorflow_datasets as tfds
 
 from knet_jax.data import records
 from knet_jax.data.annotations import by_task
+from knet_jax.data.annotations.kind import Record
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
+from knet_jax.system.library_logs import silenced
 
 SPEC = re.compile(r"(\w+)(\[[^\[\]]+\])?")
+"""A split, or a slice of one in TFDS' notation."""
 
 
 def split_name(spec: str) -> str:
-    """The split that a spec such as `train` or `train[:8]` takes pictures from.
-
-    Raises:
-        ValueError: the spec is something else.
-    """
+    """The split that `train` or `train[:8]` takes pictures from. Raises UserError for other texts."""
     match = SPEC.fullmatch(spec)
     if not match:
         raise UserError(
@@ -32,22 +33,60 @@ def split_name(spec: str) -> str:
     return match[1]
 
 
+def prepare(source: records.Source, data_dir: Path) -> Path:
+    """Converts a split to ArrayRecord, unless that has been done, and prints what it holds.
+
+    A split that is interrupted half-way is never taken for whole: TFDS writes to a directory of
+    another name (test_killed_preparation_starts_anew).
+
+    Args:
+        source: the split.
+        data_dir: folder of all prepared datasets.
+
+    Returns:
+        the directory of the prepared split.
+
+    Raises:
+        UserError: the dataset cannot be used, or its records cannot be written.
+    """
+    directory = data_dir / source.dataset / source.name / str(records.VERSION)
+    if directory.exists():
+        print(
+            f"{source.split}: prepared already in {directory} (remove it to prepare anew)",
+            flush=True,
+        )
+        return directory
+    try:
+        # TFDS speaks of downloads and configs; bars and what we log ourselves stay.
+        with silenced("tensorflow_datasets"), contextlib.redirect_stdout(io.StringIO()):
+            builder = records.RecordBuilder(source, data_dir)
+            builder.download_and_prepare(file_format="array_record")
+    except (OSError, RuntimeError) as error:  # array_record raises the latter on a full disk
+        if directory.exists():
+            # Another process has prepared the same split meanwhile.
+            return directory
+        raise UserError(
+            f"config.data.data_dir: split '{source.split}' cannot be written to '{data_dir}': {error}"
+        ) from error
+    print(f"{source.split}: prepared in {directory}", flush=True)
+    print(records.describe(builder.info.metadata), flush=True)
+    return directory
+
+
 class Split:
     """Random access to the pictures of a prepared split, or of a slice of it.
 
     Nothing is decoded before it is asked for. Objects can be sent to other processes.
+
+    Args:
+        directory: where the split was prepared.
+        spec: its name, or a slice of it in TFDS' notation.
+
+    Raises:
+        UserError: the spec is malformed or selects nothing, or files are missing.
     """
 
     def __init__(self, directory: Path, spec: str):
-        """Opens a split.
-
-        Args:
-            directory: where the split was prepared.
-            spec: its name, or a slice of it in TFDS' notation.
-
-        Raises:
-            ValueError: the spec is malformed or selects nothing, or files are missing.
-        """
         try:
             builder = tfds.builder_from_directory(directory)
         except Exception as error:
@@ -56,13 +95,18 @@ class Split:
                 f"the prepared split in {directory} is damaged; remove it to prepare anew"
             ) from error
         metadata = builder.info.metadata
-        self.kind = by_task.find(metadata["task"])
+        self.task = metadata["task"]
+        self.categories = Categories.of(metadata["categories"])
+        self.kind = by_task.KINDS[self.task](self.categories)
         try:
             [chosen] = tfds.core.ReadInstruction.from_spec(spec).to_absolute(builder.info.splits)
             positions = slice(chosen.from_, chosen.to)
-            # Encoded bytes are kept: decoding is ours.
-            skip = tfds.decode.SkipDecoding()
-            decoders = dict.fromkeys(("image", *self.kind.encoded), skip)
+            # Pictures are left encoded: decoding is ours.
+            decoders = {
+                name: tfds.decode.SkipDecoding()
+                for name, feature in builder.info.features.items()
+                if isinstance(feature, tfds.features.Image)
+            }
             self._source = builder.as_data_source(spec, decoders=decoders)
             files = builder.info.splits[split_name(spec)].filepaths
         except (ValueError, AssertionError) as error:
@@ -73,23 +117,23 @@ class Split:
                 f"config.data.data_dir: {missing[0]} is missing, remove {directory} to prepare anew"
             )
         self.name = split_name(spec)
-        self.categories = Categories.of(metadata["categories"])
+        self.directory = directory
         self.sizes = np.array(metadata["sizes"], np.int32)[positions]
         """int32 [n, 2]: height and width of the pictures."""
         self.num_things = np.array(metadata["things"], np.int32)[positions]
-        """int32 [n]: how many things, crowds not counted, each picture shows."""
+        """int32 [n]: how many things each picture shows, crowds left out."""
         self.description = records.describe(metadata)
-        """What was found when the split was prepared, of all of it, as a text."""
+        """What the whole split holds, as `prepare` printed it."""
         if not len(self):
             raise UserError(f"config.data: split '{spec}' holds no picture")
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def record(self, index: int) -> records.Record:
-        """The encoded record at a position."""
+    def record(self, index: int) -> Record:
+        """The picture and the annotation at a position, encoded."""
         stored = self._source[int(index)]
-        return records.Record(
+        return Record(
             image=stored["image"],
             image_id=int(stored["image_id"]),
             file_name=stored["file_name"].decode(),
@@ -106,16 +150,15 @@ class Split:
         return self.record(index).file_name
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3], RGB, at original size. Raises ValueError where it is broken."""
+        """The picture, uint8 [H, W, 3], RGB. Raises UserError where it is broken."""
         record = self.record(index)
         return image_files.load_image(record.image, record.size)
 
     def truth(self, index: int) -> Any:
-        """The annotation at original size, of the type that the task is evaluated with: a
-        `PanopticMap`, a tuple of `Instance`, or a map of labels [H, W] (0 ignored, 1 + k class k).
+        """The annotation at original size. Raises UserError where it is broken.
 
-        Raises ValueError where it is broken.
+        Returns:
+            a `PanopticMap`, a tuple of `Instance`, or for semantic segmentation a map of labels
+            [H, W] (0 ignored, 1 + k class k).
         """
-        record = self.record(index)
-        loaded = self.kind.load(record.annotation, record.size, self.categories)
-        return self.kind.truth(loaded, self.categories)
+        return self.kind.truth(self.kind.load(self.record(index)))

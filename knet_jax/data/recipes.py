@@ -7,27 +7,23 @@ trains on crops (`Crop`). Both are the part of `config.data` that a worker needs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from knet_jax.data import photometric, sampler, transforms
+from knet_jax.data import photometric, transforms
 from knet_jax.data.transforms import View
 from knet_jax.system.errors import UserError
 
 CROP_TRIES = 10
 """How many windows are looked at for one in which no class takes too much."""
 
-Recipe = TypeVar("Recipe", bound=NamedTuple)
-
-
-def read(kind: type[Recipe], config_data: Mapping[str, Any]) -> Recipe:
-    """The recipe of a kind, `WholePicture` or `Crop`, that `config.data` describes."""
-    return kind(*(config_data[name] for name in kind._fields))
-
 
 class WholePicture(NamedTuple):
-    """Pictures are resized to a short side. In training the orientation alone chooses the canvas."""
+    """Pictures are resized to a short side and shown whole.
+
+    In training there are two canvases, for landscape and for portrait pictures.
+    """
 
     canvas: tuple[int, int]
     """Height and width of the landscape canvas."""
@@ -42,26 +38,34 @@ class WholePicture(NamedTuple):
     eval_multiple: int
     """Of the canvas's sides in evaluation; 0 is the canvas of training, whatever it pads."""
 
-    def groups(self, sizes: np.ndarray, num_things: np.ndarray) -> Sequence[np.ndarray]:
-        """The positions of the pictures that may share a training batch, group by group.
+    @property
+    def train_canvases(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of the canvas of each of the `groups`."""
+        return self.canvas, self.canvas[::-1]
+
+    def groups(self, split: Any) -> Sequence[np.ndarray]:
+        """Which pictures may share a training batch: those of one orientation.
+
+        Args:
+            split: has int arrays `sizes` [n, 2] and `num_things` [n], as `prepared_split.Split`.
+
+        Returns:
+            positions in the split, an int array for each group; landscape pictures come first.
 
         Raises:
-            ValueError: no picture shows enough things.
+            UserError: no picture shows enough things.
         """
-        shown = num_things >= self.min_things
+        shown = split.num_things >= self.min_things
         if not shown.any():
             raise UserError(
                 f"config.data.min_things {self.min_things}: no picture of the training split "
-                f"shows so many things, the most are {num_things.max()}"
+                f"shows so many things, the most are {split.num_things.max()}"
             )
-        return [group[shown[group]] for group in sampler.orientation_groups(sizes)]
-
-    def train_canvas(self, group: int) -> tuple[int, int]:
-        """Height and width of the canvas of a group."""
-        return self.canvas[::-1] if group == 1 else self.canvas
+        landscape = split.sizes[:, 1] >= split.sizes[:, 0]
+        return [np.flatnonzero(shown & landscape), np.flatnonzero(shown & ~landscape)]
 
     def train_view(self, size: tuple[int, int], rng: np.random.Generator) -> View:
-        """Draws what is seen of a picture of some height and width."""
+        """Draws at random how a picture of a height and width is resized and flipped."""
         short_side = rng.integers(*self.short_side, endpoint=True)
         resized = transforms.resized_size(size, short_side, self.long_side)
         return transforms.whole(resized, bool(rng.random() < self.flip))
@@ -78,7 +82,7 @@ class WholePicture(NamedTuple):
     def eval_canvas(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the canvas of a picture in evaluation."""
         if not self.eval_multiple:
-            return self.train_canvas(int(size[0] > size[1]))
+            return self.train_canvases[int(size[0] > size[1])]
         return _round_up(self.eval_size(size), self.eval_multiple)
 
 
@@ -99,30 +103,26 @@ class Crop(NamedTuple):
 
     max_things = 0  # a map of labels has no slots that could be too few
 
-    def groups(self, sizes: np.ndarray, num_things: np.ndarray) -> Sequence[np.ndarray]:
-        """The positions of the pictures that may share a training batch: all of them."""
-        del num_things
-        return [np.arange(len(sizes))]
+    @property
+    def train_canvases(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of the canvas of each of the `groups`."""
+        return (self.crop,)
 
-    def train_canvas(self, group: int) -> tuple[int, int]:
-        """Height and width of the canvas of a group."""
-        del group
-        return self.crop
+    def groups(self, split: Any) -> Sequence[np.ndarray]:
+        """Which pictures may share a training batch: all of them, in one group."""
+        return [np.arange(len(split.sizes))]
 
-    def train_view(
-        self, size: tuple[int, int], rng: np.random.Generator, label_map: np.ndarray
-    ) -> View:
-        """Draws what is seen of a picture.
+    def train_view(self, label_map: np.ndarray, rng: np.random.Generator) -> View:
+        """Draws at random how a picture is resized, cropped, flipped and distorted.
 
         Of several windows the first is taken in which no class has more than `max_class_share` of
         the pixels that are not ignored, else the last.
 
         Args:
-            size: height and width of the picture.
+            label_map: of the picture, [height, width]; 0 is ignored.
             rng: source of randomness.
-            label_map: [height, width], 0 is ignored.
         """
-        resized = self.scaled(rng.uniform(*self.ratio)).eval_size(size)
+        resized = self.scaled(rng.uniform(*self.ratio)).eval_size(label_map.shape)
         shown = tuple(min(pair) for pair in zip(self.crop, resized))
         for _ in range(CROP_TRIES):
             corner = tuple(
@@ -154,13 +154,26 @@ class Crop(NamedTuple):
         return self._replace(scale=tuple(max(1, int(side * ratio)) for side in self.scale))
 
 
+RECIPES = {"panoptic": WholePicture, "instance": WholePicture, "semantic": Crop}
+"""By the name of the task, `config.task`."""
+
+
+def find(task: str, config_data: Mapping[str, Any]) -> WholePicture | Crop:
+    """The recipe of a task, with the values of `config.data`."""
+    recipe = RECIPES[task]
+    return recipe(*(config_data[name] for name in recipe._fields))
+
+
 def at_ratios(recipe: WholePicture | Crop, ratios: Sequence[float]) -> list[WholePicture | Crop]:
-    """The recipe for pictures that are so many times as large, for each ratio; `Crop` has others than 1."""
+    """A recipe for each ratio, for pictures that are so many times as large.
+
+    Ratios other than 1 need a `Crop`.
+    """
     return [recipe.scaled(ratio) if ratio != 1 else recipe for ratio in ratios]
 
 
 def crop_map(label_map: np.ndarray, view: View) -> np.ndarray:
-    """What a view shows of a map [h, w], by centre-aligned nearest interpolation."""
+    """What a view shows of a map [h, w], resized by centre-aligned nearest interpolation."""
     height, width = view.shown
     rows = view.rows(np.arange(height), label_map.shape[0])
     columns = view.columns(np.arange(width), label_map.shape[1])

@@ -7,12 +7,12 @@ that pictures are grouped by orientation before the first one is decoded.
 
 from __future__ import annotations
 
-import abc
-import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,45 +20,39 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from knet_jax.data.annotations import by_task
+from knet_jax.data.annotations.kind import Record
 from knet_jax.segmentation.segments import Categories
 
+VERSION = tfds.core.Version("1.0.0")
+"""To be raised when the form of the records changes, so that older ones are prepared anew."""
 RECORDS_PER_FILE = 1000
 """TFDS keeps the records of a file in memory while it writes the file."""
-
-
-class Record(NamedTuple):
-    """A picture with its annotation, as stored."""
-
-    image: bytes
-    """The encoded picture."""
-    image_id: int
-    """The id that the dataset's own files use, or a position."""
-    file_name: str
-    """As the dataset's own files call it, which may be with subfolders."""
-    size: tuple[int, int]
-    """Height and width."""
-    annotation: Any
-    """Of the kind that the task needs, see `kinds`."""
+MAX_PROBLEMS = 20
+"""How many problems of a dataset are shown."""
 
 
 class Examples(NamedTuple):
-    """A split of a dataset, found to be sound and ready to be written."""
+    """A split of a dataset, examined and ready to be written."""
 
     categories: Categories
     count: int
     records: Iterable[Record]
-    """Read or drawn as they are asked for, `count` of them."""
+    """`count` of them, each read or drawn when it is asked for."""
     problems: Sequence[str]
     """What is wrong with the dataset, a line each."""
 
 
-@dataclasses.dataclass
-class SplitConfig(tfds.core.BuilderConfig):
-    """Which split a builder writes; `name` tells apart splits that differ in anything."""
+class Source(NamedTuple):
+    """A split of a dataset, found but not read yet."""
 
-    split: str = ""
-    task: str = ""
-    """What the annotations are for, a key of `kinds.KINDS`."""
+    dataset: str
+    """Name of the folder of prepared splits."""
+    name: str
+    """Name of this one, different for splits that differ in anything."""
+    split: str
+    task: str
+    examine: Callable[[], Examples]
+    """Reads the files. Raises UserError where they cannot be used."""
 
 
 def config_name(task: str, split: str, *facts: object) -> str:
@@ -67,19 +61,30 @@ def config_name(task: str, split: str, *facts: object) -> str:
     return f"{task}-{split}-{digest}"
 
 
-class RecordBuilder(tfds.core.ShardBasedBuilder, abc.ABC, skip_registration=True):
-    """Writes one split of a dataset; a subclass has a `name` and knows its `examples`.
+def data_dir(config_data) -> Path:
+    """The folder of all prepared datasets: `config.data.data_dir`, or TFDS' default."""
+    given = config_data.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return Path(os.path.expanduser(given))
+
+
+class RecordBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Writes one split of a dataset.
 
     A split is prepared on its own: evaluation needs no training pictures. Records are written as
     they come. TFDS' builders that sort do so on disk beyond a gigabyte, and need TensorFlow for it
     (test_records_are_written_in_order_to_several_files).
+
+    Args:
+        source: what to write.
+        data_dir: folder of all prepared datasets.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = VERSION
 
-    @abc.abstractmethod
-    def examples(self) -> Examples:
-        """Examines the split. Raises ValueError when it cannot be used."""
+    def __init__(self, source: Source, data_dir: Path):
+        self.name = source.dataset
+        self._source = source
+        super().__init__(config=tfds.core.BuilderConfig(name=source.name), data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -89,32 +94,30 @@ class RecordBuilder(tfds.core.ShardBasedBuilder, abc.ABC, skip_registration=True
                     "image": tfds.features.Image(shape=(None, None, 3)),
                     "image_id": np.int64,
                     "file_name": tfds.features.Text(),
-                    **by_task.find(self.builder_config.task).features(),
+                    **by_task.KINDS[self._source.task].features(),
                 }
             ),
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _shard_iterators_per_split(self, dl_manager):
-        del dl_manager
-        examples = self.examples()
+    def _shard_iterators_per_split(self, _):
+        examples = self._source.examine()
         # One pass over the records, of which every file takes its part in turn.
         encoded = self._encode(examples)
         files = [functools.partial(itertools.islice, encoded, RECORDS_PER_FILE)]
         files *= (examples.count - 1) // RECORDS_PER_FILE
-        return {self.builder_config.split: [*files, functools.partial(iter, encoded)]}
+        return {self._source.split: [*files, functools.partial(iter, encoded)]}
 
     def _encode(self, examples: Examples) -> Iterator[tuple[int, dict]]:
-        kind = by_task.find(self.builder_config.task)
+        kind = by_task.KINDS[self._source.task](examples.categories)
         sizes, things = [], []
         columns: dict[str, np.ndarray] = {}
-        progress = tqdm.tqdm(
-            examples.records, f"Writing {self.builder_config.split}", examples.count, unit="img"
-        )
+        title = f"Writing {self._source.split}"
+        progress = tqdm.tqdm(examples.records, title, examples.count, unit="img")
         for i, record in enumerate(progress):
-            num_things, tallied = kind.tally(record.annotation, record.size, examples.categories)
-            columns = {name: columns.get(name, 0) + values for name, values in tallied.items()}
+            num_things, counts = kind.tally(record)
+            columns = {name: columns.get(name, 0) + values for name, values in counts.items()}
             sizes.append(list(record.size))
             things.append(num_things)
             yield (
@@ -129,7 +132,7 @@ class RecordBuilder(tfds.core.ShardBasedBuilder, abc.ABC, skip_registration=True
         # Small, and readable as JSON.
         self.info.metadata.update(
             {
-                "task": self.builder_config.task,
+                "task": self._source.task,
                 "categories": examples.categories._asdict(),
                 "sizes": sizes,
                 "things": things,
@@ -139,14 +142,12 @@ class RecordBuilder(tfds.core.ShardBasedBuilder, abc.ABC, skip_registration=True
         )
 
 
-def describe(metadata: dict, max_problems: int = 20) -> str:
+def describe(metadata: Mapping[str, Any]) -> str:
     """What a prepared split holds, as a text for people: counts, classes, problems."""
     categories = Categories.of(metadata["categories"])
-    num_pixels = sum(height * width for height, width in metadata["sizes"])
-    describe_ = by_task.find(metadata["task"]).describe
-    headline, texts = describe_(metadata["columns"], num_pixels)
+    summary, texts = by_task.KINDS[metadata["task"]](categories).describe(metadata)
     lines = [
-        f"{len(metadata['sizes'])} images, {headline}",
+        f"{len(metadata['sizes'])} images, {summary}",
         f"{categories.num_things} thing and {categories.num_stuff} stuff classes",
     ]
     width = max(len(name) for name in categories.names)
@@ -155,7 +156,7 @@ def describe(metadata: dict, max_problems: int = 20) -> str:
         lines.append(f"  {name:<{width}}  {kind}  {text}")
     problems = metadata["problems"]
     lines.append(f"{len(problems)} problems" + (":" if problems else ""))
-    lines += [f"  {problem}" for problem in problems[:max_problems]]
-    if len(problems) > max_problems:
-        lines.append(f"  … and {len(problems) - max_problems} more")
+    lines += [f"  {problem}" for problem in problems[:MAX_PROBLEMS]]
+    if len(problems) > MAX_PROBLEMS:
+        lines.append(f"  … and {len(problems) - MAX_PROBLEMS} more")
     return "\n".join(lines)

@@ -10,24 +10,16 @@ import numpy as np
 _ORDER, _AUGMENTATION = 0, 1
 
 
-def orientation_groups(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the landscape pictures (squares included) and of the portrait pictures.
-
-    Args:
-        sizes: int [n, 2], height and width.
-
-    Returns:
-        two ascending int arrays.
-    """
-    landscape = sizes[:, 1] >= sizes[:, 0]
-    return np.flatnonzero(landscape), np.flatnonzero(~landscape)
-
-
 class EpochSampler:
-    """An endless sequence of batches, each from one group, all of a group once an epoch.
+    """An endless sequence of batches. Each is of one group, and an epoch shows every picture.
 
     Every epoch shuffles each group, cuts it into batches (the last one is filled up from the
     group's start, so up to a batch less one of its pictures occur twice) and shuffles the batches.
+
+    Args:
+        groups: positions of pictures, an int array for each group.
+        batch_size: pictures in a batch.
+        seed: of the order and of the augmentation.
     """
 
     def __init__(self, groups: Sequence[np.ndarray], batch_size: int, seed: int):
@@ -38,14 +30,18 @@ class EpochSampler:
         self._epoch, self._order = None, None
 
     def batch(self, index: int) -> tuple[int, np.ndarray]:
-        """Group and members (int [batch_size]) of a batch, counted from the start of training."""
+        """The batch at an index, counted from the start of training.
+
+        Returns:
+            the number of its group, and the positions of its pictures, int [batch_size].
+        """
         epoch, position = divmod(index, self.batches_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._draw(epoch)
         return self._order[position]
 
     def generator(self, index: int, row: int) -> np.random.Generator:
-        """The source of randomness of one example."""
+        """The source of randomness for the augmentation of row `row` of batch `index`."""
         return np.random.default_rng((self.seed, _AUGMENTATION, index * self.batch_size + row))
 
     def _draw(self, epoch: int) -> list[tuple[int, np.ndarray]]:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import knet_jax
 from knet_jax.app.segmenter import Segmenter
 from knet_jax.cli.commandline import CommandLine, run
-from knet_jax.data.annotations import by_task
+from knet_jax.data import recipes
 from knet_jax.inference.any_size import Framing, show
 from knet_jax.inference.forward import run_network
 from knet_jax.inference.multiscale import canvas_of
@@ -74,7 +74,7 @@ def of_two_canvases(config: ConfigDict) -> ConfigDict:
 def make_views(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[Framing, ...]:
     """How an exported network sees pictures of a height and width; by default those of any size,
     by a config `of_two_canvases`, upright ones by the last view."""
-    recipe = by_task.find(config.task).recipe(config.data)
+    recipe = recipes.find(config.task, config.data)
     sizes = [size] if size else [LANDSCAPE, PORTRAIT]
     canvases = dict.fromkeys(tuple(recipe.eval_canvas(size)) for size in sizes)
     return tuple(Framing(canvas, *recipe.eval_sides) for canvas in canvases)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -15,9 +14,12 @@ from knet_jax.system.errors import UserError
 
 
 def check_class_counts(config: ConfigDict, categories: Categories) -> None:
-    """Raises ValueError where the network has other class counts than the data.
+    """Checks that a network has as many classes as the data.
 
-    To semantic segmentation things are stuff like the rest.
+    In semantic segmentation things count as stuff.
+
+    Raises:
+        UserError: the counts differ.
     """
     num_things = categories.num_things if config.model.num_proposals else 0
     counts = {"num_things": num_things, "num_stuff": len(categories.names) - num_things}
@@ -31,7 +33,15 @@ def check_class_counts(config: ConfigDict, categories: Categories) -> None:
 
 
 def check_trained_classes(saved: dict[str, Any], categories: Categories) -> None:
-    """Raises ValueError where a checkpoint was trained on other classes than the data lists."""
+    """Checks that a checkpoint was trained on the classes of the data.
+
+    Args:
+        saved: `Categories._asdict()`, as the checkpoint keeps it.
+        categories: of the data.
+
+    Raises:
+        UserError: the names differ.
+    """
     old, new = list(saved["names"]), list(categories.names)
     if old != new:
         pairs = enumerate(zip_longest(old, new, fillvalue="absent"))
@@ -43,9 +53,9 @@ def check_trained_classes(saved: dict[str, Any], categories: Categories) -> None
 
 
 def check_same_classes(train: Categories, val: Categories) -> None:
-    """Raises ValueError where two splits differ in their classes."""
+    """Checks that two splits have the same classes. Raises UserError where they differ."""
     if train != val:
-        pairs = itertools.zip_longest(zip(*train[:2]), zip(*val[:2]))
+        pairs = zip_longest(zip(*train[:2]), zip(*val[:2]))
         first = next(((a, b) for a, b in pairs if a != b), (train.num_things, val.num_things))
         raise UserError(
             "config.data.root: the annotations of config.data.train_split and "
@@ -54,10 +64,15 @@ def check_same_classes(train: Categories, val: Categories) -> None:
 
 
 def flag(entry: Mapping, key: str, default: int = 0) -> bool:
-    """What an entry of the file says to a question.
+    """A yes or no of a JSON file, such as `isthing` or `iscrowd`.
+
+    Args:
+        entry: of the file.
+        key: of the answer.
+        default: the answer where the entry has none.
 
     Raises:
-        ValueError: neither 0 nor 1; a text, such as "0", would count as yes.
+        UserError: the value is neither 0 nor 1. (Python would take the text "0" for yes.)
     """
     value = entry.get(key, default)
     if value not in (0, 1):
@@ -66,12 +81,12 @@ def flag(entry: Mapping, key: str, default: int = 0) -> bool:
 
 
 def read_coco_categories(listed: Sequence[Mapping]) -> Categories:
-    """Orders a file's category list things first, else as it stands.
+    """The classes of COCO's list of categories: things first, else in the order of the list.
 
     A category that does not say whether it is a thing is one.
 
     Raises:
-        ValueError: an id occurs twice, or there is none.
+        UserError: an id occurs twice, or the list is empty.
     """
     if not listed:
         raise UserError("its list of categories is empty")
@@ -85,10 +100,10 @@ def read_coco_categories(listed: Sequence[Mapping]) -> Categories:
 
 
 def read_coco_things(listed: Sequence[Mapping]) -> Categories:
-    """The categories of a file of instances, as they stand: all are things, whatever they say.
+    """The classes of the categories of an instance file: all are things, whatever they say.
 
     Raises:
-        ValueError: an id occurs twice, or there is none.
+        UserError: an id occurs twice, or the list is empty.
     """
     return read_coco_categories([{**category, "isthing": 1} for category in listed])
 
@@ -96,12 +111,15 @@ def read_coco_things(listed: Sequence[Mapping]) -> Categories:
 def read_class_list(
     path: Path, ignore_index: int, source: str = "config.data.classes"
 ) -> Categories:
-    """The classes of a text file, a line each; the one at `ignore_index` is none.
+    """The classes of a text file that names one on every line.
 
-    Errors call the file what the user has given it as, its `source`.
+    Args:
+        path: of the file.
+        ignore_index: the line, counted from 0, that is no class.
+        source: the option that the user gave the file with, for messages.
 
     Raises:
-        ValueError: a class has no name, two have the same, there is none, or it is no text.
+        UserError: a class has no name, two have the same, there is none, or it is no text.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -111,11 +129,15 @@ def read_class_list(
 
 
 def parse_class_list(text: str, called: str, ignore_index: int | None = None) -> dict[int, str]:
-    """The names of classes, a line each, by the index of the line; one line may be ignored.
+    """The names of classes, by the number of their line.
+
+    Args:
+        text: names a class on every line.
+        called: how messages call the text.
+        ignore_index: a line, counted from 0, that is no class.
 
     Raises:
-        ValueError: a class has no name, two have the same, or there is none; errors begin with
-            what the text is `called`.
+        UserError: a class has no name, two have the same, or there is none.
     """
     lines = [line.strip() for line in text.rstrip().splitlines()]
     names = {i: name for i, name in enumerate(lines) if i != ignore_index}
@@ -125,5 +147,5 @@ def parse_class_list(text: str, called: str, ignore_index: int | None = None) ->
 
 
 def stuff_categories(names: Mapping[int, str]) -> Categories:
-    """Classes from their names by index; nothing is told apart within one, so all are stuff."""
+    """Classes from {dataset id: name}; all are stuff, as in semantic segmentation."""
     return Categories(tuple(names.values()), tuple(names), num_things=0)

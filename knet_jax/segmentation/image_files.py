@@ -1,4 +1,4 @@
-"""Files of pictures: decoded, checked, and annotations whose pixels are numbers."""
+"""Reads pictures, and annotations that are stored as pictures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from PIL import Image
 from knet_jax.system.errors import UserError
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""How the names of pictures end."""
-
-
+"""The endings of file names that are taken for pictures."""
 NUM_IDS = 1 << 24
-"""How many ids three bytes can tell apart, void included."""
+"""How many segment ids three bytes can tell apart, void (0) included."""
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -31,7 +29,7 @@ def decode_image(data: bytes) -> np.ndarray:
         uint8 [height, width, 3], RGB.
 
     Raises:
-        ValueError: the picture is damaged.
+        UserError: the picture is damaged.
     """
     if _may_be_truncated(data):
         # cv2 would fill up with grey; Pillow refuses to.
@@ -43,7 +41,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """A picture from a file, as `decode_image` gives it. Raises ValueError, which names the file."""
+    """Reads a picture from a file, see `decode_image`. Raises UserError, which names the file."""
     try:
         return decode_image(Path(path).read_bytes())
     except OSError as error:
@@ -53,7 +51,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    """Decodes the picture of an annotation.
+    """Decodes a picture, and checks that it has the size of its annotation.
 
     It is turned as its EXIF orientation says, unless only the unturned one has the size of the
     annotation (test_exif_follows_the_annotation).
@@ -66,7 +64,7 @@ def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
         uint8 [height, width, 3], RGB.
 
     Raises:
-        ValueError: the picture is damaged, or of another size.
+        UserError: the picture is damaged, or of another size.
     """
     image = decode_image(data)
     if image.shape[:2] == (size[1], size[0]) != tuple(size):
@@ -86,7 +84,7 @@ def load_panoptic(data: bytes, size: tuple[int, int]) -> np.ndarray:
         uint8 [height, width, 3], RGB.
 
     Raises:
-        ValueError: the PNG is damaged, or of another size.
+        UserError: the PNG is damaged, or of another size.
     """
     rgb = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     _check_size(rgb, size)
@@ -104,7 +102,7 @@ def load_label_map(data: bytes, size: tuple[int, int]) -> np.ndarray:
         uint8 or uint16 [height, width].
 
     Raises:
-        ValueError: the PNG is damaged, in color, or of another size.
+        UserError: the PNG is damaged, in color, or of another size.
     """
     label_map = _decode(data, cv2.IMREAD_UNCHANGED)
     if label_map.ndim != 2:
@@ -114,7 +112,14 @@ def load_label_map(data: bytes, size: tuple[int, int]) -> np.ndarray:
 
 
 def segment_ids(rgb: np.ndarray) -> np.ndarray:
-    """R + 256 G + 65536 B of a uint8 [h, w, 3] array, int32 [h, w]."""
+    """The ids that COCO's panoptic colors stand for.
+
+    Args:
+        rgb: uint8 [h, w, 3].
+
+    Returns:
+        R + 256 G + 65536 B, int32 [h, w].
+    """
     if not rgb.size:
         # Nothing is sampled of a picture that is one pixel wide. cv2 refuses empty arrays.
         return np.zeros(rgb.shape[:2], np.int32)
@@ -124,7 +129,7 @@ def segment_ids(rgb: np.ndarray) -> np.ndarray:
 
 
 def segment_colors(ids: np.ndarray) -> np.ndarray:
-    """The inverse of `segment_ids`: uint8 [..., 3], RGB."""
+    """COCO's panoptic colors for ids [...], uint8 [..., 3]: the inverse of `segment_ids`."""
     return np.stack([ids & 255, (ids >> 8) & 255, (ids >> 16) & 255], -1).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The classes of datasets as they are published, where their files are not at hand."""
+"""The classes of published datasets, for where the datasets' own files are missing."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ PATTERNS = ("stripes", "checks", "dots", "noise")
 
 
 def find(dataset: str, task: str) -> Categories | None:
-    """The classes of a dataset, to which things are stuff in semantic segmentation.
+    """The classes of a published dataset.
 
     Args:
         dataset: `config.data.dataset`.
-        task: `config.task`.
+        task: `config.task`; in semantic segmentation all classes are stuff.
 
     Returns:
-        None where every dataset of that layout has classes of its own.
+        the classes, or None for a layout that has classes of the user's own.
     """
     if dataset == "coco":
         things, stuff = COCO_THINGS, COCO_STUFF

@@ -7,17 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from pycocotools import mask as run_lengths
 
 from knet_jax.data import transforms
-from knet_jax.data.annotations import panoptic
+from knet_jax.data.annotations.kind import Kind, Record
+from knet_jax.data.annotations.panoptic import count_by_class, describe_counts, largest
 from knet_jax.data.recipes import WholePicture
 from knet_jax.data.transforms import View
-from knet_jax.segmentation.segments import Categories, Instance
+from knet_jax.segmentation import rle
+from knet_jax.segmentation.segments import Instance
 from knet_jax.structs import EMPTY, InstanceTargets
-
-ENCODED = ()
-"""Which of the features are pictures."""
 
 
 class StoredInstance(NamedTuple):
@@ -31,97 +29,81 @@ class StoredInstance(NamedTuple):
     """As annotated."""
 
 
-class Loaded(NamedTuple):
-    """The things of a picture, and its height and width."""
+class LoadedInstances(NamedTuple):
+    """The things of a picture; masks stay run lengths until one is needed."""
 
     instances: Sequence[StoredInstance]
     size: tuple[int, int]
+    """Height and width of the picture."""
 
-    def rle(self, instance: StoredInstance) -> dict:
-        """The mask of one of them in COCO's form."""
+    def rle(self, instance: StoredInstance) -> dict[str, Any]:
+        """The mask of one of the things, in COCO's form."""
         return {"size": list(self.size), "counts": instance.counts}
 
 
-def features() -> dict[str, Any]:
-    """What TFDS stores of an annotation."""
-    return {
-        "instances": tfds.features.Sequence(
-            {
-                "counts": tfds.features.Text(),
-                "label": np.int64,
-                "iscrowd": np.bool_,
-                "area": np.float64,
-            }
+class InstanceKind(Kind):
+    """Things with masks that may overlap."""
+
+    @staticmethod
+    def features() -> dict[str, Any]:
+        return {
+            "instances": tfds.features.Sequence(
+                {
+                    "counts": tfds.features.Text(),
+                    "label": np.int64,
+                    "iscrowd": np.bool_,
+                    "area": np.float64,
+                }
+            )
+        }
+
+    def encode(self, annotation: Sequence[StoredInstance]) -> dict[str, Any]:
+        return {"instances": [instance._asdict() for instance in annotation]}
+
+    def decode(self, stored: Mapping[str, Any]) -> list[StoredInstance]:
+        columns = (stored["instances"][field] for field in StoredInstance._fields)
+        return [
+            StoredInstance(bytes(counts), int(label), bool(crowd), float(area))
+            for counts, label, crowd, area in zip(*columns)
+        ]
+
+    def tally(self, record: Record) -> tuple[int, dict[str, np.ndarray]]:
+        return count_by_class(record.annotation, self.categories)
+
+    def describe(self, metadata: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
+        return describe_counts(**metadata["columns"])
+
+    def load(self, record: Record) -> LoadedInstances:
+        return LoadedInstances(record.annotation, record.size)
+
+    def train_view(
+        self, recipe: WholePicture, loaded: LoadedInstances, rng: np.random.Generator
+    ) -> View:
+        return recipe.train_view(loaded.size, rng)
+
+    def empty(self, recipe: WholePicture, group: int, count: int) -> InstanceTargets:
+        height, width = recipe.train_canvases[group]
+        return InstanceTargets(
+            np.zeros((count, recipe.max_things, height // 2, width // 16), np.uint8),
+            np.full((count, recipe.max_things), EMPTY, np.int32),
         )
-    }
 
+    def fill(
+        self, targets: InstanceTargets, place: int, loaded: LoadedInstances, view: View
+    ) -> None:
+        num_slots, height, packed_width = targets.masks.shape[1:]
+        bits = np.zeros((height, 8 * packed_width), np.uint8)
+        rows, columns = transforms.sampled_source(view, bits.shape, loaded.size)
+        shown = [instance for instance in loaded.instances if not instance.iscrowd]
+        for slot, instance in enumerate(largest(shown, num_slots)):
+            # Run lengths go down the columns, and so does the memory of a decoded mask.
+            mask = rle.decode(loaded.rle(instance))
+            bits[: len(rows), : len(columns)] = mask.T[columns].take(rows, axis=1).T
+            targets.masks[place, slot] = np.packbits(bits, axis=-1)
+            targets.labels[place, slot] = instance.label
 
-def encode(annotation: Sequence[StoredInstance]) -> dict[str, Any]:
-    """An annotation as TFDS takes it."""
-    return {"instances": [instance._asdict() for instance in annotation]}
-
-
-def decode(stored: Mapping[str, Any]) -> list[StoredInstance]:
-    """An annotation as TFDS gives it back."""
-    columns = (stored["instances"][field] for field in StoredInstance._fields)
-    return [
-        StoredInstance(bytes(counts), int(label), bool(crowd), float(area))
-        for counts, label, crowd, area in zip(*columns)
-    ]
-
-
-def tally(
-    annotation: Sequence[StoredInstance], size: tuple[int, int], categories: Categories
-) -> tuple[int, dict[str, np.ndarray]]:
-    """How many things an annotation has, and its things and crowds by class."""
-    del size
-    return panoptic.count_by_class(annotation, categories)
-
-
-def load(
-    annotation: Sequence[StoredInstance], size: tuple[int, int], categories: Categories
-) -> Loaded:
-    """An annotation with what is needed to read it; masks are decoded one by one."""
-    del categories
-    return Loaded(annotation, size)
-
-
-def empty(
-    recipe: WholePicture, categories: Categories, count: int, canvas: tuple[int, int]
-) -> InstanceTargets:
-    """The targets of pictures that show nothing."""
-    del categories
-    return InstanceTargets(
-        np.zeros((count, recipe.max_things, canvas[0] // 2, canvas[1] // 16), np.uint8),
-        np.full((count, recipe.max_things), EMPTY, np.int32),
-    )
-
-
-def fill(
-    targets: InstanceTargets,
-    place: int,
-    loaded: Loaded,
-    view: View,
-    canvas: tuple[int, int],
-    categories: Categories,
-) -> None:
-    """Writes what a view shows of the largest things into a place of the targets."""
-    del categories
-    rows, columns = transforms.sampled_source(view, canvas, loaded.size)
-    bits = np.zeros((canvas[0] // 2, canvas[1] // 2), np.uint8)
-    shown = [instance for instance in loaded.instances if not instance.iscrowd]
-    for slot, instance in enumerate(panoptic.largest(shown, targets.labels.shape[1])):
-        # Run lengths go down the columns, and so does the memory of a decoded mask.
-        mask = run_lengths.decode(loaded.rle(instance))
-        bits[: len(rows), : len(columns)] = mask.T[columns].take(rows, axis=1).T
-        targets.masks[place, slot] = np.packbits(bits, axis=-1)
-        targets.labels[place, slot] = instance.label
-
-
-def truth(loaded: Loaded, categories: Categories) -> tuple[Instance, ...]:
-    """The annotation at original size, crowds included."""
-    del categories
-    return tuple(
-        Instance(loaded.rle(one), one.label, iscrowd=one.iscrowd, area=one.area)
-        for one in loaded.instances
-    )
+    def truth(self, loaded: LoadedInstances) -> tuple[Instance, ...]:
+        return tuple(
+            Instance(loaded.rle(one), one.label, iscrowd=one.iscrowd, area=one.area)
+            for one in loaded.instances
+        )

@@ -9,21 +9,19 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from knet_jax.data import transforms
+from knet_jax.data.annotations.kind import Kind, Record, map_dtype
 from knet_jax.data.recipes import WholePicture
 from knet_jax.data.transforms import View
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.segments import Categories, PanopticMap, SegmentInfo
 from knet_jax.structs import EMPTY, PanopticTargets
 
-ENCODED = ("panoptic",)
-"""Which of the features are pictures."""
-
 
 class StoredSegment(NamedTuple):
     """One segment of a stored picture."""
 
     id: int
-    """What the PNG holds at its pixels: R + 256 G + 65536 B, never 0."""
+    """The number that the PNG holds at its pixels, never 0."""
     label: int
     """Class, things first."""
     iscrowd: bool
@@ -31,60 +29,102 @@ class StoredSegment(NamedTuple):
     """Number of its pixels, always positive."""
 
 
-class Annotation(NamedTuple):
-    """What is stored of a picture's segments."""
+class PanopticAnnotation(NamedTuple):
+    """The segments of a picture, as stored."""
 
     png: bytes
-    """Pixels hold segment ids in COCO's way: R + 256 G + 65536 B, 0 = void."""
+    """A pixel holds a segment's id as R + 256 G + 65536 B; 0 is void."""
     segments: Sequence[StoredSegment]
 
 
-class Loaded(NamedTuple):
-    """A decoded annotation."""
+class LoadedPanoptic(NamedTuple):
+    """The segments of a picture, decoded."""
 
     rgb: np.ndarray
-    """uint8 [H, W, 3]."""
+    """uint8 [H, W, 3], the pixels of the PNG."""
     segments: Sequence[StoredSegment]
 
 
-def features() -> dict[str, Any]:
-    """What TFDS stores of an annotation."""
-    return {
-        "panoptic": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-        "segments": tfds.features.Sequence(
-            {"id": np.int64, "label": np.int64, "iscrowd": np.bool_, "area": np.int64}
-        ),
-    }
+class PanopticKind(Kind):
+    """Things and stuff; every pixel belongs to one segment or to none."""
 
+    @staticmethod
+    def features() -> dict[str, Any]:
+        return {
+            "panoptic": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "segments": tfds.features.Sequence(
+                {"id": np.int64, "label": np.int64, "iscrowd": np.bool_, "area": np.int64}
+            ),
+        }
 
-def encode(annotation: Annotation) -> dict[str, Any]:
-    """An annotation as TFDS takes it."""
-    segments = [segment._asdict() for segment in annotation.segments]
-    return {"panoptic": annotation.png, "segments": segments}
+    def encode(self, annotation: PanopticAnnotation) -> dict[str, Any]:
+        segments = [segment._asdict() for segment in annotation.segments]
+        return {"panoptic": annotation.png, "segments": segments}
 
+    def decode(self, stored: Mapping[str, Any]) -> PanopticAnnotation:
+        columns = (stored["segments"][field] for field in StoredSegment._fields)
+        segments = [
+            StoredSegment(int(id), int(label), bool(crowd), int(area))
+            for id, label, crowd, area in zip(*columns)
+        ]
+        return PanopticAnnotation(stored["panoptic"], segments)
 
-def decode(stored: Mapping[str, Any]) -> Annotation:
-    """An annotation as TFDS gives it back."""
-    columns = (stored["segments"][field] for field in StoredSegment._fields)
-    segments = [
-        StoredSegment(int(id), int(label), bool(crowd), int(area))
-        for id, label, crowd, area in zip(*columns)
-    ]
-    return Annotation(stored["panoptic"], segments)
+    def tally(self, record: Record) -> tuple[int, dict[str, np.ndarray]]:
+        return count_by_class(record.annotation.segments, self.categories)
 
+    def describe(self, metadata: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
+        return describe_counts(**metadata["columns"])
 
-def tally(
-    annotation: Annotation, size: tuple[int, int], categories: Categories
-) -> tuple[int, dict[str, np.ndarray]]:
-    """How many things an annotation has, and its segments and crowds by class."""
-    del size
-    return count_by_class(annotation.segments, categories)
+    def load(self, record: Record) -> LoadedPanoptic:
+        rgb = image_files.load_panoptic(record.annotation.png, record.size)
+        return LoadedPanoptic(rgb, record.annotation.segments)
+
+    def train_view(
+        self, recipe: WholePicture, loaded: LoadedPanoptic, rng: np.random.Generator
+    ) -> View:
+        return recipe.train_view(loaded.rgb.shape[:2], rng)
+
+    def empty(self, recipe: WholePicture, group: int, count: int) -> PanopticTargets:
+        height, width = recipe.train_canvases[group]
+        num_segments = recipe.max_things + self.categories.num_stuff
+        return PanopticTargets(
+            np.zeros((count, height // 2, width // 2), map_dtype(num_segments)),
+            np.full((count, num_segments), EMPTY, np.int32),
+        )
+
+    def fill(
+        self, targets: PanopticTargets, place: int, loaded: LoadedPanoptic, view: View
+    ) -> None:
+        num_things, num_stuff = self.categories.num_things, self.categories.num_stuff
+        max_things = targets.labels.shape[1] - num_stuff
+        shown = [segment for segment in loaded.segments if not segment.iscrowd]
+        stuff = [segment for segment in shown if segment.label >= num_things]
+        things = [segment for segment in shown if segment.label < num_things]
+        things = largest(things, max_things)
+        values = [1 + slot for slot in range(len(things))]
+        values += [1 + max_things + segment.label - num_things for segment in stuff]
+        ids = [segment.id for segment in things + stuff]
+        transforms.sample_segments(loaded.rgb, view, ids, values, targets.segment_map[place])
+        for segment, value in zip(things + stuff, values):
+            targets.labels[place, value - 1] = segment.label
+
+    def truth(self, loaded: LoadedPanoptic) -> PanopticMap:
+        ids = image_files.segment_ids(loaded.rgb)
+        listed = np.array([segment.id for segment in loaded.segments], np.int32)
+        infos = tuple(SegmentInfo(s.id, s.label, s.iscrowd) for s in loaded.segments)
+        # Ids that no segment has become void, 0.
+        return PanopticMap(transforms.lookup(ids, listed, listed), infos)
 
 
 def count_by_class(
     segments: Sequence[Any], categories: Categories
 ) -> tuple[int, dict[str, np.ndarray]]:
-    """How many of some segments are things and no crowds, and all and crowds by class."""
+    """Counts segments or instances.
+
+    Returns:
+        the number of things that are no crowds, and by class, int [number of classes], the
+        "segments" that are no crowds, and the "crowds".
+    """
     counts = np.zeros((2, len(categories.names)), np.int64)
     for segment in segments:
         counts[int(segment.iscrowd), segment.label] += 1
@@ -92,10 +132,8 @@ def count_by_class(
     return num_things, {"segments": counts[0], "crowds": counts[1]}
 
 
-def describe(columns: Mapping[str, Sequence[int]], num_pixels: int) -> tuple[str, Sequence[str]]:
-    """A headline for the tallies of a split, and a text for each class."""
-    del num_pixels
-    segments, crowds = columns["segments"], columns["crowds"]
+def describe_counts(segments: Sequence[int], crowds: Sequence[int]) -> tuple[str, Sequence[str]]:
+    """The sums of `count_by_class` as a summary in one line, and a text for each class."""
     texts = [
         f"{count:>8}" + (f" + {crowd} crowd" if crowd else "")
         for count, crowd in zip(segments, crowds)
@@ -103,65 +141,6 @@ def describe(columns: Mapping[str, Sequence[int]], num_pixels: int) -> tuple[str
     return f"{sum(segments)} segments, {sum(crowds)} crowds", texts
 
 
-def load(annotation: Annotation, size: tuple[int, int], categories: Categories) -> Loaded:
-    """Decodes an annotation. Raises ValueError where its PNG is broken."""
-    del categories
-    return Loaded(image_files.load_panoptic(annotation.png, size), annotation.segments)
-
-
-def train_view(
-    recipe: WholePicture, loaded: Any, size: tuple[int, int], rng: np.random.Generator
-) -> View:
-    """Draws what training sees of a picture."""
-    del loaded
-    return recipe.train_view(size, rng)
-
-
-def empty(
-    recipe: WholePicture, categories: Categories, count: int, canvas: tuple[int, int]
-) -> PanopticTargets:
-    """The targets of pictures that show nothing."""
-    num_values = 1 + recipe.max_things + categories.num_stuff
-    dtype = np.uint8 if num_values <= 256 else np.uint16
-    return PanopticTargets(
-        np.zeros((count, canvas[0] // 2, canvas[1] // 2), dtype),
-        np.full((count, num_values - 1), EMPTY, np.int32),
-    )
-
-
-def fill(
-    targets: PanopticTargets,
-    place: int,
-    loaded: Loaded,
-    view: View,
-    canvas: tuple[int, int],
-    categories: Categories,
-) -> None:
-    """Writes what a view shows of an annotation into a place of the targets."""
-    max_things = targets.labels.shape[1] - categories.num_stuff
-    shown = [segment for segment in loaded.segments if not segment.iscrowd]
-    stuff = [segment for segment in shown if segment.label >= categories.num_things]
-    things = [segment for segment in shown if segment.label < categories.num_things]
-    things = largest(things, max_things)
-    values = [1 + slot for slot in range(len(things))]
-    values += [1 + max_things + segment.label - categories.num_things for segment in stuff]
-    ids = [segment.id for segment in things + stuff]
-    targets.segment_map[place] = transforms.sample_segments(
-        loaded.rgb, view, canvas, ids, values, targets.segment_map.dtype
-    )
-    for segment, value in zip(things + stuff, values):
-        targets.labels[place, value - 1] = segment.label
-
-
 def largest(segments: Sequence[Any], count: int) -> list[Any]:
-    """The largest of some segments, in descending order of their area."""
+    """At most `count` of the segments, those of the largest area first."""
     return sorted(segments, key=lambda segment: -segment.area)[:count]
-
-
-def truth(loaded: Loaded, categories: Categories) -> PanopticMap:
-    """The annotation at original size; ids that it does not list become void (0)."""
-    del categories
-    ids = image_files.segment_ids(loaded.rgb)
-    listed = np.array([segment.id for segment in loaded.segments], np.int32)
-    infos = tuple(SegmentInfo(s.id, s.label, s.iscrowd) for s in loaded.segments)
-    return PanopticMap(transforms.lookup(ids, listed, listed), infos)

@@ -9,8 +9,8 @@ as in ADEChallengeData2016.zip; the root may also be the folder that holds `ADEC
 
 from __future__ import annotations
 
-import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 
 from knet_jax.data import records
@@ -20,59 +20,40 @@ from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
 
 FOLDER = "ADEChallengeData2016"
-NUM_CLASSES = len(published_classes.ADE20K)
 CATEGORIES = published_classes.find("ade20k", "semantic")
-"""Where no file says more."""
+"""The classes where no file names them."""
 
 
-class Ade20k(records.RecordBuilder, skip_registration=True):
-    """Writes a split of ADE20K."""
-
-    name = "ade20k"
-
-    def examples(self) -> records.Examples:
-        """See the base class."""
-        root, split = Path(self.builder_config.root), self.builder_config.split
-        pictures, annotations = root / "images" / split, root / "annotations" / split
-        pairs = [
-            index_maps.Pair(path, annotations / f"{path.stem}.png", path.name)
-            for path in index_maps.find_pictures(pictures)
-        ]
-        return index_maps.scan(pairs, read_object_info(root), ignored={0}, source=pictures)
-
-
-@dataclasses.dataclass
-class Ade20kConfig(records.SplitConfig):
-    """A split of one directory, as it is now."""
-
-    root: str = ""
-
-
-def split_config(root: str, split: str) -> Ade20kConfig:
-    """Finds a split; another root, or a folder that has changed, gives another name.
-
-    Raises:
-        ValueError: there is no such directory, or no such split in it.
-    """
-    given = Path(os.path.expanduser(root))
-    found = next((f for f in (given, given / FOLDER) if (f / "annotations").is_dir()), None)
-    if not root or not found:
+def find(config_data, split: str) -> records.Source:
+    """Finds a split below `config.data.root`. Raises UserError where there is none."""
+    given = Path(os.path.expanduser(config_data.root))
+    root = next((f for f in (given, given / FOLDER) if (f / "annotations").is_dir()), None)
+    if not config_data.root or not root:
         raise UserError(
-            f"config.data.root: no ADE20K at '{root}', expected images/ and annotations/ in it"
+            f"config.data.root: no ADE20K at '{config_data.root}', expected images/ and "
+            "annotations/ in it"
         )
-    parts = [found / part / split for part in ("images", "annotations")]
+    parts = [root / part / split for part in ("images", "annotations")]
     for part in parts:
         if not part.is_dir():
             raise UserError(f"config.data.root: split '{split}' needs the folder {part}")
     name = records.config_name("semantic", split, *map(examine.state, parts))
-    return Ade20kConfig(name=name, split=split, task="semantic", root=str(found))
+    return records.Source("ade20k", name, split, "semantic", partial(_examine, root, *parts))
+
+
+def _examine(root: Path, pictures: Path, annotations: Path) -> records.Examples:
+    pairs = [
+        index_maps.Pair(path, annotations / f"{path.stem}.png", path.name)
+        for path in index_maps.find_pictures(pictures)
+    ]
+    return index_maps.examine_pairs(pairs, read_object_info(root), ignored={0}, source=pictures)
 
 
 def read_object_info(root: Path) -> Categories:
-    """The classes, with the first of the names that `objectInfo150.txt` lists for each.
+    """The classes, each by the first of the names that `objectInfo150.txt` gives it.
 
     Raises:
-        ValueError: the file is there, but does not list the classes.
+        UserError: the file is there, but does not list the classes.
     """
     path = root / "objectInfo150.txt"
     if not path.is_file():
@@ -84,8 +65,9 @@ def read_object_info(root: Path) -> Categories:
         listed = {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
     except ValueError as error:
         raise UserError(f"config.data.root: {path} is not a table of classes") from error
-    if list(listed) != list(range(1, 1 + NUM_CLASSES)):
+    if tuple(listed) != CATEGORIES.dataset_ids:
         raise UserError(
-            f"config.data.root: {path} lists {len(listed)} classes, expected 1 to {NUM_CLASSES}"
+            f"config.data.root: {path} lists {len(listed)} classes, "
+            f"expected 1 to {len(CATEGORIES.names)}"
         )
     return class_lists.stuff_categories(listed)

@@ -6,8 +6,8 @@ root/gtFine/<split>/<city>/<name>_gtFine_labelIds.png
 
 from __future__ import annotations
 
-import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 
 from knet_jax.data import records
@@ -21,45 +21,23 @@ IGNORED = {*range(34), 255} - {*CATEGORIES.dataset_ids}
 PICTURE, ANNOTATION = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
 
-class Cityscapes(records.RecordBuilder, skip_registration=True):
-    """Writes a split of Cityscapes."""
-
-    name = "cityscapes"
-
-    def examples(self) -> records.Examples:
-        """See the base class."""
-        pictures, annotations = _folders(self.builder_config.root, self.builder_config.split)
-        pairs = []
-        for path in sorted(pictures.glob(f"*/*{PICTURE}")):
-            stem = path.name.removesuffix(PICTURE)
-            png = annotations / path.parent.name / f"{stem}{ANNOTATION}"
-            pairs.append(index_maps.Pair(path, png, path.name))
-        return index_maps.scan(pairs, CATEGORIES, IGNORED, source=pictures)
-
-
-@dataclasses.dataclass
-class CityscapesConfig(records.SplitConfig):
-    """A split of one directory, as it is now."""
-
-    root: str = ""
-
-
-def split_config(root: str, split: str) -> CityscapesConfig:
-    """Finds a split; another root, or a folder that has changed, gives another name.
-
-    Raises:
-        ValueError: there is no such directory, or no such split in it.
-    """
-    folders = _folders(root, split)
+def find(config_data, split: str) -> records.Source:
+    """Finds a split below `config.data.root`. Raises UserError where there is none."""
+    root = Path(os.path.expanduser(config_data.root))
+    folders = (root / "leftImg8bit" / split, root / "gtFine" / split)
     for folder in folders:
-        if not root or not folder.is_dir():
-            raise UserError(f"config.data.root: no Cityscapes at '{root}', expected {folder}")
+        if not config_data.root or not folder.is_dir():
+            raise UserError(
+                f"config.data.root: no Cityscapes at '{config_data.root}', expected {folder}"
+            )
     cities = sorted(city for folder in folders for city in folder.iterdir())
     name = records.config_name("semantic", split, *map(examine.state, cities))
-    return CityscapesConfig(name=name, split=split, task="semantic", root=root)
+    return records.Source("cityscapes", name, split, "semantic", partial(_examine, *folders))
 
 
-def _folders(root: str, split: str) -> tuple[Path, Path]:
-    """Where the pictures and the annotations of a split are."""
-    base = Path(os.path.expanduser(root))
-    return base / "leftImg8bit" / split, base / "gtFine" / split
+def _examine(pictures: Path, annotations: Path) -> records.Examples:
+    pairs = []
+    for path in sorted(pictures.glob(f"*/*{PICTURE}")):
+        png = path.name.removesuffix(PICTURE) + ANNOTATION
+        pairs.append(index_maps.Pair(path, annotations / path.parent.name / png, path.name))
+    return index_maps.examine_pairs(pairs, CATEGORIES, IGNORED, source=pictures)

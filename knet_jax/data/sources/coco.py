@@ -11,56 +11,46 @@ semantic segmentation need the first two, instance segmentation the third.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import os
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from knet_jax.data import records
 from knet_jax.data.sources import coco_instance, coco_panoptic, examine
-from knet_jax.data.sources.coco_json import find_annotations
+from knet_jax.system.errors import UserError
 
-
-class Source(NamedTuple):
-    """Where a task finds its annotations."""
-
-    prefix: str
-    """Of the file's name."""
-    scan: Callable[[Path], records.Examples]
-
-
-SOURCES = {
-    "instance": Source(coco_instance.PREFIX, coco_instance.scan),
-    "panoptic": Source(coco_panoptic.PREFIX, coco_panoptic.scan),
-    "semantic": Source(coco_panoptic.PREFIX, coco_panoptic.scan_semantic),
+FILES = {
+    "instance": (coco_instance.PREFIX, coco_instance.examine_file),
+    "panoptic": (coco_panoptic.PREFIX, coco_panoptic.examine_file),
+    "semantic": (coco_panoptic.PREFIX, coco_panoptic.examine_file_as_labels),
 }
+"""For each task, how its annotation files' names begin, and the function that examines one."""
 
 
-class Coco(records.RecordBuilder, skip_registration=True):
-    """Writes a split of a directory in COCO's layout."""
-
-    name = "coco"
-
-    def examples(self) -> records.Examples:
-        """See the base class."""
-        config = self.builder_config
-        return SOURCES[config.task].scan(Path(config.annotations))
-
-
-@dataclasses.dataclass
-class CocoConfig(records.SplitConfig):
-    """A split of one directory, as it is now."""
-
-    annotations: str = ""
-    """Path of the JSON file."""
-
-
-def split_config(root: str, split: str, task: str) -> CocoConfig:
-    """Finds a split; changed annotations or another root give another name.
+def find(task: str, config_data, split: str) -> records.Source:
+    """Finds a split below `config.data.root`.
 
     Raises:
-        ValueError: there is no such directory, or not exactly one annotation file for the split.
+        UserError: there is no such folder, or not exactly one annotation file for the split.
     """
-    annotations = find_annotations(root, split, SOURCES[task].prefix)
-    name = records.config_name(task, split, examine.state(annotations))
-    return CocoConfig(name=name, split=split, task=task, annotations=str(annotations))
+    prefix, examine_file = FILES[task]
+    path = _find_annotations(config_data.root, split, prefix)
+    name = records.config_name(task, split, examine.state(path))
+    return records.Source("coco", name, split, task, partial(examine_file, path))
+
+
+def _find_annotations(root: str, split: str, prefix: str) -> Path:
+    folder = Path(os.path.expanduser(root)) / "annotations"
+    wanted = f"annotations/{prefix}{split}*.json"
+    if not root or not folder.is_dir():
+        raise UserError(
+            f"config.data.root: no dataset in COCO's layout at '{root}', expected {wanted} in it"
+        )
+    exact = folder / f"{prefix}{split}.json"
+    found = [exact] if exact.is_file() else sorted(folder.glob(f"{prefix}{split}*.json"))
+    if len(found) != 1:
+        what = ", ".join(path.name for path in found) or "none"
+        raise UserError(
+            f"config.data.root: '{root}' must hold one {wanted} for split '{split}', found {what}"
+        )
+    return found[0]

@@ -15,33 +15,31 @@ from knet_jax.system.errors import UserError
 PREFIX = "instances_"
 
 
-def scan(annotations: Path) -> records.Examples:
+def examine_file(annotations: Path) -> records.Examples:
     """Examines every picture of an instance annotation file, showing progress.
 
     A picture that cannot be used is left out and named in `problems`; so is an annotation whose
-    mask or category is no good. A picture without annotation is a picture of no thing.
+    mask or category is no good. A picture without annotation is a picture without things.
 
     Raises:
-        ValueError: the file is not what it should be, or nothing can be used.
+        UserError: the file is not what it should be, or nothing can be used.
     """
     categories, images, by_image = coco_json.read(
-        annotations, _understand, "instance", class_lists.read_coco_things
+        annotations, "instance", class_lists.read_coco_things, _read_annotations
     )
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
     folder = coco_json.pictures_folder(annotations, PREFIX)
-    check = functools.partial(_check_picture, folder, labels, by_image)
-    pictures, problems = examine.examine(
-        check, list(images.values()), f"Checking {annotations.name}"
-    )
-    problems += [
-        f"image {id}: annotated but not among the file's images, left out" for id in by_image
+    stray = [
+        f"image {id}: annotated but not among the file's images, left out"
+        for id in by_image
+        if id not in images
     ]
-    examine.require_any(pictures, problems, annotations)
-    return records.Examples(categories, len(pictures), examine.read(pictures), problems)
+    check = functools.partial(_check_picture, folder, labels, by_image)
+    return examine.check_pictures(check, list(images.values()), categories, annotations, stray)
 
 
-def _understand(content: Mapping) -> dict[int, list[Mapping]]:
-    """The annotations of every image that has some, by its id."""
+def _read_annotations(content: Mapping) -> dict[int, list[Mapping]]:
+    """The annotations of every image that has some, by the image's id."""
     by_image: dict[int, list[Mapping]] = {}
     for annotation in content["annotations"]:
         by_image.setdefault(int(annotation["image_id"]), []).append(annotation)
@@ -88,7 +86,10 @@ def _check_picture(
 def _instance(
     annotation: Mapping, labels: Mapping[int, int], size: tuple[int, int]
 ) -> tuple[instance.StoredInstance, list[str]]:
-    """What is stored of an annotation, and what of it is not. Raises ValueError where it is no good."""
+    """An annotation as it is stored, and what is wrong with polygons that were dropped from it.
+
+    Raises UserError where nothing of it can be used.
+    """
     if annotation["category_id"] not in labels:
         raise UserError(
             f"category id {annotation['category_id']} is not among the file's categories"

@@ -3,48 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from knet_jax.data import records, transforms
 from knet_jax.data.annotations import panoptic, semantic
+from knet_jax.data.annotations.kind import Record
 from knet_jax.data.sources import coco_json, examine
 from knet_jax.segmentation import class_lists, coco_files, image_files
-from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
 
 PREFIX = "panoptic_"
 
 
-def scan(annotations: Path) -> records.Examples:
+def examine_file(annotations: Path) -> records.Examples:
     """Examines every picture of a panoptic annotation file, showing progress.
 
     A picture that cannot be used is left out and named in `problems`; so is a segment that its PNG
     does not show. Pixels of a PNG that belong to no listed segment are void, and named too.
 
     Raises:
-        ValueError: the file is not what it should be, or nothing can be used.
+        UserError: the file is not what it should be, or nothing can be used.
     """
-    categories, pictures, problems = _scan(annotations)
-    return records.Examples(categories, len(pictures), examine.read(pictures), problems)
-
-
-def scan_semantic(annotations: Path) -> records.Examples:
-    """The same pictures with a label for every pixel; crowds and void are ignored.
-
-    All classes are stuff here: nothing is told apart within a class. Raises as `scan`.
-    """
-    categories, pictures, problems = _scan(annotations)
-    return records.Examples(
-        categories._replace(num_things=0), len(pictures), _flatten(pictures), problems
-    )
-
-
-def _scan(annotations: Path) -> tuple[Categories, list[examine.Picture], list[str]]:
     categories, images, listed = coco_json.read(
-        annotations, _understand, "panoptic", class_lists.read_coco_categories
+        annotations, "panoptic", class_lists.read_coco_categories, _read_annotations
     )
     names = {image_id: image["file_name"] for image_id, image in images.items()}
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
@@ -55,17 +39,25 @@ def _scan(annotations: Path) -> tuple[Categories, list[examine.Picture], list[st
         if image_id in by_image:
             twice.append(f"image {image_id}: annotated more than once, the first one counts")
         by_image.setdefault(image_id, annotation)
-    pictures, problems = examine.examine(
-        check, list(by_image.values()), f"Checking {annotations.name}"
+    absent = [f"{names[id]}: no annotation, left out" for id in names if id not in by_image]
+    return examine.check_pictures(
+        check, list(by_image.values()), categories, annotations, twice + absent
     )
-    problems += twice
-    problems += [f"{names[id]}: no annotation, left out" for id in names if id not in by_image]
-    examine.require_any(pictures, problems, annotations)
-    return categories, pictures, problems
 
 
-def _understand(content: Mapping) -> list[Mapping]:
-    """The annotations. Raises ValueError or another error where one is not understood."""
+def examine_file_as_labels(annotations: Path) -> records.Examples:
+    """The same pictures with a class for every pixel; crowds and void are ignored.
+
+    All classes are stuff here: nothing is told apart within a class. Raises as `examine_file`.
+    """
+    examples = examine_file(annotations)
+    return examples._replace(
+        categories=examples.categories._replace(num_things=0),
+        records=map(_as_labels, examples.records),
+    )
+
+
+def _read_annotations(content: Mapping) -> list[Mapping]:
     ids = {int(category["id"]) for category in content["categories"]}
     for category in content["categories"]:
         category["isthing"]  # which a file of instances would not say
@@ -99,7 +91,7 @@ def _check_picture(
         twice = sorted({id for id in listed if listed.count(id) > 1})
         if twice:
             raise UserError(f"segments overlap: ids {twice} are listed more than once")
-    except ValueError as error:
+    except UserError as error:
         return None, [f"{name}: {error}, left out"]
     segments = tuple(
         panoptic.StoredSegment(
@@ -118,29 +110,23 @@ def _check_picture(
         problems.append(f"{name}: segments {absent} are not in its PNG, dropped")
     if unlisted:
         problems.append(f"{name}: ids {unlisted} of its PNG are not listed, taken as void")
-    annotate = functools.partial(_read_annotation, png, segments)
+
+    def annotate() -> panoptic.PanopticAnnotation:
+        return panoptic.PanopticAnnotation(png.read_bytes(), segments)
+
     return examine.Picture(image_id, path, name, size, annotate, len(segments)), problems
-
-
-def _read_annotation(
-    png: Path, segments: tuple[panoptic.StoredSegment, ...]
-) -> panoptic.Annotation:
-    return panoptic.Annotation(png.read_bytes(), segments)
 
 
 def _count_pixels(path: Path, png: Path) -> tuple[tuple[int, int], dict[int, int]]:
     """Size of a picture and its PNG, and how many pixels every id but 0 has.
 
     Raises:
-        ValueError: one of them is missing or broken, or their sizes differ.
+        UserError: one of them is missing or broken, or their sizes differ.
     """
-    examine.read_sizes(path)
-    if not png.is_file():
-        raise UserError(f"panoptic PNG {png} is missing")
     size = examine.matching_size(path, examine.read_sizes(png)[1], "panoptic PNG")
     try:
         rgb = image_files.load_panoptic(png.read_bytes(), size)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"panoptic PNG {png} {error}") from error
     ids = image_files.segment_ids(rgb).ravel()
     # Sorting the ends of runs of equal ids is much cheaper than sorting pixels.
@@ -150,12 +136,11 @@ def _count_pixels(path: Path, png: Path) -> tuple[tuple[int, int], dict[int, int
     return size, {int(id): int(count) for id, count in zip(found, counts) if id}
 
 
-def _flatten(pictures: list[examine.Picture]) -> Iterator[records.Record]:
-    """The records with a map of labels in place of segments."""
-    for record in examine.read(pictures):
-        png, segments = record.annotation
-        ids = image_files.segment_ids(image_files.load_panoptic(png, record.size))
-        shown = [segment for segment in segments if not segment.iscrowd]
-        values = np.array([1 + segment.label for segment in shown], np.uint16)
-        label_map = transforms.lookup(ids, [segment.id for segment in shown], values)
-        yield record._replace(annotation=semantic.encode_map(label_map))
+def _as_labels(record: Record) -> Record:
+    """A record with a map of labels in place of segments."""
+    png, segments = record.annotation
+    ids = image_files.segment_ids(image_files.load_panoptic(png, record.size))
+    shown = [segment for segment in segments if not segment.iscrowd]
+    values = np.array([1 + segment.label for segment in shown], np.uint16)
+    label_map = transforms.lookup(ids, [segment.id for segment in shown], values)
+    return record._replace(annotation=semantic.encode_map(label_map))

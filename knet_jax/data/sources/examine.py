@@ -1,9 +1,9 @@
-"""Examining a dataset of files: pictures checked in threads, problems gathered, records read late."""
+"""Examining a dataset of files before it is converted: every picture is checked, in threads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import pool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,8 @@ import tqdm
 from PIL import Image
 
 from knet_jax.data import records
+from knet_jax.data.annotations.kind import Record
+from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
@@ -20,12 +22,12 @@ TURNED = range(5, 9)
 
 
 class Picture(NamedTuple):
-    """A picture that can be used."""
+    """A picture that can be used; its files are read when it is written."""
 
     image_id: int
     path: Path
     name: str
-    """What the dataset calls it: where that is not unique without them, with subfolders."""
+    """What the dataset calls it, with subfolders where names are not unique without them."""
     size: tuple[int, int]
     annotate: Callable[[], Any]
     """Reads or builds the annotation."""
@@ -33,56 +35,61 @@ class Picture(NamedTuple):
     """How many segments, instances or classes it shows."""
 
 
-def examine(
-    check: Callable[[Any], tuple[Picture | None, Sequence[str]]], items: Sequence[Any], title: str
-) -> tuple[list[Picture], list[str]]:
-    """Checks items in threads and shows progress.
+def check_pictures(
+    check: Callable[[Any], tuple[Picture | None, Sequence[str]]],
+    items: Sequence[Any],
+    categories: Categories,
+    source: Path,
+    problems: Sequence[str] = (),
+) -> records.Examples:
+    """Checks items in threads, showing progress.
 
     Args:
-        check: gives a picture, or None where it cannot be used, and what is wrong with it.
-        items: its arguments.
-        title: of the progress bar.
+        check: returns a picture, or None where it cannot be used, and what is wrong with it.
+        items: arguments of `check`.
+        categories: the classes.
+        source: the file or folder that is examined.
+        problems: what else is wrong with it.
 
-    Returns:
-        the pictures and the problems, in order.
+    Raises:
+        UserError: no picture shows anything.
     """
-    pictures, problems = [], []
+    pictures, found = [], []
     with pool.ThreadPool(os.cpu_count()) as threads:
         checked = threads.imap(check, items)
-        for picture, remarks in tqdm.tqdm(checked, title, len(items), unit="img"):
-            problems += remarks
+        for picture, remarks in tqdm.tqdm(
+            checked, f"Checking {source.name}", len(items), unit="img"
+        ):
+            found += remarks
             if picture:
                 pictures.append(picture)
-    return pictures, problems
-
-
-def require_any(pictures: Iterable[Picture], problems: Sequence[str], source: object) -> None:
-    """Raises ValueError where no picture shows anything."""
+    found += problems
     if not any(picture.count for picture in pictures):
-        first = problems[0] if problems else "nothing is annotated"
+        first = found[0] if found else "nothing is annotated"
         raise UserError(
             f"config.data.root: no picture of {source} can be used, "
-            f"the first of {len(problems)} problems: {first}"
+            f"the first of {len(found)} problems: {first}"
         )
+    return records.Examples(categories, len(pictures), map(_read, pictures), found)
 
 
-def read(pictures: Iterable[Picture]) -> Iterator[records.Record]:
-    """The records of some pictures, each read when it is asked for."""
-    for picture in pictures:
-        yield records.Record(
-            image=picture.path.read_bytes(),
-            image_id=picture.image_id,
-            file_name=picture.name,
-            size=picture.size,
-            annotation=picture.annotate(),
-        )
+def _read(picture: Picture) -> Record:
+    return Record(
+        image=picture.path.read_bytes(),
+        image_id=picture.image_id,
+        file_name=picture.name,
+        size=picture.size,
+        annotation=picture.annotate(),
+    )
 
 
 def read_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(height, width) of a picture, turned as its EXIF says and not; reads the header only.
+    """(height, width) of a picture, once turned as its EXIF orientation says and once unturned.
+
+    Reads the header of the file only.
 
     Raises:
-        ValueError: the picture is missing or broken.
+        UserError: the picture is missing or broken.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing")
@@ -98,10 +105,18 @@ def read_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def matching_size(path: Path, size: tuple[int, int], what: str) -> tuple[int, int]:
-    """The size of an annotation, if the picture has it too, turned or not.
+    """Checks that a picture, turned or unturned, has the size of its annotation.
+
+    Args:
+        path: of the picture.
+        size: height and width of the annotation.
+        what: the annotation is called in messages.
+
+    Returns:
+        `size`.
 
     Raises:
-        ValueError: it has another one, or is missing or broken.
+        UserError: the picture has another size, or is missing or broken.
     """
     turned, unturned = read_sizes(path)
     if size not in (turned, unturned):
@@ -110,6 +125,6 @@ def matching_size(path: Path, size: tuple[int, int], what: str) -> tuple[int, in
 
 
 def state(path: Path) -> tuple[str, int, int]:
-    """What tells a file, or a folder, from a changed one: path, size and time."""
+    """What changes when a file or a folder does: its path, size and time of modification."""
     found = path.stat()
     return str(path.resolve()), found.st_size, found.st_mtime_ns

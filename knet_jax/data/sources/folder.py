@@ -6,9 +6,8 @@ text file, counted from 0, names the class whose pixels hold i; an index may be 
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from knet_jax.data import records
@@ -17,47 +16,16 @@ from knet_jax.segmentation.class_lists import read_class_list
 from knet_jax.system.errors import UserError
 
 
-class Folder(records.RecordBuilder, skip_registration=True):
-    """Writes a split of a custom dataset."""
-
-    name = "folder"
-
-    def examples(self) -> records.Examples:
-        """See the base class."""
-        config = self.builder_config
-        pictures = Path(config.images)
-        pairs = list(find_pairs(pictures, Path(config.labels)))
-        if not pairs:
-            raise UserError(f"config.data.images: split '{config.split}': no picture in {pictures}")
-        categories = read_class_list(Path(config.classes), config.ignore_index)
-        remedy = (
-            f"name them in config.data.classes, {config.classes}, which ends at "
-            f"{max(categories.dataset_ids)}, or use config.data.ignore_index, {config.ignore_index}"
-        )
-        return index_maps.scan(pairs, categories, {config.ignore_index}, pictures, remedy)
-
-
-@dataclasses.dataclass
-class FolderConfig(records.SplitConfig):
-    """A split of one dataset, as it is now."""
-
-    images: str = ""
-    labels: str = ""
-    classes: str = ""
-    ignore_index: int = 0
-
-
-def split_config(config_data, split: str) -> FolderConfig:
-    """Finds a split; another path, or a folder that has changed, gives another name.
+def find(config_data, split: str) -> records.Source:
+    """Finds a split below `config.data.root`.
 
     Args:
-        config_data: `config.data`, of which `root`, `images`, `labels`, `classes` and
-            `ignore_index` are read; the three are paths below the root, in which `{split}` stands
-            for the name of the split.
-        split: its name.
+        config_data: `config.data`; its `images`, `labels` and `classes` are paths below its
+            `root`, in which `{split}` stands for the name of the split.
+        split: name of the split.
 
     Raises:
-        ValueError: something is not there.
+        UserError: a path does not exist.
     """
     root = Path(os.path.expanduser(config_data.root))
     paths = {}
@@ -73,16 +41,29 @@ def split_config(config_data, split: str) -> FolderConfig:
     folders = [paths["images"], paths["labels"]]
     inside = (path for top in folders for path in top.rglob("*") if path.is_dir())
     facts = [examine.state(path) for path in (*paths.values(), *sorted(inside))]
-    return FolderConfig(
-        name=records.config_name("semantic", split, index, *facts),
-        split=split,
-        task="semantic",
-        ignore_index=index,
-        **{key: str(path) for key, path in paths.items()},
+    name = records.config_name("semantic", split, index, *facts)
+    examine_split = partial(_examine, split, index, **paths)
+    return records.Source("folder", name, split, "semantic", examine_split)
+
+
+def _examine(
+    split: str, ignore_index: int, images: Path, labels: Path, classes: Path
+) -> records.Examples:
+    pairs = find_pairs(images, labels)
+    if not pairs:
+        raise UserError(f"config.data.images: split '{split}': no picture in {images}")
+    categories = read_class_list(classes, ignore_index)
+    remedy = (
+        f"name them in config.data.classes, {classes}, which ends at "
+        f"{max(categories.dataset_ids)}, or use config.data.ignore_index, {ignore_index}"
     )
+    return index_maps.examine_pairs(pairs, categories, {ignore_index}, images, remedy)
 
 
-def find_pairs(pictures: Path, annotations: Path) -> Iterator[index_maps.Pair]:
-    for path in index_maps.find_pictures(pictures):
-        name = path.relative_to(pictures)
-        yield index_maps.Pair(path, annotations / name.with_suffix(".png"), name.as_posix())
+def find_pairs(pictures: Path, annotations: Path) -> list[index_maps.Pair]:
+    """The pictures of a folder, each with the PNG of its name in another folder."""
+    names = (path.relative_to(pictures) for path in index_maps.find_pictures(pictures))
+    return [
+        index_maps.Pair(pictures / name, annotations / name.with_suffix(".png"), name.as_posix())
+        for name in names
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,23 +24,23 @@ MAX_INDEX = 65535
 INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 """Pillow's names for pictures of one number a pixel."""
 SPREAD = {2: 85, 4: 17}
-"""Pillow spreads grey values of fewer bits over 0 to 255: by how much, by the number of bits."""
+"""By bits a pixel: the factor by which Pillow spreads grey values of few bits over 0 to 255."""
 
 
 class Pair(NamedTuple):
-    """A picture and its annotation."""
+    """A picture and the PNG file of its annotation."""
 
     path: Path
     png: Path
     name: str
-    """What the picture is called: unique, so with subfolders where it needs them."""
+    """What the dataset calls it, with subfolders where names are not unique without them."""
 
 
-def scan(
-    pairs: Iterable[Pair],
+def examine_pairs(
+    pairs: Sequence[Pair],
     categories: Categories,
     ignored: Collection[int],
-    source: object,
+    source: Path,
     remedy: str = "",
 ) -> records.Examples:
     """Examines pictures and their PNG files, showing progress.
@@ -49,23 +49,20 @@ def scan(
     neither a class nor ignored; their pixels become ignored, unless there is a remedy.
 
     Args:
-        pairs: what belongs together.
-        categories: the classes, `dataset_ids` their indices.
+        pairs: the pictures, each with its PNG file.
+        categories: the classes; their `dataset_ids` are indices of the PNG files.
         ignored: indices that stand for no class.
-        source: what the pictures are called together.
-        remedy: what to do about an index that is neither, which is then an error.
+        source: the folder of the pictures.
+        remedy: what a user can do about other indices, which then are an error.
 
     Raises:
-        ValueError: there is no picture, none can be used, or there is such an index.
+        UserError: there is no picture, none can be used, or there are such indices.
     """
-    pairs = list(pairs)
     if not pairs:
         raise UserError(f"config.data.root: no picture in {source}")
     known = {*categories.dataset_ids, *ignored}
     check = functools.partial(_check, categories, known, remedy)
-    pictures, problems = examine.examine(check, list(enumerate(pairs)), f"Checking {source}")
-    examine.require_any(pictures, problems, source)
-    return records.Examples(categories, len(pictures), examine.read(pictures), problems)
+    return examine.check_pictures(check, list(enumerate(pairs)), categories, source)
 
 
 def _check(
@@ -74,12 +71,9 @@ def _check(
     """A picture, or None where it cannot be used, and what is wrong with it."""
     number, pair = item
     try:
-        examine.read_sizes(pair.path)
-        if not pair.png.is_file():
-            raise UserError(f"{pair.png} is missing")
         size = examine.matching_size(pair.path, examine.read_sizes(pair.png)[1], "index PNG")
         found = np.unique(read_indices(pair.png.read_bytes(), str(pair.png)))
-    except ValueError as error:
+    except UserError as error:
         return None, [f"{pair.name}: {error}, left out"]
     shown = set(found.tolist())
     strange = sorted(shown - set(known))
@@ -91,16 +85,15 @@ def _check(
         problems.append(f"{pair.name}: indices {strange[:10]} are no class, ignored")
     if not classes:
         problems.append(f"{pair.name}: every pixel is ignored")
-    annotate = functools.partial(_annotate, pair.png, categories)
+
+    def annotate() -> bytes:
+        return relabel(read_indices(pair.png.read_bytes(), str(pair.png)), categories)
+
     return examine.Picture(number, pair.path, pair.name, size, annotate, len(classes)), problems
 
 
-def _annotate(png: Path, categories: Categories) -> bytes:
-    return relabel(read_indices(png.read_bytes(), str(png)), categories)
-
-
 def relabel(indices: np.ndarray, categories: Categories) -> bytes:
-    """A stored annotation from a map of `categories.dataset_ids`; other indices are ignored."""
+    """The annotation to store for a map [H, W] of `categories.dataset_ids` and ignored indices."""
     table = np.zeros(MAX_INDEX + 1, np.uint16)
     table[np.array(categories.dataset_ids)] = 1 + np.arange(len(categories.names))
     return semantic.encode_map(table[indices])
@@ -110,7 +103,7 @@ def read_indices(data: bytes, name: str) -> np.ndarray:
     """The indices that a PNG holds, of 1 to 16 bits, grey or with a palette: int [H, W].
 
     Raises:
-        ValueError: it is no PNG, is damaged, or its pixels are colors.
+        UserError: it is no PNG, is damaged, or its pixels are colors.
     """
     if not data.startswith(PNG):
         raise UserError(f"{name} is no PNG")

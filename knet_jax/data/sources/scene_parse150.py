@@ -8,21 +8,25 @@ their pixels are ignored. A grey annotation is taken for ADE20K's own. All 150 c
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from knet_jax.data import records
+from knet_jax.data.annotations.kind import Record
 from knet_jax.data.sources import ade20k, examine, index_maps
 from knet_jax.segmentation import image_files
 from knet_jax.system.errors import UserError
 
 CATALOG_NAME = "scene_parse150"
+FOLDER = "scene_parse150_label_maps"
+"""Of the prepared label maps, beside the catalog's own folder."""
 # fmt: off
 STUFF = (
     1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60,
@@ -31,59 +35,17 @@ STUFF = (
 )
 # fmt: on
 """The indices, from 1, of ADE20K's classes that have no instances."""
-THINGS = tuple(i for i in range(1, 1 + ade20k.NUM_CLASSES) if i not in STUFF)
+THINGS = tuple(i for i in range(1, 1 + len(ade20k.CATEGORIES.names)) if i not in STUFF)
 """Thing i of the annotations of instances, counted from 1, is class `THINGS[i - 1]`."""
 
 
-class SceneParse150(records.RecordBuilder, skip_registration=True):
-    """Writes a split of the catalog's dataset in the form of all datasets."""
-
-    name = "scene_parse150_label_maps"
-
-    def examples(self) -> records.Examples:
-        """See the base class."""
-        config = self.builder_config
-        source = _open(Path(config.directory), config.split)
-        categories = ade20k.CATEGORIES
-        sound, problems = [], []
-        for i in range(len(source)):
-            try:
-                indices = read_annotation(source[i]["annotation"])
-                image_files.load_image(source[i]["image"], indices.shape)
-                sound.append(i)
-            except ValueError as error:
-                problems.append(f"example {i}: {error}, left out")
-        if not sound:
-            raise UserError(f"config.data.data_dir: no picture of {config.directory} can be used")
-
-        def read() -> Iterator[records.Record]:
-            for i in sound:
-                stored = source[i]
-                indices = read_annotation(stored["annotation"])
-                yield records.Record(
-                    image=stored["image"],
-                    image_id=i,
-                    file_name=f"{config.split}_{i:06d}.jpg",
-                    size=indices.shape,
-                    annotation=index_maps.relabel(indices, categories),
-                )
-
-        return records.Examples(categories, len(sound), read(), problems)
-
-
-@dataclasses.dataclass
-class SceneParse150Config(records.SplitConfig):
-    """A split of one prepared directory, as it is now."""
-
-    directory: str = ""
-
-
-def split_config(data_dir: Path, split: str) -> SceneParse150Config:
-    """Finds a split (`train` or `test`); a directory that has changed gives another name.
+def find(config_data, split: str) -> records.Source:
+    """Finds a split (`train` or `test`) that TFDS has prepared in `config.data.data_dir`.
 
     Raises:
-        ValueError: the dataset has not been prepared, in this form, or has no such split.
+        UserError: the dataset has not been prepared, in this form, or has no such split.
     """
+    data_dir = records.data_dir(config_data)
     versions = sorted((data_dir / CATALOG_NAME).glob("*/dataset_info.json"))
     if not versions:
         raise UserError(
@@ -93,11 +55,39 @@ def split_config(data_dir: Path, split: str) -> SceneParse150Config:
     directory = versions[-1].parent
     _open(directory, split)
     name = records.config_name("semantic", split, examine.state(directory))
-    return SceneParse150Config(name=name, split=split, task="semantic", directory=str(directory))
+    examine_split = functools.partial(_examine, directory, split)
+    return records.Source(FOLDER, name, split, "semantic", examine_split)
 
 
-def _open(directory: Path, split: str):
-    """Random access to the encoded examples. Raises ValueError where there is none."""
+def _examine(directory: Path, split: str) -> records.Examples:
+    source = _open(directory, split)
+    sound, problems = [], []
+    for i in range(len(source)):
+        try:
+            image_files.load_image(
+                source[i]["image"], read_annotation(source[i]["annotation"]).shape
+            )
+            sound.append(i)
+        except UserError as error:
+            problems.append(f"example {i}: {error}, left out")
+    if not sound:
+        raise UserError(f"config.data.data_dir: no picture of {directory} can be used")
+
+    def read(i: int) -> Record:
+        indices = read_annotation(source[i]["annotation"])
+        return Record(
+            image=source[i]["image"],
+            image_id=i,
+            file_name=f"{split}_{i:06d}.jpg",
+            size=indices.shape,
+            annotation=index_maps.relabel(indices, ade20k.CATEGORIES),
+        )
+
+    return records.Examples(ade20k.CATEGORIES, len(sound), map(read, sound), problems)
+
+
+def _open(directory: Path, split: str) -> Sequence[Mapping[str, Any]]:
+    """The encoded examples. Raises UserError where they cannot be read."""
     skip = dict.fromkeys(("image", "annotation"), tfds.decode.SkipDecoding())
     try:
         builder = tfds.builder_from_directory(directory)
@@ -118,7 +108,7 @@ def read_annotation(data: bytes) -> np.ndarray:
     """ADE20K's indices, int [H, W], 0 where nothing is known, from an annotation of either form.
 
     Raises:
-        ValueError: it is damaged, or has a class that does not exist.
+        UserError: it is damaged, or has a class that does not exist.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -127,7 +117,7 @@ def read_annotation(data: bytes) -> np.ndarray:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError("its annotation cannot be decoded") from error
     indices = pixels[..., 0] if is_color else pixels
-    table = np.array((0, *THINGS)) if is_color else np.arange(1 + ade20k.NUM_CLASSES)
+    table = np.array((0, *THINGS)) if is_color else np.arange(1 + len(ade20k.CATEGORIES.names))
     if indices.max(initial=0) >= len(table):
         raise UserError(f"its annotation has class {indices.max()} of {len(table) - 1}")
     return table[indices]

@@ -1,7 +1,6 @@
-"""An embedded dataset: overlapping things on textured stuff, drawn from a seed (the
-split's name and the picture's position).
+"""An embedded dataset: overlapping things on textured stuff, drawn from a seed.
 
-Five thing classes differ in outline and mostly in hue, four stuff classes in texture. Pictures have
+The seed is the split's name and the picture's position. Five thing classes differ in outline and mostly in hue, four stuff classes in texture. Pictures have
 different sizes and orientations; some have no things, some a crowd of tiny ones, some a void patch.
 
     python -m knet_jax.data.shapes FOLDER
@@ -11,21 +10,20 @@ writes some that no network was trained on, to try predictions with.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-import tensorflow_datasets as tfds
 from pycocotools import mask as run_lengths
 
 from knet_jax.cli.commandline import CommandLine, run
-from knet_jax.config.rules import at_least_one, pair
 from knet_jax.data import records
 from knet_jax.data.annotations import instance, panoptic, semantic
+from knet_jax.data.annotations.kind import Record
+from knet_jax.data.prepared_split import split_name
 from knet_jax.segmentation import image_files, published_classes
 from knet_jax.segmentation.published_classes import PATTERNS as STUFF
 from knet_jax.segmentation.published_classes import SHAPES as THINGS
@@ -41,83 +39,69 @@ LEAST_SIDE = 48
 NUM_SAMPLES, SAMPLE_SIDE = 12, (96, 128)
 """Pictures that are written for a user, and their sides in pixels."""
 WITHOUT_THINGS, WITH_CROWD, WITH_VOID = 0.1, 0.1, 0.2
-"""The shares of such pictures."""
+"""Shares of the pictures: without things, with a crowd, with a void patch."""
 
 
-@dataclasses.dataclass
-class ShapesConfig(records.SplitConfig):
-    """How much is drawn."""
-
-    num_images: int = 0
-    image_side: tuple[int, int] = (0, 0)
-    """Least and greatest length of either side, in pixels."""
-
-
-class Shapes(records.RecordBuilder, skip_registration=True):
-    """Writes a split of drawn pictures."""
-
-    name = "shapes"
-    # To be raised when pictures are drawn in another way, lest old ones be taken for new.
-    VERSION = tfds.core.Version("1.0.0")
-
-    def examples(self) -> records.Examples:
-        """See the base class."""
-        config = self.builder_config
-        drawings = (draw(config.split, i, config.image_side) for i in range(config.num_images))
-        categories = published_classes.find("shapes", config.task)
-        annotate = ANNOTATIONS[config.task]
-        drawn = (
-            records.Record(
-                image=_encode(drawing.image),
-                image_id=i,
-                file_name=f"{config.split}_{i:06d}.png",
-                size=drawing.slots.shape,
-                annotation=annotate(drawing),
-            )
-            for i, drawing in enumerate(drawings)
-        )
-        return records.Examples(categories, config.num_images, drawn, problems=())
-
-
-def split_config(split: str, num_images: int, image_side: Sequence[int], task: str) -> ShapesConfig:
-    """The config of a split, named after everything it depends on.
+def find(task: str, config_data, split: str) -> records.Source:
+    """A split of the pictures that `config.data` asks for, named after all they depend on.
 
     Raises:
-        ValueError: no pictures, or sides that are too small or no range.
+        UserError: there is no such split, or its sides are too small.
     """
-    if num_images < 1:
-        raise UserError(f"config.data.num_train and num_val must be positive, got {num_images}")
-    if not pair(at_least_one)(image_side) or not LEAST_SIDE <= image_side[0] <= image_side[1]:
+    counts = {
+        split_name(config_data.val_split): config_data.num_val,
+        split_name(config_data.train_split): config_data.num_train,
+    }
+    if split not in counts:
+        raise UserError(f"config.data: split '{split}' must be one of {sorted(counts)}")
+    count, sides = counts[split], config_data.image_side
+    if sides[0] < LEAST_SIDE:
         raise UserError(
-            f"config.data.image_side must be (least, greatest) of at least {LEAST_SIDE}, "
-            f"got {image_side}"
+            f"config.data.image_side is {sides}; accepted: sides of at least {LEAST_SIDE}, "
+            "below which things do not fit"
         )
-    low, high = image_side
-    return ShapesConfig(
-        name=f"{task}-{split}-{num_images}-{low}-{high}",
-        split=split,
-        task=task,
-        num_images=num_images,
-        image_side=(low, high),
-    )
+    name = f"{task}-{split}-{count}-{sides[0]}-{sides[1]}"
+    return records.Source("shapes", name, split, task, partial(_examine, task, split, count, sides))
+
+
+def _examine(task: str, split: str, count: int, sides: tuple[int, int]) -> records.Examples:
+    def make(index: int) -> Record:
+        drawing = draw(split, index, sides)
+        return Record(
+            image=_encode(drawing.image),
+            image_id=index,
+            file_name=f"{split}_{index:06d}.png",
+            size=drawing.slots.shape,
+            annotation=ANNOTATIONS[task](drawing),
+        )
+
+    categories = published_classes.find("shapes", task)
+    return records.Examples(categories, count, map(make, range(count)), problems=())
 
 
 class Drawing(NamedTuple):
-    """A picture that was drawn, and what belongs to what in it."""
+    """A picture that was drawn, and the segments in it."""
 
     image: np.ndarray
     """uint8 [H, W, 3], RGB."""
     slots: np.ndarray
-    """int [H, W]: a position in `labels`; position 0 is void."""
+    """int [H, W]: number of each pixel's segment; 0 is void."""
     labels: list[int]
+    """The class of each segment, by its number; -1 for void."""
     crowds: set[int]
-    """Positions in `labels`."""
+    """Numbers of the segments that are crowds."""
     ids: np.ndarray
-    """int [number of labels]: what stands for each position in a panoptic PNG."""
+    """int [number of segments, void included]: the id of each in a panoptic PNG."""
 
 
 def draw(split: str, index: int, image_side: tuple[int, int]) -> Drawing:
-    """Draws a picture; the same arguments give the same drawing."""
+    """Draws a picture; the same arguments give the same drawing.
+
+    Args:
+        split: name of the split.
+        index: position of the picture in it.
+        image_side: least and greatest length of either side, in pixels.
+    """
     rng = np.random.default_rng((zlib.crc32(split.encode()), index))
     height, width = (int(side) for side in rng.integers(*image_side, size=2, endpoint=True))
     image, slots, labels = _draw_stuff(rng, height, width)
@@ -138,11 +122,11 @@ def draw(split: str, index: int, image_side: tuple[int, int]) -> Drawing:
     return Drawing(image, slots, labels, crowds, ids)
 
 
-def annotate_panoptic(drawing: Drawing) -> panoptic.Annotation:
-    """What covers what, things and stuff."""
+def annotate_panoptic(drawing: Drawing) -> panoptic.PanopticAnnotation:
+    """The segments of a drawing, things and stuff."""
     slots, labels, ids = drawing.slots, drawing.labels, drawing.ids
     areas = np.bincount(slots.ravel(), minlength=len(labels))
-    return panoptic.Annotation(
+    return panoptic.PanopticAnnotation(
         png=_encode(image_files.segment_colors(ids[slots])),
         segments=tuple(
             panoptic.StoredSegment(
@@ -155,7 +139,7 @@ def annotate_panoptic(drawing: Drawing) -> panoptic.Annotation:
 
 
 def annotate_instances(drawing: Drawing) -> tuple[instance.StoredInstance, ...]:
-    """What can be seen of every thing, and of crowds."""
+    """The visible parts of a drawing's things and crowds."""
     masks = {
         slot: np.asfortranarray(drawing.slots == slot, np.uint8)
         for slot, label in enumerate(drawing.labels)
@@ -174,7 +158,7 @@ def annotate_instances(drawing: Drawing) -> tuple[instance.StoredInstance, ...]:
 
 
 def annotate_semantic(drawing: Drawing) -> bytes:
-    """The class of every pixel; crowds and void are ignored."""
+    """The class of every pixel of a drawing; crowds and void are ignored."""
     table = 1 + np.array(drawing.labels)
     table[[0, *drawing.crowds]] = 0
     return semantic.encode_map(table[drawing.slots])
@@ -265,15 +249,12 @@ def _draw_thing(rng, image: np.ndarray, slots: np.ndarray, labels: list[int]) ->
     mask = _fill(outline + rng.random(2) * slots.shape[::-1], slots.shape)
     before = np.bincount(slots.ravel(), minlength=len(labels))
     after = np.bincount(slots[~mask], minlength=len(labels))
-    if mask.sum() < LEAST_VISIBLE * _full_area(outline) or np.any(after < LEAST_VISIBLE * before):
+    full_area = cv2.contourArea(outline.astype(np.float32))
+    if mask.sum() < LEAST_VISIBLE * full_area or np.any(after < LEAST_VISIBLE * before):
         return
     image[mask] = _color(rng, label) * rng.uniform(0.85, 1.0)
     slots[mask] = len(labels)
     labels.append(label)
-
-
-def _full_area(outline: np.ndarray) -> float:
-    return cv2.contourArea(outline.astype(np.float32))
 
 
 def _draw_crowd(rng, image: np.ndarray, slots: np.ndarray, labels: list[int]) -> None:
@@ -296,16 +277,23 @@ def _draw_void(rng, image: np.ndarray, slots: np.ndarray) -> None:
     slots[top : top + height, left : left + width] = 0
 
 
-def main(command: CommandLine) -> None:
-    """Writes pictures to the folder on the command line."""
-    if len(command.paths) != 1:
-        raise UserError("accepted: python -m knet_jax.data.shapes FOLDER")
-    folder = Path(command.paths[0])
+def write_samples(folder: Path) -> None:
+    """Writes some pictures that no network was trained on, to try predictions with."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(NUM_SAMPLES):
         drawing = draw("samples", index, SAMPLE_SIDE)
         (folder / f"{index:02}.png").write_bytes(_encode(drawing.image))
     print(f"wrote {NUM_SAMPLES} pictures to {folder}/")
+
+
+# The command.
+
+
+def main(command: CommandLine) -> None:
+    """Writes samples to the folder on the command line."""
+    if len(command.paths) != 1:
+        raise UserError("accepted: python -m knet_jax.data.shapes FOLDER")
+    write_samples(Path(command.paths[0]))
 
 
 if __name__ == "__main__":
