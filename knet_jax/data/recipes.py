@@ -154,6 +154,11 @@ class Crop(NamedTuple):
         return self._replace(scale=tuple(max(1, int(side * ratio)) for side in self.scale))
 
 
+def find(task: str, config_data: Mapping[str, Any]) -> WholePicture | Crop:
+    """The recipe of a task, with the values of `config.data`."""
+    return read(Crop if task == "semantic" else WholePicture, config_data)
+
+
 def at_ratios(recipe: WholePicture | Crop, ratios: Sequence[float]) -> list[WholePicture | Crop]:
     """The recipe for pictures that are so many times as large, for each ratio; `Crop` has others than 1."""
     return [recipe.scaled(ratio) if ratio != 1 else recipe for ratio in ratios]
