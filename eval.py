@@ -25,7 +25,7 @@ from knet_jax.segmentation.class_lists import check_class_counts, check_trained_
 from knet_jax.segmentation.drawing import panel, save_picture
 from knet_jax.system.compilation_cache import keep_programs
 from knet_jax.system.errors import UserError
-from knet_jax.system.output_files import Stems, place_png, write_whole
+from knet_jax.system.output_files import Stems, write_whole
 from knet_jax.tasks import TASKS
 from knet_jax.training.evaluation import Evaluator, Gallery, Prediction
 
@@ -79,7 +79,6 @@ def main(command: CommandLine) -> None:
     num_classes = len(split.categories.names)
     boundaries = [metric.no_counts(num_classes)]
 
-    stems = Stems()
     num_scored = 0
 
     def visit(prediction: Prediction) -> None:
@@ -89,7 +88,7 @@ def main(command: CommandLine) -> None:
         index, truth, result = prediction
         if results:
             name = split.file_name(index)
-            results.add(split.image_id(index), name, result, f"{stems.of(name)}.png")
+            results.add(split.image_id(index), name, result)
         if BOUNDARY.value:
             image_id, overlap = split.image_id(index), metric.boundary_iou
             boundaries.append(metric.count(truth, result, num_classes, image_id, overlap))
@@ -126,7 +125,7 @@ def main(command: CommandLine) -> None:
     write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     folder, stems = output / "pictures", Stems()
     for row in gallery.rows:
-        _, path = place_png(folder, f"{stems.of(row.title)}.png")
+        path = folder / f"{stems.of(row.title)}.png"
         save_picture(path, panel([row], split.categories))
     if results:
         results.close()

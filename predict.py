@@ -17,7 +17,6 @@ Exit status: 0, or 3 where files could not be read, or not to their end; they ar
 from __future__ import annotations
 
 import sys
-from itertools import islice
 from pathlib import Path
 
 import jax
@@ -28,9 +27,8 @@ from knet_jax.app.predictions import (
     find_ids,
     find_sources,
     predict_pictures,
-    readable,
 )
-from knet_jax.app.segmenter import default_batch_size, load
+from knet_jax.app.segmenter import load
 from knet_jax.app.videos import predict_video
 from knet_jax.cli.commandline import CommandLine, run
 from knet_jax.saved.checkpoints import check_writable
@@ -81,7 +79,6 @@ def main(command: CommandLine) -> None:
         EMA.value,
         batch_size=BATCH_SIZE.value,
         overrides=command.overrides,
-        first=islice(readable(pictures), BATCH_SIZE.value or default_batch_size()),
     )
     check_writable(output)
     print(

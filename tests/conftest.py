@@ -38,6 +38,24 @@ def coco_mini() -> Path:
     return _shared("data/coco_mini")
 
 
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, Path]:
+    """Folders of tiny models, by task."""
+    import tiny_runs
+
+    folder = tmp_path_factory.mktemp("tiny_models")
+    return {task: tiny_runs.write(folder / task, task) for task in tiny_runs.OF_TASKS}
+
+
+@pytest.fixture(scope="session")
+def segmenters(tiny_models) -> dict:
+    """Segmenters of the tiny models, by task. A picture of 64 x 96 shares one program a task."""
+    from knet_jax.app.segmenter import Segmenter
+    from knet_jax.saved.models import open_model
+
+    return {task: Segmenter(open_model(path)) for task, path in tiny_models.items()}
+
+
 @pytest.fixture
 def torch_names(monkeypatch):
     """Makes something that pickles as `module.name`: torch_names("torch", "FloatStorage")."""

@@ -9,7 +9,8 @@ from coco_readers import PanopticFile, score_files
 
 from knet_jax.metrics.panoptic import count, merge, no_counts, per_class, summarize, table
 from knet_jax.segmentation.coco_files import PanopticResults
-from knet_jax.segmentation.segments import Categories, PanopticMap, SegmentInfo, segment_index
+from knet_jax.segmentation.segments import Categories, PanopticMap, SegmentInfo
+from knet_jax.system.errors import UserError
 
 CATEGORIES = Categories(("cat", "dog", "sky"), dataset_ids=(17, 18, 187), num_things=2)
 CAT, DOG, SKY = range(3)
@@ -60,15 +61,6 @@ def test_equals_the_reference_on_its_files(fixtures):
         assert all(row[name] == want[name] for name in ("tp", "fp", "fn"))
 
 
-def test_truth_scores_itself_perfectly(coco_mini):
-    path = coco_mini / "annotations" / "panoptic_val2017.json"
-    truth = PanopticFile(path)
-    assert len(truth) == 60
-    counts, categories = score_files(path, path)
-    assert counts.tp.sum() == sum(not s.iscrowd for i in truth for s in truth[i].segments)
-    assert all(value == 100 for value in summarize(counts, categories).values())
-
-
 def test_match_needs_more_than_half_and_the_same_label():
     truth = panoptic("1111", (1, CAT))
     assert counted(truth, panoptic("1122", (1, CAT), (2, SKY))) == {
@@ -88,19 +80,16 @@ def test_void_is_taken_out_of_the_union():
     }
 
 
-@pytest.mark.parametrize(
-    "truth, wrong",
-    [
+def test_false_positives_on_void_and_crowds():
+    prediction = panoptic("77770", (7, CAT))
+    for truth, wrong in (
         (panoptic("00011", (1, SKY)), 0),  # three of four predicted pixels are void
         (panoptic("00111", (1, SKY)), 1),  # half is not enough
         (panoptic("22211", (1, SKY), (2, CAT, True)), 0),  # crowd of its class
         (panoptic("20311", (1, SKY), (2, CAT, True), (3, CAT, True)), 0),  # void and two crowds
         (panoptic("22211", (1, SKY), (2, DOG, True)), 1),  # crowd of another class
-    ],
-)
-def test_false_positives_on_void_and_crowds(truth, wrong):
-    prediction = panoptic("77770", (7, CAT))
-    assert count(truth, prediction, 3).fp.tolist() == [wrong, 0, 0]
+    ):
+        assert count(truth, prediction, 3).fp.tolist() == [wrong, 0, 0]
 
 
 def test_a_crowd_neither_matches_nor_is_missed():
@@ -113,15 +102,6 @@ def test_empty_maps_and_segments_without_pixels():
     assert counted(panoptic("0000"), panoptic("0000")) == {}
     assert counted(panoptic("0000"), panoptic("1111", (1, CAT))) == {}
     assert counted(panoptic("0000", (1, CAT)), panoptic("0011", (1, CAT))) == {CAT: (0, 0, 0, 1)}
-
-
-def test_ids_may_differ_and_be_large():
-    truth, prediction = random_map(0), random_map(1)
-    renamed = PanopticMap(
-        segment_index(prediction).astype(np.int32),
-        tuple(s._replace(id=i + 1) for i, s in enumerate(prediction.segments)),
-    )
-    assert counted(truth, prediction) == counted(truth, renamed) != {}
 
 
 def test_counts_of_a_dataset_do_not_depend_on_the_order():
@@ -158,22 +138,14 @@ def test_means_skip_classes_that_do_not_occur():
     assert "33.3   33.3   50.0       2" in text
 
 
-@pytest.mark.parametrize(
-    "truth, prediction, message",
-    [
-        (panoptic("111", (1, CAT)), panoptic("11", (1, CAT)), "1 x 2 pixels and the truth 1 x 3"),
-        (panoptic("11", (1, CAT)), panoptic("11", (1, CAT), (2, CAT)), "segment 2 has no pixel"),
-        (panoptic("11", (1, CAT)), panoptic("12", (1, CAT)), "id 2, which no segment has"),
-        (panoptic("13", (1, CAT), (2, CAT)), panoptic("11", (1, CAT)), "id 3, which no segment"),
-        (panoptic("11", (1, CAT)), panoptic("11", (1, CAT), (1, DOG)), "segment id 1 is used"),
-        (panoptic("11", (1, CAT)), panoptic("00", (0, CAT)), "segment id 0 stands for void"),
-        (panoptic("11", (1, 3)), panoptic("11", (1, CAT)), "label 3, not one of 0 … 2"),
-        (panoptic("11", (1, CAT)), panoptic("11", (1, -1)), "label -1, not one of 0 … 2"),
-    ],
-)
-def test_errors_name_the_value(truth, prediction, message):
-    with pytest.raises(ValueError, match=message):
-        count(truth, prediction, 3)
+def test_maps_and_segments_must_agree():
+    for prediction, message in (
+        (panoptic("12", (1, CAT)), "id 2, which no segment has"),
+        (panoptic("11", (1, CAT), (1, DOG)), "segment id 1 is used"),
+        (panoptic("00", (0, CAT)), "segment id 0 stands for void"),
+    ):
+        with pytest.raises(UserError, match=message):
+            count(panoptic("11", (1, CAT)), prediction, 3)
 
 
 def write(path, maps: dict[int, PanopticMap]) -> None:
@@ -215,52 +187,11 @@ def test_files_are_what_the_test_server_takes(tmp_path):
     assert not png[0, 2].any()
 
 
-def test_pictures_of_one_name_in_two_folders_are_two_files(tmp_path):
-    results = PanopticResults(tmp_path / "panoptic.json", CATEGORIES)
-    maps = {1: panoptic("11", (1, CAT)), 2: panoptic("22", (2, SKY))}
-    for i, folder in enumerate("ab", 1):
-        results.add(i, f"{folder}/1.jpg", maps[i])
-    results.close()
-    read = PanopticFile(tmp_path / "panoptic.json")
-    assert sorted(p.parent.name for p in tmp_path.glob("panoptic/*/1.png")) == ["a", "b"]
-    for i, expected in maps.items():
-        np.testing.assert_array_equal(read[i].ids, expected.ids)
-        assert [s.label for s in read[i].segments] == [s.label for s in expected.segments]
-
-
 def test_writer_refuses_what_the_format_cannot_say(tmp_path):
     results = PanopticResults(tmp_path / "panoptic.json", CATEGORIES)
     results.add(1, "1.jpg", panoptic("11", (1, CAT)))
-    with pytest.raises(ValueError, match="1.png was added before"):
-        results.add(2, "1.png", panoptic("11", (1, CAT)))
     big = PanopticMap(np.full((1, 1), 2**24, np.int32), (SegmentInfo(2**24, CAT),))
     with pytest.raises(ValueError, match="segment id 16777216 is not one of 1 … 16777215"):
         results.add(2, "2.jpg", big)
     with pytest.raises(ValueError, match="segment 2 has no pixel"):
         results.add(2, "2.jpg", panoptic("11", (1, CAT), (2, CAT)))
-
-
-def test_reader_names_what_is_wrong(tmp_path):
-    path = tmp_path / "truth.json"
-    with pytest.raises(ValueError, match="truth.json: No such file"):
-        PanopticFile(path)
-    path.write_text('{"images": [')
-    with pytest.raises(ValueError, match="truth.json: Expecting value"):
-        PanopticFile(path)
-    path.write_text('{"images": []}')
-    with pytest.raises(ValueError, match="not a COCO panoptic file: KeyError.'annotations'"):
-        PanopticFile(path)
-
-    write(path, {1: panoptic("110", (1, CAT)), 2: panoptic("11", (1, CAT))})
-    write(tmp_path / "results.json", {1: panoptic("11", (1, CAT))})
-    with pytest.raises(ValueError, match="results.000000000001.png: .*2x1"):
-        score_files(path, tmp_path / "results.json")
-    write(tmp_path / "results.json", {1: panoptic("110", (1, CAT))})
-    with pytest.raises(ValueError, match="results.json has no picture 2"):
-        score_files(path, tmp_path / "results.json")
-    (tmp_path / "truth" / "000000000002.png").unlink()
-    with pytest.raises(ValueError, match="000000000002.png: No such file"):
-        PanopticFile(path)[2]
-    path.write_text(path.read_text().replace('"category_id": 17', '"category_id": 99'))
-    with pytest.raises(ValueError, match="000000000001.png: no category 99"):
-        PanopticFile(path)[1]

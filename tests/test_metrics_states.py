@@ -63,6 +63,7 @@ def gather_in_process(process: str, address: str) -> None:
     print(json.dumps(jax.process_index()))
 
 
+@pytest.mark.slow
 def test_two_processes_gather_exactly():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -13,6 +13,7 @@ from knet_jax.segmentation.coco_files import InstanceResults
 from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import Categories, Instance, PanopticMap, SegmentInfo
 from knet_jax.structs import EMPTY
+from knet_jax.system.errors import UserError
 
 TASKS = ("panoptic", "instance", "semantic")
 CATEGORIES = Categories(("cat", "dog", "sky"), (17, 18, 119), 2)
@@ -138,13 +139,33 @@ def test_what_is_saved_of_large_pictures(tmp_path):
     assert Image.open(tmp_path / "w.png").size == (70_000, 2)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 5, float("nan"), "0.5", None])
-def test_thresholds_that_are_none(threshold):
-    with pytest.raises(ValueError, match="^threshold is .*; accepted: a number from 0 to 1$"):
-        Result("panoptic", CATEGORIES, IMAGE, PANOPTIC).above(threshold)
+def test_arguments_that_make_no_sense():
+    result = Result("panoptic", CATEGORIES, IMAGE, PANOPTIC)
+    for threshold in (-0.1, 5, float("nan"), "0.5", None):
+        with pytest.raises(UserError, match="^threshold is .*; accepted: a number from 0 to 1$"):
+            result.above(threshold)
+    for side in (0, -5, 2.5, float("nan"), "640"):
+        with pytest.raises(UserError, match="^side is .*; accepted: a number of pixels, at least"):
+            result.draw(side)
 
 
-@pytest.mark.parametrize("side", [0, -5])
-def test_sides_that_are_none(side):
-    with pytest.raises(ValueError, match=f"side is {side}; accepted"):
-        Result("panoptic", CATEGORIES, IMAGE, PANOPTIC).draw(side)
+def test_results_for_supervision():
+    supervision = pytest.importorskip("supervision")
+    one = Instance(rle.encode(SKY), 1, 0.75, area=8.0)
+    labels = np.where(SKY, 3, 0).astype(np.uint8)
+    for task, prediction, name, score in (
+        ("panoptic", PANOPTIC._replace(ids=PANOPTIC.ids * SKY), "sky", 0.9),
+        ("instance", (one,), "dog", 0.75),
+        ("semantic", labels, "sky", 1.0),
+    ):
+        if task == "panoptic":
+            prediction = prediction._replace(segments=prediction.segments[:1])
+        found = Result(task, CATEGORIES, IMAGE, prediction).to_supervision()
+        assert isinstance(found, supervision.Detections) and len(found) == 1
+        assert found.xyxy.tolist() == [[2, 0, 5, 4]] and found.confidence.tolist() == [score]
+        assert found.data["class_name"].tolist() == [name] == [CATEGORIES.names[found.class_id[0]]]
+        np.testing.assert_array_equal(found.mask[0], SKY)
+        drawn = supervision.MaskAnnotator().annotate(IMAGE.copy(), found)
+        assert (drawn != IMAGE).any(-1)[SKY].all()
+    nothing = Result("semantic", CATEGORIES, IMAGE, np.zeros((4, 6), np.uint8)).to_supervision()
+    assert len(nothing) == 0

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 
@@ -55,6 +56,12 @@ def write(workdir: Path, task: str, *overrides: str) -> Path:
     with Checkpoints(workdir / "checkpoints", model=config.model.to_dict()) as checkpoints:
         checkpoints.save(1, variables, {"categories": categories(task)._asdict()})
     return workdir
+
+
+def picture(height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
+    """Smooth spots, uint8 [height, width, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def random_variables(shapes, rng: np.random.Generator):

@@ -1,4 +1,4 @@
-"""Pictures and videos on disk, and the folder of what a segmenter makes of pictures."""
+"""Pictures on disk: which ones a command line means, and the folder of what is predicted for them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import mimetypes
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from knet_jax.app.segmenter import Segmenter
-from knet_jax.segmentation import coco_files
 from knet_jax.segmentation.drawing import (
     MAX_SIDES,
     THUMBNAIL,
@@ -35,13 +33,13 @@ from knet_jax.system.signals import StopRequest
 from knet_jax.tasks import TASKS
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-"""How the names of videos end."""
+"""Suffixes of the names of videos."""
 
 OVERLAYS, SHEET, VIDEO_RESULTS = "overlays", "contact_sheet.jpg", "videos"
-"""What predictions are called in their folder, beside the results of `TASKS`."""
+"""Names in a folder of predictions, beside the results that are named after the tasks."""
 
 MAX_THUMBNAILS = 60
-"""Pictures of a contact sheet."""
+"""How many pictures the contact sheet shows."""
 
 
 class Source(NamedTuple):
@@ -49,31 +47,29 @@ class Source(NamedTuple):
 
     path: Path
     name: str
-    """Where it is found below the folder that was named, subfolders included."""
+    """Its path below the folder that was asked for."""
     stem: str
-    """What its results are called, before a suffix; no two sources share one."""
-
-
-# What there is.
+    """What results are named after it, without a suffix; no two sources of a kind share one."""
 
 
 def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list[Source]]:
-    """The pictures and the videos that some paths stand for, each once.
+    """Finds the pictures and the videos that some paths stand for, each once.
 
     Args:
-      paths: of files, and of folders, in which everything is found.
-      output: the folder of the predictions; those that it has are left out where a folder is named.
+        paths: of files, and of folders, in which everything is found.
+        output: the folder of the predictions; those that it has are left out where a folder is
+            named.
+
+    Returns:
+        The pictures, and the videos.
 
     Raises:
-      UserError: there is no such file, nothing in a folder, or what predictions would overwrite.
+        UserError: there is no such file, nothing in a folder, or predictions would overwrite it.
     """
     found: dict[Path, str] = {}
     for given in map(Path, paths):
         if given.is_dir():
             there = _walk(given)
-            if not there:
-                accepted = ", ".join(PICTURES + VIDEOS)
-                raise UserError(f"no picture or video in {given}; accepted: {accepted}")
         elif given.is_file():
             there = [given.resolve()]
         elif given.exists():
@@ -92,79 +88,70 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
         root = Path(os.path.commonpath(found))
         found = {path: path.relative_to(root).as_posix() for path in found}
 
-    stems = Stems()
-    sources = [Source(path, name, stems.of(name)) for path, name in found.items()]
-    are_videos = [source.path.suffix.lower() in VIDEOS for source in sources]
-    return (
-        [source for source, is_video in zip(sources, are_videos) if not is_video],
-        [source for source, is_video in zip(sources, are_videos) if is_video],
-    )
+    sources: tuple[list[Source], list[Source]] = ([], [])
+    stems = (Stems(), Stems())
+    for path, name in found.items():
+        kind = path.suffix.lower() in VIDEOS
+        sources[kind].append(Source(path, name, stems[kind].of(name)))
+    return sources
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Pictures and videos in a folder and those below it, sorted. Those of kinds that are not read
-    are named on stderr."""
-    # A link that leads nowhere becomes a problem of its own when it is read.
-    paths = sorted(
-        path
-        for path in folder.resolve().rglob("*")
-        if path.is_file() or (path.is_symlink() and not path.exists())
-    )
-    found = [path for path in paths if _is_read(path)]
-    others = [path for path in paths if not _is_read(path) and _is_visual(path)]
+    """Lists pictures and videos in a folder and those below it, sorted.
+
+    Files of kinds that are not read are counted on stderr.
+    """
+    found, others = [], Counter()
+    for path in sorted(folder.resolve().rglob("*")):
+        # A link that leads nowhere is named when it is read.
+        if not (path.is_file() or (path.is_symlink() and not path.exists())):
+            continue
+        kind, _ = mimetypes.guess_type(path.name)
+        if path.suffix.lower() in PICTURES + VIDEOS:
+            found.append(path)
+        elif (kind or "").startswith(("image/", "video/")):
+            others[path.suffix.lower()] += 1
+    accepted = ", ".join(PICTURES + VIDEOS)
     if others:
-        kinds = Counter(path.suffix.lower() for path in others)
-        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        print(
-            f"left out of {folder}: {listed}; accepted: {', '.join(PICTURES + VIDEOS)}",
-            file=sys.stderr,
-        )
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        print(f"left out of {folder}: {listed}; accepted: {accepted}", file=sys.stderr)
+    if not found:
+        raise UserError(f"no picture or video in {folder}; accepted: {accepted}")
     return found
 
 
-def _is_read(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES + VIDEOS
-
-
-def _is_visual(path: Path) -> bool:
-    """Whether the name of a file is that of a picture or video of any kind."""
-    kind, _ = mimetypes.guess_type(path.name)
-    return (kind or "").startswith(("image/", "video/"))
-
-
 def _is_prediction(path: Path, output: Path) -> bool:
-    """Whether a file lies where predictions go; both paths are resolved."""
+    """Tells whether a file lies where predictions go; both paths are resolved."""
     return any(
         path.is_relative_to(output / name) for name in (OVERLAYS, SHEET, VIDEO_RESULTS, *TASKS)
     )
 
 
 def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], int]:
-    """The ids that a JSON in COCO's form, such as that of a test set, gives pictures.
+    """Looks up the ids that a list of a test set, a JSON in COCO's form, gives to pictures.
 
     Args:
-      file: its `images` have `id` and `file_name`, which is the name of a picture below the folder
-        that was named, or without its folders.
-      pictures: that were asked for.
+        file: its `images` have `id` and `file_name`, which is the name of a picture below the
+            folder that was asked for, or without its folders.
+        pictures: that were asked for.
 
     Returns:
-      ids by `Source.name`, of the pictures that it lists, and how many it lists in all.
+        The ids of the pictures that are listed, by `Source.name`, and how many are listed in all.
 
     Raises:
-      UserError: there is no such file, it lists none of them, or gives two the same id.
+        UserError: there is no such file, it lists none of them, or two have the same id.
     """
+    listed: dict[str, int] = {}
     try:
-        listed: dict[str, int] = {}
         for image in json.loads(file.read_text(encoding="utf-8-sig"))["images"]:
-            coco_files.check_file_name(image)
             name, id = image["file_name"], image["id"]
-            if type(id) is not int or id.bit_length() > 63:
+            if type(name) is not str or type(id) is not int or id.bit_length() > 63:
                 raise UserError(f"the id of {name} is {id!r}")
             if listed.setdefault(name, id) != id:
                 raise UserError(f"{name} has two ids")
     except OSError as error:
         raise UserError(f"--image_info={file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"--image_info={file}; accepted: a JSON in COCO's form, whose images have id and "
             f"file_name: {error!r:.100}"
@@ -182,7 +169,11 @@ def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], in
 
 
 def until(stop: StopRequest | None, results: Iterable[Result]) -> Iterator[Result]:
-    """Results until the process is asked to stop. Raises Preempted after the one that is then due."""
+    """Yields results until the process is asked to stop.
+
+    Raises:
+        Preempted: it was asked to stop, and the result that was due has been dealt with.
+    """
     for result in results:
         yield result
         end_if_asked(stop)
@@ -196,18 +187,18 @@ def end_if_asked(stop: StopRequest | None) -> None:
 
 
 class Predictions:
-    """A folder of predictions, written as they come.
+    """A folder of predictions, written as they come; a context, whose end completes the files.
 
-    For every picture `overlays/NAME.jpg`, and what the task's own format holds: `panoptic.json` with
-    `panoptic/NAME.png`, `instance.json`, or `semantic.json` with `semantic/NAME.png`; then
+    It gets `overlays/NAME.jpg` for every picture, and the task's own format: `panoptic.json` with
+    `panoptic/NAME.png`, `instance.json`, or `semantic.json` with `semantic/NAME.png`; at the end
     `images.json`, which says which id of these is which file, and `contact_sheet.jpg`. Before the
-    first picture nothing is written: what an earlier run has left stays.
+    first picture nothing is written, so that a failed start leaves what an earlier run has made.
 
     Args:
-      folder: created if need be.
-      task: of the network.
-      categories: its classes.
-      ids: of the pictures by `Source.name`; default: 1, 2, 3 …
+        folder: created if need be.
+        task: of the network.
+        categories: its classes.
+        ids: of the pictures by `Source.name`; default: 1, 2, 3 …
     """
 
     def __init__(
@@ -223,19 +214,20 @@ class Predictions:
         self._task = task
         self._categories = categories
         self._ids = ids
+        self._stems = Stems()
         self._images: list[dict] = []
         self._thumbnails: list[np.ndarray] = []
 
     @cached_property
     def _results(self) -> Any:
-        """The task's own format."""
+        """The writer of the task's own format."""
         return TASKS[self._task].results(self.folder / f"{self._task}.json", self._categories)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Whatever ends the predictions: what there is becomes whole files."""
+        """Completes the files, whatever ends the predictions."""
         if not self._images:
             return
         self._results.close()
@@ -249,12 +241,11 @@ class Predictions:
     def add(self, source: Source, result: Result) -> None:
         """Writes the result of a picture."""
         image_id = self._ids[source.name] if self._ids else len(self._images) + 1
-        overlay = self.folder / OVERLAYS / f"{source.stem}.jpg"
-        overlay.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(
-            overlay, result.draw(min(readable_side(result.size), MAX_SIDES[overlay.suffix]))
-        )
-        self._results.add(image_id, source.name, result.prediction, f"{source.stem}.png")
+        # The task's own files are named in the same way, so that names agree.
+        overlay = self.folder / OVERLAYS / f"{self._stems.of(source.name)}.jpg"
+        side = min(readable_side(result.size), MAX_SIDES[overlay.suffix])
+        save_picture(overlay, result.draw(side))
+        self._results.add(image_id, source.name, result.prediction)
         height, width = result.size
         self._images.append(
             {"id": image_id, "file_name": source.name, "height": height, "width": width}
@@ -266,7 +257,7 @@ class Predictions:
         self.counts[0, list(set(labels))] += 1
 
     def table(self) -> str:
-        """Classes that were seen, most frequent first: in how many pictures, and how often."""
+        """Formats the classes that were seen, most frequent first: in how many pictures, how often."""
         seen = [label for label in np.argsort(-self.counts[1]) if self.counts[1, label]]
         if not seen:
             return "nothing was seen"
@@ -276,30 +267,6 @@ class Predictions:
             pictures, segments = self.counts[:, label]
             lines.append(f"{self._categories.names[label]:{width}}  {pictures:8}  {segments:8}")
         return "\n".join(lines)
-
-
-def readable(
-    sources: Iterable[Source],
-    note: Callable[[Source], object] | None = None,
-    skip: Callable[[ValueError], object] | None = None,
-) -> Iterator[np.ndarray]:
-    """The pictures that can be read.
-
-    Args:
-      sources: where they are.
-      note: is told the source of each, before it is given out.
-      skip: is told why another cannot be read.
-    """
-    for source in sources:
-        try:
-            image = read_image(source.path)
-        except ValueError as error:
-            if skip:
-                skip(error)
-            continue
-        if note:
-            note(source)
-        yield image
 
 
 def predict_pictures(
@@ -312,30 +279,37 @@ def predict_pictures(
     """Segments pictures from files, with a progress bar.
 
     Args:
-      segmenter: how.
-      sources: the pictures.
-      predictions: where results go.
-      threshold: least score of a thing.
-      stop: what ends it early.
+        segmenter: of the model.
+        sources: the pictures.
+        predictions: where results go.
+        threshold: least score of a thing; default: that of the segmenter.
+        stop: ends it early.
 
     Returns:
-      what was wrong with each that could not be read.
+        What was wrong with each picture that could not be read.
 
     Raises:
-      Preempted: it was asked to stop.
+        Preempted: it was asked to stop.
     """
     problems: list[str] = []
     waiting: deque[Source] = deque()
     with tqdm(total=len(sources), desc="segmenting", unit="img") as bar:
 
-        def skip(error: ValueError) -> None:
-            problems.append(str(error))
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-            bar.update()
+        def read() -> Iterator[np.ndarray]:
+            for source in sources:
+                if stop:
+                    return
+                try:
+                    image = read_image(source.path)
+                except UserError as error:
+                    problems.append(str(error))
+                    tqdm.write(f"skipped {error}", file=sys.stderr)
+                    bar.update()
+                    continue
+                waiting.append(source)
+                yield image
 
-        going_on = takewhile(lambda _: not stop, sources)  # also past what cannot be read
-        images = readable(going_on, waiting.append, skip)
-        for result in until(stop, segmenter.stream(images, threshold)):
+        for result in until(stop, segmenter.stream(read(), threshold)):
             predictions.add(waiting.popleft(), result)
             bar.update()
     return problems

@@ -12,8 +12,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from numbers import Integral, Real
 from typing import Any
@@ -38,7 +37,7 @@ Image = np.ndarray | str | os.PathLike
 """uint8 [H, W, 3], RGB, or the path of a file."""
 
 BATCH_SIZE = 8
-"""Pictures that are segmented together, but for the CPU, which takes one at a time."""
+"""How many pictures are segmented together, but for the CPU, which takes one at a time."""
 
 
 class Segmenter:
@@ -48,24 +47,23 @@ class Segmenter:
     so does the next process, from the cache on disk.
 
     Args:
-      run: from `open_model`.
-      batch_size: how many pictures are segmented together; default: 1 on a CPU, else 8.
+        model: from `open_model`.
+        batch_size: how many pictures are segmented together; default: 1 on a CPU, else 8.
     """
 
-    def __init__(self, run: Model, batch_size: int | None = None):
+    def __init__(self, model: Model, batch_size: int | None = None):
         if batch_size is not None and not (_is_number(batch_size, Integral) and batch_size >= 1):
             raise UserError(
                 f"batch_size is {batch_size!r}; accepted: a whole number of at least 1, or None"
             )
-        config = run.config
+        config = model.config
         self.config = config
-        self.categories = run.categories
-        self.step = run.step
+        self.categories = model.categories
+        self.step = model.step
         self.task = config.task
-        self.batch_size = int(batch_size or default_batch_size())
+        self.batch_size = int(batch_size or (1 if _platform() == "cpu" else BATCH_SIZE))
         self._task = TASKS[config.task]
-        self._run: Model | None = run
-        self._shapes = jax.eval_shape(lambda: run.variables)
+        self._variables = jax.device_put(model.variables)
         options = config.eval.to_dict()
         recipe = recipes.find(config.task, config.data)
         self._recipes = recipes.at_ratios(recipe, options.get("scales", (1,)))
@@ -75,20 +73,9 @@ class Segmenter:
             "overlap_threshold": options.get("overlap_threshold", 0.0),
         }
         self._predict = jax.jit(
-            partial(predict, model=run.model, task=self._task, options=options),
+            partial(predict, model=model.model, task=self._task, options=options),
             static_argnames="canvas",
         )
-
-    @cached_property
-    def _variables(self) -> Any:
-        variables = jax.device_put(self._run.variables)
-        self._run = None  # which holds them on the host
-        return variables
-
-    @property
-    def num_programs(self) -> int:
-        """How many have been called for pictures so far."""
-        return self._predict._cache_size()
 
     def __call__(
         self,
@@ -99,16 +86,17 @@ class Segmenter:
         """Segments a picture, or several.
 
         Args:
-          images: a picture as uint8 [H, W, 3], RGB, or as the path of a file; or a list of such.
-          threshold: least score of a thing; default: that of the config, else 0.3.
-          overlap: least share of a mask that others leave it, for panoptic maps; default: that of
-            the config.
+            images: a picture as uint8 [H, W, 3], RGB, or as the path of a file; or a list of such.
+            threshold: least score of a thing; default: that of the config, else 0.3.
+            overlap: of panoptic models: a segment is dropped where others hide so much of its mask
+                that less than this share is left; default: that of the config.
 
         Returns:
-          a result, or a list of results.
+            A result for a picture, a list of results for a list.
 
         Raises:
-          ValueError: a file that cannot be read, or an array that is no picture.
+            UserError: a file cannot be read, an array is no picture, or a threshold is not from 0
+                to 1.
         """
         if isinstance(images, list | tuple):
             return list(self.stream(images, threshold, overlap))
@@ -121,9 +109,20 @@ class Segmenter:
         threshold: float | None = None,
         overlap: float | None = None,
     ) -> Iterator[Result]:
-        """The results of pictures without end, in order, in constant memory.
+        """Segments one picture after the other, any number of them, in constant memory.
 
-        Args and errors as of a call. The next pictures are read while one is segmented.
+        The next pictures are read while one is segmented.
+
+        Args:
+            images: the pictures, as for a call of the segmenter.
+            threshold: as for a call.
+            overlap: as for a call.
+
+        Returns:
+            The results in the order of the pictures; drawing one raises what a call raises.
+
+        Raises:
+            UserError: a threshold is not from 0 to 1.
         """
         for name, value in {"threshold": threshold, "overlap": overlap}.items():
             if value is not None and not (_is_number(value, Real) and 0 <= value <= 1):
@@ -132,28 +131,10 @@ class Segmenter:
         thresholds = self.thresholds | {k: float(v) for k, v in given.items() if v is not None}
         return self._stream(iter(images), thresholds)
 
-    def prepare(self, images: Image | Iterable[Image]) -> None:
-        """Makes the programs for pictures, or for others of their sizes, before these come.
-
-        Args:
-          images: as of a call: those that come together are segmented together, by a program of
-            their own.
-        """
-        images = iter([images] if isinstance(images, Image) else images)
-        while chunk := [as_image(image) for image in islice(images, self.batch_size)]:
-            for _, args, canvas in self._arguments(chunk, self.thresholds):
-                with jax.default_matmul_precision(self.config.precision):
-                    self._predict.lower(self._shapes, *args, canvas=canvas).compile()
-
     def _stream(self, images: Iterator[Image], thresholds: dict[str, float]) -> Iterator[Result]:
         def started() -> Iterator[tuple[list[np.ndarray], list[tuple[list[int], Any]]]]:
             while chunk := [as_image(image) for image in islice(images, self.batch_size)]:
-                outputs = []
-                for members, args, canvas in self._arguments(chunk, thresholds):
-                    with jax.default_matmul_precision(self.config.precision):
-                        output = self._predict(self._variables, *args, canvas=canvas)
-                    outputs.append((members, output))
-                yield chunk, outputs
+                yield chunk, self._start(chunk, thresholds)
 
         threshold = thresholds["instance_threshold"]
         for chunk, parts in lookahead(started()):
@@ -167,21 +148,27 @@ class Segmenter:
             yield from (results[i] for i in range(len(chunk)))
 
     def _layout(self, image: np.ndarray) -> tuple[tuple[tuple[int, int], ...], Canvas]:
-        """The canvases of a picture: what the network is shown at every scale, and of the result."""
+        """Chooses the canvases of a picture: of the input at every scale, and of the result."""
         size = image.shape[:2]
         shown = tuple(tuple(recipe.eval_canvas(size)) for recipe in self._recipes)
         largest = int(np.argmax([np.prod(canvas) for canvas in shown]))
         resized = self._recipes[largest].eval_size(size)
         return shown, Canvas.scaled(shown[largest], resized, size)
 
-    def _arguments(
+    def _start(
         self, images: Sequence[np.ndarray], thresholds: dict[str, float]
-    ) -> Iterator[tuple[list[int], tuple[Any, ...], Canvas]]:
-        """What the program takes besides the network: once for the pictures that share their canvases,
-        with their places among `images`. A picture that is alone on its canvases is never padded."""
+    ) -> list[tuple[list[int], Any]]:
+        """Starts the network, once for the pictures that share their canvases.
+
+        A batch of several pictures is padded to `batch_size`; a single picture is not.
+
+        Returns:
+            For every such group, its places among `images` and its output on the device.
+        """
         groups = defaultdict(list)
         for i, image in enumerate(images):
             groups[self._layout(image)].append(i)
+        outputs = []
         for (shown, canvas), members in groups.items():
             count = 1 if len(members) == 1 else self.batch_size
             scales = empty_eval_batches(count, shown)
@@ -190,16 +177,21 @@ class Segmenter:
                     view = transforms.whole(recipe.eval_size(images[i].shape[:2]))
                     fill(batch, place, place, images[i], view)
             passes, mirrored = zip(*both_ways(scales, self._flip))
-            yield members, (passes, mirrored, scales[0].original_size, thresholds), canvas
-
-
-def default_batch_size() -> int:
-    """How many pictures are segmented together on this machine, where nothing else is said."""
-    return 1 if _platform() == "cpu" else BATCH_SIZE
+            with jax.default_matmul_precision(self.config.precision):
+                output = self._predict(
+                    self._variables,
+                    passes,
+                    mirrored,
+                    scales[0].original_size,
+                    thresholds,
+                    canvas=canvas,
+                )
+            outputs.append((members, output))
+        return outputs
 
 
 def as_image(image: Image) -> np.ndarray:
-    """A picture as uint8 [H, W, 3], a copy. Raises ValueError where it is none."""
+    """Reads or copies a picture, as uint8 [H, W, 3]. Raises UserError where it is none."""
     if isinstance(image, str | os.PathLike):
         return image_files.read_image(image)
     array = np.asarray(image)
@@ -219,45 +211,36 @@ def load(
     batch_size: int | None = None,
     overrides: Sequence[str] = (),
     config: str | None = None,
-    first: Image | Iterable[Image] = (),
 ) -> Segmenter:
-    """Opens a model for pictures of any kind.
+    """Opens a trained model, to segment pictures of any size with it.
 
-    knet_jax.load("runs/demo")
-    knet_jax.load("demo.safetensors")
-    knet_jax.load("knet.pth", config="configs/coco_panoptic.py")
+        knet_jax.load("runs/demo")
+        knet_jax.load("demo.safetensors")
+        knet_jax.load("knet.pth", config="configs/coco_panoptic.py")
 
-    Programs that take long to compile are kept in the folder that JAX_COMPILATION_CACHE_DIR names,
-    else in `knet_jax` of the user's cache, so that the second start is fast.
+    Compiled programs are kept in the folder that JAX_COMPILATION_CACHE_DIR names, else in
+    `knet_jax` of the user's cache, so that the second start is fast.
 
     Args:
-      path: the folder of a run of train.py, or of a conversion; the file that `knet_jax.convert`
-        makes of it; or, with a config, a checkpoint that others wrote, as `knet_jax.convert` takes it.
-      checkpoint: of a folder: `best`, `latest`, or the number of a step.
-      ema: of a folder: the moving average of the parameters instead of the parameters.
-      dtype: of the feature maps, `float32` or `bfloat16`; default: bfloat16, on a CPU the config's.
-      batch_size: how many pictures are segmented together; default: 1 on a CPU, else 8.
-      overrides: `--config.x.y=value` arguments that change the config.
-      config: `configs/FILE.py` or `configs/FILE.py:variant,variant`, of a checkpoint that others
-        wrote.
-      first: pictures that will come first, or others of their sizes, as for `Segmenter.prepare`.
-        Their programs are made while the weights of a folder are read, so that the first result
-        comes earlier.
+        path: the folder of a run of train.py, or of a conversion; the file that
+            `knet_jax.convert` makes of it; or, with a config, a checkpoint of other code, as
+            `knet_jax.convert` takes it.
+        checkpoint: of a folder: `best`, `latest`, or the number of a step.
+        ema: of a folder: the moving average of the parameters instead of the parameters.
+        dtype: of the feature maps, `float32` or `bfloat16`; default: bfloat16, on a CPU the config's.
+        batch_size: how many pictures are segmented together; default: 1 on a CPU, else 8.
+        overrides: `--config.x.y=value` arguments that change the config.
+        config: `configs/FILE.py` or `configs/FILE.py:variant,variant`, of a checkpoint of other
+            code.
 
     Raises:
-      ValueError: an argument is of another kind, there is no such model or checkpoint, or something
-        in it does not fit.
+        UserError: an argument is of another kind, there is no such model or checkpoint, or something
+            in it does not fit.
     """
     keep_programs()
     if dtype is None and _platform() != "cpu":
         dtype = "bfloat16"
-    run = open_model(path, checkpoint, ema, overrides, dtype, config=config)
-    segmenter = Segmenter(run, batch_size)
-    with ThreadPoolExecutor(1) as reader:
-        reading = reader.submit(lambda: segmenter._variables)
-        segmenter.prepare(first)
-        reading.result()
-    return segmenter
+    return Segmenter(open_model(path, checkpoint, ema, overrides, dtype, config=config), batch_size)
 
 
 def _is_number(value: Any, kind: type) -> bool:

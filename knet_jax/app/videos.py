@@ -1,4 +1,4 @@
-"""What a segmenter makes of a video: a video of the overlays, and the segments of every frame."""
+"""Segmenting a video: a video of the overlays, and a JSON of the segments of every frame."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from knet_jax.system.output_files import JsonList
 from knet_jax.system.signals import StopRequest
 
 FRAMES_PER_SECOND = 25.0
-"""Of a video that does not say."""
+"""Assumed of a video that does not say."""
 
 
 def predict_video(
@@ -29,20 +29,20 @@ def predict_video(
     """Segments a video frame by frame, in constant memory, with a progress bar.
 
     Writes `videos/NAME.mp4`, and `videos/NAME.json`: what `Result.to_coco` gives, the number of the
-    frame being the id of the picture, from 0 on.
+    frame, from 0 on, being the id of the picture.
 
     Args:
-      segmenter: how.
-      source: the video.
-      folder: where results go.
-      threshold: least score of a thing.
-      stop: what ends it early.
+        segmenter: of the model.
+        source: the video.
+        folder: where results go.
+        threshold: least score of a thing; default: that of the segmenter.
+        stop: ends it early.
 
     Returns:
-      what was wrong with the video, None where all of it could be read and written.
+        What was wrong with the video; None where all of it could be read and written.
 
     Raises:
-      Preempted: it was asked to stop.
+        Preempted: it was asked to stop.
     """
     end_if_asked(stop)
     capture = cv2.VideoCapture(str(source.path))
@@ -57,12 +57,12 @@ def predict_video(
         place = folder / VIDEO_RESULTS / f"{source.stem}.mp4"
         place.parent.mkdir(parents=True, exist_ok=True)
         with (
-            _Film(place, frames.rate, first.shape[:2]) as film,
+            _VideoWriter(place, frames.rate, first.shape[:2]) as video,
             JsonList(place.with_suffix(".json")) as records,
             tqdm(total=frames.total, desc=source.name, unit="frame") as bar,
         ):
             for number, result in enumerate(until(stop, results)):
-                film.add(result.draw())
+                video.add(result.draw())
                 found = result.to_coco(number)
                 for record in found if isinstance(found, list) else [found]:
                     records.add(record)
@@ -77,7 +77,7 @@ def predict_video(
 
 
 class _Frames:
-    """The frames of a video, uint8 [H, W, 3], RGB, as far as they can be decoded."""
+    """Iterates over the frames of a video, uint8 [H, W, 3], RGB, as far as they can be decoded."""
 
     def __init__(self, capture: cv2.VideoCapture):
         self._capture = capture
@@ -85,20 +85,19 @@ class _Frames:
         self.rate = rate if 0 < rate < 1000 else FRAMES_PER_SECOND
         total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.total = total if total > 0 else None
-        """How many the file says there are, None where it does not."""
+        """How many frames the file says it has, None where it does not say."""
         self.number = 0
-        """How many there were so far."""
-        self.seconds = 0.0
-        """When the last one is shown."""
+        """How many frames were read so far."""
+        self._seconds = 0.0
 
     @property
     def has_more(self) -> bool:
-        """Whether the file says that frames follow those that there were.
+        """Whether the file says that frames follow those that could be read.
 
-        Some files only tell how long they last. Where frames are not evenly spaced, that stands for
-        another number of them than there are; so it is enough that the last one comes at the end.
+        Some files only tell how long they last, which is another number of frames where these are
+        not evenly spaced; so it is enough that the last one comes at the end.
         """
-        reached = max(self.number, self.seconds * self.rate + 1)
+        reached = max(self.number, self._seconds * self.rate + 1)
         return self.total is not None and reached < 0.98 * self.total - 1
 
     def __iter__(self) -> Self:
@@ -109,7 +108,7 @@ class _Frames:
         if not is_there:
             raise StopIteration
         self.number += 1
-        self.seconds = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        self._seconds = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
         return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
@@ -117,21 +116,21 @@ class _UnwritableError(Exception):
     """OpenCV cannot write a video."""
 
 
-class _Film:
-    """Writes a video; it appears when it is whole.
+class _VideoWriter:
+    """Writes a video, which appears when it is whole.
 
     Args:
-      path: of the file.
-      rate: frames per second.
-      size: height and width.
+        path: of the file.
+        rate: frames per second.
+        size: height and width.
 
     Raises:
-      _UnwritableError: OpenCV does not take this, or has not written all frames in the end.
+        _UnwritableError: OpenCV does not take this, or has not written all frames in the end.
     """
 
     def __init__(self, path: Path, rate: float, size: tuple[int, int]):
         self._path, self._size = path, size
-        # The name tells OpenCV the format.
+        # The suffix tells OpenCV the format.
         self._draft = path.with_name(f"{path.name}.part.mp4")
         self._number = 0
         # OpenCV takes thousandths of a frame; MPEG-4 divides a second into at most 65535 ticks.

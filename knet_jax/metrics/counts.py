@@ -1,4 +1,4 @@
-"""How processes put the states of a metric together."""
+"""What the counts of all metrics share: means over classes, and gathering from several processes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,36 @@ from jax.experimental import multihost_utils
 State = TypeVar("State", bound=tuple)
 
 
+def mean_of_defined(values: np.ndarray) -> float:
+    """Averages the values that are not NaN; 0 where all are."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else 0.0
+
+
+def none_if_undefined(value: np.floating) -> float | None:
+    """Converts a number for JSON, NaN to None."""
+    return None if np.isnan(value) else value.item()
+
+
 def to_bytes(state: tuple) -> np.ndarray:
-    """uint8 [n] from a NamedTuple of arrays, whose types and shapes are kept."""
+    """Packs a NamedTuple of arrays into uint8 [n], types and shapes included."""
     buffer = io.BytesIO()
     np.savez(buffer, **state._asdict())
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
 def from_bytes(data: np.ndarray, kind: type[State]) -> State:
-    """The NamedTuple of type `kind` that `to_bytes` made uint8 [n] of."""
+    """Unpacks what `to_bytes` made of a NamedTuple of type `kind`."""
     with np.load(io.BytesIO(data.tobytes()), allow_pickle=False) as arrays:
         return kind(**arrays)
 
 
 def gather(state: State, merge: Callable[..., State]) -> State:
-    """The state of the pictures of all processes, each of which must call this.
+    """Merges the counts of all processes, each of which must call this.
 
     Args:
-        state: a NamedTuple of arrays, whose lengths may differ between processes.
-        merge: of the same metric.
+        state: the counts of this process's pictures; lengths of arrays may differ between processes.
+        merge: the function of that name of the metric.
     """
     if jax.process_count() == 1:
         return state

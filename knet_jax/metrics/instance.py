@@ -20,18 +20,18 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from knet_jax.metrics.counts import mean_of_defined, none_if_undefined
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Categories, Instance
-from knet_jax.system.errors import UserError
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
-"""At which IoU an instance counts as found."""
+"""The IoU from which on an instance counts as found."""
 RECALLS = np.linspace(0, 1, 101)
-"""Where precision is read."""
+"""The values of recall at which precision is read."""
 SIZES = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 """Ranges of area in pixels, both ends included, by the suffix of their names."""
 MAX_PREDICTIONS = 100
-"""Of a class in a picture; what scores less is left out."""
+"""How many predictions of a class in a picture count, those of the highest scores."""
 
 RIGHT, WRONG, IGNORED = 1, 0, -1
 NUMBERS = (
@@ -40,27 +40,26 @@ NUMBERS = (
 )
 
 HEADLINE = ("AP", "AP50", "AP75")
-"""The numbers that say the most; the first one decides which step of a run is the best."""
-
+"""The numbers that are logged in short; the first one decides which step of a run is the best."""
 
 Overlap = Callable[[list[dict], list[dict], np.ndarray], np.ndarray]
-"""IoU [p, i] of p predicted and i true masks, of which bool [i] are crowds."""
+"""(p predicted masks, i true masks, whether each of these is a crowd, bool [i]) -> IoU [p, i]."""
 
 
 class InstanceCounts(NamedTuple):
-    """What average precision needs of any number of pictures.
+    """What average precision needs to know of any number of pictures, with p predictions in total.
 
-    `objects` adds up, the other arrays are put one behind the other; p predictions in total.
+    To merge counts, `objects` is summed and the other arrays are concatenated.
     """
 
     objects: np.ndarray
-    """int64 [k, 4]: true instances that are to be found, by class and range of sizes."""
+    """int64 [k, 4]: number of true instances to be found, by class and range of sizes."""
     label: np.ndarray
     """int32 [p]: class of each prediction."""
     score: np.ndarray
     """float64 [p]."""
     image: np.ndarray
-    """int64 [p]: id of its picture, which decides between equal scores."""
+    """int64 [p]: id of its picture, which orders predictions of equal score."""
     rank: np.ndarray
     """int32 [p]: how many predictions of its class in its picture come before it."""
     outcome: np.ndarray
@@ -68,7 +67,7 @@ class InstanceCounts(NamedTuple):
 
 
 def no_counts(num_classes: int) -> InstanceCounts:
-    """The counts of no picture at all."""
+    """Returns the counts of no picture at all."""
     return InstanceCounts(
         objects=np.zeros((num_classes, len(SIZES)), np.int64),
         label=np.zeros(0, np.int32),
@@ -80,22 +79,23 @@ def no_counts(num_classes: int) -> InstanceCounts:
 
 
 def merge(*counts: InstanceCounts) -> InstanceCounts:
-    """The counts of the pictures of all; many at once are merged much faster than one by one."""
+    """Merges counts of different pictures, many at once much faster than one by one."""
     objects, *others = zip(*counts)
     return InstanceCounts(sum(objects), *(np.concatenate(arrays) for arrays in others))
 
 
 def mask_iou(predicted: list[dict], true: list[dict], iscrowd: np.ndarray) -> np.ndarray:
-    """IoU of masks; of a crowd, the share of the prediction that lies on it."""
+    """Computes the IoU of masks; of a crowd, the share of the prediction that lies on it."""
     iou = coco_mask.iou(predicted, true, iscrowd.astype(np.uint8))
     return np.reshape(iou, (len(predicted), len(true)))
 
 
 def boundary_iou(predicted: list[dict], true: list[dict], iscrowd: np.ndarray) -> np.ndarray:
-    """The smaller of `mask_iou` and the IoU of boundaries, which large masks cannot hide.
+    """Computes the smaller of `mask_iou` and the IoU of the boundaries of the masks.
 
-    With it, AP becomes boundary AP (Cheng et al., CVPR 2021, arXiv 2103.16562). A boundary is
-    what of a mask lies within 2 % of the picture's diagonal of its outline. Crowds have none.
+    With it, AP becomes boundary AP (Cheng et al., CVPR 2021, arXiv 2103.16562), where a wrong
+    outline of a large mask costs as much as that of a small one. The boundary of a mask is its part
+    within 2 % of the picture's diagonal of its outline. Crowds are compared whole.
     """
     boundaries = [[_boundary(mask) for mask in masks] for masks in (predicted, true)]
     whole = mask_iou(predicted, true, iscrowd)
@@ -109,7 +109,7 @@ def count(
     image_id: int = 0,
     overlap: Overlap = mask_iou,
 ) -> InstanceCounts:
-    """Match the instances of one picture.
+    """Matches the instances of one picture.
 
     Args:
         truth: crowds included.
@@ -118,12 +118,13 @@ def count(
         image_id: of predictions of equal score, those of the smaller id come first, as in COCOeval;
             of equal ids, those that are merged first.
         overlap: `mask_iou` or `boundary_iou`.
-
-    Raises:
-        ValueError: the masks differ in size, a label is out of range, a score is not a number, or a
-            mask is not in COCO's compressed form.
     """
-    _check(truth, prediction, num_classes)
+    instances, where = (*truth, *prediction), f"picture {image_id}"
+    sizes = {tuple(one.rle["size"]) for one in instances}
+    assert len(sizes) <= 1, f"{where}: masks of {sizes}"
+    for one in instances:
+        assert 0 <= one.label < num_classes, f"{where}: label {one.label}"
+        assert np.isfinite(one.score), f"{where}: score {one.score}"
     counts = [no_counts(num_classes)]
     for label in sorted({instance.label for instance in (*truth, *prediction)}):
         true = [instance for instance in truth if instance.label == label]
@@ -152,36 +153,33 @@ def count(
 
 
 def summarize(counts: InstanceCounts, categories: Categories) -> dict[str, float]:
-    """COCO's twelve numbers in percent, under the names of `NUMBERS`.
+    """Computes COCO's twelve numbers, in percent, under the names of `NUMBERS`.
 
     AP50 and AP75 are at one IoU threshold; s, m and l are instances of an area up to 32², from
     there to 96², and beyond; AR1, AR10 and AR100 take so many predictions of a class in a picture.
     Classes without an instance stay out of a mean; the mean of no class is 0.
     """
-    return {
-        name: float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else 0.0
-        for name, values in _quality(counts).items()
-    }
+    return {name: mean_of_defined(values) for name, values in _quality(counts).items()}
 
 
 def per_class(counts: InstanceCounts, categories: Categories) -> list[dict]:
-    """A row for every class: name, the dataset's id, the twelve numbers, and two counts.
+    """Lists every class: name, the dataset's id, the twelve numbers in percent, and two counts.
 
-    A number is None where the class has no instance; `objects` are true instances but for crowds,
-    `predictions` what was taken into account.
+    A number is None where the class has no instance; `objects` counts true instances except crowds,
+    `predictions` those that were taken into account.
     """
     quality = _quality(counts)
     predictions = np.bincount(counts.label, minlength=len(counts.objects))
     rows = []
     for i, (name, id) in enumerate(zip(categories.names, categories.dataset_ids, strict=True)):
-        values = {key: None if np.isnan(v[i]) else v[i].item() for key, v in quality.items()}
+        values = {key: none_if_undefined(column[i]) for key, column in quality.items()}
         sizes = {"objects": counts.objects[i, 0].item(), "predictions": predictions[i].item()}
         rows.append({"name": name, "id": id} | values | sizes)
     return rows
 
 
 def table(counts: InstanceCounts, categories: Categories) -> str:
-    """The classes that occur, and the means over those with an instance, as text."""
+    """Formats the classes that occur, and the means over those with an instance."""
     precision, recall = NUMBERS[:6], NUMBERS[6:]
     rows = [row for row in per_class(counts, categories) if row["objects"] or row["predictions"]]
     width = max(len(name) for name in ("All", *categories.names))
@@ -209,30 +207,8 @@ def table(counts: InstanceCounts, categories: Categories) -> str:
     return "\n".join(lines)
 
 
-def _check(truth: Sequence[Instance], prediction: Sequence[Instance], num_classes: int) -> None:
-    size = None
-    for name, given in (("true", truth), ("predicted", prediction)):
-        for i, instance in enumerate(given):
-            if not 0 <= instance.label < num_classes:
-                raise UserError(
-                    f"{name} instance {i} has label {instance.label}, not one of 0 … {num_classes - 1}"
-                )
-            if not np.isfinite(instance.score):
-                raise UserError(f"{name} instance {i} has score {instance.score}")
-            mask = instance.rle
-            if not rle.is_compressed(mask):
-                raise UserError(
-                    f"{name} instance {i} has mask {str(mask)[:60]}; accepted: "
-                    "{'size': [height, width], 'counts': bytes}"
-                )
-            size = size or tuple(mask["size"])
-            if tuple(mask["size"]) != size:
-                sizes = (" x ".join(map(str, each)) for each in (mask["size"], size))
-                raise UserError("{} instance {} has {} pixels, others {}".format(name, i, *sizes))
-
-
 def _is_outside(areas: np.ndarray) -> np.ndarray:
-    """Whether areas [i] are not in a range of sizes, bool [i, 4]."""
+    """Tells whether areas [i] are outside of each range of sizes, bool [i, 4]."""
     low, high = np.array(list(SIZES.values())).T
     return (areas[:, None] < low) | (areas[:, None] > high)
 
@@ -240,7 +216,7 @@ def _is_outside(areas: np.ndarray) -> np.ndarray:
 def _match(
     iou: np.ndarray, iscrowd: np.ndarray, ignored: np.ndarray, outside: np.ndarray
 ) -> np.ndarray:
-    """What becomes of the predictions of one class in one picture.
+    """Matches the predictions of one class in one picture, the highest score first.
 
     Each takes, of the instances that are left and that it overlaps enough, the one of the largest
     IoU, the last of equals; one that is to be ignored only if there is no other.
@@ -252,7 +228,7 @@ def _match(
         outside: bool [p, 4], predictions whose own size is not in the range.
 
     Returns:
-        int8 [p, 4, 10].
+        `RIGHT`, `WRONG` or `IGNORED`, int8 [p, 4, 10].
     """
     shape = (len(iou), len(SIZES), len(THRESHOLDS))
     outcome = np.broadcast_to(np.where(outside, IGNORED, WRONG)[:, :, None], shape).astype(np.int8)
@@ -270,7 +246,7 @@ def _match(
 
 
 def _boundary(mask: dict) -> dict:
-    """The part of a mask near its outline, to which the picture's border belongs."""
+    """Cuts out the part of a mask near its outline; the picture's border is an outline too."""
     pixels = rle.decode(mask)
     width = max(1, round(0.02 * float(np.hypot(*pixels.shape))))
     inner = cv2.erode(
@@ -284,7 +260,7 @@ def _boundary(mask: dict) -> dict:
 
 
 def _quality(counts: InstanceCounts) -> dict[str, np.ndarray]:
-    """The twelve numbers of every class in percent, [k]; NaN where it has no instance."""
+    """Computes the twelve numbers of every class, in percent, [k]; NaN where it has no instance."""
     k = len(counts.objects)
     precision = np.full((k, len(SIZES), len(THRESHOLDS)), np.nan)
     recall = {limit: precision.copy() for limit in (1, 10, MAX_PREDICTIONS)}
@@ -309,7 +285,7 @@ def _quality(counts: InstanceCounts) -> dict[str, np.ndarray]:
 
 
 def _average_precision(outcome: np.ndarray, num_objects: int) -> np.ndarray:
-    """AP at every threshold, [10], of predictions [p, 10] in descending order of score."""
+    """Computes AP at every threshold, [10], of predictions [p, 10] in descending order of score."""
     right, wrong = np.cumsum(outcome == RIGHT, 0), np.cumsum(outcome == WRONG, 0)
     recall = right / num_objects
     # The tiny summand is COCOeval's: nothing has been right or wrong yet.

@@ -18,54 +18,61 @@ from typing import NamedTuple
 import numpy as np
 
 from knet_jax.segmentation.segments import Categories, PanopticMap, segment_index
-from knet_jax.system.errors import UserError
 
 HEADLINE = ("PQ", "PQ_things", "PQ_stuff")
-"""The numbers that say the most; the first one decides which step of a run is the best."""
+"""The numbers that are logged in short; the first one decides which step of a run is the best."""
 
 
 class PQCounts(NamedTuple):
-    """What panoptic quality needs of any number of pictures: four arrays [k] that add up."""
+    """What panoptic quality needs to know of any number of pictures: four arrays [k] to be summed."""
 
     iou_sum: np.ndarray
     """float64: sum of the IoU of matched segments."""
     tp: np.ndarray
+    """int64: matched segments; `fp` and `fn` are predicted and true segments without a match."""
     fp: np.ndarray
     fn: np.ndarray
 
 
 def no_counts(num_classes: int) -> PQCounts:
-    """The counts of no picture at all."""
+    """Returns the counts of no picture at all."""
     tp, fp, fn = np.zeros((3, num_classes), np.int64)
     return PQCounts(np.zeros(num_classes), tp, fp, fn)
 
 
 def merge(*counts: PQCounts) -> PQCounts:
-    """The counts of the pictures of all."""
+    """Adds up counts of different pictures."""
     return PQCounts(*(sum(arrays) for arrays in zip(*counts)))
 
 
 def count(
     truth: PanopticMap, prediction: PanopticMap, num_classes: int, image_id: int = 0
 ) -> PQCounts:
-    """Match the segments of one picture, whose id does not matter here.
+    """Matches the segments of one picture.
 
-    A true segment without pixels is a false negative. Raises ValueError where the maps differ in
-    size, a predicted segment has no pixel, a label is out of range, or as `segment_index`.
+    Args:
+        truth: the true map; a segment without pixels is a false negative.
+        prediction: the predicted map.
+        num_classes: k.
+        image_id: for messages.
+
+    Raises:
+        UserError: a map and its segments do not agree.
     """
-    del image_id
-    if truth.ids.shape != prediction.ids.shape:
-        sizes = (" x ".join(map(str, panoptic.ids.shape)) for panoptic in (prediction, truth))
-        raise UserError("the prediction has {} pixels and the truth {}".format(*sizes))
-    true_labels, labels = _labels(truth, num_classes), _labels(prediction, num_classes)
+    where, sizes = f"picture {image_id}", (truth.ids.shape, prediction.ids.shape)
+    assert sizes[0] == sizes[1], f"{where}: maps of {sizes}"
+    true_labels, labels = (
+        np.array([segment.label for segment in each.segments], np.int64)
+        for each in (truth, prediction)
+    )
+    for each in (true_labels, labels):
+        assert ((0 <= each) & (each < num_classes)).all(), f"{where}: labels {each}"
     crowd = np.array([segment.iscrowd for segment in truth.segments], bool)[:, None]
     same_label = true_labels[:, None] == labels
 
     overlap = _overlaps(truth, prediction)
     true_areas, areas = overlap[1:].sum(1, keepdims=True), overlap[:, 1:].sum(0)
-    for segment, area in zip(prediction.segments, areas):
-        if area == 0:
-            raise UserError(f"predicted segment {segment.id} has no pixel")
+    assert areas.all(), f"{where}: a predicted segment has no pixel"
     on_void, overlap = overlap[0, 1:], overlap[1:, 1:]
 
     # A true segment without pixels and a prediction on void alone have an empty union.
@@ -84,7 +91,7 @@ def count(
 
 
 def summarize(counts: PQCounts, categories: Categories) -> dict[str, float]:
-    """PQ, SQ and RQ in percent, the means over all classes, over things and over stuff.
+    """Averages PQ, SQ and RQ, in percent, over all classes, over things and over stuff.
 
     The keys are PQ, SQ, RQ, PQ_things, …, RQ_stuff. Classes that occur neither in the truth nor in
     a prediction stay out of a mean; the mean of no class is 0.
@@ -97,7 +104,7 @@ def summarize(counts: PQCounts, categories: Categories) -> dict[str, float]:
 
 
 def per_class(counts: PQCounts, categories: Categories) -> list[dict]:
-    """A row for every class: name, the dataset's id, PQ, SQ and RQ in percent, and its counts."""
+    """Lists every class: name, the dataset's id, PQ, SQ and RQ in percent, and its counts."""
     columns = _quality(counts) | counts._asdict()
     return [
         {"name": name, "id": id} | {key: column[i].item() for key, column in columns.items()}
@@ -106,7 +113,7 @@ def per_class(counts: PQCounts, categories: Categories) -> list[dict]:
 
 
 def table(counts: PQCounts, categories: Categories) -> str:
-    """The classes that occur, and the means over all classes, things and stuff, as text."""
+    """Formats the classes that occur, and the means over all classes, things and stuff."""
     groups, rows = _groups(counts, categories), per_class(counts, categories)
     width = max(len(name) for name in ("Things", *categories.names))
     quality = "{PQ:6.1f} {SQ:6.1f} {RQ:6.1f}"
@@ -124,31 +131,21 @@ def table(counts: PQCounts, categories: Categories) -> str:
 
 
 def _overlaps(truth: PanopticMap, prediction: PanopticMap) -> np.ndarray:
-    """Pixels that two segments share, int64 [1 + true, 1 + predicted]; row and column 0 are void."""
+    """Counts the pixels that two segments share, int64 [1 + true, 1 + predicted]; row and column 0 are void."""
     rows, columns = 1 + len(truth.segments), 1 + len(prediction.segments)
     pairs = segment_index(truth) * columns + segment_index(prediction)
     return np.bincount(pairs.ravel(), minlength=rows * columns).reshape(rows, columns)
 
 
-def _labels(panoptic: PanopticMap, num_classes: int) -> np.ndarray:
-    """int64 [num_segments]."""
-    for segment in panoptic.segments:
-        if not 0 <= segment.label < num_classes:
-            raise UserError(
-                f"segment {segment.id} has label {segment.label}, not one of 0 … {num_classes - 1}"
-            )
-    return np.array([segment.label for segment in panoptic.segments], np.int64)
-
-
 def _quality(counts: PQCounts) -> dict[str, np.ndarray]:
-    """PQ, SQ and RQ of every class in percent, [k]; 0 for a class that does not occur."""
+    """Computes PQ, SQ and RQ of every class, in percent, [k]; 0 for a class that does not occur."""
     sq = counts.iou_sum / np.maximum(counts.tp, 1)
     rq = counts.tp / np.maximum(counts.tp + counts.fp / 2 + counts.fn / 2, 0.5)
     return {"PQ": 100 * sq * rq, "SQ": 100 * sq, "RQ": 100 * rq}
 
 
 def _groups(counts: PQCounts, categories: Categories) -> dict[str, np.ndarray]:
-    """The classes that occur: all, things and stuff, by the suffix of their names."""
+    """Groups the classes that occur, all, things and stuff, by the suffix of a number's name."""
     (occurring,) = np.nonzero(counts.tp + counts.fp + counts.fn)
     is_thing = occurring < categories.num_things
     return {"": occurring, "_things": occurring[is_thing], "_stuff": occurring[~is_thing]}

@@ -14,18 +14,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from knet_jax.metrics.counts import mean_of_defined, none_if_undefined
 from knet_jax.segmentation.segments import Categories
-from knet_jax.system.errors import UserError
 
 HEADLINE = ("mIoU", "mAcc", "aAcc")
-"""The numbers that say the most; the first one decides which step of a run is the best."""
+"""The numbers that are logged in short; the first one decides which step of a run is the best."""
 
 
 class PixelCounts(NamedTuple):
-    """What IoU needs of any number of pictures: three arrays int64 [k] that add up."""
+    """What IoU needs to know of any number of pictures: three arrays int64 [k] to be summed."""
 
     intersection: np.ndarray
-    """Pixels of a class that are predicted as such."""
+    """Pixels of a class that are predicted as that class."""
     truth: np.ndarray
     """Pixels of a class."""
     prediction: np.ndarray
@@ -33,36 +33,31 @@ class PixelCounts(NamedTuple):
 
 
 def no_counts(num_classes: int) -> PixelCounts:
-    """The counts of no picture at all."""
+    """Returns the counts of no picture at all."""
     return PixelCounts(*np.zeros((3, num_classes), np.int64))
 
 
 def merge(*counts: PixelCounts) -> PixelCounts:
-    """The counts of the pictures of all."""
+    """Adds up counts of different pictures."""
     return PixelCounts(*(sum(arrays) for arrays in zip(*counts)))
 
 
 def count(
     truth: np.ndarray, prediction: np.ndarray, num_classes: int, image_id: int = 0
 ) -> PixelCounts:
-    """Compare two label maps of one picture, whose id does not matter here.
+    """Compares the label maps of one picture.
 
     Args:
         truth: integers [H, W], 1 + class, 0 = unlabelled.
-        prediction: the same; 0 = none of the classes, which is right nowhere.
+        prediction: integers [H, W], 1 + class, 0 = none, which is right nowhere.
         num_classes: k.
-
-    Raises:
-        ValueError: the maps differ in size, or a label is out of range.
+        image_id: for messages.
     """
-    del image_id
-    if truth.shape != prediction.shape:
-        sizes = (" x ".join(map(str, labels.shape)) for labels in (prediction, truth))
-        raise UserError("the prediction has {} pixels and the truth {}".format(*sizes))
-    for name, labels in (("truth", truth), ("prediction", prediction)):
-        if labels.size and (labels.max() > num_classes or labels.min() < 0):
-            wrong = labels.max() if labels.max() > num_classes else labels.min()
-            raise UserError(f"the {name} has label {wrong}, not one of 0 … {num_classes}")
+    sizes = (truth.shape, prediction.shape)
+    assert sizes[0] == sizes[1], f"picture {image_id}: maps of {sizes}"
+    for labels in (truth, prediction):
+        wrong = labels[(labels < 0) | (labels > num_classes)]
+        assert not wrong.size, f"picture {image_id}: labels {np.unique(wrong)}"
     side = num_classes + 1
     pairs = truth.astype(np.int64) * side + prediction
     pixels = np.bincount(pairs.ravel(), minlength=side * side).reshape(side, side)[1:]
@@ -74,36 +69,32 @@ def count(
 
 
 def summarize(counts: PixelCounts, categories: Categories) -> dict[str, float]:
-    """mIoU, mAcc and aAcc in percent.
+    """Computes mIoU, mAcc and aAcc, in percent.
 
     Classes that occur neither in the truth nor in a prediction stay out of mIoU, classes without a
     pixel of truth out of mAcc; the mean of nothing is 0.
     """
-    quality = _quality(counts, categories)
-    means = {
-        f"m{name}": float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else 0.0
-        for name, values in quality.items()
-    }
+    means = {f"m{name}": mean_of_defined(values) for name, values in _quality(counts).items()}
     right, pixels = counts.intersection.sum(), counts.truth.sum()
     return means | {"aAcc": float(100 * right / max(pixels, 1))}
 
 
 def per_class(counts: PixelCounts, categories: Categories) -> list[dict]:
-    """A row for every class: name, the dataset's id, IoU and Acc in percent, and its pixels.
+    """Lists every class: name, the dataset's id, IoU and Acc in percent, and its pixels.
 
     IoU and Acc are None where they are not defined.
     """
-    quality = _quality(counts, categories)
+    quality = _quality(counts)
     rows = []
     for i, (name, id) in enumerate(zip(categories.names, categories.dataset_ids, strict=True)):
-        values = {key: None if np.isnan(v[i]) else v[i].item() for key, v in quality.items()}
+        values = {key: none_if_undefined(column[i]) for key, column in quality.items()}
         pixels = {key: column[i].item() for key, column in counts._asdict().items()}
         rows.append({"name": name, "id": id} | values | pixels)
     return rows
 
 
 def table(counts: PixelCounts, categories: Categories) -> str:
-    """The classes that occur, and the means, as text; pixels in thousands."""
+    """Formats the classes that occur, and the means; pixels in thousands."""
     rows = [row for row in per_class(counts, categories) if row["truth"] or row["prediction"]]
     width = max(len(name) for name in ("All", *categories.names))
     lines = [f"{'':{width}}    IoU    Acc   truth k  predicted k"]
@@ -120,8 +111,8 @@ def table(counts: PixelCounts, categories: Categories) -> str:
     return "\n".join(lines)
 
 
-def _quality(counts: PixelCounts, categories: Categories) -> dict[str, np.ndarray]:
-    """IoU and Acc of every class in percent, [k]; NaN where not defined."""
+def _quality(counts: PixelCounts) -> dict[str, np.ndarray]:
+    """Computes IoU and Acc of every class, in percent, [k]; NaN where not defined."""
     union = counts.truth + counts.prediction - counts.intersection
     with np.errstate(invalid="ignore"):
         return {

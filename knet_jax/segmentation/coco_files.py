@@ -1,12 +1,9 @@
-"""Files of truth and results, in COCO's formats (https://cocodataset.org/#format-data).
+"""Writing results in COCO's formats (https://cocodataset.org/#format-data).
 
-Panoptic: a JSON, and beside it a folder of the same name with a PNG for a picture. A pixel of a PNG
-holds the id R + 256 G + 65536 B of its segment, 0 for void; the JSON says which category each id is.
-Truth and results have the same form; results need no more than their annotations, the rest is then
-the truth's.
+Panoptic: a JSON, and beside it a folder of the same name with a PNG for each picture, whose pixels
+hold the id R + 256 G + 65536 B of their segment, 0 for void. The JSON says which category each id is.
 
-Instance: one JSON. The truth lists images, categories and annotations; results are a bare list of
-annotations with scores.
+Instance: one JSON, a list of annotations with scores.
 """
 
 from __future__ import annotations
@@ -18,49 +15,48 @@ import cv2
 import numpy as np
 
 from knet_jax.segmentation import rle
-from knet_jax.segmentation.image_files import (
-    NUM_IDS,
-    segment_colors,
-)
-from knet_jax.segmentation.segments import (
-    Categories,
-    Instance,
-    PanopticMap,
-    segment_index,
-)
+from knet_jax.segmentation.image_files import NUM_IDS, segment_colors
+from knet_jax.segmentation.segments import Categories, Instance, PanopticMap, segment_index
 from knet_jax.system.errors import UserError
-from knet_jax.system.output_files import JsonList, place_png, write_json, write_whole
+from knet_jax.system.output_files import JsonList, PngFolder, write_json
 
 
 class PanopticResults:
     """Writes panoptic maps picture by picture; only the small records of the JSON stay in memory.
 
-    path: the JSON, for example results/panoptic.json; the PNG files go to results/panoptic/.
+    Args:
+        path: of the JSON, for example results/panoptic.json; PNG files go to results/panoptic/.
+        categories: the classes.
     """
 
     def __init__(self, path: str | Path, categories: Categories):
         self.path = Path(path)
         self._categories = categories
         self._images: list[dict] = []
-        self._annotations: dict[str, dict] = {}
-        self.path.with_suffix("").mkdir(parents=True, exist_ok=True)
+        self._annotations: list[dict] = []
+        self._pngs = PngFolder(self.path.with_suffix(""))
 
-    def add(self, image_id: int, file_name: str, panoptic: PanopticMap, png: str = "") -> None:
-        """Write the map of one picture, the PNG named like the picture unless it is given a name.
+    def add(self, image_id: int, file_name: str, panoptic: PanopticMap) -> None:
+        """Writes the map of one picture, as a PNG named like the picture.
 
-        Raises ValueError where that PNG was written before, an id does not fit the format, a
-        segment has no pixel, or as `segment_index`.
+        Args:
+            image_id: the id of the picture.
+            file_name: of the picture, subfolders included.
+            panoptic: its map.
+
+        Raises:
+            UserError: an id does not fit the format, a segment has no pixel, or the map and its
+                segments do not agree.
         """
-        png, place = place_png(self.path.with_suffix(""), png or file_name)
-        if png in self._annotations:
-            raise UserError(f"{self.path}: {png} was added before")
         areas = np.bincount(segment_index(panoptic).ravel(), minlength=1 + len(panoptic.segments))
         infos = []
         for segment, area in zip(panoptic.segments, areas[1:].tolist()):
             if not 0 < segment.id < NUM_IDS:
-                raise UserError(f"{png}: segment id {segment.id} is not one of 1 … {NUM_IDS - 1}")
+                raise UserError(
+                    f"{file_name}: segment id {segment.id} is not one of 1 … {NUM_IDS - 1}"
+                )
             if area == 0:
-                raise UserError(f"{png}: segment {segment.id} has no pixel")
+                raise UserError(f"{file_name}: segment {segment.id} has no pixel")
             infos.append(
                 {
                     "id": int(segment.id),
@@ -71,24 +67,21 @@ class PanopticResults:
                 }
             )
         rgb = segment_colors(panoptic.ids)
-        _, data = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-        write_whole(place, data.tobytes())
+        png = self._pngs.write(file_name, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
         height, width = panoptic.ids.shape
         self._images.append(
             {"id": int(image_id), "file_name": file_name, "height": height, "width": width}
         )
-        self._annotations[png] = {
-            "image_id": int(image_id),
-            "file_name": png,
-            "segments_info": infos,
-        }
+        self._annotations.append(
+            {"image_id": int(image_id), "file_name": png, "segments_info": infos}
+        )
 
     def close(self) -> None:
-        """Write the JSON, whole or not at all."""
+        """Writes the JSON, whole or not at all."""
         c = self._categories
         content = {
             "images": self._images,
-            "annotations": list(self._annotations.values()),
+            "annotations": self._annotations,
             "categories": [
                 {"id": id, "name": name, "isthing": int(label < c.num_things)}
                 for label, (id, name) in enumerate(zip(c.dataset_ids, c.names, strict=True))
@@ -100,7 +93,9 @@ class PanopticResults:
 class InstanceResults:
     """Writes predicted instances picture by picture, as COCO's test server takes them.
 
-    path: the JSON, for example results/instances.json; it appears when it is whole.
+    Args:
+        path: of the JSON, for example results/instance.json; it appears when it is whole.
+        categories: the classes.
     """
 
     def __init__(self, path: str | Path, categories: Categories):
@@ -109,24 +104,21 @@ class InstanceResults:
         self._names: dict[int, str] = {}
         self._list = JsonList(self.path)
 
-    def add(
-        self, image_id: int, file_name: str, instances: Sequence[Instance], png: str = ""
-    ) -> None:
-        """Write the instances of one picture; there is no PNG of them.
+    def add(self, image_id: int, file_name: str, instances: Sequence[Instance]) -> None:
+        """Writes the instances of one picture.
 
-        Raises ValueError where its id was added before, or a label is not of a class.
+        Args:
+            image_id: the id of the picture.
+            file_name: of the picture, for messages.
+            instances: of the picture.
+
+        Raises:
+            UserError: there was a picture of the same id.
         """
-        del png
         if image_id in self._names:
             raise UserError(
                 f"{self.path}: {file_name} has id {image_id}, as has {self._names[image_id]}"
             )
-        num_classes = len(self._categories.names)
-        for one in instances:
-            if not 0 <= one.label < num_classes:
-                raise UserError(
-                    f"{file_name}: label {one.label} is not one of 0 … {num_classes - 1}"
-                )
         self._names[image_id] = file_name
         for one in instances:
             record = {
@@ -138,7 +130,7 @@ class InstanceResults:
             self._list.add(record)
 
     def close(self) -> None:
-        """Finish the JSON."""
+        """Ends the JSON."""
         self._list.close()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of segmentations of all kinds: every segment tinted, outlined and named."""
+"""Drawing segmentations over their pictures: every segment tinted, outlined and named."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,24 +34,24 @@ CELL = 640
 THUMBNAIL = 320
 """Longer side, in pixels, of a picture of a contact sheet."""
 MARGIN = 8
-"""Pixels between the pictures of a panel."""
+"""Pixels between the pictures of a panel or contact sheet."""
 MIN_FONT_SIZE = 12
-"""Height in pixels below which text cannot be read."""
+"""Height of letters in pixels below which text cannot be read."""
 MAX_SIDES = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
-"""Most pixels of a side that files of some forms hold."""
+"""Largest side, in pixels, of the pictures that a file format can hold, where there is a limit."""
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-"""The file of the usual font."""
+"""Font file of all names whose letters it has."""
 OPACITY = 0.55
 """How much of a segment's color covers the picture."""
 STUFF_OPACITY = 0.4
-"""The same of stuff in an overlay."""
+"""How much of the color of stuff covers the picture in an overlay."""
 
 Segmentation = PanopticMap | Sequence[Instance] | np.ndarray
 """A panoptic map, instances, or integer labels [H, W]: 1 + class, 0 = none."""
 
 
 class Row(NamedTuple):
-    """One picture of a panel."""
+    """One row of a panel: a picture, its truth and what was predicted."""
 
     title: str
     image: np.ndarray
@@ -61,11 +61,12 @@ class Row(NamedTuple):
 
 
 def draw(image: np.ndarray, segmentation: Segmentation, categories: Categories) -> np.ndarray:
-    """The picture in gray under its segments in color, with names where there is room for them.
+    """Draws segments in color over the picture in gray, with names where there is room for them.
 
-    A class keeps its color in all pictures, things of one class differ in shade by where they are,
-    crowds are hatched, what belongs to no segment is dark. A score is written where it is below 1. Of
-    instances that overlap the smaller one is in front; those below `MIN_SCORE` are left out.
+    A class has the same color in all pictures; things of one class differ in shade by their
+    place. Crowds are hatched, pixels of no segment are dark. A score is written where it is below
+    1. Where instances overlap, the smaller one is in front; those that score below `MIN_SCORE` are
+    left out.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -86,22 +87,22 @@ def overlay(
     categories: Categories,
     side: int | None = None,
 ) -> np.ndarray:
-    """The picture in its colors under its segments, with names and scores where there is room.
+    """Draws segments over the picture in its own colors, with names and scores where there is room.
 
-    Colors and names are as those of `draw`; here every instance is drawn, stuff is paler than
-    things, and what belongs to no segment is left as it is.
+    Colors and names are those of `draw`, but every instance is drawn, stuff is paler than things,
+    and pixels of no segment are left as they are.
 
     Args:
         image: uint8 [H, W, 3], RGB.
         segmentation: of the same size.
         categories: names of its labels.
-        side: the longer one of what is drawn, in pixels; default: that of the picture.
+        side: longer side of what is drawn, in pixels; default: that of the picture.
 
     Returns:
         uint8 [h, w, 3], RGB.
 
     Raises:
-        ValueError: the side is no positive number.
+        UserError: the side is no positive number.
     """
     panoptic = as_panoptic(segmentation, image.shape[:2], min_score=0.0)
     if side is not None:
@@ -116,17 +117,16 @@ def overlay(
 def _paint(
     image: np.ndarray, panoptic: PanopticMap, categories: Categories, opacities: Sequence[float]
 ) -> np.ndarray:
-    """The picture under its segments, with outlines and names.
+    """Paints segments over a picture, with outlines and names.
 
     Args:
         image: uint8 [H, W, 3].
-        panoptic: its segments.
-        categories: names of its labels.
-        opacities: of what belongs to no segment, and of every segment.
+        panoptic: the segments.
+        categories: names of their labels.
+        opacities: of the pixels of no segment, and of every segment.
     """
     index, segments = segment_index(panoptic), panoptic.segments
-    places = ndimage.find_objects(index, len(segments))
-    colors = np.array([(0, 0, 0), *_colors(segments, places, index.shape, categories)])
+    colors = np.array([(0, 0, 0), *segment_palette(panoptic, categories)])
     opacity = np.array(opacities)[:, None]
     # Both are looked up, and blended in bytes: pictures may have many millions of pixels.
     tint, rest = (opacity * colors).astype(np.uint8), 255 * (1 - opacity).repeat(3, 1)
@@ -140,23 +140,23 @@ def _paint(
     bright = (0.4 * colors + 0.6 * 255).astype(np.uint8)
     edge = _edges(index)
     picture[edge] = bright[index[edge]]
-    return _write_names(picture, index, segments, places, categories)
+    return _write_names(picture, index, segments, categories)
 
 
 def as_panoptic(
     segmentation: Segmentation, size: tuple[int, int], min_score: float = MIN_SCORE
 ) -> PanopticMap:
-    """What can be seen of any segmentation of a picture, each pixel with one owner.
+    """Flattens any segmentation of a picture into a panoptic map, where each pixel has one owner.
 
-    Of instances small ones hide large ones, and all hide crowds.
+    Small instances hide large ones, and all hide crowds.
 
     Args:
         segmentation: as `draw` takes it.
         size: height and width of the picture.
-        min_score: of an instance that is seen.
+        min_score: instances that score less are left out.
 
     Raises:
-        ValueError: the segmentation is of another size.
+        UserError: the segmentation is of another size.
     """
     if isinstance(segmentation, PanopticMap):
         _check_size(segmentation.ids.shape, size)
@@ -185,9 +185,12 @@ def _check_size(shape: tuple[int, ...], size: tuple[int, int]) -> None:
 
 
 def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:
-    """Pictures one under another, each as image | truth | prediction: uint8 [H, W, 3], RGB.
+    """Draws pictures one under another, each as image | truth | prediction.
 
     Small pictures are enlarged until names can be read, large ones are reduced.
+
+    Returns:
+        uint8 [H, W, 3], RGB.
     """
     strips = [_strip(row, categories) for row in rows]
     width = max(strip.shape[1] for strip in strips)
@@ -200,7 +203,7 @@ def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:
 
 
 def _strip(row: Row, categories: Categories) -> np.ndarray:
-    """One row of a panel, captions above."""
+    """Draws one row of a panel, captions above."""
     given = (as_panoptic(each, row.image.shape[:2]) for each in (row.truth, row.prediction))
     image, maps = at_side(CELL, row.image, *given)
     truth, prediction = (draw(image, each, categories) for each in maps)
@@ -219,19 +222,22 @@ def _strip(row: Row, categories: Categories) -> np.ndarray:
 
 
 def readable_side(size: tuple[int, int]) -> int:
-    """Longer side of an overlay of a picture of (height, width): names would cover a small one."""
+    """Returns the longer side of an overlay of a picture of (height, width), at least `CELL`.
+
+    On a smaller one names would cover the picture.
+    """
     return max(CELL, *size)
 
 
 def at_side(
     side: int, image: np.ndarray, *maps: PanopticMap
 ) -> tuple[np.ndarray, list[PanopticMap]]:
-    """A picture whose longer side has so many pixels, and maps of it alike.
+    """Resizes a picture and its panoptic maps to a longer side of `side` pixels.
 
     Thin segments may lose their last pixel.
 
     Raises:
-        ValueError: the side is no positive number.
+        UserError: the side is no positive number.
     """
     if not (isinstance(side, int | np.integer) and side > 0):
         raise UserError(f"side is {side!r}; accepted: a number of pixels, at least 1")
@@ -247,9 +253,12 @@ def at_side(
 
 @functools.cache
 def class_colors(num_things: int, num_classes: int) -> np.ndarray:
-    """RGB in 0 … 255 of every class, float [k, 3]; where there are both, stuff is less vivid.
+    """Chooses a color for every class, each the one that differs most from those before it.
 
-    Each is the one that differs most from those before it.
+    Where there are things and stuff, stuff is less vivid.
+
+    Returns:
+        float [num_classes, 3], RGB in 0 … 255.
     """
     grid = np.meshgrid(
         np.arange(0, 360, 7.5), np.linspace(1, 0.25, 6), np.linspace(1, 0.55, 5), indexing="ij"
@@ -268,23 +277,20 @@ def class_colors(num_things: int, num_classes: int) -> np.ndarray:
     return 255.0 * rgb[0, chosen]
 
 
-def _colors(
-    segments: Sequence[SegmentInfo],
-    places: Sequence[tuple[slice, slice] | None],
-    shape: tuple[int, int],
-    categories: Categories,
-) -> list[np.ndarray]:
-    """RGB in 0 … 255 of every segment, given where it is."""
+def segment_palette(panoptic: PanopticMap, categories: Categories) -> list[np.ndarray]:
+    """Returns the color of every segment, RGB in 0 … 255: shades of its class's by its place."""
+    index = segment_index(panoptic)
+    places = ndimage.find_objects(index, len(panoptic.segments))
     palette = class_colors(categories.num_things, len(categories.names))
-    counts = Counter(s.label for s in segments if s.label < categories.num_things)
+    counts = Counter(s.label for s in panoptic.segments if s.label < categories.num_things)
     colors = []
-    for segment, place in zip(segments, places):
+    for segment, place in zip(panoptic.segments, places):
         color = palette[segment.label]
         if place and counts[segment.label] > 1:
             # Darker or paler, by the place and not by the rank, which in a video changes all the time.
             # Of things side by side, in a row or a column, neighbors are far apart on the circle.
             middle = sum(
-                (side.start + side.stop) / (2 * length) for side, length in zip(place, shape)
+                (side.start + side.stop) / (2 * length) for side, length in zip(place, index.shape)
             )
             angle = 2 * np.pi * 1.4 * middle
             color = color + (255 - color) * 0.15 * (1 + np.sin(angle))
@@ -294,7 +300,7 @@ def _colors(
 
 
 def _edges(index: np.ndarray) -> np.ndarray:
-    """bool [H, W]: lines on both sides of where segments meet, wider in large pictures."""
+    """Marks both sides of where segments meet, bool [H, W]; wider in large pictures."""
     edge = np.zeros(index.shape, np.uint8)
     beside, below = index[:, 1:] != index[:, :-1], index[1:] != index[:-1]
     edge[:, 1:] |= beside
@@ -309,10 +315,9 @@ def _write_names(
     image: np.ndarray,
     index: np.ndarray,
     segments: Sequence[SegmentInfo],
-    places: Sequence[tuple[slice, slice] | None],
     categories: Categories,
 ) -> np.ndarray:
-    """Names in the middle of the segments that have room for them, large segments first.
+    """Writes names in the middle of segments that have room for them, large segments first.
 
     A name that is wider than the picture is written without its score, or not at all.
     """
@@ -321,6 +326,7 @@ def _write_names(
     size = _font_size(image)
     gap = size // 5
     height, width = index.shape
+    places = ndimage.find_objects(index, len(segments))
     areas = np.bincount(index.ravel(), minlength=len(segments) + 1)[1:]
     taken: list[tuple[float, ...]] = []
     for i in np.argsort(-areas, kind="stable"):
@@ -366,7 +372,10 @@ def _is_free(box: Sequence[float], taken: Sequence[Sequence[float]]) -> bool:
 
 
 def _name(segment: SegmentInfo, categories: Categories) -> tuple[str, str]:
-    """What a segment is called, and what can be left away; where no font has the name, its id."""
+    """Returns the name of a segment, and what may be left out: its score, or that it is a crowd.
+
+    Where no font has the letters of the name, the id of the class stands for it.
+    """
     name = categories.names[segment.label]
     if _typeface(name) is None:
         name = f"#{categories.dataset_ids[segment.label]}"
@@ -376,7 +385,7 @@ def _name(segment: SegmentInfo, categories: Categories) -> tuple[str, str]:
 
 
 def _middle(mask: np.ndarray) -> tuple[int, int, float]:
-    """Column, row and radius of the largest disc inside a mask [H, W]; the border is outside."""
+    """Returns column, row and radius of the largest disc inside a mask [H, W]."""
     distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)
     _, radius, _, (x, y) = cv2.minMaxLoc(distance)
     return x - 1, y - 1, radius
@@ -388,42 +397,38 @@ def _font_size(image: np.ndarray) -> int:
 
 @functools.cache
 def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
-    """The font for a text, where there is one, else the usual one."""
     return ImageFont.truetype(_typeface(text) or FONT, size)
 
 
 @functools.cache
 def _typeface(text: str) -> str | None:
-    """The file of a font that has all letters of a text: our own, or one of the system."""
-    letters = np.unique([ord(letter) for letter in text if not letter.isspace()])
-    return next((path for path in _fonts() if np.isin(letters, _letters(path)).all()), None)
-
-
-def _fonts() -> Iterator[str]:
-    yield FONT
-    yield from _system_fonts()
+    """Finds the file of a font that has all letters of a text: our own, or one of the system."""
+    letters = {ord(letter) for letter in text if not letter.isspace()}
+    if letters <= _letters(FONT):
+        return FONT
+    return next((path for path in _system_fonts() if letters <= _letters(path)), None)
 
 
 @functools.cache
 def _system_fonts() -> list[str]:
-    """Files of fonts, regular ones first."""
+    """Lists the files of the system's fonts, regular ones first."""
     from matplotlib.font_manager import findSystemFonts  # slow: it reads all it finds
 
     return sorted(findSystemFonts(), key=lambda path: ("Regular" not in path, path))
 
 
 @functools.cache
-def _letters(path: str) -> np.ndarray:
-    """Code points that a font has; none where it cannot be drawn at any size."""
+def _letters(path: str) -> frozenset[int]:
+    """Returns the code points that a font has; none where it cannot be drawn at any size."""
     try:
         ImageFont.truetype(path, MIN_FONT_SIZE)
-        return np.array(list(FT2Font(path).get_charmap()))
+        return frozenset(FT2Font(path).get_charmap())
     except (OSError, RuntimeError):
-        return np.array([])
+        return frozenset()
 
 
 def thumbnail(picture: np.ndarray, caption: str) -> np.ndarray:
-    """A small picture over its name, of the size of all others: uint8 [H, W, 3], RGB."""
+    """Draws a small picture over its name, in a cell of the same size for all: uint8 [H, W, 3], RGB."""
     small, _ = at_side(THUMBNAIL, picture)
     height, width = small.shape[:2]
     font = _font(MIN_FONT_SIZE, caption)
@@ -438,23 +443,22 @@ def thumbnail(picture: np.ndarray, caption: str) -> np.ndarray:
 
 
 def contact_sheet(thumbnails: Sequence[np.ndarray]) -> np.ndarray:
-    """Thumbnails in rows: uint8 [H, W, 3], RGB."""
+    """Lays thumbnails out in rows: uint8 [H, W, 3], RGB."""
     columns = min(len(thumbnails), max(3, math.ceil(len(thumbnails) ** 0.5)))
-    blank = np.full_like(thumbnails[0], 255)
-    cells = [*thumbnails, *[blank] * (-len(thumbnails) % columns)]
-    cells = [
-        np.pad(cell, ((MARGIN,) * 2, (MARGIN,) * 2, (0, 0)), constant_values=255) for cell in cells
-    ]
-    rows = [np.concatenate(cells[i : i + columns], 1) for i in range(0, len(cells), columns)]
-    return np.concatenate(rows)
+    height, width = (side + 2 * MARGIN for side in thumbnails[0].shape[:2])
+    rows = math.ceil(len(thumbnails) / columns)
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, cell in enumerate(thumbnails):
+        top, left = i // columns * height + MARGIN, i % columns * width + MARGIN
+        sheet[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
+    return sheet
 
 
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3], RGB, in the form that the name ends in, such as PNG or JPEG: whole or
-    not at all.
+    """Writes uint8 [H, W, 3], RGB, in the format of the name's suffix: whole or not at all.
 
     Raises:
-        ValueError: such a file holds no picture of this size.
+        UserError: the format holds no picture of this size.
         OSError: the file cannot be written.
     """
     path, encoded = Path(path), io.BytesIO()

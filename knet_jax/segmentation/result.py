@@ -1,4 +1,4 @@
-"""What a network sees in a picture, as people take it: segments with names, scores and masks."""
+"""The result of segmenting one picture: segments with names, scores and masks."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A thing or a kind of stuff in a picture."""
+    """One thing, or all of one kind of stuff, in a picture."""
 
     id: int
-    """In the panoptic map or, of instances, their number; from 1 on."""
+    """Its id in the panoptic map; of an instance its number. From 1 on."""
     label: int
-    """Class, the position of its name among the categories."""
+    """Its class, as a position among the names of the categories."""
     name: str
     is_thing: bool
     score: float
-    """From 0 to 1; 1 for a class of semantic segmentation, which has none."""
+    """From 0 to 1; always 1 for a class of semantic segmentation, which has no score."""
     area: int
-    """Pixels."""
+    """Number of pixels."""
     box: Box
     _source: Any = field(repr=False)
-    """A map of ids [H, W], or run lengths."""
+    """A map of ids [H, W], or the run lengths of the mask."""
 
     @property
     def mask(self) -> np.ndarray:
@@ -56,7 +56,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a network sees in a picture."""
+    """What a network sees in one picture."""
 
     task: str
     """`panoptic`, `instance` or `semantic`."""
@@ -64,7 +64,7 @@ class Result:
     image: np.ndarray = field(repr=False)
     """uint8 [H, W, 3], RGB."""
     prediction: PanopticMap | tuple[Instance, ...] | np.ndarray = field(repr=False)
-    """As metrics and files take it: a panoptic map, instances, or labels [H, W] (0 none, 1 + class)."""
+    """A panoptic map, instances, or labels [H, W] (0 = none, 1 + class): what metrics and files take."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,12 +73,12 @@ class Result:
 
     @property
     def panoptic(self) -> PanopticMap | None:
-        """The picture cut into segments; None from other networks than panoptic ones."""
+        """The panoptic map; None from instance and semantic networks."""
         return self.prediction if isinstance(self.prediction, PanopticMap) else None
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Things and stuff of the picture, best score first; of semantic segmentation its classes."""
+        """All segments, best score first; from a semantic network the classes that occur."""
         labels = isinstance(self.prediction, np.ndarray)
         panoptic = PanopticMap.of_labels(self.prediction) if labels else self.panoptic
         if panoptic is None:
@@ -102,15 +102,17 @@ class Result:
 
     @property
     def instances(self) -> tuple[Segment, ...] | None:
-        """The things, best score first; None from a semantic network. Those of an instance network
-        may overlap."""
+        """The things, best score first; None from a semantic network.
+
+        Those of an instance network may overlap.
+        """
         if isinstance(self.prediction, np.ndarray):
             return None
         return tuple(segment for segment in self.segments if segment.is_thing)
 
     @cached_property
     def semantic(self) -> np.ndarray | None:
-        """int32 [H, W]: the class of every pixel, -1 = none; None from an instance network."""
+        """The class of every pixel, int32 [H, W], -1 = none; None from an instance network."""
         if isinstance(self.prediction, np.ndarray):
             return self.prediction.astype(np.int32) - 1
         if not self.panoptic:
@@ -121,10 +123,10 @@ class Result:
         return labels.astype(np.int32)[self.panoptic.ids]
 
     def above(self, threshold: float) -> Result:
-        """The same without the things whose score is below a threshold.
+        """Returns the same result without the things that score less than a threshold.
 
         Raises:
-          ValueError: the threshold is no number from 0 to 1.
+            UserError: the threshold is no number from 0 to 1.
         """
         if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
             raise UserError(f"threshold is {threshold!r}; accepted: a number from 0 to 1")
@@ -145,27 +147,33 @@ class Result:
         return self
 
     def draw(self, side: int | None = None) -> np.ndarray:
-        """The picture under its segments, with outlines, names and scores: uint8 [h, w, 3], RGB.
+        """Draws the segments over the picture, with outlines, names and scores.
 
         Args:
-          side: the longer one of what is drawn, in pixels; default: that of the picture, however
-            small: `draw(640)` has room for names.
+            side: longer side of what is drawn, in pixels; default: that of the picture, where
+                names may not fit: `draw(640)` has room for them.
+
+        Returns:
+            uint8 [h, w, 3], RGB.
 
         Raises:
-          ValueError: the side is no positive number.
+            UserError: the side is no positive number.
         """
         from knet_jax.segmentation.drawing import overlay
 
         return overlay(self.image, self.prediction, self.categories, side)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes what `draw` gives, or, where the name ends in `.json`, what `to_coco` gives.
+        """Writes a drawing, as of `draw`; or where the name ends in `.json`, the data of `to_coco`.
 
         Pictures of fewer than 640 pixels on the longer side are enlarged to that.
 
+        Args:
+            path: of the file, whose suffix chooses the format.
+
         Raises:
-          ValueError: the name ends in something else, or such a file holds no picture so large.
-          OSError: the file cannot be written.
+            UserError: the suffix is of no such format, or the format holds no picture so large.
+            OSError: the file cannot be written.
         """
         path = Path(path)
         suffix = path.suffix.lower()
@@ -181,13 +189,14 @@ class Result:
             )
 
     def to_coco(self, image_id: int = 0) -> dict[str, Any] | list[dict[str, Any]]:
-        """The segments as in COCO's results, masks as run lengths, ready for JSON.
-
-        Of instances and of semantic classes a list of annotations; of a panoptic map one annotation
-        with `segments_info`, each of which has its mask too.
+        """Converts the segments to the form of COCO's results, ready for JSON, masks as run lengths.
 
         Args:
-          image_id: of the picture.
+            image_id: the id of the picture.
+
+        Returns:
+            A list of annotations of instances or semantic classes; of a panoptic map one annotation
+            with `segments_info`, each of which has its mask too.
         """
         records = [
             {
@@ -206,6 +215,27 @@ class Result:
             for segment, record in zip(self.segments, records)
         ]
         return {"image_id": image_id, "segments_info": infos}
+
+    def to_supervision(self) -> Any:
+        """Converts the segments to `supervision.Detections`, for its annotators and trackers.
+
+        Needs the package supervision: `pip install 'knet-jax[supervision]'`.
+
+        Returns:
+            Detections with `xyxy`, `mask`, `confidence`, `class_id` and `data["class_name"]`, in
+            the order of `segments`.
+        """
+        import supervision
+
+        boxes = np.array([segment.box for segment in self.segments], float).reshape(-1, 4)
+        masks = [segment.mask for segment in self.segments]
+        return supervision.Detections(
+            xyxy=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1),
+            mask=np.array(masks, bool).reshape(-1, *self.size),
+            confidence=np.array([segment.score for segment in self.segments], float),
+            class_id=np.array([segment.label for segment in self.segments], int),
+            data={"class_name": np.array([segment.name for segment in self.segments], str)},
+        )
 
 
 def _box(found: tuple[slice, slice]) -> Box:

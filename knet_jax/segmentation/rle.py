@@ -18,32 +18,32 @@ from pycocotools import mask as coco_mask
 from knet_jax.system.errors import UserError
 
 FAR = 100
-"""Coordinates of a polygon are at most so many times the longer side of the picture."""
+"""Largest coordinate of a polygon, in longer sides of the picture."""
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
-    """Run lengths of a mask: bool or uint8 [H, W], 0 or 1."""
+    """Compresses a mask, bool or uint8 [H, W] of 0 and 1, to run lengths."""
     # Runs go down the columns, so that the transpose of a row-major array is what is read.
     return coco_mask.encode(cv2.transpose(np.asarray(mask, np.uint8)).T)
 
 
 def decode(rle: dict[str, Any]) -> np.ndarray:
-    """The mask of run lengths, uint8 [H, W], 0 or 1."""
+    """Expands run lengths to a mask, uint8 [H, W] of 0 and 1."""
     return coco_mask.decode(rle)
 
 
 def area(rle: dict[str, Any]) -> int:
-    """How many pixels a mask has."""
+    """Counts the pixels of a mask."""
     return int(coco_mask.area(rle))
 
 
 def box(rle: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the smallest box around a mask; all 0 without a pixel."""
+    """Finds left, top, width and height of the smallest box around a mask; all 0 without a pixel."""
     return tuple(map(int, coco_mask.toBbox(rle)))
 
 
 def to_json(rle: dict[str, Any]) -> dict[str, Any]:
-    """The same as JSON holds it: counts as text."""
+    """Converts run lengths to what JSON can hold: counts as text."""
     counts = rle["counts"]
     return {
         "size": [int(side) for side in rle["size"]],
@@ -52,19 +52,20 @@ def to_json(rle: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_annotation(segmentation: Any, size: tuple[int, int]) -> tuple[dict, list[str]]:
-    """COCO's compressed run lengths of polygons, of plain or of compressed run lengths.
+    """Converts the `segmentation` of a COCO annotation to compressed run lengths.
 
     A bad polygon is left out where there are good ones beside it.
 
     Args:
-        segmentation: a list of polygons [x0, y0, x1, y1, …], or {"size": [h, w], "counts": …}.
+        segmentation: a list of polygons [x0, y0, x1, y1, …], or {"size": [h, w], "counts": …} with
+            plain or compressed run lengths.
         size: height and width of the picture.
 
     Returns:
         {"size": [h, w], "counts": bytes}, and what is wrong with the polygons that were left out.
 
     Raises:
-        ValueError: it is no such thing, or one of another size, or no polygon is good.
+        UserError: it is neither, or of another size, or no polygon is good.
     """
     if isinstance(segmentation, Mapping):
         return _encode_runs(segmentation, size), []
@@ -110,11 +111,13 @@ def _encode_runs(rle: Mapping, size: tuple[int, int]) -> dict:
 
 
 def _runs(data: bytes) -> list[int]:
-    """The lengths in COCO's compressed form: five bits a character, from 48 on, the sixth says that
-    more follow; from the fourth run on they are differences to the one before the last.
+    """Decodes the counts of compressed run lengths.
+
+    Each character holds five bits, counted from "0"; a sixth says that more follow. From the fourth
+    run on, numbers are differences to the run before the last.
 
     Raises:
-        ValueError: there is a character that cannot occur, or the last number is cut off.
+        UserError: a character cannot occur, or the last number is cut off.
     """
     runs, value, shift = [], 0, 0
     for byte in data:
@@ -140,8 +143,3 @@ def is_number(value: Any) -> bool:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer of hundreds of digits
         return False
-
-
-def is_compressed(rle: Any) -> bool:
-    """Whether something has the form of compressed run lengths; JSON turns their bytes to text."""
-    return isinstance(rle, dict) and "size" in rle and isinstance(rle.get("counts"), bytes | str)

@@ -1,4 +1,4 @@
-"""Pictures cut into segments, predicted or true: what files, metrics and drawings share, on the host."""
+"""Segments of pictures, predicted or true, in numpy: what files, metrics and drawings share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from knet_jax.system.errors import UserError
 
 MIN_SCORE = 0.3
-"""Least score of a thing that is shown, where nothing else is said: networks predict many more."""
+"""Default of the least score of a thing that is shown; networks predict many more things."""
 
 
 class Categories(NamedTuple):
@@ -23,12 +23,12 @@ class Categories(NamedTuple):
 
     @staticmethod
     def of(saved: Mapping[str, Any]) -> Categories:
-        """From `_asdict()`, as JSON gives it back."""
+        """Makes categories of what JSON gives back of their `_asdict()`."""
         return Categories(tuple(saved["names"]), tuple(saved["dataset_ids"]), saved["num_things"])
 
     @property
     def num_stuff(self) -> int:
-        """How many of the classes are stuff."""
+        """Number of classes that are stuff."""
         return len(self.names) - self.num_things
 
 
@@ -42,7 +42,7 @@ class SegmentInfo(NamedTuple):
 
 
 class PanopticMap(NamedTuple):
-    """A picture cut into segments, predicted or true, on the host."""
+    """A picture cut into segments that do not overlap, predicted or true."""
 
     ids: np.ndarray
     """int32 [H, W]: the id of the segment that owns each pixel, 0 = void."""
@@ -50,13 +50,13 @@ class PanopticMap(NamedTuple):
 
     @classmethod
     def of_labels(cls, labels: np.ndarray) -> PanopticMap:
-        """A segment for every class in labels [H, W]: 1 + class, 0 = none."""
+        """Makes one segment of every class in labels, integers [H, W]: 1 + class, 0 = none."""
         present = np.unique(labels[labels > 0]).tolist()
         return cls(labels.astype(np.int32), tuple(SegmentInfo(id, id - 1) for id in present))
 
 
 class Instance(NamedTuple):
-    """One instance of a picture, predicted or true, on the host. Instances may overlap."""
+    """One instance in a picture, predicted or true. Instances may overlap."""
 
     rle: dict[str, Any]
     """COCO's compressed run lengths of the mask: {"size": [height, width], "counts": bytes}."""
@@ -64,13 +64,14 @@ class Instance(NamedTuple):
     score: float = 1.0
     iscrowd: bool = False
     area: float = 0.0
-    """Pixels as annotated, which may differ from the mask's; 0 = not annotated."""
+    """Number of pixels as annotated, which may differ from the mask's; 0 = not annotated."""
 
 
 def segment_index(panoptic: PanopticMap) -> np.ndarray:
-    """The map by position instead of id, intp [H, W]: 0 is void, 1 + i is `segments[i]`.
+    """Converts the ids of a map to positions, intp [H, W]: 0 is void, 1 + i is `segments[i]`.
 
-    Raises ValueError where an id is 0, belongs to two segments, or is in the map alone.
+    Raises:
+        UserError: the id of a segment is 0 or used twice, or the map has an id of no segment.
     """
     ids = np.array([0, *(segment.id for segment in panoptic.segments)])
     order = np.argsort(ids, kind="stable")

@@ -1,4 +1,4 @@
-"""What the files of results of all tasks have in common."""
+"""Writing files whole or not at all, and naming results after pictures."""
 
 from __future__ import annotations
 
@@ -8,41 +8,29 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Self
 
-
-def place_png(folder: Path, file_name: str) -> tuple[str, Path]:
-    """Where the PNG of a picture goes: named like it, subfolders included, never out of the folder.
-
-    `7.jpg` becomes `7.png`, `city/7.jpg` becomes `city/7.png`. The subfolder is created.
-
-    Args:
-        folder: of all PNG files.
-        file_name: of the picture.
-
-    Returns:
-        the name below the folder, and the whole path.
-    """
-    name = _inside(file_name).with_suffix(".png").as_posix()
-    place = folder / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return name, place
-
-
-def _inside(file_name: str) -> PurePath:
-    """A name without what would lead out of a folder."""
-    path = PurePath(file_name)
-    return PurePath(*(part for part in path.parts if part not in (path.anchor, "..")))
+import cv2
+import numpy as np
 
 
 class Stems:
-    """Names results after pictures, no two alike: 1.jpg and 1.png must not overwrite each other, nor
-    1.jpg and 1.JPG on other systems."""
+    """Names results after pictures, subfolders included, no two alike.
+
+    1.jpg and 1.png must not overwrite each other, nor 1.jpg and 1.JPG on other systems.
+    """
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
     def of(self, name: str) -> str:
-        """What the results of the next picture are called, before a suffix; `name` has one."""
-        inside, number = _inside(name), 1
+        """Returns the name of a picture's results, without a suffix; it never leads out of a folder.
+
+        `city/7.jpg` gives `city/7`, and where that is taken `city/7.jpg`.
+
+        Args:
+            name: of the picture's file.
+        """
+        path, number = PurePath(name), 1
+        inside = PurePath(*(part for part in path.parts if part not in (path.anchor, "..")))
         stem = inside.with_suffix("").as_posix()
         while stem.lower() in self._taken:
             stem = f"{inside.as_posix()}-{number}" if number > 1 else inside.as_posix()
@@ -51,13 +39,43 @@ class Stems:
         return stem
 
 
+class PngFolder:
+    """A folder of PNG files that are named after pictures."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._stems = Stems()
+
+    def write(self, file_name: str, pixels: np.ndarray) -> str:
+        """Writes a PNG, whole or not at all.
+
+        Args:
+            file_name: of the picture, subfolders included.
+            pixels: uint8 or uint16 [H, W], or [H, W, 3] in BGR.
+
+        Returns:
+            The name of the PNG within the folder.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        name = f"{self._stems.of(file_name)}.png"
+        write_whole(self._folder / name, cv2.imencode(".png", pixels)[1].tobytes())
+        return name
+
+
 def draft_of(path: Path) -> Path:
-    """Where a file is written before it is whole and gets its name."""
+    """Returns the path where a file is written until it is whole and gets its name."""
     return path.with_name(f"{path.name}.part")
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all. Raises OSError, which names the file."""
+    """Writes a file, whole or not at all, and its folder if need be.
+
+    Raises:
+        OSError: the file cannot be written; it is named.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = draft_of(path)
     with _naming(path):
         try:
@@ -69,14 +87,16 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON, whole or not at all. Raises OSError, which names the file."""
+    """Writes a JSON, as `write_whole` does."""
     write_whole(path, json.dumps(content).encode())
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Gives an OSError inside the name of a file: a full disk has none, a draft not the one that
-    the user knows."""
+    """Gives an OSError the name of the file that the user knows.
+
+    That of a full disk has no name, and a draft has another.
+    """
     try:
         yield
     except OSError as error:
@@ -87,7 +107,11 @@ def _naming(path: Path) -> Iterator[None]:
 class JsonList:
     """Writes a JSON list record by record, so that none of them stays in memory.
 
-    path: of the file; it appears when it is whole. OSErrors name it.
+    Args:
+        path: of the file, which appears when it is whole.
+
+    Raises:
+        OSError: the file cannot be written; it is named. `add` and `close` raise it too.
     """
 
     def __init__(self, path: Path):
@@ -105,7 +129,7 @@ class JsonList:
         self.close()
 
     def add(self, record: Any) -> None:
-        """Writes what JSON can hold."""
+        """Writes one record, of what JSON can hold."""
         with _naming(self._path):
             self._file.write(f"{self._separator}{json.dumps(record)}")
         self._separator = ",\n"

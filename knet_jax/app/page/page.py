@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import importlib.resources
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,30 @@ from knet_jax.app.page.views import Pictures, Seen, css_color, display
 from knet_jax.app.segmenter import Segmenter
 from knet_jax.segmentation.drawing import class_colors
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 
 VIEWS = {
     "panoptic": {"Panoptic": "panoptic", "Instances": "instance", "Semantic": "semantic"},
     "instance": {"Instances": "instance"},
     "semantic": {"Semantic": "semantic"},
 }
-"""What can be seen of a result, by the task of the network: caption -> task."""
+"""The task of a network -> the views that the page offers: caption -> task that is shown."""
 
 WAITING = 64
-"""Pictures that may wait for their turn; more are turned away."""
+"""How many pictures may wait for their turn; more are turned away."""
 
 KEPT = 3600
 """Seconds after which files are removed."""
+
+MAX_JSON = 1 << 20
+"""Bytes of a request that is no upload."""
 
 SEALED = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
     "connect-src 'self' data: blob:; base-uri 'self'; form-action 'self'"
 )
-"""Content security policy: what the page may load, which is nothing from elsewhere."""
+"""Content security policy: the page loads nothing from elsewhere."""
 
 # Saves the file that the server has made, in the browser.
 SAVE = """(file) => {
@@ -44,7 +50,7 @@ SAVE = """(file) => {
 
 
 def describe(segmenter: Segmenter, name: str) -> str:
-    """HTML: which network it is."""
+    """Describes the model, in HTML."""
     parts = [
         f"{segmenter.task} segmentation",
         f"model {name}, step {segmenter.step}",
@@ -54,7 +60,7 @@ def describe(segmenter: Segmenter, name: str) -> str:
 
 
 def list_categories(categories: Categories) -> str:
-    """HTML: the names of all classes, each with its color."""
+    """Lists the names of all classes, each with its color, in HTML."""
     colors = class_colors(categories.num_things, len(categories.names))
     return "".join(
         '<span style="display: inline-block; margin: 0.1rem 0.8rem 0.1rem 0">'
@@ -64,7 +70,7 @@ def list_categories(categories: Categories) -> str:
 
 
 def count_categories(categories: Categories) -> str:
-    """How many there are of each kind."""
+    """Counts the classes of each kind, in words."""
     if not categories.num_things:
         return f"Categories: {categories.num_stuff} classes"
     stuff = f", {categories.num_stuff} of stuff" if categories.num_stuff else ""
@@ -72,13 +78,16 @@ def count_categories(categories: Categories) -> str:
 
 
 def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_mb: int) -> Any:
-    """The server's application.
+    """Makes the server's application.
 
     Args:
-      segmenter: the network; it has one picture at a time.
-      name: of the model.
-      max_megapixels: of a picture.
-      max_upload_mb: MiB of a file.
+        segmenter: of the model; it has one picture at a time.
+        name: of the model.
+        max_megapixels: of a picture; larger ones are refused.
+        max_upload_mb: MiB of a file; larger ones are refused.
+
+    Returns:
+        An ASGI application.
     """
     import fastapi
     import gradio as gr
@@ -88,45 +97,39 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
     files = importlib.resources.files("knet_jax.app.page")
     limits = f"up to {max_upload_mb} MB and {max_megapixels:g} megapixels"
 
-    def see(upload: Any, view: str, *values: float, whole: bool = False) -> Seen:
-        given = upload.orig_name or Path(upload.path).name
-        return pictures.see(upload.path, given, views[view], *values, whole=whole)
+    def see(upload: dict, view: str, *values: float, whole: bool = False) -> Seen:
+        given = upload.get("orig_name") or Path(upload["path"]).name
+        return pictures.see(upload["path"], given, views[view], *values, whole=whole)
 
-    def show(upload: Any, view: str, threshold: float, overlap: float) -> dict[str, Any]:
+    def show(upload: dict | None, view: str, threshold: float, overlap: float) -> dict[str, Any]:
         """Segments of a picture, as the page shows them."""
-        if not (upload and upload.path):
+        if not upload:
             return {"message": f"Drop a picture, {limits}."}
         try:
             return display(see(upload, view, threshold, overlap))
-        except ValueError as error:
+        except UserError as error:
             return {"message": str(error), "error": True}
 
-    def write(suffix: str, upload: Any, view: str, threshold: float, overlap: float) -> str:
-        if not (upload and upload.path):
+    def write(suffix: str, upload: dict | None, view: str, threshold: float, overlap: float) -> str:
+        if not upload:
             raise gr.Error("Drop a picture first.", print_exception=False)
         try:
             result = see(upload, view, threshold, overlap, whole=True).result
-        except ValueError as error:
+        except UserError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
-        source = Path(upload.path)
+        source = Path(upload["path"])
         stem = f"{source.stem[:100]}_{result.task}_{threshold:g}_{overlap:g}"  # names have limits
         path = source.parent / f"{stem}{suffix}"
         result.save(path)
         return str(path)
 
-    def write_png(upload: Any, view: str, threshold: float, overlap: float) -> str:
+    def write_png(upload: dict | None, view: str, threshold: float, overlap: float) -> str:
         """The picture under its segments, at its own size, as a PNG."""
         return write(".png", upload, view, threshold, overlap)
 
-    def write_json(upload: Any, view: str, threshold: float, overlap: float) -> str:
+    def write_json(upload: dict | None, view: str, threshold: float, overlap: float) -> str:
         """The segments in the form of COCO's results, as a JSON."""
         return write(".json", upload, view, threshold, overlap)
-
-    async def only_uploads(path: str) -> str:
-        """In place of what Gradio would do: copy any file of this machine, or one of another."""
-        if not Path(path).resolve().is_relative_to(Path(upload.GRADIO_CACHE).resolve()):
-            raise gr.Error("Only a picture that was uploaded is read.", print_exception=False)
-        return path
 
     with gr.Blocks(
         title=f"K-Net: {name}", analytics_enabled=False, delete_cache=(KEPT // 10, KEPT)
@@ -141,8 +144,6 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
                     height=240,
                     buttons=[],
                 )
-                upload.preprocess = lambda payload: payload  # files are read by our own reader
-                upload.async_move_resource_to_block_cache = only_uploads
             with gr.Column(elem_id="desk-settings"):
                 view = gr.Radio(
                     list(views), value=next(iter(views)), label="Show", visible=len(views) > 1
@@ -182,7 +183,8 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
             gr.HTML(list_categories(segmenter.categories))
 
         settings = [upload, view, threshold, overlap]
-        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "network"}
+        # One picture at a time; without preprocessing, which would decode it and write it anew.
+        event = {"concurrency_limit": 1, "concurrency_id": "network", "preprocess": False}
         gr.on(
             [upload.change, view.change, threshold.change, overlap.change],
             show,
@@ -191,12 +193,10 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
             api_name="segment",
             trigger_mode="always_last",
             show_progress="minimal",
-            **one_at_a_time,
+            **event,
         )
         for button, function in ((png, write_png), (coco, write_json)):
-            button.click(function, settings, saved, **one_at_a_time).success(
-                None, saved, None, js=SAVE
-            )
+            button.click(function, settings, saved, **event).success(None, saved, None, js=SAVE)
     page.queue(max_size=WAITING)
     app = gr.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -211,20 +211,25 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
             font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         ),
     )
-    return Guard(app, (max_upload_mb << 20) + (1 << 16))
+    return Guard(app, (max_upload_mb << 20) + (1 << 16), Path(upload.GRADIO_CACHE))
 
 
 class Guard:
-    """An ASGI application around another: no large bodies in, no page that loads from elsewhere.
+    """An ASGI application around Gradio's that narrows what requests may ask.
+
+    No large bodies come in, no files are read but those that were uploaded (Gradio would copy any
+    of this machine, or fetch one from an address), and no page loads anything from elsewhere.
 
     Args:
-      app: the other.
-      max_body: bytes of a request.
+        app: Gradio's.
+        max_body: bytes of an upload.
+        uploads: the folder of uploaded files.
     """
 
-    def __init__(self, app: Any, max_body: int):
+    def __init__(self, app: Any, max_body: int, uploads: Path):
         self._app = app
         self._max_body = max_body
+        self._uploads = uploads.resolve()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_sealed(message: Any) -> None:
@@ -233,13 +238,48 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), policy]}
             await send(message)
 
+        async def refuse(status: int, answer: str) -> None:
+            await send_sealed({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": answer.encode()})
+
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
+        is_upload = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
+        most = self._max_body if is_upload else MAX_JSON
         length = headers.get(b"content-length", b"0")
-        if b"transfer-encoding" in headers or not length.isdigit() or int(length) > self._max_body:
-            answer = f"a request has at most {self._max_body} bytes, and says how many".encode()
-            start = {"type": "http.response.start", "status": 413, "headers": []}
-            await send_sealed(start)
-            return await send({"type": "http.response.body", "body": answer})
-        await self._app(scope, receive, send_sealed)
+        if b"transfer-encoding" in headers or not length.isdigit() or int(length) > most:
+            return await refuse(413, f"a request has at most {most} bytes, and says how many")
+        if is_upload or not int(length):
+            return await self._app(scope, receive, send_sealed)
+
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        try:
+            paths = list(_paths(json.loads(body)))
+        except (ValueError, RecursionError):
+            return await refuse(400, "a request that is no upload has a body in JSON")
+        for path in paths:
+            if not Path(path).resolve().is_relative_to(self._uploads):
+                return await refuse(403, "only a picture that was uploaded is read")
+
+        received = iter([{"type": "http.request", "body": body}])
+
+        async def receive_again() -> Any:
+            return next(received, None) or await receive()
+
+        await self._app(scope, receive_again, send_sealed)
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Finds the paths of all files that a JSON names in Gradio's way."""
+    if isinstance(value, dict):
+        if "path" in value:
+            yield str(value["path"])
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from _paths(each)

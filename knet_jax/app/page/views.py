@@ -5,93 +5,89 @@ from __future__ import annotations
 import base64
 import time
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from knet_jax.app.segmenter import Segmenter
-from knet_jax.segmentation.drawing import as_panoptic, at_side, readable_side
+from knet_jax.segmentation.drawing import as_panoptic, at_side, readable_side, segment_palette
 from knet_jax.segmentation.image_files import PICTURES, decode_image, segment_colors
 from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import Instance
 from knet_jax.system.errors import UserError
 
 MAX_SIDE = 1600
-"""Pixels of the longer side of what the page shows: larger pictures are reduced, which bounds the time
+"""Longer side, in pixels, of what the page shows: larger pictures are reduced, which bounds the time
 of each change. What is saved has the picture's own size."""
 
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
-"""Of pictures, as Pillow calls them."""
+"""Formats of pictures that are read, by Pillow's names."""
 
 REMEMBERED = 8
-"""Reduced pictures of which the segments are kept, so that a slider need not start the network."""
+"""How many results are kept, so that a slider need not start the network."""
 
 
 class Seen(NamedTuple):
-    """What a network sees in a picture."""
+    """What a network sees in an uploaded picture."""
 
     result: Result
     size: tuple[int, int]
     """Height and width of the file, which may be larger than the picture of the result."""
-    speed: str
-    """How long the network and its results took."""
+    seconds: float
+    """How long the segmenter took."""
 
 
 class Pictures:
-    """Uploaded pictures and what a network sees in them.
+    """Uploaded pictures, and what a network sees in them.
 
     Args:
-      segmenter: the network.
-      max_megapixels: of a picture.
+        segmenter: of the model.
+        max_megapixels: of a picture; larger ones are refused.
     """
 
     def __init__(self, segmenter: Segmenter, max_megapixels: float):
         self._segmenter = segmenter
         self._max_megapixels = max_megapixels
-        self._reduced = lru_cache(maxsize=REMEMBERED)(partial(self._find, max_side=MAX_SIDE))
-        # For both buttons.
-        self._whole = lru_cache(maxsize=1)(self._find)
+        self._find_reduced = lru_cache(maxsize=REMEMBERED)(self._find)
 
     def _find(
-        self, path: str, overlap: float, threshold: float = 0.0, max_side: int | None = None
+        self, path: str, overlap: float, max_side: int | None, threshold: float = 0.0
     ) -> Seen:
         image = decode_image(Path(path).read_bytes())
         size = image.shape[:2]
         if max_side and max(size) > max_side:
             image, _ = at_side(max_side, image)
-        start, programs = time.perf_counter(), self._segmenter.num_programs
+        start = time.perf_counter()
         result = self._segmenter(image, threshold, overlap)
-        speed = f"segmented in {time.perf_counter() - start:.2f} s"
-        if self._segmenter.num_programs > programs:
-            speed += ", the first of its size"
-        return Seen(result, size, speed)
+        return Seen(result, size, time.perf_counter() - start)
 
     def see(
         self, path: str, name: str, task: str, threshold: float, overlap: float, whole: bool = False
     ) -> Seen:
-        """The picture in a file as the page's settings want it.
+        """Segments the picture in a file, as the page's settings say.
 
         Args:
-          path: of the file.
-          name: what the user calls it.
-          task: what to see.
-          threshold: least score of a thing.
-          overlap: least share of a mask that others leave it.
-          whole: not reduced to what the page shows.
+            path: of the file.
+            name: what the user calls it.
+            task: which kind of result, as of `as_task`.
+            threshold: least score of a thing.
+            overlap: as for a `Segmenter`.
+            whole: at the picture's own size, not reduced to what the page shows.
 
         Raises:
-          ValueError: there is no such picture, or it is too large.
+            UserError: there is no such picture, or it is too large.
         """
         try:
             check_picture(path, self._max_megapixels)
-            # Which things are shown changes nothing else: `above` gives what a threshold would, but
-            # to find all costs more.
-            seen = self._whole(path, overlap, threshold) if whole else self._reduced(path, overlap)
+            if whole:
+                seen = self._find(path, overlap, None, threshold)
+            else:
+                # All things are found once; `above` then gives what any threshold would.
+                seen = self._find_reduced(path, overlap, MAX_SIDE)
         except FileNotFoundError as error:
             raise UserError(f"{name}: no longer here; drop it again") from error
         except ValueError as error:
@@ -100,29 +96,35 @@ class Pictures:
 
 
 def check_picture(path: str, max_megapixels: float) -> None:
-    """Looks at the head of a file, before anything of the picture's size is in memory.
+    """Reads the head of a file, before anything of the picture's size is in memory.
 
     Raises:
-      ValueError: it is no picture, or one of more than `max_megapixels`.
-      FileNotFoundError: there is no file.
+        UserError: it is no picture, or one of more than `max_megapixels`.
+        FileNotFoundError: there is no file.
     """
     try:
         with Image.open(path, formats=FORMATS) as head:
-            megapixels = head.width * head.height / 1e6
+            size = f"{head.width * head.height / 1e6:.1f}"
     except Image.DecompressionBombError:
-        megapixels = np.inf
+        size = "inf"
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
         accepted = ", ".join(PICTURES)
         raise UserError(f"no picture that can be read; accepted: {accepted}") from error
-    if megapixels > max_megapixels:
-        size = f"{megapixels:.1f}" if np.isfinite(megapixels) else "far too many"
+    if float(size) > max_megapixels:
+        size = "far too many" if size == "inf" else size
         raise UserError(f"{size} megapixels; accepted: up to {max_megapixels:g}")
 
 
 def as_task(result: Result, task: str) -> Result:
-    """A panoptic result as instances or as classes, or the same where it is of that task."""
+    """Shows a panoptic result as instances or as classes.
+
+    Args:
+        result: of a network.
+        task: `panoptic`, `instance` or `semantic`; other than the result's only where that is
+            panoptic.
+    """
     if task == result.task:
         return result
     if task == "semantic":
@@ -132,16 +134,18 @@ def as_task(result: Result, task: str) -> Result:
 
 
 def display(seen: Seen) -> dict[str, Any]:
-    """What viewer.js shows: everything is ready for JSON."""
+    """Makes what viewer.js shows, ready for JSON."""
     result, (height, width) = seen.result, seen.size
     side = readable_side(result.size)
     found = as_panoptic(result.prediction, result.size, min_score=0.0)
     _, [shown] = at_side(side, result.image, found)
-    drawn = result.draw(side)
-    colors = _colors(drawn, shown.ids)
+    colors = {
+        segment.id: color
+        for segment, color in zip(shown.segments, segment_palette(shown, result.categories))
+    }
     scored = result.task != "semantic"
     return {
-        "picture": data_url(drawn, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, 92]),
+        "picture": data_url(result.draw(side), ".jpg", [cv2.IMWRITE_JPEG_QUALITY, 92]),
         "ids": data_url(segment_colors(shown.ids), ".png"),
         "segments": [
             {
@@ -149,36 +153,25 @@ def display(seen: Seen) -> dict[str, Any]:
                 "name": segment.name,
                 "score": f"{segment.score:.2f}" if scored else "",
                 "share": f"{100 * segment.area / found.ids.size:.1f} %",
-                "color": css_color(colors[segment.id]) if segment.id in colors else "",
+                "color": css_color(colors[segment.id]),
             }
             for segment in result.segments
         ],
         "facts": [
             f"{width} × {height} pixels",
             f"{len(result.segments)} {'segments' if scored else 'classes'}",
-            seen.speed,
+            f"segmented in {seen.seconds:.2f} s",
         ],
     }
 
 
-def _colors(drawn: np.ndarray, ids: np.ndarray) -> dict[int, np.ndarray]:
-    """RGB that most of each segment has in a picture, of those that can be seen."""
-    colors = {}
-    for id, place in enumerate(ndimage.find_objects(ids), 1):
-        if place:
-            pixels = drawn[place][ids[place] == id]
-            colors[id] = np.median(pixels[:: 1 + len(pixels) // 10_000], axis=0)
-    return colors
-
-
 def data_url(picture: np.ndarray, suffix: str, options: list[int] | None = None) -> str:
-    """A picture, uint8 [H, W, 3] in RGB, within an address."""
+    """Encodes a picture, uint8 [H, W, 3] in RGB, as a `data:` address."""
     data = cv2.imencode(suffix, picture[..., ::-1], options or [])[1].tobytes()
-    return (
-        f"data:image/{suffix[1:].replace('jpg', 'jpeg')};base64,{base64.b64encode(data).decode()}"
-    )
+    kind = suffix[1:].replace("jpg", "jpeg")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def css_color(color: np.ndarray) -> str:
-    """rgb(…) of RGB in 0 … 255."""
+    """Formats RGB in 0 … 255 as rgb(…)."""
     return "rgb({:.0f} {:.0f} {:.0f})".format(*color)
