@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiny_coco
 
-from knet_jax.data import batches, pipeline, records, transforms
+from knet_jax.data import batches, pipeline, recipes, records, sampler, transforms
 from knet_jax.data.sources import shapes as shapes_module
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.segments import Categories, PanopticMap
@@ -186,7 +186,10 @@ def test_an_epoch_shows_every_picture_at_random(shapes):
     steps = pipeline.steps_per_epoch(split, config, 1)
     assert steps == len(split)
     result = take(3 * steps, split, config, 1, seed=0, start=0)
-    assert sorted(int(batch.id[0]) for batch, _ in result[:steps]) == list(range(len(split)))
+    ids = [int(batch.id[0]) for batch, _ in result]
+    assert sorted(ids[:steps]) == list(range(len(split)))
+    epochs = sampler.EpochSampler(recipes.find("panoptic", config).groups(split), 1, seed=0)
+    assert ids == [epochs.batch(index)[1][0] for index in range(3 * steps)]
     flipped, sides = [], set()
     for batch, _ in result:
         height, width = batch.size[0].tolist()
