@@ -28,7 +28,7 @@ from knet_jax.system.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PANOPTIC = f"{CONFIGS / 'coco_panoptic.py'}:tiny"
-SEMANTIC = f"{CONFIGS / 'ade20k_semantic.py'}:tiny,uper"
+SEMANTIC = f"{CONFIGS / 'ade20k_semantic.py'}:tiny"
 SMALL = (
     "--config.model.channels=16",
     "--config.model.ffn_channels=32",
@@ -37,6 +37,7 @@ SMALL = (
     "--config.model.backbone.width=8",
     "--config.model.backbone.depths=(1, 1, 1, 1)",
 )
+COUNTS = ("--config.model.num_things=3", "--config.model.num_stuff=2")
 COCO = published_classes.find("coco", "panoptic")
 
 
@@ -66,7 +67,7 @@ def convert(path, output, *overrides, spec=PANOPTIC, **options):
 
 @pytest.mark.parametrize("spec", [PANOPTIC, SEMANTIC])
 def test_there_and_back_is_equal_in_every_bit(tmp_path, save, spec):
-    """From torch to a model, to safetensors, to a model."""
+    """From torch to a model, and on to safetensors."""
     variables, tensors = make_variables(spec), make_tensors(spec)
     counter = {"backbone.bn1.num_batches_tracked": np.array(7)}
     report = convert(save(tensors | counter), tmp_path / "model", spec=spec)
@@ -81,10 +82,6 @@ def test_there_and_back_is_equal_in_every_bit(tmp_path, save, spec):
     export_weights(tmp_path / "model", file)
     assert_equal(load_file(file), tensors)
     assert read_weights(file).classes == opened.categories.names
-    convert(file, tmp_path / "again", spec=spec)
-    again = open_model(tmp_path / "again")
-    assert_equal(again.variables, variables)
-    assert (again.categories, again.config) == (opened.categories, opened.config)
 
 
 # What does not fit.
@@ -189,37 +186,31 @@ def test_wrong_flags_of_the_command_end_in_one_line(tmp_path, monkeypatch, capsy
 # What stays as initialized.
 
 
-def test_other_classes_and_a_backbone_keep_what_fits(tmp_path, save):
-    """The rest is as initialized, and the report says which is which. From a file and a model."""
+def test_other_classes_and_a_backbone_keep_what_fits(tmp_path, save, monkeypatch):
+    """Of a model, and of a file. The rest is as initialized, and the report says which is which."""
+    fresh = fill(shapes_of(load_config(PANOPTIC, (*SMALL, *COUNTS)).model.to_dict()))
+    fresh = jax.tree.map(lambda x: -x, fresh)
+    monkeypatch.setattr("knet_jax.saved.fitting.init_variables", lambda model, seed: fresh)
     variables, tensors = make_variables(PANOPTIC), make_tensors()
-    counts = ("--config.model.num_things=3", "--config.model.num_stuff=2")
     names = ("cat", "dog", "bird", "road", "sky")
     (tmp_path / "classes.txt").write_text("\n".join(names))
-    file = save(tensors, meta={"CLASSES": COCO.names})
-    for name in (".model.part", ".model-b.part"):  # what a killed conversion left
+    for name in (".mine.part", ".mine-b.part"):  # what a killed conversion left
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-    report = convert(
-        file,
-        tmp_path / "model",
-        *counts,
-        new_classes=True,
-        categories_file=tmp_path / "classes.txt",
-    )
+    assert convert(save(tensors), tmp_path / "whole")["categories_from"] == "the dataset"
+    options = {"new_classes": True, "categories_file": tmp_path / "classes.txt"}
+    report = convert(tmp_path / "whole", tmp_path / "mine", *COUNTS, **options)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"a.pth", "classes.txt", "model", ".model-b.part"}
-    opened = open_model(tmp_path / "model")
+    assert left == {"a.pth", "classes.txt", "whole", "mine", ".mine-b.part"}
+    opened = open_model(tmp_path / "mine")
     assert opened.categories == (names, (1, 2, 3, 4, 5), 3)
     ours, theirs = (flatten_dict(tree, sep="/") for tree in (opened.variables, variables))
     assert set(report["anew"]) == {key for key in ours if ours[key].shape != theirs[key].shape}
-    assert len(report["anew"]) == 2 + 2
-    for key in ours.keys() - set(report["anew"]):
-        np.testing.assert_array_equal(ours[key], theirs[key])
-    assert ours["params/initial/class_kernels"].std() > 0
+    assert len(report["anew"]) == 2 + 2 and report["entry"] == "step 0"
+    anew = flatten_dict(fresh, sep="/")
+    for key, array in ours.items():
+        np.testing.assert_array_equal(array, (anew if key in report["anew"] else theirs)[key])
     assert all(CLASSES.fullmatch(name) for name in report["left_over"])
     assert "arrays that start anew        4" in report_table(report)
-    again = convert(tmp_path / "model", tmp_path / "more", *counts, new_classes=True)
-    assert again["anew"] == report["anew"] and again["categories_from"] == "nowhere"
-    assert again["entry"] == "step 0"
 
     prefix = "backbone."
     classifier = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}

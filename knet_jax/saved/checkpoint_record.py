@@ -102,12 +102,12 @@ def model_differences(
     Returns:
         Both values of every such key, the saved one first; None stands for an absent one.
     """
+    if not record["model"]:
+        return {}  # a checkpoint that was saved without its config
     # A key that the saved config lacks has come since, with a default that is what there was before.
     saved, here = (flatten(complete_model(config)) for config in (record["model"], model))
     keys = sorted(saved.keys() | here.keys())
-    return {
-        key: (saved.get(key), here.get(key)) for key in keys if saved.get(key) != here.get(key)
-    }
+    return {key: (saved.get(key), here.get(key)) for key in keys if saved.get(key) != here.get(key)}
 
 
 def _describe(array: np.ndarray) -> dict[str, Any]:

@@ -280,7 +280,7 @@ class Checkpoints:
         """Shapes of the state of a step, as a target for `restore`: a dict of dicts.
 
         Returns:
-            None if the step was saved with another `model`. A target made of the network then shows
+            None if the step was saved with another `model` or without one. A target made of the network then shows
             in what they differ.
 
         Raises:
@@ -288,7 +288,8 @@ class Checkpoints:
         """
         with self._naming(step):
             record = self._read_record(step)
-        if model_differences(record, self._model).keys() - {"dtype"}:
+        differences = model_differences(record, self._model).keys() - {"dtype"}
+        if differences or not record["model"]:
             return None
         shapes = {
             path: jax.ShapeDtypeStruct(tuple(saved["shape"]), saved["dtype"])
