@@ -280,8 +280,8 @@ class Checkpoints:
         """Shapes of the state of a step, as a target for `restore`: a dict of dicts.
 
         Returns:
-            None if the step was saved with another `model` or without one. A target made of the network then shows
-            in what they differ.
+            None if the step was saved with another `model` or without one. A target made of the
+            network then shows in what they differ.
 
         Raises:
             UserError: see `restore`.
