@@ -50,7 +50,7 @@ def slow(*values):
 @pytest.mark.parametrize(
     "task, overrides",
     [
-        ("semantic", ()),
+        ("semantic", ("--config.data.image_side=(64, 64)",)),
         slow("panoptic", ("--config.data.eval_multiple=32",)),
         slow("instance", ()),
         slow("semantic", SEVERAL_PASSES),
