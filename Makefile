@@ -12,7 +12,7 @@ PYTHON ?= $(shell for python in $(PYTHONS) python3; do \
 # What the demo trains: panoptic, instance or semantic.
 TASK ?= panoptic
 DEMO = runs/demo$(if $(filter-out panoptic,$(TASK)),_$(TASK))
-# How many test processes, which tests (`make test TESTS=tests/test_demo.py`), and the fixtures of
+# How many test processes, which tests (`make test TESTS=tests/test_page.py`), and the fixtures of
 # `parity`.
 WORKERS ?= 2
 TESTS ?=
