@@ -181,9 +181,10 @@ def fusion(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     run = jax.jit(
         partial(
             task.predict,
-            sizes=Sizes(*(config.model[name] for name in Sizes._fields)),
             canvas=Canvas.of(sizes, originals),
-            options=config.eval.to_dict(),
+            **task.choose_options(
+                Sizes(*(config.model[name] for name in Sizes._fields)), config.eval
+            ),
         )
     )
 
@@ -307,7 +308,7 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
 
     # The matching is done on the host, and the optimizer's operations are few: neither is counted.
     targets = jax.tree.map(lambda x: x[0], parts[0].targets)
-    counts = task.count(task.unpack(targets, model.sizes), model.sizes)
+    counts = task.count(task.unpack(targets))
     gradients = jax.pmap(
         partial(train_step.accumulate, model=model, task=task, weights=weights),
         axis_name=AXIS,

@@ -51,15 +51,16 @@ def _panoptic(rng: np.random.Generator, size: tuple[int, int], config: ConfigDic
     """Of one picture, as the two that follow."""
     num_stuff, max_things = config.model.num_stuff, config.data.max_things
     height, width = size[0] // 2, size[1] // 2
-    labels = np.full(max_things + num_stuff, EMPTY, np.int32)
+    labels, stuff_labels = (np.full(n, EMPTY, np.int32) for n in (max_things, num_stuff))
     kinds = rng.choice(num_stuff, min(STUFF, num_stuff), replace=False)
-    labels[max_things + kinds] = config.model.num_things + kinds
+    stuff_labels[kinds] = config.model.num_things + kinds
     regions = _fields(rng, len(kinds), height, width).argmax(0)
     segments = 1 + max_things + kinds[regions]
     for thing, disc in enumerate(_discs(rng, min(THINGS, max_things), height, width)):
         segments[disc > 0] = 1 + thing
         labels[thing] = rng.integers(config.model.num_things)
-    return PanopticTargets(segments.astype(np.uint8 if len(labels) < 256 else np.uint16), labels)
+    dtype = np.uint8 if max_things + num_stuff < 256 else np.uint16
+    return PanopticTargets(segments.astype(dtype), labels, stuff_labels)
 
 
 def _instances(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict):

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from knet_jax.nn.layers import PRIOR_BIAS, ConvNormRelu, LayerNorm, wide
+from knet_jax.nn.layers import PRIOR_BIAS, ConvNormRelu, LayerNorm, make_norm, wide
 from knet_jax.structs import Features, Stage
 
 xavier = nn.initializers.xavier_uniform()
@@ -38,11 +38,11 @@ def gather(claims: jax.Array, feats: jax.Array) -> tuple[jax.Array, jax.Array]:
     Sums are not divided by the area, so they are kept wide.
 
     Args:
-      claims: the share of each pixel, [b, n, h, w].
-      feats: [b, h, w, c].
+        claims: the share of each pixel, [b, n, h, w].
+        feats: [b, h, w, c].
 
     Returns:
-      pooled features [b, n, c] and areas in pixels [b, n, 1], float32 or wider.
+        pooled features [b, n, c] and areas in pixels [b, n, 1], float32 or wider.
     """
     claims, dtype = claims.astype(feats.dtype), wide(feats.dtype)
     pooled = jnp.einsum("bnhw,bhwc->bnc", claims, feats, preferred_element_type=dtype)
@@ -71,8 +71,8 @@ class InitialKernels(nn.Module):
 
     @nn.compact
     def __call__(self, features: Features, train: bool) -> tuple[jax.Array, Stage, jax.Array]:
-        del train
-        block = partial(ConvNormRelu, self.channels, 1, dtype=self.dtype)
+        norm = make_norm("group", self.dtype, train)
+        block = partial(ConvNormRelu, self.channels, 1, norm=norm, dtype=self.dtype)
         localization = block(name="localization")(features.localization)
         semantic = block(name="semantic")(features.semantic)
         feats = localization + semantic

@@ -18,41 +18,30 @@ from knet_jax.structs import EMPTY, Segments
 
 
 class Counts(NamedTuple):
-    """What the sums of the loss are divided by, of all images of a step, whichever device and
-    slice of the batch they are in. Nothing here depends on a prediction."""
+    """Denominators of the loss terms, counted over all images of a step, on all devices.
+
+    None of them depends on a prediction.
+    """
 
     images: jax.Array
     things: jax.Array
-    """Thing segments, at most one a proposal."""
+    """Thing segments; a config may not have more slots for them than proposals."""
     segments: jax.Array
     """Thing and stuff segments."""
     pixels: jax.Array
-    """Pixels that belong to a segment or have a class. The reference counts those of matched things,
-    which are all things, as a config may not have more slots than proposals."""
-
-
-def count(things: Segments, stuff: Segments, num_proposals: int) -> Counts:
-    """Counts of a batch. Counts of several are added before they are used."""
-    num_things = jnp.minimum((things.labels != EMPTY).sum(1), num_proposals).sum()
-    covered = touched(things).any(1) | touched(stuff).any(1)
-    return Counts(
-        images=jnp.asarray(len(things.labels)),
-        things=num_things,
-        segments=num_things + (stuff.labels != EMPTY).sum(),
-        pixels=covered.sum(),
-    )
+    """Pixels that belong to a segment or have a class."""
 
 
 def kernel_targets(things: Segments, stuff: Segments, slots: jax.Array) -> Segments:
     """The segment that each kernel must draw: things as matched, then the stuff classes.
 
     Args:
-      things: m slots.
-      stuff: one slot a stuff class, `EMPTY` where the class is absent.
-      slots: [b, num_proposals], a thing slot or `EMPTY`.
+        things: m slots.
+        stuff: one slot a stuff class, `EMPTY` where the class is absent.
+        slots: [b, num_proposals], a thing slot or `EMPTY`.
 
     Returns:
-      one slot a kernel, [b, num_proposals + num_stuff, h, w]; unmatched kernels get zero masks.
+        one slot a kernel, [b, num_proposals + num_stuff, h, w]; unmatched kernels get zero masks.
     """
     matched = slots != EMPTY
     index = jnp.maximum(slots, 0)
@@ -91,7 +80,7 @@ def dice_loss(masks: jax.Array, targets: Segments, total: jax.Array) -> jax.Arra
 
 
 def touched(targets: Segments) -> jax.Array:
-    """Pixels that belong to each target in the least. [b, n, h, w] of bool."""
+    """Which pixels each target covers, if only in part. bool [b, n, h, w]."""
     return (targets.masks > 0) & (targets.labels != EMPTY)[:, :, None, None]
 
 
@@ -113,12 +102,12 @@ def pixel_loss(logits: jax.Array, owner: jax.Array, num_images: jax.Array) -> ja
     """Cross-entropy over kernels at each pixel, mean over all pixels.
 
     Pixels of nobody give zero but count in the mean
-    (`tests/test_losses.py::test_rank_loss_counts_unowned_pixels`).
+    (`tests/test_losses.py::test_pixel_loss`).
 
     Args:
-      logits: [b, n, h, w].
-      owner: int32 [b, h, w], the right kernel or `EMPTY`.
-      num_images: of the whole step.
+        logits: [b, n, h, w].
+        owner: int32 [b, h, w], the right kernel or `EMPTY`.
+        num_images: of the whole step.
     """
     index = jnp.arange(logits.shape[1])[:, None, None]
     chosen = jnp.where(index == owner[:, None], logits, 0).sum(1)
@@ -134,10 +123,10 @@ def label_loss(
     A proposal is judged on the thing classes, a stuff kernel on its own class alone.
 
     Args:
-      logits: [b, n, k].
-      labels: [b, n], `EMPTY` where every class is wrong.
-      num_things: the first classes; kernel n - (k - num_things) + q stands for stuff class q.
-      total: of the whole step.
+        logits: [b, n, k].
+        labels: [b, n], `EMPTY` where every class is wrong.
+        num_things: the first classes; kernel n - (k - num_things) + q stands for stuff class q.
+        total: of the whole step.
     """
     n, k = logits.shape[1:]
     classes = jnp.arange(k)
@@ -154,10 +143,10 @@ def dense_loss(
     """Focal loss of every pixel's class, divided by the `total` pixels that have one.
 
     Args:
-      dense: class logits [b, k, h, w].
-      targets: one slot a kernel; things lie above stuff, later slots above earlier ones.
-      num_proposals: how many of the slots are things.
-      total: of the whole step.
+        dense: class logits [b, k, h, w].
+        targets: one slot a kernel; things lie above stuff, later slots above earlier ones.
+        num_proposals: how many of the slots are things.
+        total: of the whole step.
     """
     covered = touched(targets)
     thing = last_true(covered[:, :num_proposals])

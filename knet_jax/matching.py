@@ -45,13 +45,13 @@ def matching_cost(
     """Cost of every (kernel, slot) pair.
 
     Args:
-      masks: logits at the resolution of the targets, [b, n, h, w].
-      logits: class logits [b, n, k], or None where there are none yet.
-      targets: slots [b, m, h, w] and labels [b, m].
-      weights: of the loss.
+        masks: logits at the resolution of the targets, [b, n, h, w].
+        logits: class logits [b, n, k], or None where there are none yet.
+        targets: slots [b, m, h, w] and labels [b, m].
+        weights: of the loss.
 
     Returns:
-      [b, n, m]; what stands in the columns of empty slots has no meaning.
+        [b, n, m]; what stands in the columns of empty slots has no meaning.
     """
     b, n, h, w = masks.shape
     p = jax.nn.sigmoid(masks).reshape(b, n, h * w)
@@ -73,11 +73,11 @@ def match(cost: jax.Array, labels: jax.Array) -> jax.Array:
     """Solves all assignments of a step in one call to the host.
 
     Args:
-      cost: [r, b, n, m], r matchings of each image.
-      labels: [b, m], `EMPTY` for a slot that takes no part.
+        cost: [r, b, n, m], r matchings of each image.
+        labels: [b, m], `EMPTY` for a slot that takes no part.
 
     Returns:
-      int32 [r, b, n]: the slot that each kernel answers for, or `EMPTY`.
+        int32 [r, b, n]: the slot that each kernel answers for, or `EMPTY`.
     """
     # A diverging run must reach the check of the loss, not die in the solver.
     cost = jnp.nan_to_num(jax.lax.stop_gradient(cost), nan=1e6, posinf=1e6, neginf=-1e6)

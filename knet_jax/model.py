@@ -26,8 +26,8 @@ from knet_jax.nn.swin import Swin
 from knet_jax.structs import Sizes
 
 UPDATE_CHANNELS = 256
-"""Of the adaptive update. Kernels of a multiple of it are updated in parts, as the published networks
-do, others as a whole."""
+"""Channels that the adaptive update works on. Kernels of a multiple of it are updated in parts, as the
+published networks do, others as a whole."""
 
 BACKBONES = {"resnet": ResNet, "swin": Swin}
 NECKS = {"semantic_fpn": SemanticFPN, "fcn": FCN, "psp": PSP, "aspp": ASPP, "uper": UPer}

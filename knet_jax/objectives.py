@@ -22,12 +22,12 @@ from knet_jax.structs import (
 
 
 class Judgement(NamedTuple):
-    """What a loss says of (a part of) a batch. Those of all parts and devices are added."""
+    """Loss terms and measures of a batch, or of a part of it: those of all parts are added."""
 
     terms: dict[str, jax.Array]
     """Every weighted term, named as it is plotted (`loss/stage2/mask`)."""
     measures: dict[str, jax.Array]
-    """Shares that are no losses, such as of the things that were found."""
+    """Shares that are no losses, such as how many of the things were found."""
 
 
 # Things and stuff: instance and panoptic segmentation.
@@ -42,101 +42,110 @@ class KernelTargets(NamedTuple):
     """One slot a stuff class."""
 
 
-def unpack_panoptic(targets: PanopticTargets, sizes: Sizes, dtype="float32") -> KernelTargets:
-    """Masks from the map of the sampled pixels."""
+def unpack_panoptic(targets: PanopticTargets) -> KernelTargets:
+    """Makes the masks of segments from the map of the sampled pixels."""
     b, rows, columns = targets.segment_map.shape
-    count = targets.labels.shape[1]
-    index = jnp.arange(1, count + 1, dtype=targets.segment_map.dtype)[:, None, None, None, None]
+    m, num_stuff = targets.labels.shape[1], targets.stuff_labels.shape[1]
+    index = jnp.arange(1, m + num_stuff + 1, dtype=targets.segment_map.dtype)
     sampled = targets.segment_map.reshape(b, 1, rows // 2, 2, columns // 2, 2)
-    masks = (sampled == index).mean((3, 5), dtype=dtype)
-    m = count - sizes.num_stuff
+    masks = (sampled == index[:, None, None, None, None]).mean((3, 5))
     return KernelTargets(
-        Segments(masks[:, :m], targets.labels[:, :m]),
-        Segments(masks[:, m:], targets.labels[:, m:]),
+        Segments(masks[:, :m], targets.labels), Segments(masks[:, m:], targets.stuff_labels)
     )
 
 
-def unpack_instances(targets: InstanceTargets, sizes: Sizes, dtype="float32") -> KernelTargets:
-    """Masks from the bits of the sampled pixels; no stuff."""
-    del sizes
+def unpack_instances(targets: InstanceTargets) -> KernelTargets:
+    """Makes the masks of things from the bits of the sampled pixels; there is no stuff."""
     b, m, rows, _ = targets.masks.shape
     bits = jnp.unpackbits(targets.masks, axis=3)
-    masks = bits.reshape(b, m, rows // 2, 2, -1, 2).mean((3, 5), dtype=dtype)
+    masks = bits.reshape(b, m, rows // 2, 2, -1, 2).mean((3, 5))
     nothing = Segments(masks[:, :0], targets.labels[:, :0])
     return KernelTargets(Segments(masks, targets.labels), nothing)
 
 
-def count_segments(targets: KernelTargets, sizes: Sizes) -> losses.Counts:
-    """What the loss terms of things and stuff are divided by."""
-    return losses.count(targets.things, targets.stuff, sizes.num_proposals)
+def count_segments(targets: KernelTargets) -> losses.Counts:
+    """Counts the segments of a batch, or of a part of it: counts of several parts are added."""
+    things, stuff = targets
+    num_things = (things.labels != EMPTY).sum()
+    covered = losses.touched(things).any(1) | losses.touched(stuff).any(1)
+    return losses.Counts(
+        images=jnp.asarray(len(things.labels)),
+        things=num_things,
+        segments=num_things + (stuff.labels != EMPTY).sum(),
+        pixels=covered.sum(),
+    )
 
 
-def match_stages(output: Output, things: Segments, sizes: Sizes, weights: LossWeights) -> jax.Array:
+def sizes_of(output: Output, targets: KernelTargets) -> Sizes:
+    """The counts of a network for things and stuff, by the shapes of its output."""
+    num_stuff = targets.stuff.labels.shape[1]
+    num_kernels, num_classes = output.stages[0].masks.shape[1], output.dense.shape[1]
+    return Sizes(num_kernels - num_stuff, num_classes - num_stuff, num_stuff)
+
+
+def match_stages(output: Output, targets: KernelTargets, weights: LossWeights) -> jax.Array:
     """Which thing each proposal answers for.
 
     Stage s is matched by the predictions of stage s - 1, so that all matchings are known once the
     forward pass is; the initial masks are matched by themselves.
 
     Returns:
-      int32 [max(S, 1), b, num_proposals]: thing slot or `EMPTY`.
+        int32 [max(S, 1), b, num_proposals]: thing slot or `EMPTY`.
     """
+    num_proposals, num_things, _ = sizes_of(output, targets)
 
     def cost(stage: int) -> jax.Array:
         masks, logits = output.stages[stage].masks, output.stages[stage].logits
-        masks = upsample2x(masks[:, : sizes.num_proposals], axes=(2, 3))
+        masks = upsample2x(masks[:, :num_proposals], axes=(2, 3))
         if logits is not None:
-            logits = logits[:, : sizes.num_proposals, : sizes.num_things]
-        return matching_cost(masks, logits, things, weights)
+            logits = logits[:, :num_proposals, :num_things]
+        return matching_cost(masks, logits, targets.things, weights)
 
     output = jax.lax.stop_gradient(output)
     costs = jnp.stack([cost(s) for s in range(max(len(output.stages) - 1, 1))])
-    return match(costs, things.labels)
+    return match(costs, targets.things.labels)
 
 
 def kernel_loss(
-    output: Output,
-    targets: KernelTargets,
-    counts: losses.Counts,
-    sizes: Sizes,
-    weights: LossWeights,
+    output: Output, targets: KernelTargets, counts: losses.Counts, weights: LossWeights
 ) -> Judgement:
     """Every loss term of K-Net on the masks of things and stuff.
 
     Args:
-      output: of the network.
-      targets: of the same images.
-      counts: of the whole step.
-      sizes: of the network.
-      weights: of the terms; without weight there is no rank loss.
+        output: of the network.
+        targets: of the same images.
+        counts: of the whole step.
+        weights: of the terms; without weight there is no rank loss.
     """
     things, stuff = targets
-    slots = match_stages(output, things, sizes, weights)
+    num_proposals, num_things, _ = sizes_of(output, targets)
+    slots = match_stages(output, targets, weights)
     masks = [upsample2x(stage.masks, axes=(2, 3)) for stage in output.stages]
 
-    targets = losses.kernel_targets(things, stuff, slots[0])
-    proposals = jax.tree.map(lambda x: x[:, : sizes.num_proposals], targets)
-    initial = masks[0][:, : sizes.num_proposals]
+    wanted = losses.kernel_targets(things, stuff, slots[0])
+    proposals = jax.tree.map(lambda x: x[:, :num_proposals], wanted)
+    initial = masks[0][:, :num_proposals]
     dense = upsample2x(output.dense, axes=(2, 3))
     terms = {
         "initial/mask": losses.mask_loss(initial, proposals, counts.things),
         "initial/dice": losses.dice_loss(initial, proposals, counts.things),
-        "initial/dense": losses.dense_loss(dense, targets, sizes.num_proposals, counts.pixels),
+        "initial/dense": losses.dense_loss(dense, wanted, num_proposals, counts.pixels),
     }
     if weights.rank:
         terms["initial/rank"] = losses.rank_loss(initial, proposals, counts.images)
     for s in range(1, len(masks)):
-        targets = losses.kernel_targets(things, stuff, slots[s - 1])
-        logits, labels = output.stages[s].logits, targets.labels
+        wanted = losses.kernel_targets(things, stuff, slots[s - 1])
+        logits, labels = output.stages[s].logits, wanted.labels
         terms |= {
-            f"stage{s}/label": losses.label_loss(logits, labels, sizes.num_things, counts.segments),
-            f"stage{s}/mask": losses.mask_loss(masks[s], targets, counts.segments),
-            f"stage{s}/dice": losses.dice_loss(masks[s], targets, counts.segments),
+            f"stage{s}/label": losses.label_loss(logits, labels, num_things, counts.segments),
+            f"stage{s}/mask": losses.mask_loss(masks[s], wanted, counts.segments),
+            f"stage{s}/dice": losses.dice_loss(masks[s], wanted, counts.segments),
         }
         if weights.rank:
-            terms[f"stage{s}/rank"] = losses.rank_loss(masks[s], targets, counts.images)
+            terms[f"stage{s}/rank"] = losses.rank_loss(masks[s], wanted, counts.images)
 
-    proposals = jax.tree.map(lambda x: x[:, : sizes.num_proposals], targets)
-    found = losses.num_found(masks[-1][:, : sizes.num_proposals], proposals)
+    proposals = jax.tree.map(lambda x: x[:, :num_proposals], wanted)
+    found = losses.num_found(masks[-1][:, :num_proposals], proposals)
     return Judgement(weigh(terms, weights), {"matched": found / jnp.maximum(counts.things, 1)})
 
 
@@ -151,32 +160,28 @@ def weigh(terms: dict[str, jax.Array], weights: LossWeights) -> dict[str, jax.Ar
 # Classes: semantic segmentation.
 
 
-def unpack_semantic(targets: SemanticTargets, sizes: Sizes, dtype="float32") -> jax.Array:
+def unpack_semantic(targets: SemanticTargets) -> jax.Array:
     """int32 [b, H, W]: the class of every pixel, `EMPTY` where it is ignored."""
-    del sizes, dtype
     return targets.label_map.astype(jnp.int32) - 1
 
 
-def count_labels(labels: jax.Array, sizes: Sizes) -> losses.Counts:
-    """What the loss terms of pixels are divided by."""
-    del sizes
+def count_labels(labels: jax.Array) -> losses.Counts:
+    """Counts the labelled pixels of a batch, or of a part of it, as `count_segments`."""
     nothing = jnp.zeros((), jnp.int32)
     return losses.Counts(jnp.asarray(len(labels)), nothing, nothing, (labels != EMPTY).sum())
 
 
 def semantic_loss(
-    output: Output, labels: jax.Array, counts: losses.Counts, sizes: Sizes, weights: LossWeights
+    output: Output, labels: jax.Array, counts: losses.Counts, weights: LossWeights
 ) -> Judgement:
     """Cross-entropy of the masks of every stage, and of the dense logits if there are any.
 
     Args:
-      output: of the network.
-      labels: int32 [b, H, W], `EMPTY` where ignored.
-      counts: of the whole step.
-      sizes: of the network.
-      weights: of the terms.
+        output: of the network.
+        labels: int32 [b, H, W], `EMPTY` where ignored.
+        counts: of the whole step.
+        weights: of the terms.
     """
-    del sizes
 
     # Logits at full size are large: they are made anew for the gradient instead of being kept.
     @jax.checkpoint

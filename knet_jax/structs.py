@@ -39,7 +39,9 @@ class PanopticTargets(NamedTuple):
     segment for every stuff class, in the order of the classes.
     """
     labels: Array
-    """int32 [b, m + num_stuff]: class of each segment, `EMPTY` where the picture has none."""
+    """int32 [b, m]: class of each thing, `EMPTY` for an empty slot."""
+    stuff_labels: Array
+    """int32 [b, num_stuff]: the stuff classes in their order, `EMPTY` where a picture has none."""
 
 
 class InstanceTargets(NamedTuple):
@@ -111,12 +113,12 @@ class Output(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What the network made of a batch in one pass: at one scale, mirrored or not."""
+    """What the network made of a batch at one scale, with the pictures as they are or mirrored."""
 
     stage: Stage
     size: Array
-    """int32 [b, 2]: height and width of the pictures as the network saw them, of the batch."""
+    """int32 [b, 2]: height and width of the pictures as the network saw them."""
     canvas: Array
-    """int32 [b, 2]: height and width of the batch's images, padding included."""
+    """int32 [b, 2]: height and width of the network's input, padding included."""
     mirrored: Array
-    """bool [b]: whether it saw them left for right."""
+    """bool [b]: whether the network saw a picture mirrored, left for right."""

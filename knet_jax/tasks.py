@@ -5,91 +5,89 @@ The network is the same for all tasks. `TASKS` at the end holds everything in wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 
-from knet_jax.inference import any_size
-from knet_jax.inference.fusion import predict_panoptic, read_panoptic
-from knet_jax.inference.postprocess import (
-    predict_instances,
-    predict_labels,
-    read_instances,
-    read_labels,
-)
+from knet_jax import objectives
+from knet_jax.inference import any_size, fusion, postprocess
 from knet_jax.losses import Counts
 from knet_jax.metrics import instance, panoptic, semantic
-from knet_jax.objectives import (
-    Judgement,
-    count_labels,
-    count_segments,
-    kernel_loss,
-    semantic_loss,
-    unpack_instances,
-    unpack_panoptic,
-    unpack_semantic,
-)
+from knet_jax.objectives import Judgement
 from knet_jax.segmentation.coco_files import InstanceResults, PanopticResults
 from knet_jax.segmentation.semantic_files import SemanticResults
-
-# The table.
+from knet_jax.structs import Sizes
 
 
 class Task(NamedTuple):
     """One row: everything in which a task differs from the others."""
 
     unpack: Callable[..., Any]
-    """(targets of a `Batch`, sizes, dtype) -> what `count` and `loss` read, on the device."""
+    """(targets of a `Batch`) -> what `count` and `loss` read, on the device."""
     count: Callable[..., Counts]
-    """(targets, sizes) -> counts of a part of a batch."""
+    """(unpacked targets) -> counts of a part of a batch."""
     loss: Callable[..., Judgement]
-    """(output, targets, counts of the step, sizes, weights) -> `Judgement`."""
+    """(output, unpacked targets, counts of the step, weights) -> `Judgement`."""
     predict: Callable[..., Any]
-    """(passes, original_size, and what is static) -> results of a batch, on the device; more than
-    one `Pass` where the config of the task has scales and flips."""
+    """(passes, original_size, *, canvas, options by name) -> results of a batch, on the device; more
+    than one `Pass` where the config of the task has scales and flips."""
+    predict_any_size: Callable[..., dict[str, jax.Array]]
+    """(one `Pass`, original_size, *, shape, options by name) -> results of a batch as named arrays,
+    at the pixels of pictures of any size: what an exported model computes."""
+    options: tuple[str, ...]
+    """What both predictions need by name: keys of `config.eval`, or counts of `Sizes`."""
+    thresholds: tuple[str, ...]
+    """Options of `predict` that may change from call to call without compiling it anew."""
     read: Callable[..., Any]
-    """(results of one picture, original_size, least score of a thing) -> the same as people and
-    metrics take it."""
-    portable: Callable[..., dict[str, jax.Array]]
-    """(one `Pass`, original_size, and what is static) -> results as named arrays, at the pixels of
-    pictures of any size."""
+    """(results of one picture, original_size) -> the same as people and metrics take it."""
     metric: ModuleType
     """Counts pictures and summarizes the counts."""
     results: Callable[..., Any]
     """(path, categories) -> a writer of the files that the test servers take."""
 
+    def choose_options(self, sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of `options`, of a network and a `config.eval`."""
+        given = sizes._asdict() | dict(options)
+        return {name: given[name] for name in self.options}
+
 
 TASKS = {
     "panoptic": Task(
-        unpack_panoptic,
-        count_segments,
-        kernel_loss,
-        predict_panoptic,
-        read_panoptic,
-        any_size.panoptic,
-        panoptic,
-        PanopticResults,
+        unpack=objectives.unpack_panoptic,
+        count=objectives.count_segments,
+        loss=objectives.kernel_loss,
+        predict=fusion.predict_panoptic,
+        predict_any_size=any_size.predict_panoptic,
+        options=("num_things", "instance_threshold", "overlap_threshold"),
+        thresholds=("instance_threshold", "overlap_threshold"),
+        read=fusion.read_panoptic,
+        metric=panoptic,
+        results=PanopticResults,
     ),
     "instance": Task(
-        unpack_instances,
-        count_segments,
-        kernel_loss,
-        predict_instances,
-        read_instances,
-        any_size.instances,
-        instance,
-        InstanceResults,
+        unpack=objectives.unpack_instances,
+        count=objectives.count_segments,
+        loss=objectives.kernel_loss,
+        predict=postprocess.predict_instances,
+        predict_any_size=any_size.predict_instances,
+        options=("num_results",),
+        thresholds=("instance_threshold",),
+        read=postprocess.read_instances,
+        metric=instance,
+        results=InstanceResults,
     ),
     "semantic": Task(
-        unpack_semantic,
-        count_labels,
-        semantic_loss,
-        predict_labels,
-        read_labels,
-        any_size.labels,
-        semantic,
-        SemanticResults,
+        unpack=objectives.unpack_semantic,
+        count=objectives.count_labels,
+        loss=objectives.semantic_loss,
+        predict=postprocess.predict_labels,
+        predict_any_size=any_size.predict_labels,
+        options=(),
+        thresholds=(),
+        read=postprocess.read_labels,
+        metric=semantic,
+        results=SemanticResults,
     ),
 }

@@ -34,8 +34,8 @@ from coco_readers import score_files, score_instance_files
 
 from knet_jax.config.files import load_config
 from knet_jax.data.transforms import resized_size
-from knet_jax.inference.fusion import Fused, fuse
-from knet_jax.inference.postprocess import best_instances, label_maps
+from knet_jax.inference.fusion import Fused, predict_panoptic
+from knet_jax.inference.postprocess import predict_instances, predict_labels
 from knet_jax.inference.resampling import Canvas
 from knet_jax.knet import KNet
 from knet_jax.matching import LossWeights
@@ -44,7 +44,7 @@ from knet_jax.metrics.panoptic import summarize
 from knet_jax.model import init_variables, make_model
 from knet_jax.nn.deformable import deform_conv
 from knet_jax.nn.layers import AXIS
-from knet_jax.objectives import KernelTargets, match_stages
+from knet_jax.objectives import Judgement, KernelTargets, kernel_loss, match_stages
 from knet_jax.saved.parameter_names import from_reference, to_reference
 from knet_jax.segmentation.segments import Categories
 from knet_jax.structs import EMPTY, Output, Pass, Segments, Stage
@@ -268,9 +268,8 @@ def instances(fixture: Fixture, output: Output, tolerance: float) -> Iterator[Ro
     size = np.array(fixture.manifest["img_shapes"], np.int32)
     original_size = np.array(fixture.manifest["ori_shapes"], np.int32)
     last, canvas = output.stages[-1], Canvas.of(size, original_size)
-    best = jax.jit(partial(best_instances, canvas=canvas))(
-        last.masks, last.logits, size, original_size
-    )
+    predict = partial(predict_instances, canvas=canvas, num_results=100)
+    best = jax.jit(predict)([pass_of(last, size)], original_size)
     for i, (height, width) in enumerate(original_size):
         theirs = {k: fixture.arrays[f"inst_{k}_{i}"] for k in ("scores", "labels", "mask_idx")}
         yield Row(f"inst_scores_{i}", relative(best.scores[i], theirs["scores"]), tolerance)
@@ -287,6 +286,12 @@ def instances(fixture: Fixture, output: Output, tolerance: float) -> Iterator[Ro
             bits = np.unpackbits(np.asarray(best.bits[i, rows[pairs[r]]]), axis=1)
             wrong = bits[:width, :height].T != mask
             yield Row(f"inst_mask_{i}_{r}", float(wrong.mean()), 1e-3)
+
+
+def pass_of(stage: Stage, size: np.ndarray) -> Pass:
+    """A pass that saw whole pictures at stride 8, not mirrored."""
+    canvas = np.tile(8 * np.int32(stage.masks.shape[2:]), (len(size), 1))
+    return Pass(stage, size, canvas, np.zeros(len(size), bool))
 
 
 def is_neck_or_feats(module: Any, method: str) -> bool:
@@ -323,10 +328,8 @@ def maps(
     original_size = np.array(fixture.manifest["ori_shapes"], np.int32)
     last = output.stages[-1]
     for variant, thresholds in variants.items():
-        fused = jax.jit(fuse, static_argnames=("num_things", "canvas"))(
-            last.masks,
-            last.logits,
-            size,
+        fused = jax.jit(predict_panoptic, static_argnames=("num_things", "canvas"))(
+            [pass_of(last, size)],
             original_size,
             num_things=80,
             canvas=Canvas.of(size, original_size),
@@ -394,7 +397,7 @@ def segmentation_forward(fixture: Fixture) -> Iterator[Row]:
         [fixture.arrays["pred_labels"].shape[1:]] * len(fixture.arrays["image"]), np.int32
     )
     once = [Pass(output.stages[-1], size, size, np.zeros(len(size), bool))]
-    maps = label_maps(once, size, canvas=Canvas.of(size, size))
+    maps = predict_labels(once, size, canvas=Canvas.of(size, size))
     maps = maps[:, : size[0, 0], : size[0, 1]]
     wrong = np.asarray(maps) != fixture.arrays["pred_labels"] + 1
     yield Row("pred_labels", float(wrong.mean()), 1e-3)
@@ -445,24 +448,17 @@ def targets(fixture: Fixture, num_stuff: int) -> tuple[Segments, Segments]:
     )
 
 
-def reference_terms(terms: Mapping[str, Any]) -> dict[str, float]:
+def reference_terms(terms: Mapping[str, Any], semantic: bool = False) -> dict[str, float]:
     """Our loss terms under the reference's names."""
     renamed = {}
     for name, value in terms.items():
         stage, _, term = name.removeprefix("loss/").rpartition("/")
-        prefix = "loss_rpn_" if stage == "initial" else f"s{int(stage[5:]) - 1}_loss_"
-        renamed[prefix + TERMS[term]] = float(value)
-    return renamed
-
-
-def segmentation_terms(terms: Mapping[str, Any]) -> dict[str, float]:
-    """The same of a semantic network."""
-    renamed = {"aux.loss_ce": float(terms["loss/dense"])}
-    for name, value in terms.items():
-        if name != "loss/dense":
-            stage = name.split("/")[1]
-            number = 0 if stage == "initial" else int(stage.removeprefix("stage"))
-            renamed[f"decode.loss_ce.s{number}"] = float(value)
+        number = int(stage.removeprefix("stage")) if stage.startswith("stage") else 0
+        if semantic:
+            theirs = f"decode.loss_ce.s{number}" if stage else "aux.loss_ce"
+        else:
+            theirs = (f"s{number - 1}_loss_" if number else "loss_rpn_") + TERMS[term]
+        renamed[theirs] = float(value)
     return renamed
 
 
@@ -503,23 +499,38 @@ def loss_rows(
     yield Row("total_loss", relative(total, fixture.stored("total_loss")), allowed)
 
 
-OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-"""What takes back `COMPILE_FAST`, for a program that runs often."""
+ONCE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+OFTEN = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+"""How programs are compiled that run once, for which compiling takes longest, and those that run
+often."""
 
 
-def loss_and_grads(fixture: Fixture, compiler_options: Mapping[str, Any] | None = None):
-    """(params, batch_stats) -> ((loss, (judgement, batch_stats)), grads) of a fixture's batch, and
-    -> (matching, side of the hard threshold of every gathered pixel), both compiled; and the
-    network's variables."""
+def gathered_pixels(output: Output) -> list[jax.Array]:
+    """Which pixels lie above the hard threshold, in the masks that are gathered with."""
+    return [stage.masks > 0 for stage in output.stages[:-1]]
+
+
+def observed_loss(output: Output, targets: KernelTargets, counts: Any, weights: Any) -> Judgement:
+    """The loss of things and stuff, and beside its measures what it has been decided by."""
+    judgement = kernel_loss(output, targets, counts, weights)
+    slots = match_stages(output, targets, weights)
+    decided = {"slots": slots, "pixels": gathered_pixels(output)}
+    return judgement._replace(measures=judgement.measures | decided)
+
+
+def loss_and_grads(fixture: Fixture, compiler_options: Mapping[str, Any] = ONCE):
+    """(params, batch_stats) -> ((loss, (judgement, batch_stats)), grads) of a fixture's batch,
+    compiled; and the network's variables."""
     model, variables = network(fixture)
     if model.sizes.num_proposals:
-        task, wanted = TASKS["panoptic"], KernelTargets(*targets(fixture, model.sizes.num_stuff))
+        task = TASKS["panoptic"]._replace(loss=observed_loss)
+        wanted = KernelTargets(*targets(fixture, model.sizes.num_stuff))
         weights = WEIGHTS if model.sizes.num_stuff else WEIGHTS._replace(rank=0)
     else:
         task, weights = TASKS["semantic"], WEIGHTS._replace(dense=0.4)
         labels = fixture.arrays["labels"].astype(np.int32)
         wanted = jnp.asarray(np.where(labels == 255, EMPTY, labels))
-    counts = task.count(wanted, model.sizes)
+    counts = task.count(wanted)
     image = images(fixture)
 
     def loss(params, batch_stats):
@@ -536,11 +547,6 @@ def loss_and_grads(fixture: Fixture, compiler_options: Mapping[str, Any] | None 
         )
         return total, (judgement, stats)
 
-    def matching(params, batch_stats):
-        output = model.apply({"params": params, "batch_stats": batch_stats}, image)
-        signs = [stage.masks > 0 for stage in output.stages[:-1]]
-        return match_stages(output, wanted.things, model.sizes, weights), signs
-
     # The statistics of a batch are those of an axis over devices.
     devices, everywhere = (
         jax.sharding.Mesh(jax.devices()[:1], (AXIS,)),
@@ -553,21 +559,20 @@ def loss_and_grads(fixture: Fixture, compiler_options: Mapping[str, Any] | None 
         out_specs=everywhere,
         check_vma=False,
     )
-    run = jax.jit(run, compiler_options=compiler_options)
-    return run, jax.jit(matching), variables
+    return jax.jit(run, compiler_options=compiler_options), variables
 
 
 def training(fixture: Fixture) -> Iterator[Row]:
-    run, matching, variables = loss_and_grads(fixture)
+    run, variables = loss_and_grads(fixture)
     (total, (judgement, _)), grads = run(variables["params"], variables["batch_stats"])
-    slots, signs = matching(variables["params"], variables["batch_stats"])
+    slots, pixels = (judgement.measures[name] for name in ("slots", "pixels"))
     tolerance = 1e-6 if fixture.exact else 1e-4
     rows = [
         *loss_rows(fixture, reference_terms(judgement.terms), total, tolerance),
         *gradients(fixture, grads, *((1e-5, 1e-5) if fixture.exact else (1e-2, 1e-3))),
     ]
     if not fixture.exact and not all(row.passed for row in rows):
-        rows = list(forgive_flips(rows, signs, fixture))
+        rows = list(forgive_flips(rows, pixels, fixture))
     yield from rows
     for name, theirs in fixture.arrays.items():
         if name.startswith("assign_"):
@@ -581,16 +586,18 @@ FEW_FLIPS = 10
 """Pixels of all masks together; more have another reason than rounding."""
 
 
-def forgive_flips(rows: list[Row], signs: Any, fixture: Fixture) -> Iterator[Row]:
+def forgive_flips(rows: list[Row], pixels: Any, fixture: Fixture) -> Iterator[Row]:
     """Wider tolerances, where float32 took a pixel across the hard threshold of the gathering.
 
     Which one depends on the processor. The proof is the same network in double precision: without
     a pixel on the other side there, the tolerances stay what they were.
     """
     with jax.enable_x64(True):
-        _, matching, variables = loss_and_grads(fixture._replace(dtype="float64"))
-        _, exact = matching(variables["params"], variables["batch_stats"])
-    flips = sum(int((ours != theirs).sum()) for ours, theirs in zip(signs, exact, strict=True))
+        double = fixture._replace(dtype="float64")
+        model, variables = network(double)
+        output = jax.jit(model.apply, compiler_options=ONCE)(variables, images(double))
+        exact = gathered_pixels(output)
+    flips = sum(int((ours != theirs).sum()) for ours, theirs in zip(pixels, exact, strict=True))
     for row in rows:
         if row.passed or not 0 < flips <= FEW_FLIPS:
             yield row
@@ -600,11 +607,11 @@ def forgive_flips(rows: list[Row], signs: Any, fixture: Fixture) -> Iterator[Row
 
 def segmentation_training(fixture: Fixture) -> Iterator[Row]:
     """With the statistics of the batch, float32 itself is far from exact: see the tolerances."""
-    run, _, variables = loss_and_grads(fixture)
+    run, variables = loss_and_grads(fixture)
     (total, (judgement, stats)), grads = run(variables["params"], variables["batch_stats"])
     frozen = "BN frozen" in fixture.manifest["kind"]
     tolerance = 1e-6 if fixture.exact else (1e-4 if frozen else 1e-3)
-    terms = segmentation_terms(judgement.terms)
+    terms = reference_terms(judgement.terms, semantic=True)
     yield from loss_rows(fixture, terms, total, tolerance)
     if fixture.exact:
         allowed = (1e-5, 1e-5) if frozen else (1e-4, 1e-4)
@@ -665,7 +672,7 @@ TRAJECTORY = {
 
 def trajectory(fixture: Fixture) -> Iterator[Row]:
     batch = batch_of(fixture)
-    run, _, variables = loss_and_grads(batch, OPTIMIZED)
+    run, variables = loss_and_grads(batch, OFTEN)
     suffix = "f64" if fixture.exact else "f32"
     for key in fixture.manifest:
         if not key.endswith(f"_{suffix}"):
@@ -909,8 +916,8 @@ def main() -> int:
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", arguments.x64)
     if arguments.x64:
-        # Single precision is compared as users compute it. Here no way of compiling makes a difference
-        # that a tolerance would see, and most of the time goes into it.
+        # Results in single precision are compared as users compute them. Here no way of compiling
+        # makes a difference that a tolerance would see, and most of the time goes into it.
         os.environ.setdefault("XLA_FLAGS", COMPILE_FAST)
     dtype = "float64" if arguments.x64 else "float32"
 

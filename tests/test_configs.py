@@ -123,7 +123,7 @@ def test_the_whole_step_at_full_size(spec):
     trainable = optim.trainable(config.optim.groups, params)
 
     def step(state, part, key):
-        counts = train_step.count_targets(part, task=task, sizes=model.sizes)
+        counts = train_step.count_targets(part, task=task)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, batch_stats, judgement = train_step.accumulate(
             zeros,

@@ -10,20 +10,17 @@ from knet_jax.nn.convolution import LAYOUT, convolve
 
 # size of the kernel, stride, dilation, padding
 CASES = [
-    (1, 1, 1, 0),
     (1, 2, 1, 0),
-    (3, 1, 1, 1),
+    (3, 1, 1, 0),
     (3, 2, 1, 1),
     (3, 1, 2, 2),
     (7, 2, 1, 3),
-    (3, 1, 1, 0),
 ]
 
 
 @pytest.mark.parametrize("size,stride,dilation,padding", CASES)
-@pytest.mark.parametrize("tile", [4, 96])
-def test_values_and_gradients_are_those_of_lax(monkeypatch, size, stride, dilation, padding, tile):
-    monkeypatch.setattr(convolution, "TILE", tile)
+def test_values_and_gradients_are_those_of_lax(monkeypatch, size, stride, dilation, padding):
+    monkeypatch.setattr(convolution, "TILE", 10)  # so that there are several, and the last smaller
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 13, 18, 3)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((size, size, 3, 5)), jnp.float32)

@@ -77,19 +77,19 @@ def test_panoptic_targets(tmp_path):
     for batch in batches:
         portrait = batch.original_size[0, 0] > batch.original_size[0, 1]
         canvas = (128, 96) if portrait else (96, 128)
-        segment_map, labels = batch.targets
+        segment_map, labels, stuff_labels = batch.targets
         assert batch.image.shape == (2, *canvas, 3) and batch.image.dtype == np.uint8
         assert segment_map.shape == (2, canvas[0] // 2, canvas[1] // 2)
         assert segment_map.dtype == np.uint8
-        assert labels.shape == (2, 8 + 2) and labels.dtype == np.int32
+        assert labels.shape == (2, 8) and labels.dtype == stuff_labels.dtype == np.int32
         for place, index in enumerate(batch.id):
             assert tuple(batch.original_size[place]) == tuple(split.sizes[index])
             flips.add(flip := is_flipped(batch, place, split.image(index)))
             truth = split.truth(index)
             grass, sky = truth.segments[1], truth.segments[0]
             order = sorted(truth.segments[2:4], key=lambda s: -np.sum(truth.ids == s.id))
-            expected = [s.label for s in order] + [EMPTY] * 6 + [2, 3]
-            assert labels[place].tolist() == expected
+            assert labels[place].tolist() == [s.label for s in order] + [EMPTY] * 6
+            assert stuff_labels[place].tolist() == [2, 3]
             # Slots 1 and 2, grass is the first and sky the second stuff class; crowds are nothing.
             values = {order[0].id: 1, order[1].id: 2, grass.id: 9, sky.id: 10}
             whole = np.zeros(truth.ids.shape, np.uint8)
@@ -114,7 +114,8 @@ def test_panoptic_slots(tmp_path, caplog):
     for batch in batches:
         truth = split.truth(int(batch.id[0]))
         largest = max(truth.segments[2:4], key=lambda s: np.sum(truth.ids == s.id))
-        assert batch.targets.labels[0].tolist() == [largest.label, 2, 3]
+        assert batch.targets.labels[0].tolist() == [largest.label]
+        assert batch.targets.stuff_labels[0].tolist() == [2, 3]
         assert set(np.unique(batch.targets.segment_map)) <= {0, 1, 2, 3}
 
 
@@ -124,7 +125,7 @@ def test_panoptic_pictures_without_things_and_ids_that_are_not_listed(tmp_path):
             del annotation["segments_info"][2:]
 
     split, [batch] = take(1, coco_config(tmp_path, "panoptic", change), "panoptic")
-    assert np.all(batch.targets.labels == [EMPTY] * 8 + [2, 3])
+    assert np.all(batch.targets.labels == EMPTY) and np.all(batch.targets.stuff_labels == [2, 3])
     assert set(np.unique(batch.targets.segment_map)) == {0, 9, 10}
     _, ids, segments = tiny_coco.draw(0, 60, 80)
     listed = np.isin(ids, [segment["id"] for segment in segments[:2]])

@@ -73,10 +73,10 @@ def oracle(data, monkeypatch):
                     fused.scores[i, number] = 0.5
         return fused
 
-    def predict(passes, original_size, *, sizes, canvas, options):
+    def predict(passes, original_size, *, canvas, num_things, **options):
         [seen] = passes
         assert not isinstance(seen.mirrored, bool) and seen.mirrored.shape == (len(seen.size),)
-        assert sizes.num_things == 5 and (canvas.height, canvas.width) == side
+        assert num_things == 5 and (canvas.height, canvas.width) == side
         assert {"instance_threshold", "overlap_threshold"} <= set(options)
         b = len(seen.size)
         shapes = Fused(

@@ -68,6 +68,7 @@ print(np.asarray(total).shape)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_one_core_solves_large_assignments(num_devices):

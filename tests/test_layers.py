@@ -32,8 +32,7 @@ def test_upsample2x_equals_resize(shape, axes):
     np.testing.assert_allclose(*grads, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(9, 10), (3, 2), (5, 7), (1, 1), (13, 4)])
-@pytest.mark.parametrize("axes", [(1, 2), (2, 3)])
+@pytest.mark.parametrize("size, axes", [((9, 10), (1, 2)), ((3, 2), (2, 3)), ((13, 4), (1, 2))])
 def test_resize_is_bilinear_with_half_pixel_centers(size, axes):
     """Against the definition, pixel by pixel; smaller maps are not averaged."""
     shape = [2, 5, 5, 5]
@@ -56,19 +55,7 @@ def test_resize_is_bilinear_with_half_pixel_centers(size, axes):
         np.testing.assert_allclose(ours[i, j], wanted, atol=1e-5)
 
 
-def test_resize_of_known_values():
-    x = jnp.array([0.0, 4.0]).reshape(1, 1, 2, 1)
-    assert layers.resize(x, (2, 4)).reshape(2, 4).tolist() == [[0, 1, 3, 4]] * 2
-    x = jnp.arange(4.0).reshape(1, 4, 1, 1)
-    assert layers.resize(x, (2, 1)).ravel().tolist() == [0.5, 2.5]
-
-
-def test_nearest2x_repeats_pixels():
-    x = random(2, 3, 4, 5)
-    np.testing.assert_array_equal(layers.nearest2x(x), np.asarray(x).repeat(2, 1).repeat(2, 2))
-
-
-@pytest.mark.parametrize("height, width, channels", [(1, 1, 4), (3, 5, 8), (25, 42, 256)])
+@pytest.mark.parametrize("height, width, channels", [(1, 1, 4), (25, 42, 32)])
 def test_sine_encoding_follows_its_formula(height, width, channels):
     half = channels // 2
     encoding = np.asarray(layers.sine_encoding(height, width, channels, jnp.float32))
@@ -88,7 +75,7 @@ def test_sine_encoding_follows_its_formula(height, width, channels):
 # Norms.
 
 
-@pytest.mark.parametrize("channels, groups", [(256, 32), (64, 32), (48, 16), (20, 4), (7, 1)])
+@pytest.mark.parametrize("channels, groups", [(64, 32), (48, 16), (7, 1)])
 def test_group_norm_has_as_many_groups_as_the_width_allows(channels, groups):
     x = random(2, 3, 3, channels) * 3 + 1
     norm = layers.group_norm(channels, "float32", "norm")
@@ -140,41 +127,6 @@ def test_batch_norm_takes_the_statistics_of_all_devices(num_devices):
         np.testing.assert_allclose(after[0], 0.9 * before + 0.1 * batch, rtol=1e-5)
 
 
-def test_devices_do_not_change_the_gradient_of_batch_norm():
-    variables, weights = batch_norm_variables(), random(*BATCHES.shape, seed=5)
-
-    def loss(params, x, weights):
-        changed = variables | {"params": params}
-        return (train_batch_norm(changed, x)[0] * weights).sum()
-
-    gradient = jax.jit(jax.grad(loss, (0, 1)))
-    three = gradient(variables["params"], BATCHES, weights)
-    together = gradient(
-        variables["params"], *(x.reshape(1, -1, 5, 6, 2) for x in (BATCHES, weights))
-    )
-    for a, b in zip(jax.tree.leaves(three), jax.tree.leaves(together)):
-        np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("norm, train", [("batch", False), ("frozen_batch", True)])
-def test_running_statistics_are_used_where_batches_are_not(norm, train):
-    variables = batch_norm_variables()
-    x = BATCHES[0]
-    module = layers.make_norm(norm, "float32", train)(2, name="norm")
-    y, updated = module.apply(variables, x, mutable=["batch_stats"])
-    wanted = normed(x, **variables["batch_stats"], parameters=variables["params"])
-    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, updated["batch_stats"], variables["batch_stats"])
-
-
-def test_initialization_leaves_running_statistics_alone():
-    """It has no devices, and its pictures are made up."""
-    module = layers.make_norm("batch", "float32", train=True)(2, name="norm")
-    variables = module.init(jax.random.key(0), BATCHES[0])
-    assert variables["batch_stats"]["mean"].tolist() == [0, 0]
-    assert variables["batch_stats"]["var"].tolist() == [1, 1]
-
-
 def test_batch_norm_of_bfloat16_keeps_its_statistics_wide():
     x = (BATCHES[:1] + 100).astype(jnp.bfloat16)
 
@@ -191,43 +143,45 @@ def test_batch_norm_of_bfloat16_keeps_its_statistics_wide():
     np.testing.assert_allclose(mean, 0.9 * before + 0.1 * wanted, rtol=1e-5)
 
 
+def test_running_statistics_are_used_where_batches_are_not():
+    """In training of a frozen norm, and in evaluation; an initialization leaves them alone."""
+    variables, x = batch_norm_variables(), BATCHES[0]
+    wanted = normed(x, **variables["batch_stats"], parameters=variables["params"])
+    for norm, train in ("batch", False), ("frozen_batch", True):
+        module = layers.make_norm(norm, "float32", train)(2, name="norm")
+        y, updated = module.apply(variables, x, mutable=["batch_stats"])
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+        same = np.testing.assert_array_equal
+        jax.tree.map(same, updated["batch_stats"], variables["batch_stats"])
+    module = layers.make_norm("batch", "float32", train=True)(2, name="norm")
+    statistics = module.init(jax.random.key(0), x)["batch_stats"]
+    assert statistics["mean"].tolist() == [0, 0] and statistics["var"].tolist() == [1, 1]
+
+
 # Convolutions.
 
 
-@pytest.mark.parametrize("dilation", [2, 3])
-def test_dilated_convolutions_keep_the_size(dilation):
-    x = np.asarray(random(1, 9, 8, 2))
-    conv = layers.conv(3, 3, dilation=dilation, use_bias=False)
-    variables = conv.init(jax.random.key(0), x)
-    kernel = np.asarray(variables["params"]["kernel"])
-    padded = np.pad(x[0], ((dilation, dilation), (dilation, dilation), (0, 0)))
-    wanted = np.zeros((9, 8, 3))
-    for a, e in np.ndindex(3, 3):
-        part = padded[a * dilation : a * dilation + 9, e * dilation : e * dilation + 8]
-        wanted += part @ kernel[a, e]
-    np.testing.assert_allclose(conv.apply(variables, x)[0], wanted, atol=1e-5)
-
-
-@pytest.mark.parametrize("size, stride", [(1, 1), (3, 1), (3, 2), (7, 2)])
-@pytest.mark.parametrize("side", [8, 9])
-def test_conv_is_padded_symmetrically(size, stride, side):
-    x = np.asarray(random(1, side, side, 2))
-    conv = layers.conv(3, size, stride)
-    variables = conv.init(jax.random.key(0), x)
-    kernel = np.asarray(variables["params"]["kernel"])
-    pad = size // 2
-    padded = np.pad(x[0], ((pad, pad), (pad, pad), (0, 0)))
-    count = (side + 2 * pad - size) // stride + 1
-    wanted = np.empty((count, count, 3))
-    for i in range(count):
-        for j in range(count):
-            window = padded[i * stride : i * stride + size, j * stride : j * stride + size]
-            wanted[i, j] = np.einsum("abc,abcd->d", window, kernel)
-    np.testing.assert_allclose(conv.apply(variables, x)[0], wanted, atol=1e-5)
+@pytest.mark.parametrize("size, stride, dilation", [(1, 1, 1), (3, 2, 1), (7, 2, 1), (3, 1, 2)])
+def test_conv_is_padded_symmetrically(size, stride, dilation):
+    for side in 8, 9:
+        x = np.asarray(random(1, side, side, 2))
+        conv = layers.conv(3, size, stride, dilation)
+        variables = conv.init(jax.random.key(0), x)
+        kernel = np.asarray(variables["params"]["kernel"])
+        reach = dilation * (size - 1) + 1
+        pad = reach // 2
+        padded = np.pad(x[0], ((pad, pad), (pad, pad), (0, 0)))
+        count = (side + 2 * pad - reach) // stride + 1
+        wanted = np.empty((count, count, 3))
+        for i, j in np.ndindex(count, count):
+            rows, columns = (np.s_[n * stride : n * stride + reach : dilation] for n in (i, j))
+            wanted[i, j] = np.einsum("abc,abcd->d", padded[rows, columns], kernel)
+        np.testing.assert_allclose(conv.apply(variables, x)[0], wanted, atol=1e-5)
 
 
 def test_conv_norm_relu_keeps_its_type_and_its_parameters_wide():
-    block = layers.ConvNormRelu(16, 3, 2, dtype="bfloat16")
+    norm = layers.make_norm("group", "bfloat16", train=True)
+    block = layers.ConvNormRelu(16, 3, 2, norm=norm, dtype="bfloat16")
     y, variables = block.init_with_output(jax.random.key(0), random(2, 8, 6, 4))
     assert y.shape == (2, 4, 3, 16) and y.dtype == jnp.bfloat16
     assert (y >= 0).all() and (y > 0).any()
@@ -238,7 +192,3 @@ def test_conv_norm_relu_keeps_its_type_and_its_parameters_wide():
 def test_wide_is_at_least_float32():
     assert layers.wide(jnp.bfloat16) == layers.wide("float32") == jnp.float32
     assert layers.wide("float64") == np.float64
-
-
-def test_prior_bias_is_a_probability_of_one_percent():
-    np.testing.assert_allclose(jax.nn.sigmoid(layers.PRIOR_BIAS), 0.01, rtol=1e-6)

@@ -1,6 +1,5 @@
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import parity
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from knet_jax.structs import Output, Stage
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -149,15 +148,9 @@ def test_segments_are_compared_as_a_partition():
     assert parity.disagreement(ids, fused, 0, theirs) == 0.125
 
 
-def test_a_path_that_does_not_exist_ends_in_one_line():
-    done = subprocess.run(
-        [sys.executable, "tests/parity.py", "/nowhere"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1 and done.stderr == "/nowhere does not exist\n"
+def test_a_path_that_does_not_exist_ends_in_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="^/nowhere does not exist$"):
+        run(monkeypatch, capsys, "/nowhere")
 
 
 def test_tolerances_follow_where_the_precisions_of_the_reference_part():
@@ -180,13 +173,15 @@ def test_only_a_flipped_pixel_widens_tolerances(monkeypatch, flips, passed):
     exact = signs.copy()
     exact.ravel()[:flips] = True
 
-    def loss_and_grads(fixture):
-        assert fixture.dtype == "float64" and jax.numpy.zeros(()).dtype == "float64"
-        return None, lambda params, stats: (None, [exact]), {"params": {}, "batch_stats": {}}
+    class Network:
+        def apply(self, variables, image):
+            assert image.dtype == "float64"
+            masks = jax.numpy.where(exact, 1.0, -1.0)
+            return Output((Stage(None, masks, None), Stage(None, masks, None)), None)
 
-    monkeypatch.setattr(parity, "loss_and_grads", loss_and_grads)
+    monkeypatch.setattr(parity, "network", lambda fixture: (Network(), {}))
     rows = [parity.Row("a", 3e-4, 1e-4), parity.Row("b", 1e-5, 1e-4), parity.Row("c", 1.0, 1e-4)]
-    fixture = parity.Fixture(Path("x"), {}, {}, "float32")
+    fixture = parity.Fixture(Path("x"), {}, {"image": np.zeros((2, 3, 8, 8))}, "float32")
     found = list(parity.forgive_flips(rows, [signs], fixture))
     assert [row.passed for row in found] == [passed, True, False]
     assert found[0].note.strip() == ("3 flips" if passed else "")

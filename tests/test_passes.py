@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import NUM_PROPOSALS, NUM_STUFF, NUM_THINGS, make_output
 
 import knet_jax.inference.forward
 from knet_jax.config.files import load_config
 from knet_jax.data import pipeline
+from knet_jax.inference.forward import stage_of
 from knet_jax.inference.multiscale import corners, cut, join, mirror
 from knet_jax.model import make_model
-from knet_jax.structs import Batch, Stage
+from knet_jax.structs import Batch, Output, Sizes, Stage
 from knet_jax.training.evaluation import Evaluator
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shapes_semantic.py"
@@ -33,6 +35,22 @@ def means(image, stride=8):
     return jnp.concatenate([color, 4 - color, color * 0 + 2], axis=1)
 
 
+def test_kernels_without_a_class_get_the_mean_of_the_dense_classes_over_their_pixels():
+    output = make_output(1)
+    sizes = Sizes(NUM_PROPOSALS, NUM_THINGS, NUM_STUFF)
+    stage = jax.jit(stage_of, static_argnums=(1, 2))(output, 0, sizes)
+    probs = 1 / (1 + np.exp(-np.asarray(output.dense, float)))
+    masks = np.asarray(output.stages[0].masks)
+    for i, n, k in np.ndindex(2, *stage.logits.shape[1:]):
+        wanted = probs[i, k][masks[i, n] > 0].mean()
+        np.testing.assert_allclose(jax.nn.sigmoid(stage.logits[i, n, k]), wanted, rtol=1e-4)
+    assert stage_of(output, -1, sizes) is output.stages[-1]
+    nothing = output._replace(stages=(output.stages[0]._replace(masks=-jnp.ones_like(masks)),))
+    assert (jax.nn.sigmoid(stage_of(nothing, 0, sizes).logits) == 0).all()
+    semantic = Output((Stage(None, output.stages[0].masks, None),), None)
+    assert stage_of(semantic, 0, Sizes(0, 0, NUM_PROPOSALS + NUM_STUFF)).logits is None
+
+
 def test_mirrored_pictures_stay_in_their_corner():
     batch = make_batch()
     mirrored = mirror(batch)
@@ -43,16 +61,16 @@ def test_mirrored_pictures_stay_in_their_corner():
     assert (mirrored.image != batch.image).any()
 
 
-@pytest.mark.parametrize("canvas", [(64, 96), (96, 256), (32, 32), (160, 64)])
 @pytest.mark.parametrize("window, step", [((64, 64), (32, 32)), ((64, 96), (64, 64))])
-def test_windows_cover_the_canvas_and_end_with_it(canvas, window, step):
-    covered = np.zeros(canvas, int)
-    for row, column in corners(canvas, window, step):
-        part = covered[row : row + window[0], column : column + window[1]]
-        assert part.shape == tuple(map(min, canvas, window))
-        part += 1
-    assert covered.min() == 1
-    assert len(corners(canvas, window, step)) == len(set(corners(canvas, window, step)))
+def test_windows_cover_the_canvas_and_end_with_it(window, step):
+    for canvas in (64, 96), (96, 256), (32, 32), (160, 64):
+        covered = np.zeros(canvas, int)
+        where = corners(canvas, window, step)
+        for row, column in where:
+            part = covered[row : row + window[0], column : column + window[1]]
+            assert part.shape == tuple(map(min, canvas, window))
+            part += 1
+        assert covered.min() == 1 and len(where) == len(set(where))
 
 
 def test_windows_know_how_much_of_the_picture_they_show():

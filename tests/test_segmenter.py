@@ -338,6 +338,6 @@ def test_a_checkpoint_of_the_reference_sees_what_the_reference_sees(
         )
         for i in range(len(image)):
             one = jax.tree.map(lambda x, i=i: np.asarray(x)[i], output)
-            seen = sees._task.read(one, original[i], values["instance_score_thr"])
+            seen = sees._task.read(one, original[i])
             fused = SimpleNamespace(labels={i: [segment.label for segment in seen.segments]})
             assert parity.disagreement(seen.ids, fused, i, theirs[f"pan_{variant}_{i}"]) < 1e-3

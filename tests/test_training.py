@@ -206,7 +206,9 @@ def test_pictures_without_targets_and_padding_give_finite_steps(step, variables)
     empty = batch._replace(
         image=np.zeros_like(batch.image),
         targets=PanopticTargets(
-            np.zeros_like(batch.targets.segment_map), np.full_like(batch.targets.labels, EMPTY)
+            np.zeros_like(batch.targets.segment_map),
+            np.full_like(batch.targets.labels, EMPTY),
+            np.full_like(batch.targets.stuff_labels, EMPTY),
         ),
         size=np.zeros_like(batch.size),
         id=np.full_like(batch.id, EMPTY),
@@ -300,7 +302,7 @@ def test_every_device_drops_others():
     @jax.jit
     def run(key):
         def one(part):
-            counts = train_step.count_targets(part, task=task, sizes=model.sizes)
+            counts = train_step.count_targets(part, task=task)
             zeros = jax.tree.map(jnp.zeros_like, params)
             return train_step.accumulate(
                 zeros, params, {}, part, counts, key, model=model, task=task, weights=weights
@@ -331,9 +333,7 @@ def test_gradients_lower_for_gpus(dtype):
     model, task = model_of("batch", "semantic", dtype=dtype), TASKS["semantic"]
     batch = make_batch(2, task="semantic")
     variables = jax.eval_shape(lambda: model.init_variables(model, 0))
-    counts = jax.eval_shape(
-        lambda: task.count(task.unpack(batch.targets, model.sizes), model.sizes)
-    )
+    counts = jax.eval_shape(lambda: task.count(task.unpack(batch.targets)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     gradients = jax.shard_map(
         partial(train_step.accumulate, model=model, task=task, weights=WEIGHTS),

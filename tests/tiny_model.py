@@ -1,5 +1,7 @@
 """Networks that compile in seconds, one a task, and pictures and targets for them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,18 +77,18 @@ def make_batch(b=4, height=64, width=64, slots=4, seed=0, task="panoptic") -> Ba
 def panoptic_targets(rng, b, height, width, slots) -> PanopticTargets:
     """Two bands of stuff, and boxes that hide each other."""
     segment_map = np.zeros((b, height // 2, width // 2), np.uint8)
-    labels = np.full((b, slots + NUM_STUFF), EMPTY, np.int32)
+    labels, stuff = (np.full((b, n), EMPTY, np.int32) for n in (slots, NUM_STUFF))
     for i in range(b):
         if i > 0:
             segment_map[i, : height // 4] = 1 + slots
             segment_map[i, height // 4 : -4] = 1 + slots + 1
-            labels[i, slots:] = NUM_THINGS + np.arange(NUM_STUFF)
+            stuff[i] = NUM_THINGS + np.arange(NUM_STUFF)
         if i < b - 1:
             for slot in range(1 + i % slots):
                 y, x = rng.integers(0, height // 2 - 8), rng.integers(0, width // 2 - 8)
                 segment_map[i, y : y + 9, x : x + 7] = 1 + slot
                 labels[i, slot] = rng.integers(NUM_THINGS)
-    return PanopticTargets(segment_map, labels)
+    return PanopticTargets(segment_map, labels, stuff)
 
 
 def instance_targets(rng, b, height, width, slots) -> InstanceTargets:
@@ -144,3 +146,16 @@ def init(model, height=64, width=64):
     return jax.tree.map(
         lambda x: x + jnp.asarray(0.1 * np.abs(rng.standard_normal(x.shape)), x.dtype), variables
     )
+
+
+def made_up(model, *inputs, **keywords):
+    """Variables of a module that leave none of its layers idle, without compiling its `init`."""
+    shapes = jax.eval_shape(partial(model.init, **keywords), jax.random.key(0), *inputs)
+    rng = np.random.default_rng(1)
+
+    def one(path, leaf):
+        mean = 1.0 if path[-1].key in ("scale", "var") else 0.0
+        spread = 0.1 if leaf.ndim < 2 else np.prod(leaf.shape[:-1]) ** -0.5
+        return jnp.asarray(mean + spread * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)

@@ -73,7 +73,15 @@ class Segmenter:
             "overlap_threshold": options.get("overlap_threshold", 0.0),
         }
         self._predict = jax.jit(
-            partial(predict, model=model.model, task=self._task, options=options),
+            partial(
+                predict,
+                model=model.model,
+                results=partial(
+                    self._task.predict, **self._task.choose_options(model.model.sizes, options)
+                ),
+                window=options.get("window", ()),
+                step=options.get("window_step", ()),
+            ),
             static_argnames="canvas",
         )
 
@@ -136,14 +144,13 @@ class Segmenter:
             while chunk := [as_image(image) for image in islice(images, self.batch_size)]:
                 yield chunk, self._start(chunk, thresholds)
 
-        threshold = thresholds["instance_threshold"]
         for chunk, parts in lookahead(started()):
             results = {}
             for members, output in parts:
                 arrays = jax.tree.map(np.asarray, output)
                 for place, i in enumerate(members):
                     one = jax.tree.map(lambda x, place=place: x[place], arrays)
-                    read = self._task.read(one, np.array(chunk[i].shape[:2]), threshold)
+                    read = self._task.read(one, np.array(chunk[i].shape[:2]))
                     results[i] = Result(self.task, self.categories, chunk[i], read)
             yield from (results[i] for i in range(len(chunk)))
 
@@ -165,6 +172,7 @@ class Segmenter:
         Returns:
             For every such group, its places among `images` and its output on the device.
         """
+        thresholds = {name: thresholds[name] for name in self._task.thresholds}
         groups = defaultdict(list)
         for i, image in enumerate(images):
             groups[self._layout(image)].append(i)

@@ -31,7 +31,7 @@ import knet_jax
 from knet_jax.app.segmenter import Segmenter
 from knet_jax.cli.commandline import CommandLine, run
 from knet_jax.data import recipes
-from knet_jax.inference.any_size import Framing, show
+from knet_jax.inference.any_size import Framing, resize_into_canvas
 from knet_jax.inference.forward import run_network
 from knet_jax.inference.multiscale import canvas_of
 from knet_jax.knet import KNet
@@ -82,19 +82,19 @@ def make_views(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple
 
 def make_program(config: ConfigDict, model: KNet, views: Sequence[Framing]) -> Program:
     """(weights by name, images uint8 [b, H, W, 3], their sizes int32 [b, 2]) -> the results of the
-    task by name, see `portable.py`."""
-    task, options = TASKS[config.task], config.eval.to_dict()
+    task by name, see `any_size.py`."""
+    task = TASKS[config.task]
+    options = task.choose_options(model.sizes, config.eval)
 
     def through(view: Framing, variables: Any, image: jax.Array, size: jax.Array) -> Any:
-        shown, shown_size = show(image, size, view)
+        shown, shown_size = resize_into_canvas(image, size, view)
         batch = Batch(shown, None, shown_size, size, None)
         stage = run_network(variables, batch, model=model)
-        return task.portable(
+        return task.predict_any_size(
             Pass(stage, shown_size, canvas_of(batch), jnp.zeros(image.shape[0], bool)),
             size,
-            sizes=model.sizes,
             shape=image.shape[1:3],
-            options=options,
+            **options,
         )
 
     def program(weights: Mapping[str, jax.Array], image: jax.Array, size: jax.Array) -> Any:

@@ -7,18 +7,19 @@ result is computed by matrices and loops of a fixed number of rounds, whose size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from knet_jax.inference.postprocess import ROWS, best_pairs, label_maps
+from knet_jax.inference import postprocess
+from knet_jax.inference.postprocess import ROWS, best_pairs
 from knet_jax.inference.resampling import Canvas, both_to_original, taps
-from knet_jax.inference.segment_ranking import best_classes, find_eligible, settle
+from knet_jax.inference.segment_ranking import best_classes, find_eligible, rank_segments
 from knet_jax.nn.layers import upsample2x
-from knet_jax.structs import EMPTY, Pass, Sizes
+from knet_jax.structs import EMPTY, Pass
 
 Results = dict[str, jax.Array]
 
@@ -36,17 +37,17 @@ class Framing(NamedTuple):
 # Before the network.
 
 
-def shown_size(size: jax.Array, view: Framing) -> jax.Array:
-    """Height and width of pictures after the largest resize within all limits of a view.
+def size_in_canvas(size: jax.Array, framing: Framing) -> jax.Array:
+    """Height and width of pictures after the largest resize within all limits of a framing.
 
     As `transforms.resized_size`, in whole numbers. int32 [b, 2] -> int32 [b, 2].
     """
     height, width = size[:, 0], size[:, 1]
-    over, under = jnp.int32(view.long_side), jnp.maximum(height, width)
+    over, under = jnp.int32(framing.long_side), jnp.maximum(height, width)
     for limit, side in (
-        (view.short_side, jnp.minimum(height, width)),
-        (view.canvas[0], height),
-        (view.canvas[1], width),
+        (framing.short_side, jnp.minimum(height, width)),
+        (framing.canvas[0], height),
+        (framing.canvas[1], width),
     ):
         smaller = limit * under < over * side
         over, under = jnp.where(smaller, limit, over), jnp.where(smaller, side, under)
@@ -54,26 +55,28 @@ def shown_size(size: jax.Array, view: Framing) -> jax.Array:
     return jnp.maximum(jax.lax.div(2 * size * over + under, 2 * under), 1)
 
 
-def show(image: jax.Array, size: jax.Array, view: Framing) -> tuple[jax.Array, jax.Array]:
+def resize_into_canvas(
+    image: jax.Array, size: jax.Array, framing: Framing
+) -> tuple[jax.Array, jax.Array]:
     """Resizes pictures bilinearly into the top left corner of a canvas, as cv2 does for evaluation.
 
     In whole numbers: weights are 2048ths, and so are the colors in between.
 
     Args:
-      image: uint8 [b, H, W, 3], of which pictures fill the top left corner.
-      size: int32 [b, 2], their heights and widths.
-      view: of the network.
+        image: uint8 [b, H, W, 3], of which pictures fill the top left corner.
+        size: int32 [b, 2], their heights and widths.
+        framing: of the network.
 
     Returns:
-      uint8 [b, h, w, 3], of no meaning beyond the pictures, and their sizes there, int32 [b, 2].
+        uint8 [b, h, w, 3], of no meaning beyond the pictures, and their sizes there, int32 [b, 2].
     """
-    shown = shown_size(size, view)
+    shown = size_in_canvas(size, framing)
 
     def one(image: jax.Array, size: jax.Array, shown: jax.Array) -> jax.Array:
         def pairs(x: jax.Array, axis: int) -> list[tuple[jax.Array, jax.Array]]:
             """What the rows (or columns) of the canvas read of x, and the weights."""
             scale = size[axis] / shown[axis].astype(jnp.float32)
-            lower, share = taps(jnp.arange(view.canvas[axis]), scale, size[axis])
+            lower, share = taps(jnp.arange(framing.canvas[axis]), scale, size[axis])
             share = jnp.where(lower < size[axis] - 1, share, 0)
             at = (lower, jnp.minimum(lower + 1, size[axis] - 1))
             shape = (-1, 1, 1) if axis == 0 else (-1, 1)
@@ -96,7 +99,7 @@ def show(image: jax.Array, size: jax.Array, view: Framing) -> tuple[jax.Array, j
 # After the network.
 
 
-def pixels_of(original_size: jax.Array, shape: Sequence[int]) -> jax.Array:
+def inside_pictures(original_size: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Which pixels of a canvas belong to the pictures of some sizes [b, 2]. bool [b, H, W]."""
     rows, columns = (jnp.arange(side) < original_size[:, i, None] for i, side in enumerate(shape))
     return rows[:, :, None] & columns[:, None, :]
@@ -105,42 +108,42 @@ def pixels_of(original_size: jax.Array, shape: Sequence[int]) -> jax.Array:
 def each_mask(
     masks: jax.Array, seen: Pass, original_size: jax.Array, shape: Sequence[int]
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """Probabilities of masks, and a function that brings one mask of them to the pictures.
+    """Probabilities of masks at stride 4, and a function that brings one of them to the pictures.
 
     Args:
-      masks: logits [b, n, h, w] at stride 8.
-      seen: the pass that they are of.
-      original_size: int32 [b, 2].
-      shape: H and W of the result.
+        masks: logits [b, n, h, w] at stride 8.
+        seen: the pass that the masks are of.
+        original_size: int32 [b, 2], heights and widths of the pictures.
+        shape: H and W of the result.
 
     Returns:
-      [n, b, 2h, 2w], and a function [b, 2h, 2w] -> [b, H, W].
+        [n, b, 2h, 2w], and a function [b, 2h, 2w] -> [b, H, W].
     """
     probs = jax.nn.sigmoid(upsample2x(masks, axes=(2, 3))).swapaxes(0, 1)
-    y, x = both_to_original(seen.size, original_size, probs.shape[2:], shape, probs.dtype)
+    y, x = both_to_original(seen, original_size, probs.shape[2:], shape, probs.dtype)
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return probs, lambda probs: einsum("bih,bhj->bij", y, einsum("bhw,bjw->bhj", probs, x))
 
 
-def panoptic(
+def predict_panoptic(
     seen: Pass,
     original_size: jax.Array,
     *,
-    sizes: Sizes,
     shape: Sequence[int],
-    options: Mapping[str, Any],
+    num_things: int,
+    instance_threshold: float,
+    overlap_threshold: float,
 ) -> Results:
-    """The map of `fusion.fuse`, every mask at every pixel.
+    """The map of `fusion.predict_panoptic`, every mask at every pixel.
 
     Returns:
-      ids int32 [b, H, W]: 0 = void, 1 + i = segment i; labels int32 [b, n] and scores [b, n] of the
-      segments, best first, `EMPTY` and 0 after the last.
+        ids int32 [b, H, W]: 0 = void, 1 + i = segment i; labels int32 [b, n] and scores [b, n] of
+        the segments, best first, `EMPTY` and 0 after the last.
     """
-    masks = seen.stage.masks
-    n = masks.shape[1]
-    scores, labels = best_classes(seen.stage.logits, sizes.num_things)
-    probs, at_pixels = each_mask(masks, seen, original_size, shape)
-    inside = pixels_of(original_size, shape)
+    _, n, k = seen.stage.logits.shape
+    scores, labels = best_classes(seen.stage.logits, num_things)
+    probs, at_pixels = each_mask(seen.stage.masks, seen, original_size, shape)
+    inside = inside_pictures(original_size, shape)
 
     def visit(state, mask):
         best, owner = state
@@ -154,56 +157,37 @@ def panoptic(
     nobody = jnp.full(inside.shape, -1, probs.dtype), jnp.full(inside.shape, n, jnp.int32)
     numbers = jnp.arange(n, dtype=jnp.int32)
     (_, owner), area = jax.lax.scan(visit, nobody, (numbers, probs, scores.T))
-    owned = jax.lax.map(lambda number: (owner == number).sum((1, 2)), numbers)
-
-    owned, area = owned.T, area.T
-    eligible = find_eligible(owned, scores, sizes.num_proposals, options["instance_threshold"])
-    ids, labels, scores = settle(
-        eligible, owned, area, labels, scores, options["overlap_threshold"]
-    )
+    owned = jax.lax.map(lambda number: (owner == number).sum((1, 2)), numbers).T
+    eligible = find_eligible(owned, scores, n - (k - num_things), instance_threshold)
+    ids, labels, scores = rank_segments(eligible, owned, area.T, labels, scores, overlap_threshold)
     ids = jax.vmap(partial(jnp.take, mode="clip"))(ids, owner)
     return {"ids": ids.astype(jnp.int32), "labels": labels, "scores": scores}
 
 
-def instances(
-    seen: Pass,
-    original_size: jax.Array,
-    *,
-    sizes: Sizes,
-    shape: Sequence[int],
-    options: Mapping[str, Any],
+def predict_instances(
+    seen: Pass, original_size: jax.Array, *, shape: Sequence[int], num_results: int
 ) -> Results:
-    """The results of `postprocess.best_instances`, with masks that are not packed.
+    """The results of `postprocess.predict_instances`, with masks that are not packed.
 
     Returns:
-      masks bool [b, r, H, W], labels int32 [b, r] and scores [b, r], best first.
+        masks bool [b, r, H, W], labels int32 [b, r] and scores [b, r], best first.
     """
-    del sizes
-    scores, kernels, labels = best_pairs(seen.stage.logits, options["num_results"])
-    take = partial(jnp.take, axis=0, mode="clip")
-    masks = jax.vmap(take)(seen.stage.masks, kernels)
+    scores, kernels, labels = best_pairs(seen.stage.logits, num_results)
+    masks = jax.vmap(partial(jnp.take, axis=0, mode="clip"))(seen.stage.masks, kernels)
     probs, at_pixels = each_mask(masks, seen, original_size, shape)
-    inside = pixels_of(original_size, shape)
+    inside = inside_pictures(original_size, shape)
     masks = jax.lax.map(lambda probs: (at_pixels(probs) > 0.5) & inside, probs)
     return {"masks": masks.swapaxes(0, 1), "labels": labels, "scores": scores}
 
 
-def labels(
-    seen: Pass,
-    original_size: jax.Array,
-    *,
-    sizes: Sizes,
-    shape: Sequence[int],
-    options: Mapping[str, Any],
-) -> Results:
-    """The classes of `postprocess.label_maps`, from 0 on.
+def predict_labels(seen: Pass, original_size: jax.Array, *, shape: Sequence[int]) -> Results:
+    """The classes of `postprocess.predict_labels`, from 0 on.
 
     Returns:
-      labels int32 [b, H, W], `EMPTY` beyond the pictures.
+        labels int32 [b, H, W], `EMPTY` beyond the pictures.
     """
-    del sizes, options
     height, width = shape
     canvas = Canvas((height + ROWS - 1) // ROWS * ROWS, width, shrink=1)
-    maps = label_maps([seen], original_size, canvas=canvas)
+    maps = postprocess.predict_labels([seen], original_size, canvas=canvas)
     labels = maps[:, :height].astype(jnp.int32) - 1
-    return {"labels": jnp.where(pixels_of(original_size, shape), labels, EMPTY)}
+    return {"labels": jnp.where(inside_pictures(original_size, shape), labels, EMPTY)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from knet_jax.structs import Batch, Output, Pass, Sizes, Stage
 
 
 def run_network(variables: Any, batch: Batch, *, model: KNet, stage: int = -1) -> Stage:
-    """What one device's images give after an update, the last one unless told otherwise."""
+    """Runs the network on a batch of one device and returns a stage, the last one by default."""
     image = normalize(batch.image, batch.size, model.backbone.dtype)
     return stage_of(model.apply(variables, image), stage, model.sizes)
 
@@ -32,15 +32,18 @@ def run_windows(
     window: Pair | tuple[()] = (),
     step: Pair | tuple[()] = (),
 ) -> Stage:
-    """What one device's images give, shown whole or window by window.
+    """Runs the network on a batch of one device, on whole pictures or window by window.
 
     Args:
-      variables: of the network.
-      batch: without targets.
-      model: the network.
-      stage: after how many updates; -1 is the last.
-      window: height and width; () shows the pictures whole.
-      step: from one window to the next.
+        variables: of the network.
+        batch: without targets.
+        model: the network.
+        stage: after how many updates the masks are taken; -1 is the last.
+        window: height and width of a window; () shows the pictures whole.
+        step: from one window to the next.
+
+    Returns:
+        A stage with the masks of whole pictures.
     """
     network = partial(run_network, variables, model=model, stage=stage)
     if not window:
@@ -60,49 +63,46 @@ def predict(
     thresholds: Mapping[str, jax.Array],
     *,
     model: KNet,
-    task: Any,
-    options: Mapping[str, Any],
+    results: Callable[..., Any],
     canvas: Canvas,
+    window: Pair | tuple[()] = (),
+    step: Pair | tuple[()] = (),
 ) -> Any:
-    """Results of some pictures at their own size: all of it one program.
+    """Computes the results of some pictures at their own size, all of it in one program.
 
     Args:
-      variables: of the network.
-      batches: the same pictures in every pass, at its scale.
-      mirrored: bool [b] of every pass, whether it shows them left for right.
-      original_size: int32 [b, 2], height and width of the pictures, at most those of the canvas.
-      thresholds: options that may differ from call to call.
-      model: the network.
-      task: how its kernels are read.
-      options: `config.eval`.
-      canvas: static, of the results.
+        variables: of the network.
+        batches: the same pictures in every pass, at its scale.
+        mirrored: bool [b] of every pass, whether it shows them left for right.
+        original_size: int32 [b, 2], height and width of the pictures, at most those of the canvas.
+        thresholds: keywords of `results` that may differ from call to call.
+        model: the network.
+        results: `predict` of the task; called with the passes, `original_size`, the canvas and the
+            thresholds.
+        canvas: static, of the results.
+        window: as of `run_windows`.
+        step: as of `run_windows`.
 
     Returns:
-      what `task.read` takes, with a leading axis of pictures.
+        What `results` gives: arrays with a leading axis of pictures.
     """
-    look_ = partial(
-        run_windows,
-        variables,
-        model=model,
-        window=options.get("window", ()),
-        step=options.get("window_step", ()),
-    )
     passes = [
-        Pass(look_(batch), batch.size, canvas_of(batch), flags)
+        Pass(
+            run_windows(variables, batch, model=model, window=window, step=step),
+            batch.size,
+            canvas_of(batch),
+            flags,
+        )
         for batch, flags in zip(batches, mirrored)
     ]
-    return task.predict(
-        passes,
-        original_size,
-        sizes=model.sizes,
-        canvas=canvas,
-        options={**options, **thresholds},
-    )
+    return results(passes, original_size, canvas=canvas, **thresholds)
 
 
 def lookahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each given out after the next one has been drawn: what drawing one starts on
-    the device or in a worker goes on while the one before it is used."""
+    """Yields the same items, each after the next one has been drawn.
+
+    What drawing an item starts, on the device or in a worker, goes on while the one before is used.
+    """
     iterator = iter(items)
     drawn = list(islice(iterator, 1))
     for item in iterator:
@@ -112,7 +112,7 @@ def lookahead(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def stage_of(output: Output, index: int, sizes: Sizes) -> Stage:
-    """A stage with class logits, where the task has any.
+    """Returns a stage of an output, with class logits where the task has any.
 
     Before the first update kernels have none: there a kernel gets the mean of the dense classes over
     the pixels that its mask claims.

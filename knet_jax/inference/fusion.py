@@ -8,20 +8,25 @@ largest logit around a tile bounds every probability in it. The result is the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from knet_jax.inference.resampling import MASK_STRIDE, Canvas, Reads, matrix, taps
-from knet_jax.inference.segment_ranking import best_classes, find_eligible, settle
+from knet_jax.inference.resampling import Canvas, Reads, matrix, taps
+from knet_jax.inference.segment_ranking import best_classes, find_eligible, rank_segments
 from knet_jax.segmentation.segments import PanopticMap, SegmentInfo
-from knet_jax.structs import EMPTY, Pass, Sizes
+from knet_jax.structs import EMPTY, Pass
+
+MASK_STRIDE = 4
+"""Of the masks, once doubled."""
 
 TILE = 32
+"""Height and width of a tile of the map, in pixels."""
+
 GROUP = 16
 """Masks of a tile that are resampled together."""
 
@@ -154,12 +159,12 @@ def _owners(tiles: _Tiles, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     less than what every pixel of the tile already has.
 
     Args:
-      tiles: t of them, and n masks.
-      scores: [b, n].
+        tiles: t of them, and n masks.
+        scores: [b, n].
 
     Returns:
-      owners [t, TILE, TILE], n where the picture ends; and the area [t, n] of what was visited
-      (pixels of probability one half or more), `EMPTY` for the rest.
+        owners [t, TILE, TILE], n where the picture ends; and the area [t, n] of what was visited
+        (pixels of probability one half or more), `EMPTY` for the rest.
     """
     t, n = tiles.logits.shape[:2]
     scores = scores[tiles.image]
@@ -204,12 +209,12 @@ def _areas(tiles: _Tiles, known: jax.Array, wanted: jax.Array) -> jax.Array:
     Where all logits around a tile have one sign, nothing needs to be resampled.
 
     Args:
-      tiles: t of them, and n masks.
-      known: areas within the tiles [t, n], `EMPTY` where not known yet.
-      wanted: bool [b, n].
+        tiles: t of them, and n masks.
+        known: areas within the tiles [t, n], `EMPTY` where not known yet.
+        wanted: bool [b, n].
 
     Returns:
-      int32 [b, n], right where wanted.
+        int32 [b, n], right where wanted.
     """
     t, n = tiles.logits.shape[:2]
     pixels = tiles.inside.sum((1, 2))
@@ -231,16 +236,14 @@ def _areas(tiles: _Tiles, known: jax.Array, wanted: jax.Array) -> jax.Array:
     return area.reshape(len(wanted), -1, n).sum(1)
 
 
-def fuse(
-    masks: jax.Array,
-    logits: jax.Array,
-    size: jax.Array,
+def predict_panoptic(
+    passes: Sequence[Pass],
     original_size: jax.Array,
     *,
-    num_things: int,
     canvas: Canvas,
-    instance_threshold: float = 0.3,
-    overlap_threshold: float = 0.6,
+    num_things: int,
+    instance_threshold: jax.Array | float,
+    overlap_threshold: jax.Array | float,
 ) -> Fused:
     """Fuses the masks of all kernels into one map, as the reference does.
 
@@ -249,26 +252,27 @@ def fuse(
     `overlap_threshold` of the pixels on which its probability is one half or more.
 
     Args:
-      masks: logits [b, n, h, w] at stride 8, proposals before stuff.
-      logits: class logits [b, n, k].
-      size: int32 [b, 2], height and width of the resized picture within the input.
-      original_size: int32 [b, 2], height and width of the map, at most those of the canvas.
-      num_things: the first classes.
-      canvas: static, from `Canvas.of`.
-      instance_threshold: least score of a thing.
-      overlap_threshold: least share of a mask that must remain.
-    """
-    b, n, _, _ = masks.shape
-    scores, labels = best_classes(logits, num_things)
-    num_proposals = n - (logits.shape[2] - num_things)
+        passes: one pass, with masks at stride 8 and class logits, proposals before stuff.
+        original_size: int32 [b, 2], height and width of the maps, at most those of the canvas.
+        canvas: static, from `Canvas.of`.
+        num_things: how many classes are things; they come first.
+        instance_threshold: least score of a thing.
+        overlap_threshold: least share of a mask that must remain.
 
-    tiles = _cut(masks, size, original_size, canvas)
+    Returns:
+        Panoptic maps and their segments.
+    """
+    [seen] = passes
+    b, n, k = seen.stage.logits.shape
+    scores, labels = best_classes(seen.stage.logits, num_things)
+
+    tiles = _cut(seen.stage.masks, seen.size, original_size, canvas)
     owner, area = _owners(tiles, scores)
     owned = jnp.zeros((b, n), jnp.int32)
     owned = owned.at[tiles.image[:, None, None], owner].add(tiles.inside, mode="drop")
-    eligible = find_eligible(owned, scores, num_proposals, instance_threshold)
+    eligible = find_eligible(owned, scores, n - (k - num_things), instance_threshold)
     area = _areas(tiles, area, eligible)
-    ids, labels, scores = settle(eligible, owned, area, labels, scores, overlap_threshold)
+    ids, labels, scores = rank_segments(eligible, owned, area, labels, scores, overlap_threshold)
 
     ids = ids[tiles.image[:, None, None], owner]
     ids = ids.reshape(b, canvas.height // TILE, canvas.width // TILE, TILE, TILE)
@@ -276,31 +280,8 @@ def fuse(
     return Fused(ids, labels, scores)
 
 
-def predict_panoptic(
-    passes: Sequence[Pass],
-    original_size: jax.Array,
-    *,
-    sizes: Sizes,
-    canvas: Canvas,
-    options: Mapping[str, Any],
-) -> Fused:
-    """Panoptic maps of a batch."""
-    [seen] = passes
-    return fuse(
-        seen.stage.masks,
-        seen.stage.logits,
-        seen.size,
-        original_size,
-        num_things=sizes.num_things,
-        canvas=canvas,
-        instance_threshold=options["instance_threshold"],
-        overlap_threshold=options["overlap_threshold"],
-    )
-
-
-def read_panoptic(fused: Fused, original_size: np.ndarray, threshold: float = 0.0) -> PanopticMap:
-    """A panoptic map without its padding; its things were chosen when it was fused."""
-    del threshold
+def read_panoptic(fused: Fused, original_size: np.ndarray) -> PanopticMap:
+    """The panoptic map of one picture, without its padding. On the host."""
     height, width = original_size
     infos = tuple(
         SegmentInfo(number + 1, int(label), score=float(score))

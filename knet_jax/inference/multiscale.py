@@ -19,8 +19,8 @@ def both_ways(scales: Sequence[Batch], flip: bool) -> Iterator[tuple[Batch, np.n
     """The batches of all passes, each with bool [b]: whether it shows its pictures mirrored.
 
     Args:
-      scales: the same pictures at every scale, on the host.
-      flip: whether each scale is also shown mirrored.
+        scales: the same pictures at every scale, on the host.
+        flip: whether each scale is also shown mirrored.
     """
     for batch in scales:
         for mirrored in (False, True) if flip else (False,):
@@ -64,14 +64,14 @@ def join(stages: Sequence[Stage], *, canvas: Pair, window: Pair, step: Pair) -> 
     """The masks of a canvas from those of its windows: their mean where windows overlap.
 
     Args:
-      stages: of the windows, in the order of `corners`; masks [b, n, h, w].
-      canvas: height and width, multiples of the masks' stride as the next two are.
-      window: height and width.
-      step: from one window to the next.
+        stages: of the windows, in the order of `corners`; masks [b, n, h, w].
+        canvas: height and width, multiples of the masks' stride as the next two are.
+        window: height and width.
+        step: from one window to the next.
 
     Returns:
-      a stage with masks [b, n, H/stride, W/stride]; kernels and class logits, which every window
-      has its own of, are left out.
+        a stage with masks [b, n, H/stride, W/stride]; kernels and class logits, which every window
+        has its own of, are left out.
     """
     height, width = stages[0].masks.shape[2:]
     stride = min(window[0], canvas[0]) // height

@@ -5,19 +5,19 @@ Panoptic maps: `fusion.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from knet_jax.inference.resampling import Canvas, both_to_original, to_original
+from knet_jax.inference.resampling import Canvas, both_to_original
 from knet_jax.nn.layers import upsample2x
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Instance
-from knet_jax.structs import Pass, Sizes
+from knet_jax.structs import EMPTY, Pass
 
 MASKS = 8
 """Masks of a picture that are resampled together."""
@@ -32,22 +32,20 @@ class Instances(NamedTuple):
     scores: jax.Array
     """[b, r]."""
     labels: jax.Array
-    """int32 [b, r]."""
+    """int32 [b, r], `EMPTY` where the score is below the threshold."""
     kernels: jax.Array
     """int32 [b, r]: whose mask it is; a kernel may stand for several classes."""
     bits: jax.Array
     """uint8 [b, r, W, H/8]: the mask at original size, column by column, eight pixels a byte."""
 
 
-def best_instances(
-    masks: jax.Array,
-    logits: jax.Array,
-    size: jax.Array,
+def predict_instances(
+    passes: Sequence[Pass],
     original_size: jax.Array,
     *,
     canvas: Canvas,
-    num_results: int = 100,
-    threshold: jax.Array | float = 0.0,
+    num_results: int,
+    instance_threshold: jax.Array | float = 0.0,
 ) -> Instances:
     """The best (kernel, class) pairs of each picture, and their masks.
 
@@ -55,22 +53,25 @@ def best_instances(
     and brought to the original size, where they must be above one half.
 
     Args:
-      masks: logits [b, n, h, w] at stride 8.
-      logits: class logits [b, n, k].
-      size: int32 [b, 2], height and width of the resized picture within the input.
-      original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
-      canvas: static, from `Canvas.of`.
-      num_results: r, at most n·k.
-      threshold: a score; masks of pairs below it need not be there.
-    """
-    b = len(logits)
-    scores, kernels, labels = best_pairs(logits, num_results)
-    num_results = scores.shape[1]
-    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    probs = jax.nn.sigmoid(upsample2x(masks, axes=(2, 3)))
+        passes: one pass, with masks at stride 8 and class logits.
+        original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
+        canvas: static, from `Canvas.of`.
+        num_results: r, at most n·k.
+        instance_threshold: least score; pairs below it have the label `EMPTY`, and no mask that
+            may be read.
 
-    shape = (canvas.height, canvas.width)
-    y, x = both_to_original(size, original_size, probs.shape[2:], shape, probs.dtype)
+    Returns:
+        The pairs, best score first.
+    """
+    [seen] = passes
+    scores, kernels, labels = best_pairs(seen.stage.logits, num_results)
+    b, num_results = scores.shape
+    labels = jnp.where(scores >= instance_threshold, labels, EMPTY)
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    probs = jax.nn.sigmoid(upsample2x(seen.stage.masks, axes=(2, 3)))
+    y, x = both_to_original(
+        seen, original_size, probs.shape[2:], (canvas.height, canvas.width), probs.dtype
+    )
 
     # Pairs are sorted by their score: only the groups that reach the threshold are resampled.
     group = min(MASKS, num_results)
@@ -84,7 +85,7 @@ def best_instances(
         return jax.lax.dynamic_update_slice_in_dim(bits, packed, i * group, axis=1)
 
     bits = jnp.zeros((b, padded.shape[1], canvas.width, canvas.height // 8), jnp.uint8)
-    wanted = (scores >= threshold).sum(1).max()
+    wanted = (labels != EMPTY).sum(1).max()
     bits = jax.lax.fori_loop(0, -(-wanted // group), add_group, bits)[:, :num_results]
     return Instances(scores, labels, kernels, bits)
 
@@ -97,79 +98,49 @@ def best_pairs(logits: jax.Array, num_results: int) -> tuple[jax.Array, jax.Arra
     return scores, (pairs // k).astype(jnp.int32), (pairs % k).astype(jnp.int32)
 
 
-def label_maps(passes: Sequence[Pass], original_size: jax.Array, *, canvas: Canvas) -> jax.Array:
+def predict_labels(
+    passes: Sequence[Pass], original_size: jax.Array, *, canvas: Canvas
+) -> jax.Array:
     """The class of every pixel: the most probable one by the mean of all passes, 1 + k for class k.
 
     Args:
-      passes: of the same pictures; masks are logits [b, k, h, w].
-      original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
-      canvas: static, from `Canvas.of`.
+        passes: of the same pictures; masks are logits [b, k, h, w].
+        original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
+        canvas: static, from `Canvas.of`.
 
     Returns:
-      uint8 (uint16 above 255 classes) [b, H, W]; beyond the picture it has no meaning.
+        uint8 (uint16 above 255 classes) [b, H, W]; beyond the picture it has no meaning.
     """
     dtype = jnp.uint8 if passes[0].stage.masks.shape[1] <= 255 else jnp.uint16
+    shape = canvas.height, canvas.width
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-    def axes(seen: Pass, original_size: jax.Array) -> tuple[jax.Array, jax.Array]:
-        masks = seen.stage.masks
-        num_rows = masks.shape[1:]
-        scale = jnp.array(num_rows, masks.dtype) / seen.canvas
-
-        def axis(i: int, num_pixels: int, mirrored: jax.Array | bool = False) -> jax.Array:
-            sizes = seen.size[i], original_size[i], num_rows[i]
-            return to_original(*sizes, num_pixels, scale[i], masks.dtype, mirrored)
-
-        y, x = axis(0, canvas.height), axis(1, canvas.width, seen.mirrored)
-        return y.reshape(-1, ROWS, y.shape[1]), x
-
-    def one(passes: Sequence[Pass], original_size: jax.Array) -> jax.Array:
-        all_y, all_x = zip(*(axes(seen, original_size) for seen in passes))
-
+    def one(all_masks: Sequence[jax.Array], all_axes: Sequence[tuple[jax.Array, jax.Array]]):
         def block(all_y: Sequence[jax.Array]) -> jax.Array:
             total = 0
-            for seen, y, x in zip(passes, all_y, all_x):
-                above = einsum("ih,khw->kiw", y, seen.stage.masks)
+            for masks, y, (_, x) in zip(all_masks, all_y, all_axes):
+                above = einsum("ih,khw->kiw", y, masks)
                 logits = einsum("kiw,jw->kij", above, x)
                 # The largest logit of a single pass is its largest probability.
                 total += jax.nn.softmax(logits, axis=0) if len(passes) > 1 else logits
             return (1 + total.argmax(0)).astype(dtype)
 
-        rows = jax.lax.map(block, all_y)
-        return rows.reshape(canvas.height, canvas.width)
+        blocks = [y.reshape(-1, ROWS, y.shape[1]) for y, _ in all_axes]
+        return jax.lax.map(block, blocks).reshape(shape)
 
-    return jax.vmap(one)(tuple(passes), original_size)
-
-
-def predict_instances(
-    passes: Sequence[Pass],
-    original_size: jax.Array,
-    *,
-    sizes: Sizes,
-    canvas: Canvas,
-    options: Mapping[str, Any],
-) -> Instances:
-    """The best instances of each picture of a batch."""
-    del sizes
-    [seen] = passes
-    return best_instances(
-        seen.stage.masks,
-        seen.stage.logits,
-        seen.size,
-        original_size,
-        canvas=canvas,
-        num_results=options["num_results"],
-        threshold=options.get("instance_threshold", 0.0),
-    )
+    all_masks = [seen.stage.masks for seen in passes]
+    all_axes = [
+        both_to_original(seen, original_size, masks.shape[2:], shape, masks.dtype)
+        for seen, masks in zip(passes, all_masks)
+    ]
+    return jax.vmap(one)(all_masks, all_axes)
 
 
-def read_instances(
-    best: Instances, original_size: np.ndarray, threshold: float = 0.0
-) -> tuple[Instance, ...]:
-    """Instances with their masks as run lengths; a kernel's mask is encoded once."""
+def read_instances(best: Instances, original_size: np.ndarray) -> tuple[Instance, ...]:
+    """The instances of one picture, their masks as run lengths; a kernel's is encoded once. On the
+    host."""
     height, width = original_size
-    good = best.scores >= threshold
-    best = jax.tree.map(lambda x: x[good], best)
+    best = jax.tree.map(lambda x: x[best.labels != EMPTY], best)
     encoded = {}
     for kernel, bits in zip(best.kernels.tolist(), best.bits):
         if kernel not in encoded:
@@ -183,23 +154,7 @@ def read_instances(
     )
 
 
-def predict_labels(
-    passes: Sequence[Pass],
-    original_size: jax.Array,
-    *,
-    sizes: Sizes,
-    canvas: Canvas,
-    options: Mapping[str, Any],
-) -> jax.Array:
-    """Label maps of a batch, by the mean of all passes."""
-    del sizes, options
-    return label_maps(passes, original_size, canvas=canvas)
-
-
-def read_labels(
-    labels: np.ndarray, original_size: np.ndarray, threshold: float = 0.0
-) -> np.ndarray:
-    """A label map without its padding; there are no things in it."""
-    del threshold
+def read_labels(labels: np.ndarray, original_size: np.ndarray) -> np.ndarray:
+    """The label map of one picture, without its padding. On the host."""
     height, width = original_size
     return labels[:height, :width]

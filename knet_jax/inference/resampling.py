@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MASK_STRIDE = 4
-"""Of the masks of things and stuff, once doubled."""
+from knet_jax.structs import Pass
 
 
 class Canvas(NamedTuple):
-    """The static part of the sizes: one compiled program for each."""
+    """Size of the arrays that hold the results of a batch; a program is compiled for each."""
 
     height: int
     width: int
@@ -32,8 +31,8 @@ class Canvas(NamedTuple):
         """The smallest canvas that holds all of these pictures, from a coarse grid of canvases.
 
         Args:
-          sizes: [b, 2], heights and widths as the network saw them.
-          original_sizes: [b, 2], heights and widths to return to.
+            sizes: [b, 2], heights and widths as the network saw them.
+            original_sizes: [b, 2], heights and widths to return to.
         """
         original_sizes = np.maximum(original_sizes, 1)  # padding images have no size
         height, width = (_round_up(int(side)) for side in original_sizes.max(axis=0))
@@ -47,9 +46,9 @@ class Canvas(NamedTuple):
         that would leave almost all of it empty has a canvas of its own.
 
         Args:
-          inside: height and width of the network's input.
-          size: [2], height and width of the picture within it.
-          original_size: [2], height and width to return to.
+            inside: height and width of the network's input.
+            size: [2], height and width of the picture within it.
+            original_size: [2], height and width to return to.
         """
         size, original_size = np.asarray(size), np.asarray(original_size)
         scale = _coarse(float((original_size / size).max()))
@@ -78,7 +77,7 @@ def _coarse(scale: float) -> float:
 
 
 def _shrink(sizes, original_sizes) -> float:
-    """The bound that a canvas has for these pictures."""
+    """`Canvas.shrink` of a canvas for these pictures."""
     ratio = max(LEAST_SHRINK, float((sizes / original_sizes).max()))
     return 2.0 ** math.ceil(math.log2(ratio))
 
@@ -127,12 +126,12 @@ class Reads(NamedTuple):
         """What integer pixels [p] read; those beyond the original size read as the last one.
 
         Args:
-          pixels: of the picture.
-          size: [] of the resized picture within the input.
-          original_size: [] of the picture.
-          num_rows: of the map.
-          scale: rows of the map for a pixel of the input.
-          dtype: of the weights.
+            pixels: of the picture.
+            size: [] of the resized picture within the input.
+            original_size: [] of the picture.
+            num_rows: of the map.
+            scale: rows of the map for a pixel of the input.
+            dtype: of the weights.
         """
         pixels = jnp.minimum(pixels, original_size - 1).astype(dtype)
         lower, fraction = taps(pixels, size / original_size.astype(dtype), size)
@@ -158,16 +157,16 @@ def to_original(
     """One axis from a map of the input to the picture: to the input's size, cropped, resized.
 
     Args:
-      size: [] of the resized picture within the input.
-      original_size: [] of the picture.
-      num_rows: of the map.
-      num_pixels: at least the original size; what lies beyond repeats the last pixel.
-      scale: rows of the map for a pixel of the input.
-      dtype: of the result.
-      mirrored: [] whether the map shows the picture from its other end.
+        size: [] of the resized picture within the input.
+        original_size: [] of the picture.
+        num_rows: of the map.
+        num_pixels: at least the original size; what lies beyond repeats the last pixel.
+        scale: rows of the map for a pixel of the input.
+        dtype: of the result.
+        mirrored: [] whether the map shows the picture from its other end.
 
     Returns:
-      [num_pixels, num_rows]: weights of the map's rows for every pixel.
+        [num_pixels, num_rows]: weights of the map's rows for every pixel.
     """
     pixels = jnp.arange(num_pixels)
     pixels = jnp.where(mirrored, original_size - 1 - pixels, pixels)
@@ -176,33 +175,24 @@ def to_original(
 
 
 def both_to_original(
-    size: jax.Array,
-    original_size: jax.Array,
-    num_rows: Sequence[int],
-    num_pixels: Sequence[int],
-    dtype,
+    seen: Pass, original_size: jax.Array, num_rows: Sequence[int], num_pixels: Sequence[int], dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Both axes from masks at stride 4 to the pictures of a batch, as `to_original`.
+    """Both axes from the maps of a pass to the pictures of a batch, as `to_original`.
 
     Args:
-      size: int32 [b, 2].
-      original_size: int32 [b, 2].
-      num_rows: height and width of the masks.
-      num_pixels: height and width of the result.
-      dtype: of the result.
+        seen: the pass; only its sizes are read.
+        original_size: int32 [b, 2], heights and widths of the pictures.
+        num_rows: height and width of the maps.
+        num_pixels: height and width of the result.
+        dtype: of the result.
 
     Returns:
-      weights [b, H, rows] and [b, W, columns].
+        weights [b, H, rows] and [b, W, columns].
     """
+    scale = jnp.array(num_rows, dtype) / seen.canvas
 
-    def axis(i: int) -> jax.Array:
-        one = partial(
-            to_original,
-            num_rows=num_rows[i],
-            num_pixels=num_pixels[i],
-            scale=1 / MASK_STRIDE,
-            dtype=dtype,
-        )
-        return jax.vmap(one)(size[:, i], original_size[:, i])
+    def axis(i: int, **mirrored: jax.Array) -> jax.Array:
+        one = partial(to_original, num_rows=num_rows[i], num_pixels=num_pixels[i], dtype=dtype)
+        return jax.vmap(one)(seen.size[:, i], original_size[:, i], scale=scale[:, i], **mirrored)
 
-    return axis(0), axis(1)
+    return axis(0), axis(1, mirrored=seen.mirrored)

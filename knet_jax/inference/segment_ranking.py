@@ -35,7 +35,7 @@ def find_eligible(
     return (owned > 0) & (is_stuff | (scores >= instance_threshold))
 
 
-def settle(
+def rank_segments(
     eligible: jax.Array,
     owned: jax.Array,
     area: jax.Array,
@@ -43,19 +43,19 @@ def settle(
     scores: jax.Array,
     overlap_threshold: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which masks are kept, best score first.
+    """Decides which masks become segments, and numbers these, best score first.
 
     Args:
-      eligible: bool [b, n].
-      owned: int32 [b, n], pixels that each mask has won.
-      area: int32 [b, n], pixels of probability one half or more, right where eligible.
-      labels: int32 [b, n].
-      scores: [b, n].
-      overlap_threshold: least share of the area that must be owned.
+        eligible: bool [b, n].
+        owned: int32 [b, n], pixels that each mask has won.
+        area: int32 [b, n], pixels of probability one half or more, right where eligible.
+        labels: int32 [b, n].
+        scores: [b, n].
+        overlap_threshold: least share of the area that must be owned.
 
     Returns:
-      int16 [b, n + 1]: the id of each mask, 0 where it is not kept and for the owner n of nothing;
-      and `labels` and `scores` of `Fused`.
+        int16 [b, n + 1]: the id of each mask, 0 where it is not kept and for the owner n of nothing;
+        and `labels` and `scores` of `Fused`.
     """
     n = eligible.shape[1]
     kept = eligible & (area > 0) & (owned / jnp.maximum(area, 1) >= overlap_threshold)

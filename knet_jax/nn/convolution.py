@@ -27,25 +27,29 @@ def convolve(
     padding: Sequence[tuple[int, int]],
     lhs_dilation: Sequence[int] | None = None,
     rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: object = None,
+    dimension_numbers: jax.lax.ConvDimensionNumbers | None = None,
     feature_group_count: int = 1,
     precision: object = None,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` with the arguments that `flax.linen.Conv` gives to it.
 
     Args:
-      x: [b, h, w, c'].
-      kernel: [size, size, c', c].
-      strides: of rows and columns.
-      padding: (before, after) of rows and columns.
-      lhs_dilation: must be 1.
-      rhs_dilation: of the kernel.
-      dimension_numbers: must be those of NHWC.
-      feature_group_count: must be 1.
-      precision: must be the default, that of the whole program.
+        x: [b, h, w, c'].
+        kernel: [size, size, c', c].
+        strides: of rows and columns.
+        padding: (before, after) of rows and columns.
+        lhs_dilation: must be 1.
+        rhs_dilation: of the kernel.
+        dimension_numbers: must be those of NHWC.
+        feature_group_count: must be 1.
+        precision: must be the default, that of the whole program.
+
+    Returns:
+        [b, h', w', c].
     """
     assert set(lhs_dilation or (1,)) == {1} and feature_group_count == 1 and precision is None
-    del dimension_numbers
+    nhwc = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, LAYOUT)
+    assert dimension_numbers in (None, nhwc)
     padding = tuple(map(tuple, padding))
     strides, dilation = tuple(strides), tuple(rhs_dilation or (1, 1))
     if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
@@ -96,7 +100,7 @@ def _kernel_gradient(x, kernel, grad, *, strides, padding, dilation):
 
 
 def _kernel_gradient_in_tiles(x, kernel, grad, *, strides, padding, dilation):
-    """The same, image by image and tile by tile."""
+    """`_kernel_gradient`, summed over tiles of every image."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
 
     def window(start: int, count: int, axis: int) -> slice:

@@ -37,16 +37,16 @@ def deform_conv(
     and has no gradient, also if it lies there exactly.
 
     Args:
-      x: [b, h, w, c].
-      offsets: [b, h', w', 2·size·size], pixels (down, right) for each point of the kernel, row by
-        row.
-      kernel: [size, size, c, c'].
-      stride: of rows and columns.
-      dilation: of the kernel.
-      padding: rows and columns of zeros at each border.
+        x: [b, h, w, c].
+        offsets: [b, h', w', 2·size·size], pixels (down, right) for each point of the kernel, row by
+          row.
+        kernel: [size, size, c, c'].
+        stride: of rows and columns.
+        dilation: of the kernel.
+        padding: rows and columns of zeros at each border.
 
     Returns:
-      [b, h', w', c'], h' and w' those of an ordinary convolution.
+        [b, h', w', c'], h' and w' those of an ordinary convolution.
     """
     (b, height, width, _), size = x.shape, kernel.shape[0]
     reach = dilation * (size - 1) + 1 - 2 * padding

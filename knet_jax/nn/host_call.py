@@ -27,10 +27,10 @@ def host_call(
     Nothing is differentiated through it: arguments must come out of `jax.lax.stop_gradient`.
 
     Args:
-      function: of read-only numpy arrays, without side effects.
-      shape: of the result.
-      dtype: of the result.
-      args: of the function.
+        function: of read-only numpy arrays, without side effects.
+        shape: of the result.
+        dtype: of the result.
+        args: of the function.
     """
     return _host_call.bind(*args, function=function, shape=shape, dtype=np.dtype(dtype))
 
@@ -41,13 +41,11 @@ def _eager(*args, function, shape, dtype):
 
 
 @_host_call.def_abstract_eval
-def _abstract(*args, function, shape, dtype):
-    del args, function
+def _abstract(*_, shape, dtype, **__):
     return ShapedArray(shape, dtype)
 
 
-def _lower(context, *args, function, shape, dtype):
-    del shape, dtype
+def _lower(context, *args, function, **_):
     results, _, _ = mlir.emit_python_callback(
         context,
         lambda *arrays: (function(*arrays),),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import field
 from functools import partial
 
 import flax.linen as nn
@@ -107,8 +108,8 @@ class ConvNormRelu(nn.Module):
     size: int
     stride: int = 1
     dilation: int = 1
-    norm: Callable[..., nn.Module] | None = None
-    """Called with the number of channels and a name; None is GroupNorm."""
+    norm: Callable[..., nn.Module] = field(kw_only=True)
+    """Called with the number of channels and a name."""
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
     dtype: str = "float32"
 
@@ -124,8 +125,7 @@ class ConvNormRelu(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        norm = self.norm or make_norm("group", self.dtype, train=False)
-        return nn.relu(norm(self.channels, name="norm")(x))
+        return nn.relu(self.norm(self.channels, name="norm")(x))
 
 
 def resize(x: jax.Array, size: tuple[int, int], axes: tuple[int, int] = (1, 2)) -> jax.Array:
@@ -152,13 +152,6 @@ def upsample2x(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
         pairs = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
         x = pairs.reshape(x.shape[:axis] + (2 * size,) + x.shape[axis + 1 :])
     return x
-
-
-def nearest2x(x: jax.Array) -> jax.Array:
-    """Doubles both axes of a feature map by repeating pixels. [b, h, w, c] -> [b, 2h, 2w, c]."""
-    b, h, w, c = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
-    return x.reshape(b, 2 * h, 2 * w, c)
 
 
 def sine_encoding(height: int, width: int, channels: int, dtype) -> jax.Array:

@@ -18,7 +18,6 @@ from knet_jax.nn.layers import (
     conv,
     he_init,
     make_norm,
-    nearest2x,
     resize,
     sine_encoding,
     upsample2x,
@@ -41,7 +40,7 @@ class FPN(nn.Module):
         conv_ = partial(conv, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
         maps = [conv_(self.channels, 1, name=f"lateral{i}")(x) for i, x in enumerate(levels)]
         for i in reversed(range(len(maps) - 1)):
-            maps[i] = maps[i] + nearest2x(maps[i + 1])
+            maps[i] = maps[i] + maps[i + 1].repeat(2, 1).repeat(2, 2)
         return tuple(conv_(self.channels, 3, name=f"output{i}")(x) for i, x in enumerate(maps))
 
 
@@ -60,9 +59,9 @@ class SemanticFPN(nn.Module):
 
     @nn.compact
     def __call__(self, levels: tuple[jax.Array, ...], train: bool) -> Features:
-        del train
         levels = FPN(self.channels, self.dtype, name="fpn")(levels)
-        block = partial(ConvNormRelu, self.channels, dtype=self.dtype)
+        norm = make_norm("group", self.dtype, train)
+        block = partial(ConvNormRelu, self.channels, norm=norm, dtype=self.dtype)
 
         x = block(3, 2, name="level0_conv0")(levels[0])
         x = x + block(3, name="level1_conv0")(levels[1])

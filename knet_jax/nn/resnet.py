@@ -54,7 +54,7 @@ class ResNet(nn.Module):
     `frozen_stages` stages, and the stem if there are any, get no gradient.
 
     Raises:
-      ValueError: there is no such output stride, or there are fewer stages than are deformable.
+        UserError: there is no such output stride, or there are fewer stages than are deformable.
     """
 
     depths: tuple[int, ...]

@@ -74,14 +74,14 @@ def resize_position_bias(table: np.ndarray, window: int) -> np.ndarray:
     centers, borders repeated (`tests/test_swin.py::test_position_biases_are_resized_bicubically`).
 
     Args:
-      table: [(2v - 1)², heads] for a window of v.
-      window: the new one, w.
+        table: [(2v - 1)², heads] for a window of v.
+        window: the new one, w.
 
     Returns:
-      [(2w - 1)², heads].
+        [(2w - 1)², heads].
 
     Raises:
-      ValueError: the table belongs to no window.
+        UserError: the table belongs to no window.
     """
     old, new = math.isqrt(len(table)), 2 * window - 1
     if old * old != len(table) or old % 2 == 0:
@@ -213,7 +213,7 @@ class Swin(nn.Module):
     (2, 2, 18, 2) and (6, 12, 24, 48) are Swin-L.
 
     Raises:
-      ValueError: the heads do not fit the depths or the channels.
+        UserError: the heads do not fit the depths or the channels.
     """
 
     channels: int

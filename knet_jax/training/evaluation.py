@@ -69,7 +69,7 @@ class Evaluator:
         look_ = partial(run_windows, model=model, stage=stage, window=window, step=step)
         self._look = on_devices(look_, in_axes=(None, 0))
         # Pictures come in many sizes: only this small program is compiled for each canvas.
-        predict = partial(self.task.predict, sizes=model.sizes, options=config.eval.to_dict())
+        predict = partial(self.task.predict, **self.task.choose_options(model.sizes, options))
         self._predict = cache(lambda canvas: on_devices(partial(predict, canvas=canvas)))
 
     def predictions(self, variables: Any) -> Iterator[Prediction]:

@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from knet_jax import losses
 from knet_jax.knet import KNet, normalize
 from knet_jax.matching import LossWeights
-from knet_jax.nn.layers import AXIS, wide
+from knet_jax.nn.layers import AXIS
 from knet_jax.objectives import Judgement
-from knet_jax.structs import Batch, Sizes
+from knet_jax.structs import Batch
 from knet_jax.tasks import Task
 from knet_jax.training.optim import gradient_norm
 
@@ -76,14 +76,14 @@ def compute_loss(
         mutable=["batch_stats"],
         rngs={"dropout": key},
     )
-    judgement = task.loss(output, targets, counts, model.sizes, weights)
+    judgement = task.loss(output, targets, counts, weights)
     batch_stats = updates.get("batch_stats", batch_stats)
     return sum(judgement.terms.values()), (judgement, batch_stats)
 
 
-def count_targets(part: Batch, *, task: Task, sizes: Sizes) -> losses.Counts:
+def count_targets(part: Batch, *, task: Task) -> losses.Counts:
     """What the losses of a part of a batch are divided by, of all devices."""
-    return jax.lax.psum(task.count(task.unpack(part.targets, sizes), sizes), AXIS)
+    return jax.lax.psum(task.count(task.unpack(part.targets)), AXIS)
 
 
 def accumulate(
@@ -116,7 +116,7 @@ def accumulate(
     """
     dtype = model.backbone.dtype
     image = normalize(part.image, part.size, dtype)
-    targets = task.unpack(part.targets, model.sizes, wide(dtype))
+    targets = task.unpack(part.targets)
     key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
     loss = partial(compute_loss, model=model, task=task, weights=weights)
     (_, (judgement, batch_stats)), new = jax.value_and_grad(loss, has_aux=True)(
@@ -192,7 +192,7 @@ def make_train_step(
     a convolution a hundred times slower.
     """
     on_devices = partial(jax.pmap, axis_name=AXIS, devices=devices)
-    count_ = on_devices(partial(count_targets, task=task, sizes=model.sizes), out_axes=None)
+    count_ = on_devices(partial(count_targets, task=task), out_axes=None)
     zeros = on_devices(lambda params, _: jax.tree.map(jnp.zeros_like, params), in_axes=(None, 0))
     accumulate_ = on_devices(
         partial(accumulate, model=model, task=task, weights=weights),

@@ -86,27 +86,28 @@ class PanopticKind(Kind):
 
     def empty(self, recipe: WholePicture, group: int, count: int) -> PanopticTargets:
         height, width = recipe.train_canvases[group]
-        num_segments = recipe.max_things + self.categories.num_stuff
+        num_stuff = self.categories.num_stuff
         return PanopticTargets(
-            np.zeros((count, height // 2, width // 2), map_dtype(num_segments)),
-            np.full((count, num_segments), EMPTY, np.int32),
+            np.zeros((count, height // 2, width // 2), map_dtype(recipe.max_things + num_stuff)),
+            np.full((count, recipe.max_things), EMPTY, np.int32),
+            np.full((count, num_stuff), EMPTY, np.int32),
         )
 
     def fill(
         self, targets: PanopticTargets, place: int, loaded: LoadedPanoptic, view: View
     ) -> None:
-        num_things, num_stuff = self.categories.num_things, self.categories.num_stuff
-        max_things = targets.labels.shape[1] - num_stuff
+        num_things, max_things = self.categories.num_things, targets.labels.shape[1]
         shown = [segment for segment in loaded.segments if not segment.iscrowd]
         stuff = [segment for segment in shown if segment.label >= num_things]
         things = [segment for segment in shown if segment.label < num_things]
         things = largest(things, max_things)
+        kinds = [segment.label - num_things for segment in stuff]
         values = [1 + slot for slot in range(len(things))]
-        values += [1 + max_things + segment.label - num_things for segment in stuff]
+        values += [1 + max_things + kind for kind in kinds]
         ids = [segment.id for segment in things + stuff]
         transforms.sample_segments(loaded.rgb, view, ids, values, targets.segment_map[place])
-        for segment, value in zip(things + stuff, values):
-            targets.labels[place, value - 1] = segment.label
+        targets.labels[place, : len(things)] = [segment.label for segment in things]
+        targets.stuff_labels[place, kinds] = [segment.label for segment in stuff]
 
     def truth(self, loaded: LoadedPanoptic) -> PanopticMap:
         ids = image_files.segment_ids(loaded.rgb)

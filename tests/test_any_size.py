@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from knet_jax.data import transforms
-from knet_jax.inference.any_size import Framing, show, shown_size
+from knet_jax.inference.any_size import Framing, resize_into_canvas, size_in_canvas
 from knet_jax.inference.resampling import Canvas
 from knet_jax.structs import EMPTY, Pass, Sizes, Stage
 from knet_jax.tasks import TASKS
@@ -17,7 +17,7 @@ OPTIONS = {"instance_threshold": 0.3, "overlap_threshold": 0.2, "num_results": 1
 
 
 def shown(sizes, view):
-    return np.asarray(shown_size(jnp.asarray(sizes, jnp.int32), view)).tolist()
+    return np.asarray(size_in_canvas(jnp.asarray(sizes, jnp.int32), view)).tolist()
 
 
 @pytest.mark.parametrize("limits", [(800, 1333), (512, 2048), (128, 128), (640, 640)])
@@ -54,7 +54,7 @@ def test_pictures_are_resized_as_in_evaluation(size):
     padded = np.full((1, size[0] + 7, size[1] + 3, 3), 99, np.uint8)
     padded[0, : size[0], : size[1]] = image
     view = Framing((64, 96), 64, 96)
-    result, shown = show(padded, jnp.asarray([size], jnp.int32), view)
+    result, shown = resize_into_canvas(padded, jnp.asarray([size], jnp.int32), view)
     (height, width) = np.asarray(shown)[0]
     canvas = np.zeros((64, 96, 3), np.uint8)
     transforms.place_image(image, transforms.whole((int(height), int(width))), canvas)
@@ -81,13 +81,13 @@ def scene(task, seed=0, b=2, h=12, w=16):
 def test_results_are_those_of_evaluation(task):
     seen, original_size, sizes = scene(task)
     row = TASKS[task]
-    static = {"sizes": sizes, "options": OPTIONS}
+    options = row.choose_options(sizes, OPTIONS)
     canvas = Canvas.of(seen.size, original_size)
-    predict = jax.jit(partial(row.predict, canvas=canvas, **static))
+    predict = jax.jit(partial(row.predict, canvas=canvas, **options))
     expected = jax.tree.map(np.asarray, predict((seen,), original_size))
     shape = (160, 181)
-    portable = jax.jit(partial(row.portable, shape=shape, **static))
-    results = jax.tree.map(np.asarray, portable(seen, original_size))
+    predict_any_size = jax.jit(partial(row.predict_any_size, shape=shape, **options))
+    results = jax.tree.map(np.asarray, predict_any_size(seen, original_size))
     for i, (height, width) in enumerate(original_size):
         one = {name: array[i] for name, array in results.items()}
         truth = row.read(jax.tree.map(lambda x, i=i: x[i], expected), original_size[i])
@@ -118,10 +118,11 @@ def test_results_are_those_of_evaluation(task):
 def test_padding_and_company_change_nothing(task):
     """A picture alone, in an array of its size, gives what it gives beside another, padded."""
     seen, original_size, sizes = scene(task, seed=1)
-    static = {"sizes": sizes, "options": OPTIONS}
-    both = TASKS[task].portable(seen, original_size, shape=(160, 181), **static)
+    options = TASKS[task].choose_options(sizes, OPTIONS)
+    predict = jax.jit(partial(TASKS[task].predict_any_size, **options), static_argnames="shape")
+    both = predict(seen, original_size, shape=(160, 181))
     first = jax.tree.map(lambda x: x[:1], seen)
-    alone = TASKS[task].portable(first, original_size[:1], shape=(60, 85), **static)
+    alone = predict(first, original_size[:1], shape=(60, 85))
     for name, array in alone.items():
         together = np.asarray(both[name])[:1]
         if array.ndim > 2:
