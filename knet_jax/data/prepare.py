@@ -35,6 +35,5 @@ def prepare_dataset(config: ConfigDict, sheets: str | Path | None = None) -> Non
     for split in splits:
         print(f"{split.name}: {dataset_report.report(split)}")
         path = Path(sheets) / f"{data.dataset}_{task}_{split.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_picture(path, dataset_report.sheet(split))
         print(f"{split.name}: drawn in {path}")

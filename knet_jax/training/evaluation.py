@@ -287,7 +287,6 @@ def evaluate(
     stems = Stems()
     for row in gallery.rows:
         path = output / "pictures" / f"{stems.of(row.title)}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_picture(path, panel([row], categories))
     if files:
         files.close()

@@ -321,7 +321,6 @@ def score_step(
     if gallery.rows:
         panel = gallery.panel()
         log.images(step, {"val/pictures": panel})
-        (workdir / "pictures").mkdir(exist_ok=True)
         save_picture(workdir / "pictures" / f"step_{step:07}.png", panel)
     checkpoints.add_scores(step, scores)
 
