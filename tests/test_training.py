@@ -19,7 +19,7 @@ from knet_jax.matching import LossWeights
 from knet_jax.model import init_variables, make_model
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.segments import Categories
-from knet_jax.structs import EMPTY, PanopticTargets
+from knet_jax.structs import EMPTY
 from knet_jax.tasks import TASKS
 from knet_jax.training import optim, train_step
 from knet_jax.training.train_step import Parts, TrainState, explain_change
@@ -97,8 +97,9 @@ def test_pictures_without_targets_and_padding_give_finite_steps(trainer):
     _, step, state, batch = trainer
     empty = batch._replace(
         image=np.zeros_like(batch.image),
-        targets=PanopticTargets(
-            np.zeros_like(batch.targets.segment_map), np.full_like(batch.targets.labels, EMPTY)
+        targets=jax.tree.map(
+            lambda x: np.zeros_like(x) if x.dtype == np.uint8 else np.full_like(x, EMPTY),
+            batch.targets,
         ),
         size=np.zeros_like(batch.size),
         id=np.full_like(batch.id, EMPTY),
