@@ -330,7 +330,7 @@ def test_broken_pictures_are_not_counted(whole, tmp_path, monkeypatch, capsys):
 
     def load_all_but_one(split, record):
         if record.file_name == "val_000001.png":
-            raise ValueError("cannot be decoded")
+            raise UserError("cannot be decoded")
         return load(split, record)
 
     monkeypatch.setattr(batches, "_load", load_all_but_one)
@@ -403,7 +403,7 @@ def test_what_training_cannot_use_is_named(data_dir, tmp_path):
     config = config_of("panoptic", data_dir, init_weights=str(tmp_path / "weights.npz"))
     says(["config.init_weights", "no tensor"], train, config, tmp_path / "new")
 
-    config = config_of("panoptic", data_dir, **{"train.batch_size": 5})
+    config = config_of("panoptic", data_dir, **{"train.microbatch": 3})
     says(["config.train.microbatch"], train, config, tmp_path / "new")
 
 
