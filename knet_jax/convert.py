@@ -1,6 +1,6 @@
-"""`python -m knet_jax.convert`."""
+"""`python -m knet_jax.convert`, the same as `knet convert`."""
 
-import runpy
+from knet_jax.cli.main import run
 
 if __name__ == "__main__":
-    runpy.run_module("knet_jax.saved.convert", run_name="__main__", alter_sys=True)
+    run("convert")

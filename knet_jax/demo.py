@@ -1,6 +1,6 @@
-"""`python -m knet_jax.demo`."""
+"""`python -m knet_jax.demo`, the same as `knet demo`."""
 
-import runpy
+from knet_jax.cli.main import run
 
 if __name__ == "__main__":
-    runpy.run_module("knet_jax.cli.demo", run_name="__main__", alter_sys=True)
+    run("demo")

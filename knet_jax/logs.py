@@ -1,6 +1,6 @@
-"""`python -m knet_jax.logs`."""
+"""`python -m knet_jax.logs`, the same as `knet logs`."""
 
-import runpy
+from knet_jax.cli.main import run
 
 if __name__ == "__main__":
-    runpy.run_module("knet_jax.training.logs", run_name="__main__", alter_sys=True)
+    run("logs")

@@ -1,11 +1,6 @@
-"""Programs of the top level, called in the process of a test."""
+"""Commands, called in the process of a test or started in one of their own."""
 
-import importlib
-import sys
-from contextlib import contextmanager
-
-from absl import flags
-from absl.testing import flagsaver
+from knet_jax.cli.main import run
 
 INTERRUPTIBLE = """
 import runpy, signal, sys
@@ -18,14 +13,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """Runs a program, `python -c INTERRUPTIBLE predict.py …`, that a Ctrl-C ends."""
 
 
-@contextmanager
-def program(name: str):
-    """A program as a module. Its flags end with the context: two programs may call theirs the same."""
-    module = importlib.import_module(name)
+def status_of(name, *arguments):
+    """Calls a command, such as `predict`, in this process. Returns its exit status."""
     try:
-        with flagsaver.flagsaver():
-            yield module
-    finally:
-        for flag in flags.FLAGS.get_flags_for_module(name):
-            delattr(flags.FLAGS, flag.name)
-        del sys.modules[name]
+        run(name, f"knet {name}", [*map(str, arguments)])
+    except SystemExit as error:
+        return error.code
+    return 0

@@ -8,171 +8,179 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
+from devices import environment
+from programs import status_of
 
-from knet_jax.cli.commandline import run
+from knet_jax.cli.commandline import Parser, exit_statuses, number
+from knet_jax.cli.main import COMMANDS, main
+from knet_jax.system.errors import UserError
 from knet_jax.system.signals import Preempted
 
 ROOT = Path(__file__).parents[1]
 
-SCRIPT = '''"""Waits for a long time.
 
-Examples:
-  script.py --seconds=3
-"""
-
-import signal
-import time
-
-from absl import flags
-
-from knet_jax.commandline import run
-
-# What a shell starts in the background would ignore it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-flags.DEFINE_string("config", "configs/shapes_panoptic.py", "Config file and variants.")
-flags.DEFINE_integer("seconds", 60, "How long.")
-
-
-def main(command):
-    print("waiting", flush=True)
-    time.sleep(flags.FLAGS.seconds)
-
-
-if __name__ == "__main__":
-    run(main)
-'''
-
-
-@pytest.fixture
-def start(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-
-    def start_script(*arguments):
-        return subprocess.Popen(
-            [sys.executable, tmp_path / "script.py", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start_script
+def make_parser():
+    parser = Parser("train.py", "Trains.")
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--workdir")
+    parser.add_argument("--share", type=number(float, 0, 1), default=0.5)
+    parser.add_argument("--count", type=number(int, 1))
+    parser.switch("ema", "the average")
+    return parser
 
 
 def test_overrides_flags_and_paths_are_told_apart():
-    seen = []
-    verbosity = flags.FLAGS.verbosity if flags.FLAGS.is_parsed() else 0
-    arguments = [
-        "--config.a.b=1", "--verbosity", "1", "--config.c", "2", "--noconfig.d", "picture.png"
-    ]  # fmt: skip
-    run(lambda command: seen.append((command, flags.FLAGS.verbosity)), ["x", *arguments],
-        takes_paths=True)  # fmt: skip
-    flags.FLAGS.verbosity = verbosity
-    command, value = seen[0]
-    assert command.overrides == ["--config.a.b=1", "--config.c", "2", "--noconfig.d"]
-    assert command.paths == ["picture.png"]
-    assert value == 1
+    overrides = ["--config.a.b=1", "--config.c", "2", "--noconfig.d", "--config.e=true"]
+    args = make_parser().read(["one.png", *overrides, "--count", "1", "two.png", "--share=0.25"])
+    assert args.overrides == overrides
+    assert (args.paths, args.count, args.share) == (["one.png", "two.png"], 1, 0.25)
+    assert (args.workdir, args.ema, args.help) == (None, False, False)
 
 
-def mistake(command):
-    raise ValueError("config.x is 1;\n  accepted: 2")
-
-
-def full_disk(command):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
-
-
-def full_disk_without_a_name(command):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def file_for_a_folder(command):
-    Path(__file__).mkdir()
-
-
-def missing_file(command):
-    Path("/proc/no/file").read_text()
-
-
-def preemption(command):
-    raise Preempted("stopped after step 7, which is saved")
-
-
-@pytest.mark.parametrize(
-    ("main", "arguments", "status", "line"),
-    [
-        (mistake, [], 2, "config.x is 1; accepted: 2"),
-        (print, ["--verbosty=1"], 2, "Unknown command line flag 'verbosty'. Did you mean: "),
-        (print, ["--verbosity=x"], 2, "flag --verbosity=x: "),
-        (print, ["picture.png"], 2, "'picture.png' belongs to no flag (--help lists the flags)"),
-        (full_disk, [], 1, "No space left on device: /some/file"),
-        (full_disk_without_a_name, [], 1, "No space left on device\n"),
-        (file_for_a_folder, [], 1, f"File exists: {__file__}"),
-        (missing_file, [], 1, "No such file or directory: /proc/no/file"),
-        (preemption, [], 143, "stopped after step 7, which is saved"),
-    ],
-)
-def test_a_mistake_is_one_line_and_a_status(capsys, main, arguments, status, line):
-    with pytest.raises(SystemExit) as caught:
-        run(main, ["/somewhere/train.py", *arguments])
-    said = capsys.readouterr().err
-    assert said.startswith(f"train.py: {line}")
-    assert said.count("\n") == 1
-    assert caught.value.code == status
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_a_float_flag_is_a_number(capsys, value):
-    flags.DEFINE_float("share", 0.5, "of something", 0, 1)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            run(print, ["train.py", f"--share={value}"])
-    finally:
-        delattr(flags.FLAGS, "share")
-    assert caught.value.code == 2 and "share" in capsys.readouterr().err
-
-
-def reset(command):
-    raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-
-
-@pytest.mark.parametrize(
-    "main",
-    [
-        lambda command: np.zeros(3) + np.zeros(4),  # ValueErrors of libraries, in C and in Python
-        lambda command: json.loads("{"),
-        lambda command: {}["key"],
-        reset,
-    ],
-)
-def test_a_bug_is_raised(main):
-    with pytest.raises((ValueError, KeyError, OSError)):
-        run(main, ["train.py"])
-
-
-def test_help_teaches(start):
-    said, _ = start("--help").communicate(timeout=120)
-    for text in (
-        "Waits for a long time.",
-        "--seconds: How long.",
-        "configs/coco_panoptic.py: Panoptic K-Net on COCO",
-        "variants: ms3x, r101, r101_dcn, swin_l, swin_t, bf16, tiny",
-        "--config.optim.lr=",
+def test_a_switch_is_given_in_many_ways():
+    for arguments, value in (
+        (["--ema"], True),
+        (["--noema"], False),
+        (["--ema=true"], True),
+        (["--ema=False"], False),
+        (["--ema", "--noema"], False),
+        (["--ema", "photo.jpg"], True),
     ):
-        assert text in said
+        assert make_parser().read(arguments).ema == value
 
 
-def test_help_lists_the_keys_of_a_config(start):
-    said, _ = start("--config", "configs/coco_panoptic.py:r101", "-h").communicate(timeout=120)
-    assert "  --config.model.backbone.depths=(3, 4, 23, 3)\n" in said
+def test_flags_that_are_wrong_are_named():
+    for arguments, words in (
+        (["--workdi=x"], "there is no flag --workdi; did you mean workdir?"),
+        (["--share=x"], "argument --share: x is not accepted; accepted: a number from 0 to 1"),
+        (["--share=nan"], "argument --share: nan is not accepted"),
+        (["--share", "1.5"], "argument --share: 1.5 is not accepted"),
+        (["--count=0"], "argument --count: 0 is not accepted; accepted: a whole number from 1"),
+        (["--workdir"], "argument --workdir: expected one argument (--help lists the flags)"),
+    ):
+        with pytest.raises(UserError) as error:
+            make_parser().read(arguments)
+        assert str(error.value).startswith(words)
+    parser = Parser("logs.py", "Draws.")
+    parser.reads_config = False
+    for argument in ("picture.png", "--config.x=1"):
+        with pytest.raises(UserError, match="picture.png|--config.x"):
+            parser.read([argument])
 
 
-def test_ctrl_c_from_outside(start):
-    child = start()
+FULL = os.strerror(errno.ENOSPC)
+
+
+def test_a_mistake_is_one_line_and_a_status(capsys):
+    for error, status, line in (
+        (UserError("config.x is 1;\n  accepted: 2"), 2, "config.x is 1; accepted: 2"),
+        (OSError(errno.ENOSPC, FULL, "/some/file"), 1, "No space left on device: /some/file"),
+        (OSError(errno.ENOSPC, FULL), 1, "No space left on device"),
+        (FileExistsError(errno.EEXIST, "File exists", "/a"), 1, "File exists: /a"),
+        (Preempted("stopped after step 7"), 143, "stopped after step 7"),
+        (Preempted("stopped", signal.SIGINT), 130, "stopped"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+        with pytest.raises(SystemExit) as caught, exit_statuses("train.py"):
+            raise error
+        assert caught.value.code == status
+        assert capsys.readouterr().err == f"train.py: {line}\n"
+
+
+def test_a_bug_is_raised():
+    for bug in (
+        lambda: np.zeros(3) + np.zeros(4),  # ValueErrors of libraries, in C and in Python
+        lambda: json.loads("{"),
+        lambda: {}["key"],
+        lambda: (_ for _ in ()).throw(OSError(errno.ECONNRESET, "reset")),
+    ):
+        with pytest.raises((ValueError, KeyError, OSError)), exit_statuses("train.py"):
+            bug()
+
+
+def test_commands_teach(capsys):
+    main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in COMMANDS)
+    for name in COMMANDS:
+        assert status_of(name, "--help") == 0
+        said = capsys.readouterr().out
+        assert f"usage: knet {name}" in said and f"\nknet {name} " in said
+        if name in ("train", "prepare", "convert"):
+            assert "coco_panoptic: Panoptic K-Net on COCO" in said
+            assert "variants: ms3x, r101, r101_dcn, swin_l, swin_t, bf16, tiny" in said
+    assert status_of("train", "--config", "coco_panoptic:r101", "-h") == 0
+    assert "  --config.model.backbone.depths=(3, 4, 23, 3)\n" in capsys.readouterr().out
+
+
+def test_what_a_command_lacks_is_named(capsys):
+    for arguments, words in (
+        (["trian"], "knet: there is no command 'trian'; did you mean train?"),
+        (["train"], "knet train: --config is missing"),
+        (["train", "--config", "coco_panoptik"], "did you mean coco_panoptic"),
+        (["train", "--config", "shapes_panoptic:huge"], "there is no variant 'huge'"),
+        (["train", "--config", "shapes_panoptic", "--config.optim.learning_rate=1"], "optim"),
+        (["eval"], "knet eval: --workdir is missing"),
+        (["eval", "--workdir", "/no/such"], "/no/such is no model"),
+        (["predict", "a.jpg"], "knet predict: --model is missing"),
+        (["predict", "--model", "run"], "no picture is named"),
+        (["convert", "a.pth"], "accepted: CHECKPOINT"),
+        (["export"], "name one model"),
+        (["demo"], "--model is missing"),
+        (["from-masks", "--images", "a"], "--class_maps, --names, --things, --root, --split"),
+        (["logs"], "accepted: WORKDIR"),
+        (["shapes"], "accepted: FOLDER"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        said = capsys.readouterr().err
+        assert caught.value.code == 2 and words in said and said.count("\n") == 1, said
+
+
+BUSY = """
+import signal, time
+from knet_jax.cli import shapes
+from knet_jax.cli.main import main
+
+def wait(args):
+    print("waiting", flush=True)
+    time.sleep(60)
+
+shapes.main = wait
+# What a shell started in the background would ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main(["shapes"])
+"""
+
+
+def test_ctrl_c_from_outside():
+    child = subprocess.Popen(
+        [sys.executable, "-c", BUSY],
+        cwd=ROOT,
+        env=environment(1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert child.stdout.readline() == "waiting\n"
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=120)
-    assert said == "script.py: interrupted\n"
+    assert said.endswith("knet shapes: interrupted\n") and "Traceback" not in said
     assert child.returncode == 130
+
+
+@pytest.mark.parametrize(
+    "command", [["train.py"], ["-m", "knet_jax.data.shapes"], ["-m", "knet_jax.data.from_masks"]]
+)
+def test_scripts_and_modules_are_the_commands(command):
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert any(word in done.stderr for word in ("missing", "accepted: FOLDER"))
+    assert len(done.stderr.splitlines()) == 1

@@ -1,12 +1,10 @@
 import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from programs import status_of
 from tensorboardX.proto.event_pb2 import Event
 
 from knet_jax.training import logs
@@ -76,11 +74,11 @@ def test_resuming_drops_what_will_be_computed_again(tmp_path):
     assert starts[-1] == 5
 
 
-@pytest.mark.parametrize("text", ['{"step": 1}\nrubbish\n{"step": 2}\n', '[]\n{"step": 2}\n'])
-def test_a_broken_log_is_named(tmp_path, text):
-    (tmp_path / logs.LOG_NAME).write_text(text)
-    with pytest.raises(ValueError, match="line [12], is no record"):
-        logs.read_log(tmp_path)
+def test_a_broken_log_is_named(tmp_path):
+    for text in ('{"step": 1}\nrubbish\n{"step": 2}\n', '[]\n{"step": 2}\n'):
+        (tmp_path / logs.LOG_NAME).write_text(text)
+        with pytest.raises(ValueError, match="line [12], is no record"):
+            logs.read_log(tmp_path)
 
 
 def test_progress_in_a_file_is_a_line_now_and_then(monkeypatch):
@@ -116,31 +114,25 @@ def test_progress_on_a_terminal_is_one_line_that_fits(monkeypatch):
     assert text.endswith("\n")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(7, "0:07"), (187.4, "3:07"), (7387, "2:03:07"), (93787, "1 d 2:03:07")]
-)
-def test_format_duration(seconds, text):
-    assert logs.format_duration(seconds) == text
+def test_format_duration():
+    for seconds, text in ((7, "0:07"), (187.4, "3:07"), (7387, "2:03:07"), (93787, "1 d 2:03:07")):
+        assert logs.format_duration(seconds) == text
 
 
-def test_curves_from_the_command_line(tmp_path):
+def test_curves_from_the_command_line(tmp_path, capsys):
     log = logs.Log(tmp_path, 1)
     for step in range(1, 40):
         log.scalars(step, {"loss/total": 1 / step, "loss/stage1/mask": 0.1, "lr/head": 1.0})
     log.scalars(39, {"val/PQ": 10, "loss/total": float("inf")})
     log.close()
-    command = [sys.executable, "-m", "knet_jax.logs"]
-    options = {"cwd": Path(__file__).parents[1], "text": True}
-    subprocess.run([*command, tmp_path], check=True, **options)
+    assert status_of("logs", tmp_path) == 0
     curve = cv2.imread(str(tmp_path / logs.CURVE_NAME))
     assert curve.shape == (400, 1800, 3)
     assert len(np.unique(curve.reshape(-1, 3), axis=0)) > 10
-
-    result = subprocess.run(
-        [*command, tmp_path / "no"], check=False, capture_output=True, **options
-    )
-    assert result.returncode == 2
-    assert result.stderr == f"logs.py: there is no log.jsonl in {tmp_path / 'no'}\n"
+    capsys.readouterr()
+    assert status_of("logs", tmp_path / "no") == 2
+    missing = f"knet logs: there is no log.jsonl in {tmp_path / 'no'}\n"
+    assert capsys.readouterr().err == missing
 
 
 def test_an_empty_log_has_no_curves(tmp_path):

@@ -1,82 +1,48 @@
-"""The two programs from end to end, each in a process of its own, as a user runs them."""
+"""Training and evaluation from end to end, in this process: a tiny run of every task."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import tiny_coco
-import tiny_runs
-from coco_readers import InstanceFile, PanopticFile
 from devices import environment
 from PIL import Image
-from programs import INTERRUPTIBLE, program
+from programs import INTERRUPTIBLE
+from tiny_training import config_of, overrides_of, share_programs
 
-from knet_jax.cli import commandline
-from knet_jax.config.files import load_config, load_saved_config, save_config
+from knet_jax import evaluate, load_config, train
+from knet_jax.config.files import save_config
 from knet_jax.data import batches, pipeline
 from knet_jax.model import init_variables, make_model
 from knet_jax.saved.checkpoints import Checkpoints
-from knet_jax.segmentation import rle
+from knet_jax.system.errors import UserError
+from knet_jax.system.signals import Preempted
 from knet_jax.tasks import TASKS
+from knet_jax.training import evaluation, logs, loop, train_step
 from knet_jax.training.logs import read_log
-from knet_jax.training.train_step import TrainState
+from knet_jax.training.train_step import Parts, TrainState
 
 ROOT = Path(__file__).parents[1]
-CONFIG = "configs/shapes_panoptic.py:tiny"
-SMALL = (
-    "--config.data.canvas=(64, 64)",  # square: one program for both orientations
-    "--config.data.image_side=(64, 96)",
-    "--config.data.short_side=(40, 64)",
-    "--config.data.long_side=64",
-    "--config.model.channels=16",
-    "--config.model.ffn_channels=32",
-    "--config.model.num_heads=2",
-    "--config.model.num_stages=1",
-    "--config.model.num_proposals=12",
-    "--config.model.backbone.width=8",
-    # Enough for scores that are not 0.
-    "--config.optim.lr=0.005",
-    "--config.optim.warmup_steps=0",
-    "--config.train.ema_decay=0.5",
-    "--config.eval.num_pictures=2",
-    "--config.train.log_every=1",
-    "--config.train.checkpoint_every=2",
-)
+STEPS = 6
+SCORED = (3, 6)
 
 
-def start(script, *arguments, num_devices=1):
-    return subprocess.Popen(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment(num_devices),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    """Status, standard output, standard error."""
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def run(script, *arguments, **keywords):
-    return finish(start(script, *arguments, **keywords))
-
-
-def train_arguments(workdir, data_dir, *more, config=CONFIG):
-    where = ("--workdir", workdir, f"--config.data.data_dir={data_dir}")
-    if config == CONFIG:
-        more = ("--config.eval.instance_threshold=0", "--config.eval.overlap_threshold=0", *more)
-    return ("train.py", "--config", config, *where, *SMALL, *more)
+@pytest.fixture(scope="module", autouse=True)
+def shared():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        share_programs(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,493 +50,375 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, data_dir):
-    """A run of twelve steps that nothing interrupts, and what it printed."""
-    workdir = tmp_path_factory.mktemp("run") / "whole"
-    status, out, err = run(*train_arguments(workdir, data_dir, "--config.train.steps=12"))
-    assert status == 0, err
-    return workdir, out + err
+class Whole(NamedTuple):
+    """A run that nothing interrupted, and what it printed."""
+
+    task: str
+    run: loop.Run
+    printed: str
+
+    @property
+    def workdir(self):
+        return self.run.workdir
 
 
-def arrays_of(workdir, step):
+def train_and_listen(config, workdir):
+    """The run, and what it printed to both streams."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(out):
+        return train(config, workdir), out.getvalue()
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def whole(request, tmp_path_factory, data_dir):
+    config = config_of(request.param, data_dir)
+    return Whole(request.param, *train_and_listen(config, tmp_path_factory.mktemp("run") / "run"))
+
+
+def arrays_of(workdir, step=STEPS):
     """Everything that a checkpoint holds, by digest."""
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    record = checkpoints._read_record(step)
-    checkpoints.close()
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        record = checkpoints._read_record(step)
     return record["arrays"], record["progress"]
 
 
 def logged(workdir):
-    """What must not change: all but speed, and the evaluations, which depend on where runs end."""
-    records = [record for record in read_log(workdir) if "loss/total" in record]
+    """What must not change: all but speed and the evaluations."""
     speed = ("images_per_second", "data_wait_share")
+    records = [record for record in read_log(workdir) if "loss/total" in record]
     return [{k: v for k, v in record.items() if k not in speed} for record in records]
+
+
+def scored(workdir):
+    """The evaluations that a run has logged."""
+    records = [r for r in read_log(workdir) if any(k.startswith("val/") for k in r)]
+    return {r["step"]: {k: v for k, v in r.items() if k.startswith("val")} for r in records}
 
 
 # Training.
 
 
 def test_a_run_leaves_what_it_promises(whole):
-    workdir, printed = whole
-    assert "FROM SCRATCH" in printed and "parameters" in printed and "learning rate" in printed
+    task, run, printed = whole
+    for text in ("FROM SCRATCH", "parameters", "learning rate 0.01", "frozen: frozen", "done: "):
+        assert text in printed
     for name in ("config.json", "log.jsonl", "curve.png", "checkpoints", "events"):
-        assert (workdir / name).exists(), name
-    pictures = sorted((workdir / "pictures").glob("*.png"))
-    assert [picture.name for picture in pictures] == [f"step_{s:07}.png" for s in (4, 8, 12)]
-    picture = np.asarray(Image.open(pictures[0]))
-    assert picture.ndim == 3 and picture.std() > 10
-    records = read_log(workdir)
-    steps = [record for record in records if "loss/total" in record]
-    assert [record["step"] for record in steps] == list(range(1, 13))
-    wanted = {"loss/stage1/mask", "loss/initial/dense", "lr/all", "grad_norm", "matched"}
-    assert wanted | {"images_per_second", "data_wait_share"} <= steps[0].keys()
-    scores = [record for record in records if "val/PQ" in record]
-    assert [record["step"] for record in scores] == [4, 8, 12]
-    assert steps[-1]["loss/total"] < steps[0]["loss/total"]
+        assert (run.workdir / name).exists(), name
+    pictures = sorted((run.workdir / "pictures").iterdir())
+    assert [picture.name for picture in pictures] == [f"step_{step:07}.png" for step in SCORED]
+    assert np.asarray(Image.open(pictures[0])).std() > 10
+    steps = [record for record in read_log(run.workdir) if "loss/total" in record]
+    assert [record["step"] for record in steps] == list(range(1, 1 + STEPS))
+    measure = "accuracy" if task == "semantic" else "matched"
+    wanted = {"loss/stage1/mask", "lr/head", "grad_norm", measure, "images_per_second"}
+    assert wanted | {"data_wait_share"} <= steps[0].keys()
+    assert min(record["loss/total"] for record in steps) < steps[0]["loss/total"]
+    assert run.step == STEPS and tuple(scored(run.workdir)) == SCORED
+    assert run.scores == pytest.approx(scored(run.workdir)[STEPS])
+    headline = TASKS[task].metric.HEADLINE[0]
+    assert {f"val/{headline}", f"val_ema/{headline}"} <= run.scores.keys()
+
+
+def stop_at(monkeypatch, step):
+    """Sends SIGTERM when a step is done."""
+    update = logs.Progress.update
+
+    def update_and_stop(self, done, values=None):
+        update(self, done, values)
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(logs.Progress, "update", update_and_stop)
+
+
+def stop_in_evaluation(monkeypatch):
+    """Sends SIGTERM before the first picture is scored."""
+    make_evaluator = loop.Evaluator
+
+    def make(*args, **kwargs):
+        made = make_evaluator(*args, **kwargs)
+        predictions = made.predictions
+
+        def predict_and_stop(variables):
+            for prediction in predictions(variables):
+                os.kill(os.getpid(), signal.SIGTERM)
+                yield prediction
+
+        made.predictions = predict_and_stop
+        return made
+
+    monkeypatch.setattr(loop, "Evaluator", make)
+
+
+def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path, monkeypatch):
+    """Stopped in step 2 and in the evaluation of step 3: the same in every bit."""
+    config, steps = config_of(whole.task, data_dir), []
+    for stop in (lambda patch: stop_at(patch, 2), stop_in_evaluation):
+        with monkeypatch.context() as patch, pytest.raises(Preempted, match="stopped at") as error:
+            stop(patch)
+            train(config, tmp_path)
+        steps.append(int(str(error.value).split("step ")[1].split(",")[0]))
+        assert error.value.signum == signal.SIGTERM
+    assert steps == [2, 3] and not scored(tmp_path)
+    run, printed = train_and_listen(config, tmp_path)
+    assert "resuming from step 3" in printed
+    assert run.scores == whole.run.scores
+    assert scored(tmp_path) == scored(whole.workdir)
+    assert arrays_of(tmp_path) == arrays_of(whole.workdir)
+    assert logged(tmp_path) == logged(whole.workdir)
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path):
-    """2 steps and an end, then Ctrl-C after some more, then the rest: the same in every bit."""
-    workdir = tmp_path / "parts"
-    status, _, err = run(*train_arguments(workdir, data_dir, "--config.train.steps=2"))
-    assert status == 0, err
-
-    arguments = train_arguments(workdir, data_dir, "--config.train.steps=12")
-    process = start("-c", INTERRUPTIBLE, *arguments)
-    deadline = time.monotonic() + 200
-    while read_log(workdir)[-1]["step"] < 3 and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    status, out, err = finish(process)
-    assert status == 130, err
-    assert "resuming from step 2" in out
-    assert err.splitlines()[-1].startswith("train.py: stopped at step ")
-    stopped = int(err.splitlines()[-1].split("step ")[1].split(",")[0])
-    assert 3 <= stopped < 12
-
-    status, out, err = run(*train_arguments(workdir, data_dir, "--config.train.steps=12"))
-    assert status == 0, err
-    assert f"resuming from step {stopped}" in out
-    assert arrays_of(workdir, 12) == arrays_of(whole[0], 12)
-    assert logged(workdir) == logged(whole[0])
-
-
-STOPPED_IN_EVALUATION = """
-import os, runpy, signal, sys
-from knet_jax.evaluation import Evaluator
-
-evaluate = Evaluator.predictions
-
-def predictions(self, variables):
-    for prediction in evaluate(self, variables):
-        os.kill(os.getpid(), signal.SIGTERM)
-        yield prediction
-
-Evaluator.predictions = predictions
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def scored(workdir):
-    """The evaluations that a run has logged."""
-    return {r["step"]: r["val/PQ"] for r in read_log(workdir) if "val/PQ" in r}
-
-
-@pytest.mark.slow
-def test_a_run_stopped_in_an_evaluation_makes_it_up(whole, data_dir, tmp_path):
-    workdir = tmp_path / "parts"
-    arguments = train_arguments(workdir, data_dir, "--config.train.steps=12")
-    says(run("-c", STOPPED_IN_EVALUATION, *arguments), "stopped at step 4", status=143)
-    assert scored(workdir) == {}
-    status, out, err = run(*arguments)
-    assert status == 0, err
-    assert "resuming from step 4" in out
-    assert scored(workdir) == scored(whole[0])
-    assert arrays_of(workdir, 12) == arrays_of(whole[0], 12)
-    assert logged(workdir) == logged(whole[0])
-
-
-@pytest.mark.slow
-def test_a_run_is_done_when_its_last_step_is_evaluated(whole, data_dir, tmp_path):
-    workdir = shutil.copytree(whole[0], tmp_path / "run")
-    scores, log = workdir / "checkpoints" / "12" / "scores.json", workdir / "log.jsonl"
-    scores.unlink()
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
-    arguments = train_arguments(workdir, data_dir, "--config.train.steps=12")
-    says(run("-c", STOPPED_IN_EVALUATION, *arguments), "stopped at step 12", status=143)
-    assert 12 not in scored(workdir) and not scores.exists()
-    done = f"done: PQ {scored(whole[0])[12]:.1f}"
-    for makes_up in (True, False):
-        status, out, err = run(*arguments)
-        assert status == 0, err
-        assert out.splitlines()[-1].startswith(done)
-        assert ("step 12: PQ" in err) == makes_up and "compiling" not in err
-        assert scored(workdir) == scored(whole[0]) and scores.exists()
-
-
-SCORED_OTHERWISE = """
-import runpy, sys
-from knet_jax.checkpoint import Checkpoints
-
-add_scores = Checkpoints.add_scores
-
-def add_other_scores(self, step, scores):
-    better = {"val/mIoU": 30.0 * (step == 1), "val_ema/mIoU": 30.0 * (step == 2)}
-    assert better.keys() <= scores.keys()
-    add_scores(self, step, scores | better)
-
-Checkpoints.add_scores = add_other_scores
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.slow
-def test_the_best_step_and_that_of_the_average_are_kept(data_dir, tmp_path):
-    """Of a semantic run, which is trained and evaluated from end to end."""
-    whole = ("--config.train.steps=4", "--config.train.eval_every=1", "--config.train.keep=1")
-    # Squares: a program or two less to compile.
-    small = ("--config.data.image_side=(64, 64)", "--config.data.crop=(64, 64)")
-    small += tuple(flag for flag in tiny_runs.OVERRIDES if "image_side" not in flag)
-    small += (*tiny_runs.OF_TASKS["semantic"], "--config.data.num_val=2")
-    status, out, err = run(
-        *("-c", SCORED_OTHERWISE, "train.py", "--config", "configs/shapes_semantic.py:tiny"),
-        *("--workdir", tmp_path, f"--config.data.data_dir={data_dir}", *small, *whole),
-        *("--config.train.ema_decay=0.5", "--config.data.num_workers=0"),
+def test_ctrl_c_ends_a_process_that_the_same_command_goes_on_with(data_dir, tmp_path):
+    """With the Hungarian assignment, and parameters as they are initialized."""
+    overrides = overrides_of("panoptic", data_dir, **{"train.steps": 30, "train.eval_every": 0})
+    flags = [f"--config.{key}={value}" for key, value in overrides.items()]
+    command = ["train.py", "--config", "shapes_panoptic:tiny", "--workdir", str(tmp_path), *flags]
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE, *command],
+        cwd=ROOT,
+        env=environment(1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert status == 0, err
-    assert "step 4: mIoU" in err and "done: mIoU 0.0" in out
-    checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
-    assert checkpoints.steps() == [1, 2, 4]
-    checkpoints.close()
-    metrics = evaluate(tmp_path, "--ema")
-    assert (metrics["step"], metrics["num_images"]) == (2, 2)
-    logged = next(r for r in read_log(tmp_path) if r["step"] == 2 and "val/mIoU" in r)
-    np.testing.assert_allclose(metrics["mIoU"], logged["val_ema/mIoU"], rtol=1e-6)
+    log = tmp_path / "log.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert "Ctrl-C again stops at once" in said
+    stopped = int(said.splitlines()[-1].removeprefix("train.py: stopped at step ").split(",")[0])
+    assert 1 <= stopped < 30
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"resuming from step {stopped}" in done.stdout
+    assert [record["step"] for record in logged(tmp_path)] == list(range(1, 31))
+
+
+def test_a_run_that_is_done_says_so_again(whole, data_dir, tmp_path, monkeypatch):
+    """When its last evaluation is made up. One that goes on with other parts is told of it."""
+    changes = []
+    monkeypatch.setattr(train_step, "explain_change", lambda model, *parts: changes.append(parts))
+    config = config_of(whole.task, data_dir, **{"train.microbatch": 2})
+    workdir = shutil.copytree(whole.workdir, tmp_path / "run")
+    (workdir / "checkpoints" / str(STEPS) / "scores.json").unlink()
+    log = workdir / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    for makes_up in (True, False):
+        run, printed = train_and_listen(config, workdir)
+        assert run.scores == whole.run.scores and "compiling" not in printed
+        assert (f"step {STEPS}: " in printed) == makes_up
+        assert scored(workdir) == scored(whole.workdir)
+        assert ("config.train.microbatch" in printed) == makes_up  # the config is saved anew
+    assert changes == 2 * [(Parts(1, 4), Parts(1, 2))]
+    assert arrays_of(workdir) == arrays_of(whole.workdir)
+
+
+def test_the_best_step_and_that_of_the_average_are_kept(data_dir, tmp_path, monkeypatch):
+    add_scores = Checkpoints.add_scores
+
+    def add_other_scores(self, step, scores):
+        better = {"val/mIoU": 30.0 * (step == 1), "val_ema/mIoU": 30.0 * (step == 2)}
+        assert better.keys() <= scores.keys()
+        add_scores(self, step, scores | better)
+
+    monkeypatch.setattr(Checkpoints, "add_scores", add_other_scores)
+    changes = {"train.steps": 4, "train.eval_every": 1, "train.keep": 1}
+    run = train(config_of("semantic", data_dir, **changes), tmp_path)
+    assert run.step == 4 and run.scores["val/mIoU"] == 0
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 4]
+    metrics = evaluate(tmp_path, ema=True)
+    assert (metrics["step"], metrics["num_images"]) == (2, 4)
+    np.testing.assert_allclose(metrics["mIoU"], scored(tmp_path)[2]["val_ema/mIoU"], rtol=1e-6)
     assert evaluate(tmp_path)["step"] == 1
 
 
-@pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_the_run(data_dir, tmp_path):
-    arguments = (
-        "--config.optim.lr=1e30",
-        "--config.train.checkpoint_every=1",
-        "--config.train.steps=6",
-    )
-    status, _, err = run(*train_arguments(tmp_path / "run", data_dir, *arguments))
-    line = err.splitlines()[-1]
-    assert status == 2, err
-    assert "Traceback" not in err
-    assert "loss/total" in line and "is not finite" in line and "images: " in line
-    step = int(line.split("step ")[1].split(":")[0])
-    images = line.split("images: ")[1].split(";")[0].split(", ")
-    assert len(images) == 4
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
-    steps = checkpoints.steps()
-    checkpoints.close()
-    assert all(saved < step for saved in steps)
-    assert f"last checkpoint: {steps[-1] if steps else 'none'}" in line
+def test_a_loss_that_is_no_number_stops_the_run(data_dir, tmp_path, monkeypatch):
+    make_train_step = train_step.make_train_step
+
+    def make_diverging(*args, **kwargs):
+        take_step = make_train_step(*args, **kwargs)
+
+        def step(state, parts):
+            state, metrics = take_step(state, parts)
+            return state, metrics | {
+                "loss/total": np.float32(np.nan)
+            } if state.step == 4 else metrics
+
+        return step
+
+    monkeypatch.setattr(train_step, "make_train_step", make_diverging)
+    with pytest.raises(UserError) as error:
+        train(config_of("panoptic", data_dir), tmp_path)
+    line = str(error.value)
+    assert line.startswith("step 4: loss/total is not finite; images: train_")
+    assert len(line.split("images: ")[1].split(";")[0].split(", ")) == 4
+    assert "last checkpoint: 3" in line
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps()[-1] == 3
 
 
 # Evaluation.
 
 
-def test_evaluation_needs_the_workdir_alone(whole, tmp_path):
-    workdir, _ = whole
-    status, out, err = run(
-        "eval.py", "--workdir", workdir, "--output", tmp_path, "--limit", 5, "--results"
+def test_evaluation_gives_the_numbers_of_the_training_run(whole, tmp_path):
+    for ema, prefix in ((False, "val"), (True, "val_ema")):
+        metrics = evaluate(whole.workdir, checkpoint="latest", ema=ema, output=tmp_path)
+        assert (metrics["step"], metrics["ema"], metrics["num_images"]) == (STEPS, ema, 4)
+        assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+        scores = {k: v for k, v in whole.run.scores.items() if k.startswith(f"{prefix}/")}
+        assert {f"{prefix}/{k.partition('/')[2]}" for k in scores} == scores.keys()
+        for name, value in scores.items():
+            np.testing.assert_allclose(metrics[name.partition("/")[2]], value, rtol=1e-6)
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+    assert not (whole.workdir / "metrics.json").exists()
+
+
+def sizes_of_results(task, output):
+    """Height and width of every picture, by its id, as the file of results has them."""
+    content = json.loads((output / f"{task}.json").read_text())
+    if task == "instance":
+        return {one["image_id"]: tuple(one["segmentation"]["size"]) for one in content}
+    if task == "panoptic":
+        files = {one["image_id"]: one["file_name"] for one in content["annotations"]}
+    else:
+        files = {one["id"]: one["png"] for one in content["images"]}
+    return {id: Image.open(output / task / name).size[::-1] for id, name in files.items()}
+
+
+def test_results_rounds_and_boundaries(whole, tmp_path, monkeypatch, capsys):
+    """What is first seen of a picture is taken for its truth: the last round is right, others not."""
+    task = whole.task
+    metric, truths = TASKS[task].metric, {}
+    count = metric.count
+
+    def count_anew(truth, result, num_classes, image_id, *overlap):
+        truth = truths.setdefault(image_id, result)
+        return count(truth, result, num_classes, image_id, *overlap)
+
+    monkeypatch.setattr(metric, "count", count_anew)
+    boundary = task == "instance"
+    metrics = evaluate(
+        whole.workdir, output=tmp_path, limit=3, results=True, rounds=True, boundary=boundary
     )
-    assert status == 0, err
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    groups = {
-        f"{name}{suffix}" for name in ("PQ", "SQ", "RQ") for suffix in ("", "_things", "_stuff")
-    }
-    assert groups <= metrics.keys()
-    assert all(0 <= metrics[name] <= 100 for name in groups)
-    assert metrics["num_images"] == 5 and len(metrics["per_class"]) == 9
-    assert metrics["step"] in (4, 8, 10, 12)
-    assert "Things" in out and "PQ" in out
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
-    results = json.loads((tmp_path / "panoptic.json").read_text())
-    assert len(results["annotations"]) == 5
-    assert len(list((tmp_path / "panoptic").glob("*.png"))) == 5
+    assert (metrics["num_images"], metrics["num_broken"]) == (3, 0)
+    first, last = metrics["rounds"]
+    assert (first.pop("updates"), last.pop("updates")) == (0, 1)
+    assert first.keys() == last.keys() and last == {key: metrics[key] for key in last}
+    headline = metric.HEADLINE[0]
+    assert first[headline] < last[headline]
+    assert sizes_of_results(task, tmp_path) == dict.fromkeys(truths, (64, 64)) and len(truths) == 3
+    said = capsys.readouterr().out
+    assert "updates" in said and ("Boundaries" in said) == boundary
+    if boundary:
+        assert metrics["boundary"].keys() == {name for name in metrics if name.startswith("A")}
+        assert metrics["boundary"]["AP"] <= metrics["AP"]
 
 
-@pytest.mark.parametrize(
-    "name, more", [("val", ()), ("val_ema", ("--ema", "--checkpoint", "latest"))]
-)
-def test_evaluation_gives_the_numbers_of_the_training_run(whole, tmp_path, name, more):
-    """Of its best step, which has some score, and of the average at its last."""
-    workdir, _ = whole
-    status, _, err = run("eval.py", "--workdir", workdir, "--output", tmp_path, *more)
-    assert status == 0, err
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    logged = {record["step"]: record for record in read_log(workdir) if "val/PQ" in record}
-    best = max(logged, key=lambda step: (logged[step]["val/PQ"], step))
-    assert logged[best]["val/PQ"] > 0 and logged[best]["val/SQ"] != logged[best]["val_ema/SQ"]
-    assert metrics["step"] == (12 if "latest" in more else best) and metrics["num_images"] == 8
-    for key in ("PQ", "SQ_stuff", "RQ_things"):
-        np.testing.assert_allclose(
-            metrics[key], logged[metrics["step"]][f"{name}/{key}"], rtol=1e-6
-        )
+def test_broken_pictures_are_not_counted(whole, tmp_path, monkeypatch, capsys):
+    load = batches._load
+
+    def load_all_but_one(split, record):
+        if record.file_name == "val_000001.png":
+            raise UserError("cannot be decoded")
+        return load(split, record)
+
+    monkeypatch.setattr(batches, "_load", load_all_but_one)
+    overrides = ["--config.data.max_broken_share=0.01"]
+    metrics = evaluate(whole.workdir, limit=3, output=tmp_path, overrides=overrides)
+    assert (metrics["num_images"], metrics["num_broken"]) == (2, 1)
+    assert "WARNING: 1 of 3 images are broken and left out" in capsys.readouterr().out
 
 
 class Found(Exception):
     """The variables that are evaluated."""
 
 
-@pytest.mark.parametrize("flags_, params", [((), 1), (("--ema",), 2)], ids=["run", "average"])
-def test_the_average_is_evaluated_with_the_statistics_of_the_run(
-    data_dir, tmp_path, monkeypatch, flags_, params
-):
+def test_the_average_is_evaluated_with_the_statistics_of_the_run(data_dir, tmp_path, monkeypatch):
     """All parameters are 1 in the checkpoint, their average is 2, and the statistics are 3."""
-    overrides = ("--config.train.ema_decay=0.9", "--config.model.backbone.norm=batch")
-    config = load_config(f"{ROOT / CONFIG}", [f"--config.data.data_dir={data_dir}", *overrides])
+    config = config_of("panoptic", data_dir)
     save_config(config, tmp_path)
     split = pipeline.load_split(config.data, config.data.val_split, config.task)
     shapes = jax.eval_shape(lambda: init_variables(make_model(**config.model), 0))
     filled = lambda part, value: jax.tree.map(lambda x: np.full(x.shape, value, x.dtype), part)
-    state = TrainState(
-        np.int32(1),
-        filled(shapes["params"], 1),
-        filled(shapes["batch_stats"], 3),
-        (),
-        filled(shapes["params"], 2),
-    )
+    params, statistics = shapes["params"], shapes["batch_stats"]
+    state = TrainState(np.int32(1), filled(params, 1), filled(statistics, 3), (), filled(params, 2))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, state, {"categories": split.categories._asdict()})
 
-    def evaluate(self, variables, visit=None):
-        raise Found(variables)
+    class Finder:
+        def __init__(self, *args):
+            pass
 
-    with program("eval") as eval_, pytest.raises(Found) as found:
-        monkeypatch.setattr(eval_.Evaluator, "evaluate", evaluate)
-        commandline.run(eval_.main, ["eval.py", "--workdir", str(tmp_path), *flags_])
-    [variables] = found.value.args
-    values = {"params": params, "batch_stats": 3}
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        variables,
-        {part: filled(shapes[part], value) for part, value in values.items()},
-    )
+        def evaluate(self, variables, visit):
+            raise Found(variables)
 
-
-def evaluate(workdir, *arguments):
-    """Evaluates a run in this process. Returns its metrics."""
-    with program("eval") as eval_:
-        commandline.run(eval_.main, ["eval.py", "--workdir", str(workdir), *map(str, arguments)])
-    return json.loads((workdir / "metrics.json").read_text())
+    monkeypatch.setattr(evaluation, "Evaluator", Finder)
+    for ema, value in ((False, 1), (True, 2)):
+        with pytest.raises(Found) as found:
+            evaluate(tmp_path, ema=ema)
+        wanted = {"params": filled(params, value), "batch_stats": filled(statistics, 3)}
+        jax.tree.map(np.testing.assert_array_equal, found.value.args[0], wanted)
 
 
-def read_panoptic_results(path, truth):
-    return {id: m.ids.shape for id, m in read_file(PanopticFile, path, truth) if m.segments}
+# Mistakes of the user: one line that names what is wrong.
 
 
-def read_instance_results(path, truth):
-    results = read_file(InstanceFile, path, truth)
-    assert all(len(instances) == 20 for _, instances in results)
-    return {id: rle.decode(instances[0].rle).shape for id, instances in results}
-
-
-def read_file(kind, path, truth):
-    """What the own reader of a kind of COCO's result files finds in one: pictures by their id."""
-    place = path.with_name("truth.json")
-    place.write_text(json.dumps(truth))
-    file = kind(path, kind(place))
-    return [(id, file[id]) for id in file]
-
-
-def read_semantic_results(path, truth):
-    results, shapes = json.loads(path.read_text()), {}
-    names = {image["id"]: image["file_name"] for image in truth["images"]}
-    for image in results["images"]:
-        labels = np.asarray(Image.open(path.with_suffix("") / image["png"]))
-        assert image["file_name"] == names[image["id"]]
-        assert set(np.unique(labels)) <= {category["id"] for category in truth["categories"]}
-        shapes[image["id"]] = labels.shape
-    return shapes
-
-
-READERS = {
-    "panoptic": read_panoptic_results,
-    "instance": read_instance_results,
-    "semantic": read_semantic_results,
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", READERS)
-def test_results_and_rounds_of_every_task(data_dir, tmp_path, monkeypatch, task):
-    """The truth of a picture is what is first seen in it, after the last update."""
-    metric, truths = TASKS[task].metric, {}
-    count = metric.count
-
-    def count_anew(truth, result, num_classes, image_id):
-        return count(truths.setdefault(image_id, result), result, num_classes, image_id)
-
-    monkeypatch.setattr(metric, "count", count_anew)
-    workdir = tiny_runs.write(
-        tmp_path / "run",
-        task,
-        f"--config.data.data_dir={data_dir}",
-        "--config.data.num_workers=0",
-        "--config.eval.batch_size=2",
-    )
-    metrics = evaluate(workdir, "--results", "--rounds", "--limit", 2)
-    assert (metrics["num_images"], metrics["num_broken"]) == (2, 0)
-    first, last = metrics["rounds"]
-    assert (first.pop("updates"), last.pop("updates")) == (0, 1)
-    assert first.keys() == last.keys() == {key for key in metrics if key in last}
-    assert last == {key: metrics[key] for key in last}
-    headline = metric.HEADLINE[0]
-    assert first[headline] < last[headline] > 80  # an empty mask is not even like itself
-    config = load_saved_config(workdir)
-    split = pipeline.load_split(config.data, config.data.val_split, task)
-    sizes = {split.image_id(i): tuple(split.sizes[i].tolist()) for i in range(2)}
-    names, ids, num_things = split.categories
-    truth = {
-        "images": [
-            {"id": split.image_id(i), "file_name": split.file_name(i), "height": h, "width": w}
-            for i, (h, w) in enumerate(sizes.values())
-        ],
-        "categories": [
-            {"id": id, "name": name, "isthing": int(k < num_things)}
-            for k, (id, name) in enumerate(zip(ids, names))
-        ],
-        "annotations": [],
-    }
-    assert READERS[task](workdir / f"{task}.json", truth) == sizes
-
-
-def test_broken_pictures_are_not_counted(data_dir, tmp_path, monkeypatch, capsys):
-    load = batches._load
-
-    def load_all_but_one(split, record):
-        if record.file_name == "val_000001.png":
-            raise ValueError("cannot be decoded")
-        return load(split, record)
-
-    monkeypatch.setattr(batches, "_load", load_all_but_one)
-    workdir = tiny_runs.write(
-        tmp_path / "run",
-        "semantic",
-        f"--config.data.data_dir={data_dir}",
-        "--config.data.num_workers=0",
-        "--config.data.max_broken_share=0.01",
-        "--config.eval.batch_size=2",
-    )
-    metrics = evaluate(workdir, "--limit", 3)
-    assert (metrics["num_images"], metrics["num_broken"]) == (2, 1)
-    assert "WARNING: 1 of 3 images are broken and left out" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_instances_are_also_judged_by_their_boundaries(data_dir, tmp_path):
-    """And a run whose statistics depend on the parts of a batch says so when these change."""
-    arguments = train_arguments(
-        *(tmp_path, data_dir, "--config.train.steps=1", "--config.model.backbone.norm=batch"),
-        config="configs/shapes_instance.py:tiny",
-    )
-    status, out, err = run(*arguments)
-    assert status == 0 and "WARNING" not in out, err
-    status, out, err = run(*arguments, "--config.train.microbatch=2")
-    assert status == 0, err
-    assert "WARNING: 1 devices of 4 images at a time have become 1 of 2: batch statistics" in out
-
-    status, out, err = run("eval.py", "--workdir", tmp_path, "--boundary", "--limit", 3)
-    assert status == 0, err
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["boundary"].keys() == {name for name in metrics if name.startswith("A")}
-    assert metrics["boundary"]["AP"] <= metrics["AP"]
-    assert "Boundaries" in out
-
-
-# Mistakes of the user: one line, and a status that is not 0.
-
-
-def says(outcome, *words, status=2):
-    actual, _, err = outcome
-    assert "Traceback" not in err, err
-    line = err.splitlines()[-1]
-    assert actual == status, err
+def says(words, function, *args, **kwargs):
+    with pytest.raises(UserError) as error:
+        function(*args, **kwargs)
+    line = str(error.value)
+    assert "\n" not in line
     for word in words:
         assert word in line, line
 
 
-def coco(root, tmp_path, *more):
-    where = ("--workdir", tmp_path / "run", f"--config.data.data_dir={tmp_path / 'prepared'}")
-    arguments = ("--config", "configs/coco_panoptic.py:tiny", f"--config.data.root={root}")
-    return run("train.py", *arguments, *where, *more)
-
-
-def test_no_dataset_at_the_root(tmp_path):
-    says(coco(tmp_path / "nothing", tmp_path), "config.data.root", str(tmp_path / "nothing"))
-
-
-def test_a_broken_annotation_file(tmp_path):
-    root = tiny_coco.write(tmp_path / "coco")
-    path = root / "annotations" / "panoptic_train2017.json"
+def test_what_training_cannot_use_is_named(data_dir, tmp_path):
+    coco, damaged = (tiny_coco.write(tmp_path / name) for name in ("coco", "damaged"))
+    path = damaged / "annotations" / "panoptic_train2017.json"
     path.write_text(path.read_text()[:-50])
-    says(coco(root, tmp_path), path.name)
+    for root, words in (
+        (tmp_path / "nothing", ("config.data.root", str(tmp_path / "nothing"))),
+        (damaged, (path.name,)),
+        (coco, ("config.model.num_things is 80", "--config.model.num_things=2")),
+    ):
+        values = {"data.root": str(root), "data.data_dir": str(tmp_path / "prepared")}
+        config = load_config("coco_panoptic:tiny", values)
+        says(words, train, config, tmp_path / "run")
 
-
-def test_data_of_other_classes(tmp_path):
-    root = tiny_coco.write(tmp_path / "coco")
-    says(coco(root, tmp_path), "config.model.num_things is 80", "--config.model.num_things=2")
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--config", f"{CONFIG},huge"], ["huge", "tiny"]),
-        (["--config", CONFIG, "--config.optim.learning_rate=1"], ["config.optim.learning_rate"]),
-        ([], ["--config is missing"]),
-    ],
-)
-def test_what_does_not_exist_is_named(arguments, words, tmp_path):
-    says(run("train.py", *arguments, "--workdir", tmp_path), *words)
-
-
-def test_a_batch_that_the_devices_do_not_divide(tmp_path, data_dir):
-    arguments = train_arguments(tmp_path, data_dir, "--config.train.batch_size=5")
-    says(run(*arguments, num_devices=2), "config.train.batch_size is 5", "2 devices")
-
-
-def test_a_workdir_that_cannot_be_written(tmp_path, data_dir):
     (tmp_path / "file").touch()
-    says(run(*train_arguments(tmp_path / "file" / "run", data_dir)), str(tmp_path / "file" / "run"))
+    says(["file/run"], train, config_of("panoptic", data_dir), tmp_path / "file" / "run")
+
+    np.savez(tmp_path / "weights.npz", **{"bn1.weight": np.ones(8, np.float32)})
+    config = config_of("panoptic", data_dir, init_weights=str(tmp_path / "weights.npz"))
+    says(["config.init_weights", "no tensor"], train, config, tmp_path / "new")
+
+    config = config_of("panoptic", data_dir, **{"train.microbatch": 3})
+    says(["config.train.microbatch"], train, config, tmp_path / "new")
 
 
-def test_weights_that_lack_a_tensor(tmp_path, data_dir):
-    path = tmp_path / "weights.npz"
-    np.savez(path, **{"bn1.weight": np.ones(8, np.float32)})
-    arguments = train_arguments(tmp_path / "run", data_dir, f"--config.init_weights={path}")
-    says(run(*arguments), "config.init_weights", str(path), "no tensor")
-
-
-def test_a_run_of_another_class_count_is_not_resumed(whole, data_dir):
-    arguments = train_arguments(whole[0], data_dir, "--config.model.num_things=7")
-    says(run(*arguments), "config.model.num_things was 5, now 7")
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--config.model.num_things=7"], ["config.model.num_things is 5 in it, 7 here"]),
-        (["--config.model.channels=32"], ["config.model.channels is 16 in it, 32 here"]),
-        (["--checkpoint", "3"], ["no checkpoint of step 3"]),
-        (["--boundary"], ["--boundary: config.task is 'panoptic'", "instance"]),
-        (["--checkpoint", "good"], ["checkpoint=good", "latest"]),
-    ],
-)
-def test_an_evaluation_that_does_not_fit_the_run(whole, arguments, words, tmp_path):
-    says(run("eval.py", "--workdir", whole[0], "--output", tmp_path, *arguments), *words)
-
-
-def test_an_evaluation_of_nothing(tmp_path):
-    says(run("eval.py", "--workdir", tmp_path), str(tmp_path), "no run")
-    says(run("eval.py"), "--workdir is missing")
+def test_what_does_not_fit_a_run_is_named(whole, data_dir, tmp_path):
+    if whole.task != "panoptic":
+        return
+    config = config_of("panoptic", data_dir, **{"model.num_things": 7})
+    says(["config.model.num_things was 5, now 7"], train, config, whole.workdir)
+    for given, words in (
+        ({"overrides": ["--config.model.num_things=7"]}, ("num_things is 5 in it, 7 here",)),
+        ({"overrides": ["--config.model.channels=32"]}, ("channels is 8 in it, 32 here",)),
+        ({"checkpoint": 5}, ("no checkpoint of step 5",)),
+        ({"checkpoint": "good"}, ("checkpoint=good", "latest")),
+        ({"boundary": True}, ("--boundary: config.task is 'panoptic'", "instance")),
+        ({"output": whole.workdir / "config.json"}, ("config.json is a file",)),
+    ):
+        says(words, evaluate, whole.workdir, **{"output": tmp_path} | given)
+    says([str(tmp_path), "no run"], evaluate, tmp_path)

@@ -1,103 +1,116 @@
-"""What the entry points share: flags, `--help`, and a user's mistake told in one clear line."""
+"""What the commands share: flags, `--help`, and a user's mistake told in one clear line."""
 
 from __future__ import annotations
 
+import argparse
 import errno
-import math
 import re
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
-
-from absl import flags
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from knet_jax.config import schema
 from knet_jax.config.files import list_configs, load_config, read_file
-from knet_jax.system.errors import UserError, one_line
-from knet_jax.system.library_logs import hide_closed_loops
+from knet_jax.system.errors import UserError, one_line, suggest
 from knet_jax.system.signals import Preempted
 
-# What a user can do something about; other system errors are bugs.
-DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOTEMPTY,
-    errno.EBUSY,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EFBIG,
-    errno.EIO,
+DISK_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR"),
+        *("EEXIST", "ENOTEMPTY", "EBUSY", "ENAMETOOLONG", "ELOOP", "EFBIG", "EIO"),
+    )
 )
+"""What a user can do something about; other errors of the system are bugs."""
 
 
-class CommandLine(NamedTuple):
-    """What is left of the command line once the absl flags have their values."""
+class Parser(argparse.ArgumentParser):
+    """The flags of a command, whose values are attributes of the `argparse.Namespace` that it reads.
 
-    overrides: list[str]
-    """The `--config.x.y=value` arguments."""
-    paths: list[str]
-    """Arguments that are no flags."""
-
-
-def run(
-    main: Callable[[CommandLine], None],
-    argv: Sequence[str] | None = None,
-    *,
-    takes_paths: bool = False,
-) -> None:
-    """Parses the absl flags, runs `main`, and exits with a status.
-
-    Mistakes of the user end in one line on stderr and status 2, an unusable disk in status 1,
-    Ctrl-C in 130 and SIGTERM in 143. Other exceptions are bugs and keep their traceback.
+    Args:
+        program: how the command was called, which begins its messages.
+        description: the text above the flags in `--help`.
     """
-    argv = list(sys.argv if argv is None else argv)
-    program = Path(argv[0]).name
-    hide_closed_loops()
-    try:
-        overrides, rest = _split_overrides(argv[1:])
-        questions = [argument for argument in rest if argument in ("--help", "-help", "-h")]
-        rest = [argument for argument in rest if argument not in questions]
+
+    def __init__(self, program: str, description: str):
+        super().__init__(
+            prog=program,
+            description=description,
+            add_help=False,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.reads_config = True
+        """Whether `--config.x.y=value` arguments are taken, as the list `overrides`."""
+        self.add_argument("-h", "--help", action="store_true", help="show this text")
+
+    def flag(self, name: str, help: str, default: Any = None, **how: Any) -> None:
+        """Adds a flag with a value, `how` as of `argparse.ArgumentParser.add_argument`."""
+        self.add_argument(f"--{name}", help=help, default=default, **how)
+
+    def switch(self, name: str, help: str) -> None:
+        """Adds a flag that is off unless given: `--name`, `--noname`, `--name=true|false`."""
+        self.add_argument(f"--{name}", action="store_true", help=help)
+        self.add_argument(f"--no{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+
+    def config_flag(self) -> None:
+        """Adds `--config`."""
+        self.flag("config", "a config's name or file, and variants: coco_panoptic:r101,ms3x")
+
+    def checkpoint_flags(self) -> None:
+        """Adds `--checkpoint` and `--ema`, which say what of a run is taken."""
+        self.flag("checkpoint", "best, latest, or the number of a step", "best")
+        self.switch("ema", "take the moving average of the parameters")
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Reads a command line.
+
+        Raises:
+            UserError: an unknown flag, or a value that is not accepted.
+        """
+        overrides, rest = split_overrides(arguments) if self.reads_config else ([], arguments)
+        rest = [
+            re.sub("^--(.*)=true$", r"--\1", argument, flags=re.IGNORECASE) for argument in rest
+        ]
+        rest = [
+            re.sub("^--(.*)=false$", r"--no\1", argument, flags=re.IGNORECASE) for argument in rest
+        ]
+        args, unknown = self.parse_known_intermixed_args(rest)
+        for argument in unknown:
+            if argument.startswith("-"):
+                name = argument.lstrip("-").partition("=")[0]
+                raise UserError(f"there is no flag --{name}; {suggest(name, vars(args))}")
+            raise UserError(f"{argument!r} belongs to no flag (--help lists the flags)")
+        args.overrides = overrides
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what argparse finds wrong as a UserError."""
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(
+    kind: type, least: float = -float("inf"), most: float = float("inf")
+) -> Callable[[str], Any]:
+    """A type of flags: an `int` or a `float` within bounds, and never nan."""
+
+    def read(text: str) -> Any:
         try:
-            paths = flags.FLAGS([argv[0], *rest])[1:]
-        except flags.Error as error:
-            raise UserError(f"{one_line(error)} (--help lists the flags)") from error
-        for name, value in flags.FLAGS.flag_values_dict().items():
-            # The bounds of a flag let nan through.
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{name} is {value}; accepted: a number (--help lists the flags)")
-        if questions:
-            print(usage())
-            return
-        if paths and not takes_paths:
-            raise UserError(f"{paths[0]!r} belongs to no flag (--help lists the flags)")
-        main(CommandLine(overrides, paths))
-    except KeyboardInterrupt:
-        _exit(program, "interrupted", 130)
-    except Preempted as error:
-        _exit(program, one_line(error), 128 + error.signum)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        where = "" if error.filename is None else f": {error.filename}"
-        _exit(program, f"{error.strerror}{where}", 1)
-    except UserError as error:
-        _exit(program, one_line(error), 2)
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"{text} is not accepted; accepted: {what} from {least:g} to {most:g}"
+            )
+        return value
+
+    return read
 
 
-def _exit(program: str, message: str, status: int) -> None:
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separates `--config.x=1`, `--config.x 1` and `--noconfig.x` from everything else."""
     overrides, rest = [], []
     arguments = list(arguments)
@@ -113,23 +126,39 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, rest
 
 
-def usage() -> str:
-    """The text of `--help`: the script, its flags, and the configs or the keys of the one given.
+@contextmanager
+def exit_statuses(program: str) -> Iterator[None]:
+    """Turns errors into a line on stderr and a status of the process.
+
+    Mistakes of the user end in status 2, an unusable disk in 1, Ctrl-C in 130 and SIGTERM in 143.
+    Other exceptions are bugs and keep their traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except Preempted as error:
+        message, status = one_line(error), 128 + error.signum
+    except UserError as error:
+        message, status = one_line(error), 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = "" if error.filename is None else f": {error.filename}"
+        message, status = f"{error.strerror}{where}", 1
+    else:
+        return
+    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def config_help(spec: str | None) -> str:
+    """The keys of a config with their values, or the configs that there are, for `--help`.
 
     Raises:
-      UserError: there is no config as the command line names.
+        UserError: there is no such config.
     """
-    script = sys.modules["__main__"]
-    parts = [(script.__doc__ or "").strip()]
-    parts.append(flags.FLAGS.module_help(script).strip().replace("__main__:", "Flags:"))
-    if "config" in flags.FLAGS:
-        parts.append(_config_help())
-    return "\n\n".join(part for part in parts if part)
-
-
-def _config_help() -> str:
-    if flags.FLAGS["config"].present:
-        spec = flags.FLAGS.config
+    if spec:
         keys = schema.describe(schema.flatten(load_config(spec)))
         return f"Keys of {spec}, their values, what they mean and what is accepted:\n{keys}"
     lines = ["Configs, with variants that can be combined (--config=coco_panoptic:r101,ms3x):"]

@@ -1,7 +1,7 @@
 """A page in the browser: drop a picture, see its segments, hover their names, save them.
 
-python -m knet_jax.demo --model runs/demo
-python -m knet_jax.demo --model runs/demo --port 8000 --max_megapixels 12
+knet demo --model runs/demo
+knet demo --model runs/demo --port 8000 --max_megapixels 12
 
 Needs `pip install -e '.[demo]'`. The page is for this machine alone, at http://127.0.0.1:7860, unless
 --host says otherwise; with --host 0.0.0.0 everyone who reaches the machine may use it. Neither the
@@ -15,13 +15,12 @@ import logging
 import os
 import socket
 import tempfile
+from argparse import Namespace
 from pathlib import Path
-
-from absl import flags
 
 from knet_jax.app.page.page import make_app
 from knet_jax.app.segmenter import load
-from knet_jax.cli.commandline import CommandLine, run
+from knet_jax.cli.commandline import Parser, number
 from knet_jax.system.errors import UserError
 
 
@@ -43,12 +42,27 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def main(command: CommandLine) -> None:
-    """See the top of the file."""
-    values = flags.FLAGS
-    if values.model is None:
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of the command."""
+    parser.flag("model", "folder of a run, or file or folder of a conversion")
+    parser.checkpoint_flags()
+    parser.flag("host", "address to listen at; 0.0.0.0 is all of this machine", "127.0.0.1")
+    parser.flag(
+        "port", "port to listen at; 0 is any that is free", 7860, type=number(int, 0, 65535)
+    )
+    parser.flag(
+        "max_megapixels", "of a picture; larger ones are refused", 50, type=number(float, 0.01, 178)
+    )
+    parser.flag(
+        "max_upload_mb", "MB of a file; larger ones are refused", 50, type=number(int, 1, 4096)
+    )
+
+
+def main(args: Namespace) -> None:
+    """Runs the command."""
+    if args.model is None:
         raise UserError(
-            "--model is missing: the folder of a run of train.py, or file or folder of a conversion"
+            "--model is missing: the folder of a run, or file or folder of a conversion"
         )
     with tempfile.TemporaryDirectory(prefix="knet_jax_demo_") as folder:
         os.environ |= {
@@ -61,12 +75,10 @@ def main(command: CommandLine) -> None:
             import uvicorn
         except ImportError as error:
             raise UserError("the page needs gradio: pip install -e '.[demo]'") from error
-        with listen(values.host, values.port) as listener:
-            segmenter = load(
-                values.model, values.checkpoint, values.ema, overrides=command.overrides
-            )
-            name = Path(values.model).resolve().name
-            app = make_app(segmenter, name, values.max_megapixels, values.max_upload_mb)
+        with listen(args.host, args.port) as listener:
+            segmenter = load(args.model, args.checkpoint, args.ema, overrides=args.overrides)
+            name = Path(args.model).resolve().name
+            app = make_app(segmenter, name, args.max_megapixels, args.max_upload_mb)
             print(f"{name} ({segmenter.task}, step {segmenter.step}): {address(listener)}")
             print("Ctrl-C ends it", flush=True)
             server = uvicorn.Server(
@@ -75,16 +87,3 @@ def main(command: CommandLine) -> None:
             # Connections that are cut off at the end are no errors.
             logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
             server.run(sockets=[listener])
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string(
-        "model", None, "folder of a run of train.py, or file or folder of a conversion"
-    )
-    flags.DEFINE_string("checkpoint", "best", "best, latest, or the number of a step")
-    flags.DEFINE_boolean("ema", False, "the moving average of the parameters")
-    flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine")
-    flags.DEFINE_integer("port", 7860, "port to listen at; 0 is any that is free", 0, 65535)
-    flags.DEFINE_float("max_megapixels", 50, "of a picture; larger ones are refused", 0.01, 178)
-    flags.DEFINE_integer("max_upload_mb", 50, "MB of a file; larger ones are refused", 1, 4096)
-    run(main)

@@ -1,22 +1,9 @@
-"""Turns maps of classes and of instances into COCO's layout, panoptic and instance.
-
-python -m knet_jax.data.from_masks --images photos/train --class_maps classes/train \
-    --instance_maps instances/train --names classes.txt --things cell,fiber --root DATA --split train
-
-A map is a PNG of one index a pixel, named like its picture (and in the same subfolder). Line i of
---names, counted from 0, names the class whose pixels hold i. In a map of instances each thing has a
-number of its own; things with the number 0 are a crowd. Without --instance_maps every connected
-region of a thing class is one thing.
-
-Writes ROOT/annotations/panoptic_SPLIT.json with its PNG files, and ROOT/annotations/instances_SPLIT.json;
-pictures go to ROOT/SPLIT, as links where the disk allows.
-
-Exit status: 0, or 3 where pictures were left out; they are named.
-"""
+"""Turns maps of classes and of instances into COCO's layout, panoptic and instance."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import tqdm
-from absl import flags
 
-from knet_jax.cli.commandline import CommandLine, run
 from knet_jax.data.sources import examine, folder, index_maps
 from knet_jax.segmentation import class_lists, image_files, rle
 from knet_jax.segmentation.coco_files import PanopticResults
@@ -236,43 +221,6 @@ def link(picture: Path, place: Path) -> None:
         shutil.copyfile(picture, place)
 
 
-# The command.
-
-IMAGES = flags.DEFINE_string("images", None, "folder of pictures")
-CLASS_MAPS = flags.DEFINE_string("class_maps", None, "folder of PNG files: the class of each pixel")
-INSTANCE_MAPS = flags.DEFINE_string(
-    "instance_maps", None, "folder of PNG files: the thing of each pixel; default: regions"
-)
-NAMES = flags.DEFINE_string("names", None, "text file with the name of a class on every line")
-THINGS = flags.DEFINE_list("things", None, "the classes whose things are told apart: NAME,NAME")
-VOID = flags.DEFINE_integer("void", 255, "the index of pixels of unknown class")
-ROOT = flags.DEFINE_string("root", None, "the dataset to write, config.data.root of the training")
-SPLIT = flags.DEFINE_string("split", None, "what it is: train, val")
-
-
-def main(command: CommandLine) -> None:
-    """Writes the dataset that the flags describe."""
-    if command.overrides:
-        raise UserError(f"{command.overrides[0]!r}: no config is read here")
-    required = (IMAGES, CLASS_MAPS, NAMES, THINGS, ROOT, SPLIT)
-    missing = [f"--{flag.name}" for flag in required if not flag.value]
-    if missing:
-        raise UserError(f"{', '.join(missing)} missing (--help shows an example)")
-    problems = write_panoptic_dataset(
-        images=Path(IMAGES.value),
-        class_maps=Path(CLASS_MAPS.value),
-        names=Path(NAMES.value),
-        things=[name.strip() for name in THINGS.value],
-        root=Path(ROOT.value),
-        split=SPLIT.value,
-        instance_maps=Path(INSTANCE_MAPS.value) if INSTANCE_MAPS.value else None,
-        void=VOID.value,
-    )
-    for problem in problems:
-        print(problem)
-    if problems:
-        sys.exit(3)
-
-
-if __name__ == "__main__":
-    run(main)
+if __name__ == "__main__":  # `python -m knet_jax.data.from_masks`, the same as `knet from-masks`
+    sys.argv.insert(1, "from-masks")
+    runpy.run_module("knet_jax.cli.main", run_name="__main__")

@@ -1,6 +1,8 @@
-"""`python -m knet_jax.data.shapes`."""
+"""`python -m knet_jax.data.shapes`, the same as `knet shapes`."""
 
 import runpy
+import sys
 
 if __name__ == "__main__":
-    runpy.run_module("knet_jax.data.sources.shapes", run_name="__main__", alter_sys=True)
+    sys.argv.insert(1, "shapes")
+    runpy.run_module("knet_jax.cli.main", run_name="__main__")

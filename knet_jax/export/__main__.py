@@ -1,6 +1,8 @@
-"""`python -m knet_jax.export`."""
+"""`python -m knet_jax.export`, the same as `knet export`."""
 
 import runpy
+import sys
 
 if __name__ == "__main__":
-    runpy.run_module("knet_jax.export.model_file", run_name="__main__", alter_sys=True)
+    sys.argv.insert(1, "export")
+    runpy.run_module("knet_jax.cli.main", run_name="__main__")

@@ -1,9 +1,5 @@
 """Takes a model away as one file that runs without this project.
 
-python -m knet_jax.export runs/demo
-python -m knet_jax.export runs/demo --format onnx --output shapes.onnx
-python -m knet_jax.export runs/mine --format onnx --size 480,640 --batch 1
-
 The file holds the weights, the resizing of pictures of any size, the network, and the way from masks
 to a panoptic map, instances or a label map at the picture's own size; names of classes and the config
 lie beside them. docs/exporting.md shows how to run it.
@@ -12,6 +8,7 @@ lie beside them. docs/exporting.md shows how to run it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,14 +19,12 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import knet_jax
 from knet_jax.app.segmenter import Segmenter
-from knet_jax.cli.commandline import CommandLine, run
 from knet_jax.data import recipes
 from knet_jax.inference.any_size import Framing, resize_into_canvas
 from knet_jax.inference.forward import run_network
@@ -37,7 +32,7 @@ from knet_jax.inference.multiscale import canvas_of
 from knet_jax.knet import KNet
 from knet_jax.saved.checkpoints import check_writable
 from knet_jax.saved.models import Model, is_weight_file, open_model
-from knet_jax.segmentation import image_files, rle
+from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import PanopticMap
 from knet_jax.structs import EMPTY, Batch, Pass
 from knet_jax.system.errors import UserError
@@ -348,63 +343,68 @@ def export(
     return share
 
 
+class Exported(NamedTuple):
+    """What `export_model` has written."""
+
+    path: Path
+    model: Model
+    agreement: float
+    """How far the file and the model agree about a picture, from 0 to 1."""
+
+
+def export_model(
+    source: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    format: str = "stablehlo",
+    *,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
+    image: np.ndarray | None = None,
+    checkpoint: str | int = "best",
+    ema: bool = False,
+    overrides: Sequence[str] = (),
+) -> Exported:
+    """Writes a trained model as one file that runs without this project, see `export`.
+
+    Args:
+      source: folder or file of a model, as for `open_model`.
+      output: the file; default: `model.stablehlo.npz` or `model.onnx` in the folder of the model.
+      format: `stablehlo` or `onnx`.
+      size: height and width of all pictures; None is any.
+      batch: number of pictures; None is any.
+      image: uint8 [H, W, 3], what to try the file on; default: one is drawn.
+      checkpoint: `best`, `latest`, or the number of a step.
+      ema: take the moving average of the parameters.
+      overrides: `--config.x.y=value` arguments.
+
+    Raises:
+      UserError: there is no such model, or it cannot be written as asked for.
+    """
+    check_packages(format)
+    if size and image is not None and image.shape[:2] != size:
+        raise UserError(
+            f"--image is {image.shape[0]},{image.shape[1]}, which --size={size[0]},{size[1]} "
+            "does not take"
+        )
+    form, source = FORMATS[format], Path(source)
+    beside = (
+        source.with_suffix(form.suffix)
+        if is_weight_file(source)
+        else source / f"model{form.suffix}"
+    )
+    path = Path(output or beside)
+    if path.is_dir():
+        raise UserError(f"--output={path} is a folder; accepted: a file {form.suffix}")
+    if not source.exists():
+        raise UserError(f"{source} is no model: there is no such folder or file")
+    check_writable(path.parent)
+    model = open_model(source, checkpoint, ema, overrides, form.dtype)
+    return Exported(path, model, export(model, path, format, size, batch, image))
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """`480,640` -> (480, 640). Raises UserError where a text is something else."""
     sides = text.split(",")
     if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise UserError(f"--size={text}; accepted: height and width, such as 480,640")
     return int(sides[0]), int(sides[1])
-
-
-def main(command: CommandLine) -> None:
-    """See the top of the file."""
-    values = flags.FLAGS
-    if len(command.paths) != 1:
-        raise UserError(
-            "name one model: the folder of a run of train.py, or of a conversion, or its file"
-        )
-    check_packages(values.format)
-    size = parse_size(values.size) if values.size else None
-    image = image_files.read_image(values.image) if values.image else None
-    if size and image is not None and image.shape[:2] != size:
-        raise UserError(
-            f"--image={values.image} is {image.shape[0]},{image.shape[1]}, which --size={values.size} "
-            "does not take"
-        )
-    form = FORMATS[values.format]
-    source = Path(command.paths[0])
-    beside = (
-        source.with_suffix(form.suffix)
-        if is_weight_file(source)
-        else source / f"model{form.suffix}"
-    )
-    path = Path(values.output or beside)
-    if path.is_dir():
-        raise UserError(f"--output={path} is a folder; accepted: a file {form.suffix}")
-    if not source.exists():
-        raise UserError(f"{source} is no model: there is no such folder or file")
-    check_writable(path.parent)
-    run = open_model(source, values.checkpoint, values.ema, command.overrides, form.dtype)
-    share = export(run, path, values.format, size, values.batch, image)
-    shape = ", ".join(map(str, input_shapes(size, values.batch)["image"].shape))
-    print(f"wrote {path}: {run.config.task}, {len(run.categories.names)} classes, step {run.step}")
-    print(f"{path.stat().st_size / 2**20:.1f} MiB, images uint8 [{shape}]")
-    print(f"tried on a picture: its segments overlap those of the model by {share:.2%}")
-
-
-def define_flags() -> None:
-    """Of the command, and not of those who import this module."""
-    flags.DEFINE_enum("format", "stablehlo", list(FORMATS), "what kind of file")
-    flags.DEFINE_string(
-        "output", None, "the file; default: model.stablehlo.npz or model.onnx in the model's folder"
-    )
-    flags.DEFINE_string("size", None, "height,width of all pictures; default: any")
-    flags.DEFINE_integer("batch", None, "number of pictures at a time; default: any", 1)
-    flags.DEFINE_string("image", None, "picture to try the file on; default: one is drawn")
-    flags.DEFINE_string("checkpoint", "best", "best, latest, or the number of a step")
-    flags.DEFINE_boolean("ema", False, "the moving average of the parameters")
-
-
-if __name__ == "__main__":
-    define_flags()
-    run(main, takes_paths=True)

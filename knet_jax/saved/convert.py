@@ -1,17 +1,4 @@
-"""Makes a model of a checkpoint of PyTorch, and a checkpoint in PyTorch's names of a model.
-
-python -m knet_jax.convert knet_r50.pth --config configs/coco_panoptic.py --output models/knet_r50
-python -m knet_jax.convert knet_r50.pth --config configs/coco_panoptic.py --output models/mine \\
-    --new_classes --categories mine.json --config.model.num_things=12 --config.model.num_stuff=5
-python -m knet_jax.convert models/knet_r50 --output knet_r50.safetensors
-
-A checkpoint is pth, safetensors or npz: of K-Net, in the names of its authors or of OpenMMLab, or of
-an ImageNet backbone, of torchvision, timm, OpenMMLab or the authors of Swin. Torch is not needed, and
-nothing in the file is run. The config must be that of the network in the file. The model is a folder,
-as train.py leaves one, for eval.py, predictions and further training; conversion.json in it says
-which tensor went where. A model may take the place of the checkpoint, to get other classes. The file
-.safetensors of a model is a model too: all that opens such a folder opens it.
-"""
+"""Makes a model of a checkpoint of PyTorch, and a checkpoint in PyTorch's names of a model."""
 
 from __future__ import annotations
 
@@ -28,13 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from knet_jax.cli.commandline import CommandLine, run
 from knet_jax.config.files import CONVERSION_NAME, load_config, save_config
 from knet_jax.config.validation import validate
 from knet_jax.model import init_variables, make_model
@@ -46,7 +31,6 @@ from knet_jax.saved.parameter_names import Fit, Variables, to_reference
 from knet_jax.saved.weight_files import (
     CLASSES_KEY,
     MODEL_KEY,
-    READERS,
     About,
     WeightFile,
     read_weights,
@@ -258,58 +242,3 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
         draft.unlink(missing_ok=True)
     size = sum(x.nbytes for x in tensors.values()) / 2**20
     return f"wrote {len(tensors)} tensors of step {opened.step} ({size:.1f} MiB) to {output}"
-
-
-# The command.
-
-
-def main(command: CommandLine) -> None:
-    """Imports if --output is a folder, exports if it is a file."""
-    given = flags.FLAGS
-    if len(command.paths) != 1 or not given.output:
-        raise UserError(
-            "accepted: CHECKPOINT --config configs/FILE.py --output MODEL, "
-            "or MODEL --output FILE.safetensors (--help tells more)"
-        )
-    source, output = Path(command.paths[0]), Path(given.output)
-    for_models, for_files = ("checkpoint", "ema"), ("entry",)
-    for name in for_files if source.is_dir() else for_models:
-        if given[name].present:
-            kind = "a file" if source.is_dir() else "a model"
-            raise UserError(f"--{name} is for {kind}, which {source} is not")
-    if output.suffix in READERS:
-        written = ("config", "categories", "new_classes", "partial")
-        unused = [f"--{name}" for name in written if given[name].present] + command.overrides
-        if unused:
-            raise UserError(f"{unused[0]} is for a folder as --output, which {output} is not")
-        print(export_weights(source, output, given.checkpoint, given.ema))
-        return
-    if not given.config:
-        raise UserError("--config is missing, such as --config configs/coco_panoptic.py")
-    report = import_weights(
-        source,
-        given.config,
-        output,
-        command.overrides,
-        entry=given.checkpoint if source.is_dir() else given.entry,
-        ema=given.ema,
-        categories_file=Path(given.categories) if given.categories else None,
-        new_classes=given.new_classes,
-        partial=given.partial,
-    )
-    print(report_table(report))
-    print(f"wrote {output}, which {output / CONVERSION_NAME} describes")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("config", None, "configs/FILE.py or configs/FILE.py:variant,variant")
-    flags.DEFINE_string(
-        "output", None, "the model to be made, a folder; of a model, a .safetensors"
-    )
-    flags.DEFINE_string("entry", "", "which set of weights, such as ema_state_dict or ema_buffers")
-    flags.DEFINE_string("categories", None, "names the classes: COCO's JSON, or a text, one a line")
-    flags.DEFINE_boolean("new_classes", False, "what belongs to the classes starts anew")
-    flags.DEFINE_boolean("partial", False, "whatever does not fit starts anew, or is left over")
-    flags.DEFINE_string("checkpoint", "best", "of a model: best, latest, or the number of a step")
-    flags.DEFINE_boolean("ema", False, "of a model: the moving average of the parameters")
-    run(main, takes_paths=True)

@@ -1,4 +1,4 @@
-"""Libraries that say too much."""
+"""Hiding what libraries say that helps no user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from typing import Any
 
 @contextmanager
 def silenced(package: str) -> Iterator[None]:
-    """Drops what a package logs by way of absl; what others log, we ourselves too, stays."""
+    """Drops what a package logs through absl, as long as the context lasts.
+
+    Args:
+        package: the name of its folder, such as "orbax". What other packages log stays.
+    """
 
     def is_wanted(record: logging.LogRecord) -> bool:
         return package not in Path(record.pathname).parts
@@ -26,9 +30,9 @@ def silenced(package: str) -> Iterator[None]:
 
 
 def hide_closed_loops() -> None:
-    """Drops, for good, what threads of the storage library say of an event loop that has ended.
+    """Drops, for good, tracebacks of threads that report to an asyncio loop which has ended.
 
-    After a failed write they report to it for a while, a traceback each, from C. The failure itself
+    After a failed write, threads of the storage library do so hundreds of times. The failure itself
     is raised where it belongs.
     """
     show = sys.unraisablehook

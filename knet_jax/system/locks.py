@@ -15,14 +15,14 @@ def lock(folder: str | Path, message: str) -> IO[str]:
     """Claims a folder, where two processes would remove or mix up what each other writes.
 
     Args:
-      folder: that exists.
-      message: of the error where it is in use.
+        folder: an existing folder.
+        message: of the error where another process has claimed it.
 
     Returns:
-      a file; the lock goes with it, however the process ends.
+        An open file. The claim ends when it is closed, or with the process, however that ends.
 
     Raises:
-      ValueError: another process has the folder.
+        UserError: another process has the folder.
     """
     file = (Path(folder) / LOCK_NAME).open("w")
     try:

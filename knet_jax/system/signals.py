@@ -1,4 +1,4 @@
-"""Being asked to stop: finish what is under way, keep it, and say how to go on."""
+"""Stopping in order: SIGTERM and Ctrl-C become a flag that a loop looks at between two rounds."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from types import FrameType
 
 PATIENCE = 5.0
 """Seconds in which a second Ctrl-C may be answered in order: files closed, what there is kept."""
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved; the message says how to go on.
+    """The process was asked to stop and has kept what it did; the message says how to go on.
 
     Args:
-      message: for the user.
-      signum: the signal that asked; the status of the program is 128 more.
+        message: for the user.
+        signum: the signal that asked; the status of the program is 128 more.
     """
 
     def __init__(self, message: str, signum: int = signal.SIGTERM):
@@ -44,34 +44,36 @@ class StopRequest:
 
 @contextmanager
 def stop_when_asked() -> Iterator[StopRequest]:
-    """Turns SIGTERM and Ctrl-C into a flag that a loop reads between two rounds.
+    """Turns SIGTERM and Ctrl-C into a flag, as long as the context lasts.
 
     A second Ctrl-C is a KeyboardInterrupt, and the end of the process if that has not led to one
-    within `PATIENCE`. The main thread may be compiling for minutes, and Python hands a signal to no
-    other: so another one is woken by it too.
+    within `PATIENCE`: the main thread may be compiling for minutes, and Python runs handlers in no
+    other, so a thread of ours is woken by signals too. Outside the main thread nothing is changed,
+    and the flag stays False.
     """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     heard = [signal.SIGTERM]
     # What a shell started in the background is not meant to hear Ctrl-C.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         heard.append(signal.SIGINT)
+    handled: set[int] = set()
 
-    def receive(signum: int, frame: Any) -> None:
-        del frame
+    def receive(signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and signum in handled:
             raise KeyboardInterrupt
         handled.add(signum)
         request.signum = request.signum or signum
 
-    handled: set[int] = set()
     ours, pythons = socket.socketpair()
     pythons.setblocking(False)
     watcher = threading.Thread(target=_watch, args=(ours, request, heard), daemon=True)
-    wakeup, previous = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False), {}
+    watcher.start()
+    wakeup = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
+    previous = {signum: signal.signal(signum, receive) for signum in heard}
     try:
-        watcher.start()
-        for signum in heard:
-            previous[signum] = signal.signal(signum, receive)
         yield request
     finally:
         for signum, handler in previous.items():
@@ -83,7 +85,7 @@ def stop_when_asked() -> Iterator[StopRequest]:
 
 
 def _watch(signals: socket.socket, request: StopRequest, heard: Sequence[int]) -> None:
-    """Reads the signals that come, a byte each, until there is an end to them."""
+    """Reads the signals that come, a byte each, until the other end is closed."""
     interrupts = 0
     while byte := signals.recv(1):
         signum = byte[0]

@@ -1,7 +1,7 @@
 """What a run writes about itself: `log.jsonl`, TensorBoard events, a progress line, and curves.
 
 A record of `log.jsonl` is a line of JSON: {"step": 50, "epoch": 0.007, "loss/total": 3.1, ...}.
-`python -m knet_jax.logs WORKDIR` draws the records of a run, while it runs or afterwards.
+`knet logs WORKDIR` draws the records of a run, while it runs or afterwards.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from knet_jax.cli.commandline import CommandLine, run
 from knet_jax.system.errors import UserError
 
 LOG_NAME = "log.jsonl"
@@ -33,7 +33,7 @@ def read_log(workdir: str | Path) -> list[dict[str, Any]]:
     A last line that a killed run left unfinished is dropped.
 
     Raises:
-      UserError: there is no log, or a line before the last is no record.
+        UserError: there is no log, or a line before the last is no record.
     """
     path = Path(workdir) / LOG_NAME
     if not path.is_file():
@@ -59,9 +59,9 @@ class Log:
     computed again.
 
     Args:
-      workdir: an existing folder.
-      steps_per_epoch: for the epoch of a record.
-      start_step: steps done when the run starts or resumes.
+        workdir: an existing folder.
+        steps_per_epoch: for the epoch of a record.
+        start_step: steps done when the run starts or resumes.
     """
 
     def __init__(self, workdir: str | Path, steps_per_epoch: float, start_step: int = 0):
@@ -115,8 +115,8 @@ class Progress:
         """Takes note of a step that is done, and shows the line if it is time to.
 
         Args:
-          step: steps done in all.
-          values: named numbers, shown in their order; read only when they are shown.
+            step: steps done in all.
+            values: named numbers, shown in their order; read only when they are shown.
         """
         now = time.monotonic()
         self._times.append((step, now))
@@ -151,6 +151,51 @@ class Progress:
         self._stream.flush()
 
 
+class Interval:
+    """What the log says about the steps since its last record: means, speed, waiting for data.
+
+    Args:
+        batch_size: images of a step.
+    """
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._speed_before: dict[str, float] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the steps before."""
+        self._metrics: list[Mapping[str, jax.Array]] = []
+        self._began = time.monotonic()
+        self.waited = 0.0
+        """Seconds spent waiting for data; the loop adds to them."""
+
+    def add(self, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of a step, which the device may still be computing."""
+        self._metrics.append(metrics)
+
+    def last(self) -> dict[str, Any]:
+        """For the progress line; the loss is that of the last step which is surely done."""
+        speed = self._speed()
+        # Steps are handed to the device before they are done: a few of them seem fast.
+        if len(self._metrics) < 5:
+            speed |= self._speed_before
+        return {"loss": self._metrics[-2:][0]["loss/total"]} | speed
+
+    def close(self) -> dict[str, float]:
+        """The record of the interval, which ends here."""
+        metrics = jax.device_get(self._metrics)
+        means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        self._speed_before = self._speed()
+        self.restart()
+        return means | self._speed_before
+
+    def _speed(self) -> dict[str, float]:
+        seconds = time.monotonic() - self._began
+        rate = len(self._metrics) * self._batch_size / seconds
+        return {"images_per_second": rate, "data_wait_share": self.waited / seconds}
+
+
 def format_duration(seconds: float) -> str:
     """`3:07` (minutes), `2:03:07` (hours), `1 d 2:03:07`."""
     minutes, second = divmod(round(seconds), 60)
@@ -165,7 +210,7 @@ def plot_curves(workdir: str | Path) -> Path:
     """Draws every logged value over the steps, a panel for each prefix, into `curve.png`.
 
     Raises:
-      UserError: there is nothing to draw.
+        UserError: there is nothing to draw.
     """
     panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for record in read_log(workdir):
@@ -194,15 +239,3 @@ def plot_curves(workdir: str | Path) -> Path:
     path = Path(workdir) / CURVE_NAME
     figure.savefig(path, dpi=100)
     return path
-
-
-def main(command: CommandLine) -> None:
-    """Draws the curves of the workdirs on the command line."""
-    if not command.paths:
-        raise UserError("accepted: python -m knet_jax.logs WORKDIR ...")
-    for workdir in command.paths:
-        print(plot_curves(workdir))
-
-
-if __name__ == "__main__":
-    run(main, takes_paths=True)

@@ -39,7 +39,7 @@ def assign_groups(groups: Sequence[Sequence[Any]], params: Any) -> Any:
     """The name of the group of every parameter, a tree like `params`.
 
     Raises:
-      ValueError: a parameter is in no group, or a group has no parameter.
+        UserError: a parameter is in no group, or a group has no parameter.
     """
     rows = [*starmap(Group, groups)]
     labels = []
@@ -74,12 +74,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     `optax.clip_by_global_norm` has no epsilon.
     """
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None):
-        del params
+    def clip(updates: Any) -> Any:
         scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + CLIP_EPSILON))
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(lambda updates, _: clip(updates))
 
 
 def base_rate(optim: ConfigDict, batch_size: int) -> float:
@@ -88,13 +87,7 @@ def base_rate(optim: ConfigDict, batch_size: int) -> float:
 
 
 def decay_steps(optim: ConfigDict, steps_per_epoch: float) -> tuple[int, ...]:
-    """Steps from which `config.optim.decay_at` lowers the learning rate.
-
-    Raises:
-      ValueError: `config.optim.unit` is neither `epoch` nor `step`.
-    """
-    if optim.unit not in ("epoch", "step"):
-        raise UserError(f"config.optim.unit is {optim.unit!r}; accepted: epoch, step")
+    """Steps from which `config.optim.decay_at` lowers the learning rate."""
     scale = steps_per_epoch if optim.unit == "epoch" else 1
     return tuple(round(at * scale) for at in optim.decay_at)
 
@@ -136,16 +129,16 @@ def make_optimizer(
     the group.
 
     Args:
-      optim: `config.optim`.
-      params: parameters or their shapes.
-      steps_per_epoch: batches that one pass over the training set gives.
-      batch_size: global.
+        optim: `config.optim`.
+        params: parameters or their shapes.
+        steps_per_epoch: batches that one pass over the training set gives.
+        batch_size: images of a step on all devices.
 
     Returns:
-      The transformation and the learning rate of a group of factor 1, a function of the step.
+        The transformation and the learning rate of a group of factor 1, a function of the step.
 
     Raises:
-      ValueError: the groups do not fit the parameters, or the unit of the decay is unknown.
+        UserError: the groups do not fit the parameters.
     """
     schedule = make_schedule(optim, steps_per_epoch, batch_size)
 

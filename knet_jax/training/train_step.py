@@ -1,4 +1,4 @@
-"""The train step: pure code for one device, which `pmap` runs on all of them."""
+"""The train step: functions of one device's arrays, which `pmap` runs on all devices."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class TrainState(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """How a batch is cut: so many devices, each of which holds so many images at a time."""
+    """How a batch is cut: over how many devices, and how many images each holds at a time."""
 
     num_devices: int
     num_images: int
 
 
 def explain_change(model: KNet, was: Parts, now: Parts) -> str | None:
-    """What a run that goes on with other parts must know, None where nothing depends on them."""
+    """A warning for a run that goes on with other parts, None where its numbers stay the same."""
     modules = (model.backbone, model.neck, model.initial, model.auxiliary)
     values = {key: [getattr(m, key, None) for m in modules] for key in ("dropout", "drop_path")}
     affected = [key.replace("_", " ") for key, given in values.items() if any(given)]
@@ -68,7 +68,8 @@ def compute_loss(
     task: Task,
     weights: LossWeights,
 ) -> tuple[jax.Array, tuple[Judgement, Any]]:
-    """The total loss of normalized images, and beside it (judgement, batch_stats)."""
+    """The sum of all loss terms of normalized images, and (what the task says of them, the new
+    batch statistics)."""
     output, updates = model.apply(
         {"params": params, "batch_stats": batch_stats},
         image,
@@ -81,8 +82,13 @@ def compute_loss(
     return sum(judgement.terms.values()), (judgement, batch_stats)
 
 
+def part_key(seed: int, step: jax.Array, part: jax.Array) -> jax.Array:
+    """The key of the randomness (dropout, drop path) of a part of the batch of a step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), part)
+
+
 def count_targets(part: Batch, *, task: Task) -> losses.Counts:
-    """What the losses of a part of a batch are divided by, of all devices."""
+    """What the losses of a part of a batch are divided by, summed over all devices."""
     return jax.lax.psum(task.count(task.unpack(part.targets)), AXIS)
 
 
@@ -101,18 +107,18 @@ def accumulate(
     """Adds the gradients of a part of a batch, on one device.
 
     Args:
-      grads: sums over the parts before.
-      params: of the network.
-      batch_stats: of the network.
-      part: some of this device's images.
-      counts: of the whole batch on all devices.
-      key: of this part on all devices.
-      model: the network.
-      task: how it is judged.
-      weights: of the loss terms.
+        grads: sums over the parts before.
+        params: of the network.
+        batch_stats: of the network.
+        part: some of this device's images.
+        counts: of the whole batch on all devices.
+        key: of this part on all devices.
+        model: the network.
+        task: how it is judged.
+        weights: of the loss terms.
 
     Returns:
-      the sums, new batch_stats, and what the loss says of this part.
+        the sums, new batch_stats, and what the loss says of this part.
     """
     dtype = model.backbone.dtype
     image = normalize(part.image, part.size, dtype)
@@ -138,17 +144,17 @@ def update(
     """One step of the optimizer by the gradients of all devices.
 
     Args:
-      state: the same on all devices.
-      grads: of this device.
-      batch_stats: new ones.
-      judgements: of this device, one for each part.
-      optimizer: of the parameters.
-      trainable: True for every parameter that is not frozen, a tree like the parameters.
-      ema_decay: of the moving average, if the state has one; less during the first steps.
+        state: the same on all devices.
+        grads: of this device.
+        batch_stats: new ones.
+        judgements: of this device, one for each part.
+        optimizer: of the parameters.
+        trainable: True for every parameter that is not frozen, a tree like the parameters.
+        ema_decay: of the moving average, if the state has one; less during the first steps.
 
     Returns:
-      the next state, and scalars: every loss term, their sum, the gradient norm before clipping,
-      and the measures of the task.
+        the next state, and scalars: every loss term, their sum, the gradient norm before clipping,
+        and the measures of the task.
     """
     grads = jax.lax.psum(grads, AXIS)
     terms, measures = jax.lax.psum(jax.tree.map(lambda *parts: sum(parts), *judgements), AXIS)
@@ -182,14 +188,14 @@ def make_train_step(
     seed: int,
     ema_decay: float = 0.0,
 ) -> Step:
-    """(state, batch in parts) -> (state, scalars), on all devices.
+    """Makes the function that takes a training step on all devices.
 
-    Every array of a part has a leading axis over devices. Gradients are sums over parts and
-    devices, divided by the counts of the whole batch, so that neither changes the result. (But for
-    `norm: batch`, whose statistics are those of a part on all devices, and for dropout and drop
-    path, which are drawn for each part and device.) The
-    parts are a loop on the host: within one compiled program, XLA on the CPU runs the gradient of
-    a convolution a hundred times slower.
+    It maps (state, batch in parts) to (next state, scalars, see `update`); every array of a part has
+    a leading axis over devices. Gradients are sums over parts and devices, divided by the counts of
+    the whole batch, so that neither changes the result. Exceptions are `norm: batch`, whose
+    statistics are those of a part on all devices, and dropout and drop path, which are drawn for
+    each part and device. The parts are a loop on the host: within one compiled program, XLA on the
+    CPU runs the gradient of a convolution a hundred times slower.
     """
     on_devices = partial(jax.pmap, axis_name=AXIS, devices=devices)
     count_ = on_devices(partial(count_targets, task=task), out_axes=None)
@@ -206,10 +212,7 @@ def make_train_step(
         out_axes=None,
         donate_argnums=0,
     )
-    # The randomness of a part (dropout) follows from the seed, the step and the part.
-    keys = jax.jit(
-        lambda step, part: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), part)
-    )
+    keys = jax.jit(partial(part_key, seed))
 
     def step(state: TrainState, parts: list[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
         counts = jax.tree.map(lambda *each: sum(each), *map(count_, parts))

@@ -1,11 +1,8 @@
 """An embedded dataset: overlapping things on textured stuff, drawn from a seed.
 
-The seed is the split's name and the picture's position. Five thing classes differ in outline and mostly in hue, four stuff classes in texture. Pictures have
-different sizes and orientations; some have no things, some a crowd of tiny ones, some a void patch.
-
-    python -m knet_jax.data.shapes FOLDER
-
-writes some that no network was trained on, to try predictions with.
+The seed is the split's name and the picture's position. Five thing classes differ in outline and
+mostly in hue, four stuff classes in texture. Pictures have different sizes and orientations; some
+have no things, some a crowd of tiny ones, some a void patch.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ import cv2
 import numpy as np
 from pycocotools import mask as run_lengths
 
-from knet_jax.cli.commandline import CommandLine, run
 from knet_jax.data import records
 from knet_jax.data.annotations import instance, panoptic, semantic
 from knet_jax.data.annotations.kind import Record
@@ -284,17 +280,3 @@ def write_samples(folder: Path) -> None:
         drawing = draw("samples", index, SAMPLE_SIDE)
         (folder / f"{index:02}.png").write_bytes(_encode(drawing.image))
     print(f"wrote {NUM_SAMPLES} pictures to {folder}/")
-
-
-# The command.
-
-
-def main(command: CommandLine) -> None:
-    """Writes samples to the folder on the command line."""
-    if len(command.paths) != 1:
-        raise UserError("accepted: python -m knet_jax.data.shapes FOLDER")
-    write_samples(Path(command.paths[0]))
-
-
-if __name__ == "__main__":
-    run(main, takes_paths=True)

@@ -10,7 +10,7 @@ from knet_jax.system.signals import stop_when_asked
 
 BUSY = """
 import hashlib, signal
-from knet_jax.preemption import stop_when_asked
+from knet_jax.system.signals import stop_when_asked
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with stop_when_asked():

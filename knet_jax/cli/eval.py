@@ -1,0 +1,47 @@
+"""Evaluates a run: PQ, AP or mIoU of its best checkpoint on the validation split.
+
+knet eval --workdir runs/coco_panoptic
+knet eval --workdir runs/coco_panoptic --checkpoint latest --limit 500 --results
+knet eval --workdir runs/coco_panoptic --rounds
+
+Reads everything from the workdir, prints the tables, and writes metrics.json and pictures/ to the
+workdir (or to --output).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from knet_jax.cli.commandline import Parser, number
+from knet_jax.system.errors import UserError
+from knet_jax.training.evaluation import evaluate
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of the command."""
+    parser.flag("workdir", "of the run")
+    parser.checkpoint_flags()
+    parser.flag("limit", "evaluate only the first so many pictures", type=number(int, 1))
+    parser.flag("output", "where results go; default: the workdir")
+    parser.switch(
+        "results", "write the results in files, as the test servers of COCO and ADE20K take them"
+    )
+    parser.switch("boundary", "also boundary AP, for the task instance")
+    parser.switch("rounds", "also evaluate the masks of every earlier update")
+
+
+def main(args: Namespace) -> None:
+    """Runs the command."""
+    if args.workdir is None:
+        raise UserError("--workdir is missing: the folder of a trained run")
+    evaluate(
+        args.workdir,
+        checkpoint=args.checkpoint,
+        ema=args.ema,
+        limit=args.limit,
+        output=args.output,
+        results=args.results,
+        rounds=args.rounds,
+        boundary=args.boundary,
+        overrides=args.overrides,
+    )

@@ -1,0 +1,69 @@
+"""K-Net in JAX: segments pictures with learned kernels.
+
+knet COMMAND --help tells more of each:
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from knet_jax.cli.commandline import Parser, config_help, exit_statuses
+from knet_jax.system.errors import UserError, suggest
+from knet_jax.system.library_logs import hide_closed_loops
+
+COMMANDS = {
+    "train": "trains a network, or goes on with a run that was stopped",
+    "eval": "scores a trained network on the validation split",
+    "predict": "segments pictures and videos",
+    "prepare": "converts a dataset for training, and examines it",
+    "convert": "turns PyTorch's checkpoints into models and back",
+    "export": "writes a model as one StableHLO or ONNX file",
+    "demo": "shows a model as a page in the browser",
+    "from-masks": "turns maps of classes and instances into COCO's layout",
+    "logs": "draws the curves of a run",
+    "shapes": "writes some drawn pictures to try a model of shapes on",
+}
+"""Commands, each a module of this folder with `add_flags(parser)` and `main(args)`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`knet COMMAND …`, or its arguments given here."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {command:{width}}  {text}" for command, text in COMMANDS.items()]
+        print("\n".join([(__doc__ or "").strip(), *lines]))
+        return
+    with exit_statuses("knet"):
+        if name not in COMMANDS:
+            raise UserError(f"there is no command {name!r}; {suggest(name, COMMANDS)}")
+    run(name, f"knet {name}", rest)
+
+
+def run(name: str, program: str | None = None, arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits with its status, see `exit_statuses`.
+
+    Args:
+        name: one of `COMMANDS`.
+        program: how it was called; default: the name of the script.
+        arguments: default: those of the process.
+    """
+    program = program or Path(sys.argv[0]).name
+    hide_closed_loops()
+    with exit_statuses(program):
+        command = import_module(f"knet_jax.cli.{name.replace('-', '_')}")
+        parser = Parser(program, command.__doc__)
+        command.add_flags(parser)
+        args = parser.read(sys.argv[1:] if arguments is None else arguments)
+        if args.help:
+            parser.epilog = config_help(args.config) if "config" in args else None
+            print(parser.format_help())
+        elif status := command.main(args):
+            sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

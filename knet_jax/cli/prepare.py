@@ -1,0 +1,31 @@
+"""Converts a dataset to ArrayRecord, as the first training run would, and says what it holds.
+
+knet prepare --config coco_panoptic --config.data.root=/data/coco
+knet prepare --config coco_panoptic --config.data.root=/data/coco --check
+
+--check decodes every picture, reports what the annotations show, and draws some of them.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from knet_jax.cli.commandline import Parser
+from knet_jax.config.files import load_config
+from knet_jax.data.prepare import prepare_dataset
+from knet_jax.system.errors import UserError
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of the command."""
+    parser.config_flag()
+    parser.switch("check", "examine what is prepared, and draw a sheet of it")
+    parser.flag("output", "where --check puts its sheets", "runs/check")
+
+
+def main(args: Namespace) -> None:
+    """Runs the command."""
+    if args.config is None:
+        raise UserError("--config is missing, such as --config configs/coco_panoptic.py")
+    config = load_config(args.config, args.overrides)
+    prepare_dataset(config, args.output if args.check else None)

@@ -1,0 +1,31 @@
+"""Trains K-Net, or goes on with a run that was stopped.
+
+knet train --config coco_panoptic --config.data.root=/data/coco
+knet train --config configs/coco_panoptic.py:r101,ms3x --workdir runs/r101 --config.optim.lr=2e-4
+
+A run lives in its workdir: config.json, checkpoints/, log.jsonl, events/ for TensorBoard, pictures/.
+The same command again resumes it where it stopped, to the same numbers.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from knet_jax.cli.commandline import Parser
+from knet_jax.config.files import default_workdir, load_config
+from knet_jax.system.errors import UserError
+from knet_jax.training.loop import train
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of the command."""
+    parser.config_flag()
+    parser.flag("workdir", "where the run lives; default: runs/NAME_VARIANT")
+
+
+def main(args: Namespace) -> None:
+    """Runs the command."""
+    if args.config is None:
+        raise UserError("--config is missing, such as --config configs/coco_panoptic.py")
+    config = load_config(args.config, args.overrides)
+    train(config, args.workdir or default_workdir(args.config))

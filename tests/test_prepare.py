@@ -1,0 +1,27 @@
+import cv2
+import pytest
+from programs import status_of
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+def test_shapes_are_prepared_checked_and_drawn(tmp_path, task, capsys):
+    small = ("--config.data.num_train=6", "--config.data.num_val=2")
+    arguments = ("--config", f"shapes_{task}:tiny", f"--config.data.data_dir={tmp_path}", *small)
+    assert status_of("prepare", *arguments, "--check", "--output", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "train: prepared in" in said and "6 pictures decoded" in said and "ignored:" in said
+    for split in ("train", "val"):
+        sheet = cv2.imread(str(tmp_path / "out" / f"shapes_{task}_{split}.png"))
+        assert sheet is not None and sheet.std() > 10
+
+
+def test_mistakes_end_in_one_line(capsys):
+    for arguments, message in (
+        ((), "--config is missing"),
+        (("--config", "shapes_panoptic", "--config.task=depth"), "config.task is 'depth'"),
+        (("--config", "shapes_panoptic", "--config.data.flip=2"), "config.data.flip is 2"),
+        (("--config", "shapes_panoptic", "--config.task=semantic"), "config.data.canvas"),
+    ):
+        assert status_of("prepare", *arguments) == 2
+        said = capsys.readouterr().err
+        assert message in said and len(said.strip().splitlines()) == 1
