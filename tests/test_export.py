@@ -45,9 +45,9 @@ def expected(folders):
     return {task: [segment(models[task], image) for image in PICTURES] for task in TASKS}
 
 
-def inputs_of(*pictures, side=112):
-    """The inputs of a program: pictures in the corners of squares."""
-    image = np.full((len(pictures), side, side, 3), 7, np.uint8)
+def inputs_of(*pictures, shape=(112, 112)):
+    """The inputs of a program: pictures in the corners of arrays."""
+    image = np.full((len(pictures), *shape, 3), 7, np.uint8)
     for place, picture in zip(image, pictures):
         place[: picture.shape[0], : picture.shape[1]] = picture
     return {"image": image, "size": np.int32([picture.shape[:2] for picture in pictures])}
@@ -67,50 +67,43 @@ def check(results, expected, sizes):
         assert agreement(ours, result_of(results, i, size)) > 0.98
 
 
-def test_onnx_of_every_task_takes_pictures_of_any_size(folders, expected, tmp_path):
-    pytest.importorskip("onnxruntime")
-    pair = inputs_of(*PICTURES)
-    for task, folder in folders.items():
-        path = tmp_path / f"{task}.onnx"
-        done = model_file.export_model(folder, path, "onnx", image=PICTURES[0])
-        assert done.path == path and done.agreement > 0.98
-        check(formats.open_onnx(path)(**pair), expected[task], pair["size"])
-    assert sorted(file.stem for file in tmp_path.iterdir()) == sorted(TASKS)
-
-
-def test_stablehlo_by_the_thresholds_of_the_config_beside_the_model(folders, expected):
-    """With a threshold above 0, where a file that ignored it would see more than the model."""
-    folder = folders["panoptic"]
-    model = open_model(folder)
-    assert model.config.eval.instance_threshold == 0.2
-    [everything] = [segment(changed(model, "eval.instance_threshold", 0.0), PICTURES[0])]
-    assert agreement(everything, expected["panoptic"][0]) < 0.9
-    size = PICTURES[0].shape[:2]
-    done = model_file.export_model(folder, size=size, batch=1, image=PICTURES[0])
-    assert done.path == folder / "model.stablehlo.npz"
-    assert done.agreement > 0.98
-
-
-def changed(model, key, value):
-    config = model.config.copy_and_resolve_references()
-    config.update_from_flattened_dict({key: value})
-    return model_file.replace(model, config=config)
-
-
-def test_a_file_for_pictures_of_one_size_says_so(folders, tmp_path):
+def test_onnx_of_every_task(folders, expected, tmp_path):
+    """Of any size, of any number, and for pictures of one size."""
     onnx = pytest.importorskip("onnx")
-    path = tmp_path / "new" / "one.onnx"
-    model_file.export_model(folders["semantic"], path, "onnx", size=(48, 64), batch=1)
+    pytest.importorskip("onnxruntime")
+    for task, fixed in {
+        "panoptic": {},
+        "instance": {"size": (64, 96)},
+        "semantic": {"size": (64, 96), "batch": 2},
+    }.items():
+        path = tmp_path / "new" / f"{task}.onnx"
+        done = model_file.export_model(folders[task], path, "onnx", image=PICTURES[0], **fixed)
+        assert done.path == path and done.agreement > 0.98
+        inputs = inputs_of(*PICTURES, shape=fixed.get("size", (112, 112)))
+        check(formats.open_onnx(path)(**inputs), expected[task], inputs["size"])
+    assert sorted(file.stem for file in path.parent.iterdir()) == sorted(TASKS)
     model = onnx.load(path)
     shapes = {
         value.name: [side.dim_value for side in value.type.tensor_type.shape.dim]
         for value in (*model.graph.input, *model.graph.output)
     }
-    assert shapes == {"image": [1, 48, 64, 3], "size": [1, 2], "labels": [1, 48, 64]}
+    assert shapes == {"image": [2, 64, 96, 3], "size": [2, 2], "labels": [2, 64, 96]}
     assert "If" not in {node.op_type for node in model.graph.node}
     metadata = json.loads({p.key: p.value for p in model.metadata_props}["knet_jax"])
     assert metadata["categories"][0] == {"name": "circle", "dataset_id": 1, "is_thing": False}
     assert metadata["config"]["task"] == metadata["task"] == "semantic"
+
+
+def test_stablehlo_by_the_thresholds_of_the_config_beside_the_model(folders, expected):
+    """By a threshold that leaves things out, which a comparison at another one would miss."""
+    folder, changes = folders["panoptic"], ["--config.eval.instance_threshold=0.985"]
+    some = segment(open_model(folder, overrides=changes), PICTURES[0])
+    assert agreement(some, expected["panoptic"][0]) < 0.9
+    done = model_file.export_model(
+        folder, size=(64, 96), batch=1, image=PICTURES[0], overrides=changes
+    )
+    assert done.path == folder / "model.stablehlo.npz"
+    assert done.agreement > 0.98
 
 
 # A process in which this project cannot be imported runs the lines of the documentation on every
@@ -269,9 +262,10 @@ def test_what_is_refused(folders, tmp_path, monkeypatch):
 
 
 def test_a_file_that_says_something_else_is_not_written(folders, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
     shape = (48, 64)
     nothing = {"labels": np.full(shape, -1)}
     monkeypatch.setattr(model_file, "segment", lambda model, image: nothing)
     with pytest.raises(UserError, match="is not written: .* by 0.0%"):
-        model_file.export_model(folders["semantic"], tmp_path / "model", size=shape, batch=1)
+        model_file.export_model(folders["semantic"], tmp_path / "model", "onnx", size=shape)
     assert not list(tmp_path.iterdir())
