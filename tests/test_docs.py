@@ -52,7 +52,7 @@ def test_files_and_links_are_there():
         text = page.read_text()
         linked = re.findall(r"\]\(((?!http|#)[^)#]+)", text)
         missing += [f"{page.name}: {name}" for name in linked if not (page.parent / name).exists()]
-        folders = r"(?<![\w/.])(?:knet_jax|configs|tests|docs|benchmarks)/[\w/]+(?:\.(?:py|md))?"
+        folders = r"(?<![\w/.])(?:knet_jax|configs|tests|docs|benchmarks)/[\w/]+(?:\.\w+)?"
         named = {name for name in re.findall(folders, text) if not name.endswith("/FILE.py")}
         named -= {name for name in named if name.startswith("benchmarks/results/")}
         missing += [f"{page.name}: {name}" for name in named if not (ROOT / name).exists()]
@@ -81,7 +81,7 @@ def test_configs_and_keys_are_accepted(monkeypatch):
 HELP = """
 import os, runpy, sys
 from pathlib import Path
-import jax, optax, orbax.checkpoint, tensorflow_datasets  # once for all programs
+import knet_jax.app.segmenter, knet_jax.data.pipeline, optax  # once for all programs
 
 for i, program in enumerate(sys.argv[2:]):
     if child := os.fork():
@@ -91,7 +91,7 @@ for i, program in enumerate(sys.argv[2:]):
     os.dup2(file.fileno(), 1)
     words = program.split()
     sys.argv = [*words[words[0] == "-m":], "--help"]
-    sys.path.insert(0, str(Path("benchmarks" if "benchmarks" in program else "").resolve()))
+    sys.path.insert(0, str(Path(words[0]).parent.resolve()))
     if words[0] == "-m":
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
