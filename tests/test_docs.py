@@ -81,7 +81,8 @@ def test_configs_and_keys_are_accepted(monkeypatch):
 HELP = """
 import os, runpy, sys
 from pathlib import Path
-import knet_jax.app.segmenter, knet_jax.data.pipeline, optax  # once for all programs
+# Once for all programs.
+import knet_jax.app.predictions, knet_jax.saved.convert, knet_jax.training.evaluation, optax
 
 for i, program in enumerate(sys.argv[2:]):
     if child := os.fork():
@@ -92,11 +93,15 @@ for i, program in enumerate(sys.argv[2:]):
     words = program.split()
     sys.argv = [*words[words[0] == "-m":], "--help"]
     sys.path.insert(0, str(Path(words[0]).parent.resolve()))
-    if words[0] == "-m":
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(words[0], run_name="__main__")
-    break
+    try:
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit:
+        pass
+    sys.stdout.flush()
+    os._exit(0)  # what else ends with a process takes longer
 """
 
 
