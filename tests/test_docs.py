@@ -137,7 +137,8 @@ def test_the_first_pages_do_what_they_say(tmp_path):
     for name in ("predict.py", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("README.md", "docs/predicting.md"):
-        for kind, code in blocks(ROOT / name, "bash", "python"):
+        page = ROOT / name
+        for kind, code in blocks(page, "bash") + blocks(page, "python"):
             if kind == "bash":
                 wanted = r"^(?:\.venv/bin/)?python (?=predict\.py|-m knet_jax\.data\.shapes)"
                 lines = [line for line in code.splitlines() if re.match(wanted, line)]
