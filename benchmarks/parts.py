@@ -28,7 +28,7 @@ from knet_jax.inference.forward import run_network
 from knet_jax.inference.resampling import Canvas
 from knet_jax.knet import KNet
 from knet_jax.matching import LossWeights
-from knet_jax.model import make_model
+from knet_jax.model import init_variables, make_model
 from knet_jax.nn.layers import AXIS
 from knet_jax.saved.models import Model
 from knet_jax.segmentation.segments import Categories
@@ -164,7 +164,7 @@ def network(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """uint8 pictures -> mask and class logits, as in an evaluation."""
     model = make_model(**config.model)
     batch = scenes.batch(case.batch, case.size, config, seed=0)
-    variables, batch = jax.device_put((model.init_variables(model, config.seed), batch))
+    variables, batch = jax.device_put((init_variables(model, config.seed), batch))
     run = jax.jit(partial(run_network, model=model))
     times = measure_with_peak(lambda: run(variables, batch), repeat, case.precision)
     return times | {"flop": flops(run, variables, batch)}
@@ -267,7 +267,7 @@ def segmenter(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     network alone, in turn with it."""
     config.precision = case.precision
     model = make_model(**config.model)
-    variables = model.init_variables(model, config.seed)
+    variables = init_variables(model, config.seed)
     recipe = recipes.find(config.task, config.data)
     canvas = Size(*recipe.eval_canvas(case.original))
     stage = jax.device_put(scenes.stage(case.scene, case.batch, canvas, config))
@@ -289,7 +289,7 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """Forward, matching, losses, gradients and AdamW on one device, as train.py does it."""
     devices, task = jax.local_devices()[:1], TASKS[config.task]
     model = make_model(**config.model)
-    variables = model.init_variables(model, config.seed)
+    variables = init_variables(model, config.seed)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     optimizer, _ = optim.make_optimizer(config.optim, params, 1000, case.batch)
     weights = LossWeights(**config.loss)

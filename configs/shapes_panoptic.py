@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
                 "microbatch": 8,
                 "epochs": 7.0,  # 7 x 2000 / 8 = 1750 steps and a few: batches have one orientation
                 "log_every": 25,
-                "eval_every": 1000,
+                "eval_every": 0,  # at the end only
                 "checkpoint_every": 500,
                 "keep": 2,
             },

@@ -14,7 +14,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 from knet_jax.cli.commandline import Parser, number
-from knet_jax.export.model_file import FORMATS, export_model, parse_size
+from knet_jax.export.formats import FORMATS
+from knet_jax.export.model_file import export_model
 from knet_jax.segmentation.image_files import read_image
 from knet_jax.system.errors import UserError
 
@@ -50,3 +51,11 @@ def main(args: Namespace) -> None:
     print(f"wrote {path}: {model.config.task}, {len(model.categories.names)} classes, ", end="")
     print(f"step {model.step}, {path.stat().st_size / 2**20:.1f} MiB")
     print(f"tried on a picture: its segments overlap those of the model by {share:.2%}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`480,640` -> (480, 640). Raises UserError where a text is something else."""
+    sides = text.split(",")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UserError(f"--size={text}; accepted: height and width, such as 480,640")
+    return int(sides[0]), int(sides[1])
