@@ -79,7 +79,17 @@ def make_model(**model: Any) -> KNet:
     )
 
 
+SAMPLE = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+"""A picture for tracing; no parameter depends on its size."""
+
+
+def variable_shapes(model: KNet) -> dict[str, Any]:
+    """Shapes and types of what `init_variables` gives; nothing is compiled."""
+    return jax.eval_shape(model.init, jax.random.key(0), SAMPLE)
+
+
 def init_variables(model: KNet, seed: int) -> dict[str, Any]:
     """New parameters (and running statistics)."""
-    shape = (1, 64, 64, 3)  # any multiple of 32: no parameter depends on it
-    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros(shape))
+    # Hundreds of draws of random numbers: to compile them well takes minutes and changes no number.
+    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": "1"})
+    return init(jax.random.key(seed), jnp.zeros(SAMPLE.shape))

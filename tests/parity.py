@@ -41,7 +41,7 @@ from knet_jax.knet import KNet
 from knet_jax.matching import LossWeights
 from knet_jax.metrics import instance, semantic
 from knet_jax.metrics.panoptic import summarize
-from knet_jax.model import init_variables, make_model
+from knet_jax.model import make_model, variable_shapes
 from knet_jax.nn.deformable import deform_conv
 from knet_jax.nn.layers import AXIS
 from knet_jax.objectives import Judgement, KernelTargets, kernel_loss, match_stages
@@ -837,7 +837,7 @@ def model_sizes(fixture: Fixture) -> Iterator[Row]:
             continue
         config = load_config(f"{configs / RECIPES[name]}")
         model = make_model(**config.model)
-        params = jax.eval_shape(lambda model=model: init_variables(model, 0))["params"]
+        params = variable_shapes(model)["params"]
         sizes = [leaf.size for leaf in jax.tree.leaves(params)]
         kept = jax.tree.leaves(trainable(config.optim.groups, params))
         auxiliary = sum(leaf.size for leaf in jax.tree.leaves(params.get("auxiliary", {})))

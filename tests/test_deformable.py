@@ -112,6 +112,7 @@ def ordinary_shape(arrays, case):
     ).shape
 
 
+@pytest.mark.slow
 def test_a_point_a_pixel_beyond_the_border_has_no_gradient():
     """Where all offsets of a new network are: the padding is exactly a pixel beyond."""
     x, kernel = jnp.ones((1, 3, 3, 1)), jnp.ones((3, 3, 1, 1))
@@ -137,6 +138,7 @@ def test_bfloat16_keeps_positions():
     assert {a.dtype for a in (y, *pull(y))} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.slow
 def test_the_module_starts_as_an_ordinary_convolution_and_learns_to_move():
     module = DeformConv(4, 3, stride=2, dilation=2)
     x = jnp.asarray(inputs(CASES[0], height=8, width=9)[0], jnp.float32)

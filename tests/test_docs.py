@@ -105,6 +105,7 @@ for i, program in enumerate(sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 def test_programs_and_flags_are_there(tmp_path):
     def program(words):
         length = 3 if "knet_jax.cli.main" in words else 2 if words[0] == "-m" else 1

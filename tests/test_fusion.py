@@ -147,7 +147,9 @@ def test_equals_the_reference_at_any_size():
     check(masks, logits, sizes, original_sizes, low=0.0, share=0.0)
 
 
-@pytest.mark.parametrize("shrink", [1 / 8, 1 / 2, 2, 8])
+@pytest.mark.parametrize(
+    "shrink", [1 / 8, *(pytest.param(s, marks=pytest.mark.slow) for s in (1 / 2, 2, 8))]
+)
 def test_tiles_read_all_the_logits_that_they_need(shrink):
     """A map much larger than a tile, at the largest ratios that a canvas is made for."""
     seed, parts = round(8 * shrink), 1 if shrink >= 1 else 4
@@ -161,6 +163,7 @@ def test_tiles_read_all_the_logits_that_they_need(shrink):
     check(masks, logits, size, original_size, low=0.0, share=0.0)
 
 
+@pytest.mark.slow
 def test_random_sizes_on_one_canvas():
     rng, b = np.random.default_rng(0), 16
     size = np.stack([rng.integers(1, 65, b), rng.integers(1, 97, b)], 1)
@@ -177,6 +180,7 @@ def test_any_number_of_masks(n):
     check(masks, logits, [(64, 96), (50, 80)], [(100, 150), (40, 64)], low=0.1, share=0.1)
 
 
+@pytest.mark.slow
 def test_many_masks_that_all_reach_far():
     """Every mask can win every tile: nothing may be skipped that wins."""
     rng = np.random.default_rng(0)
@@ -186,6 +190,7 @@ def test_many_masks_that_all_reach_far():
     assert (fused.labels != EMPTY).sum() > 30
 
 
+@pytest.mark.slow
 def test_a_batch_of_mixed_sizes_and_an_empty_picture():
     masks, logits = case(3, 4)
     size = [(64, 96), (0, 0), (40, 96), (64, 30)]

@@ -117,6 +117,7 @@ def test_maps_are_bfloat16_and_all_else_is_wide(task):
 SWIN = {"name": "swin", "channels": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
 
 
+@pytest.mark.slow
 def test_remat_computes_every_block_anew_for_the_gradient():
     def num_blocks(backbone, remat):
         model = make_model(**MODEL | {"num_stages": 1, "backbone": backbone | {"remat": remat}})

@@ -9,7 +9,7 @@ from tiny_weights import assert_equal, fill
 
 import knet_jax.saved.models
 from knet_jax.config.files import load_config, save_config
-from knet_jax.model import init_variables, make_model
+from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints
 from knet_jax.saved.convert import export_weights
 from knet_jax.saved.models import load_init_weights, open_model
@@ -30,7 +30,7 @@ def workdir(tmp_path_factory):
     config = load_config(CONFIG, [*OVERRIDES, "--config.train.ema_decay=0.9"])
     save_config(config, folder)
     network = make_model(**config.model)
-    params = fill(jax.eval_shape(lambda: init_variables(network, 0)))["params"]
+    params = fill(variable_shapes(network))["params"]
     model, progress = config.model.to_dict(), {"categories": CATEGORIES._asdict()}
     with Checkpoints(folder / "checkpoints", keep=4, model=model) as checkpoints:
         checkpoints.save(0, {"params": params}, progress)
@@ -64,7 +64,7 @@ def test_only_a_network_of_another_config_is_traced(workdir, monkeypatch):
     """To know its shapes by tracing takes longer than to read the weights."""
     with pytest.raises(ValueError, match=r"config\.model\.ffn_channels is 32 in it, 12 here"):
         open_model(workdir, overrides=["--config.model.ffn_channels=12"])
-    monkeypatch.delattr(knet_jax.saved.models, "init_variables")
+    monkeypatch.delattr(knet_jax.saved.models, "variable_shapes")
     run = open_model(workdir, dtype="bfloat16", overrides=["--config.eval.overlap_threshold=0.1"])
     assert run.model.backbone.dtype == run.config.model.dtype == "bfloat16"
     assert run.config.eval.overlap_threshold == 0.1

@@ -27,6 +27,7 @@ def post(fixtures, tmp_path):
     return tmp_path / "det_panoptic_post.npz"
 
 
+@pytest.mark.slow
 def test_maps_and_quality_equal_the_references(fixtures, monkeypatch, capsys):
     names = ("det_panoptic_post.npz", "dcn_op.json", "pq", "ap", "miou")
     paths = [fixtures / name for name in names]

@@ -55,6 +55,7 @@ def test_what_a_resnet_cannot_be_is_named(image):
             TINY(**keywords).init(jax.random.key(0), image, False)
 
 
+@pytest.mark.slow
 def test_frozen_stages_have_no_gradient_and_all_others_do(image):
     model = TINY(norm="group", frozen_stages=2, deep_stem=True)
     params = made_up(model, image, train=False)["params"]
@@ -85,6 +86,7 @@ def test_a_dilated_network_has_every_pixel_of_the_strided_one(image, output_stri
         np.testing.assert_allclose(a[:, ::every, ::every], b, atol=1e-4 * float(abs(b).max()))
 
 
+@pytest.mark.slow
 def test_the_deep_stem_is_three_convolutions(image):
     """Up to the pooling, which sees what the three give."""
     model = TINY(deep_stem=True)

@@ -24,7 +24,7 @@ from tiny_training import config_of, overrides_of, share_programs
 from knet_jax import evaluate, load_config, train
 from knet_jax.config.files import save_config
 from knet_jax.data import batches, pipeline
-from knet_jax.model import init_variables, make_model
+from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints
 from knet_jax.system.errors import UserError
 from knet_jax.system.signals import Preempted
@@ -68,7 +68,17 @@ def train_and_listen(config, workdir):
         return train(config, workdir), out.getvalue()
 
 
-@pytest.fixture(scope="module", params=TASKS)
+# A quick run trains and evaluates every task; what it does not depend on is tried with one of them.
+OF_EVERY_TASK = pytest.mark.parametrize("whole", TASKS, indirect=True, scope="module")
+OF_ONE_TASK = pytest.mark.parametrize(
+    "whole",
+    ["panoptic", *(pytest.param(t, marks=pytest.mark.slow) for t in ("instance", "semantic"))],
+    indirect=True,
+    scope="module",
+)
+
+
+@pytest.fixture(scope="module")
 def whole(request, tmp_path_factory, data_dir):
     config = config_of(request.param, data_dir)
     return Whole(request.param, *train_and_listen(config, tmp_path_factory.mktemp("run") / "run"))
@@ -97,6 +107,7 @@ def scored(workdir):
 # Training.
 
 
+@OF_EVERY_TASK
 def test_a_run_leaves_what_it_promises(whole):
     task, run, printed = whole
     for text in ("FROM SCRATCH", "parameters", "learning rate 0.01", "frozen: frozen", "done: "):
@@ -149,6 +160,7 @@ def stop_in_evaluation(monkeypatch):
     monkeypatch.setattr(loop, "Evaluator", make)
 
 
+@OF_ONE_TASK
 def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path, monkeypatch):
     """Stopped in step 2 and in the evaluation of step 3: the same in every bit."""
     config, steps = config_of(whole.task, data_dir), []
@@ -204,6 +216,7 @@ def test_ctrl_c_ends_a_process_that_the_same_command_goes_on_with(data_dir, tmp_
     assert [record["step"] for record in logged(tmp_path)] == list(range(1, 31))
 
 
+@OF_ONE_TASK
 def test_a_run_that_is_done_says_so_again(whole, data_dir, tmp_path, monkeypatch):
     """When its last evaluation is made up. One that goes on with other parts is told of it."""
     changes = []
@@ -271,6 +284,7 @@ def test_a_loss_that_is_no_number_stops_the_run(data_dir, tmp_path, monkeypatch)
 # Evaluation.
 
 
+@OF_EVERY_TASK
 def test_evaluation_gives_the_numbers_of_the_training_run(whole, tmp_path):
     for ema, prefix in ((False, "val"), (True, "val_ema")):
         metrics = evaluate(whole.workdir, checkpoint="latest", ema=ema, output=tmp_path)
@@ -296,6 +310,7 @@ def sizes_of_results(task, output):
     return {id: Image.open(output / task / name).size[::-1] for id, name in files.items()}
 
 
+@OF_EVERY_TASK
 def test_results_rounds_and_boundaries(whole, tmp_path, monkeypatch, capsys):
     """What is first seen of a picture is taken for its truth: the last round is right, others not."""
     task = whole.task
@@ -325,6 +340,7 @@ def test_results_rounds_and_boundaries(whole, tmp_path, monkeypatch, capsys):
         assert metrics["boundary"]["AP"] <= metrics["AP"]
 
 
+@OF_ONE_TASK
 def test_broken_pictures_are_not_counted(whole, tmp_path, monkeypatch, capsys):
     load = batches._load
 
@@ -349,7 +365,7 @@ def test_the_average_is_evaluated_with_the_statistics_of_the_run(data_dir, tmp_p
     config = config_of("panoptic", data_dir)
     save_config(config, tmp_path)
     split = pipeline.load_split(config.data, config.data.val_split, config.task)
-    shapes = jax.eval_shape(lambda: init_variables(make_model(**config.model), 0))
+    shapes = variable_shapes(make_model(**config.model))
     filled = lambda part, value: jax.tree.map(lambda x: np.full(x.shape, value, x.dtype), part)
     params, statistics = shapes["params"], shapes["batch_stats"]
     state = TrainState(np.int32(1), filled(params, 1), filled(statistics, 3), (), filled(params, 2))
@@ -407,6 +423,7 @@ def test_what_training_cannot_use_is_named(data_dir, tmp_path):
     says(["config.train.microbatch"], train, config, tmp_path / "new")
 
 
+@OF_ONE_TASK
 def test_what_does_not_fit_a_run_is_named(whole, data_dir, tmp_path):
     if whole.task != "panoptic":
         return

@@ -16,7 +16,7 @@ from tiny_training import config_of, share_programs, variables_of
 
 from knet_jax.data import pipeline
 from knet_jax.matching import LossWeights
-from knet_jax.model import init_variables, make_model
+from knet_jax.model import init_variables, make_model, variable_shapes
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.segments import Categories
 from knet_jax.structs import EMPTY
@@ -268,7 +268,7 @@ def test_gradients_lower_for_gpus():
     """Of classes: the matching of things calls the host, which lowers beside a GPU only."""
     model, task = model_of("batch", "semantic", dtype="bfloat16"), TASKS["semantic"]
     batch = make_batch(2, task="semantic")
-    variables = jax.eval_shape(lambda: init_variables(model, 0))
+    variables = variable_shapes(model)
     counts = jax.eval_shape(lambda: task.count(task.unpack(batch.targets)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     gradients = jax.shard_map(

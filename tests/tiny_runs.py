@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from knet_jax.config.files import load_config, save_config
-from knet_jax.model import init_variables, make_model
+from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints
 from knet_jax.segmentation.segments import Categories
 
@@ -51,7 +51,7 @@ def write(workdir: Path, task: str, *overrides: str) -> Path:
     config = load_config(spec, [*OVERRIDES, *OF_TASKS[task], *overrides])
     workdir.mkdir(parents=True)
     save_config(config, workdir)
-    shapes = jax.eval_shape(lambda: init_variables(make_model(**config.model), 0))
+    shapes = variable_shapes(make_model(**config.model))
     variables = random_variables(shapes, np.random.default_rng(5))
     with Checkpoints(workdir / "checkpoints", model=config.model.to_dict()) as checkpoints:
         checkpoints.save(1, variables, {"categories": categories(task)._asdict()})

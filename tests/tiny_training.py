@@ -7,7 +7,7 @@ import tiny_runs
 
 from knet_jax import objectives
 from knet_jax.config.files import load_config
-from knet_jax.model import init_variables
+from knet_jax.model import variable_shapes
 from knet_jax.structs import EMPTY
 from knet_jax.training import evaluation, loop, train_step
 
@@ -92,7 +92,7 @@ def _once(key, make):
 def variables_of(model, seed=0):
     """Variables of a network that need no compilation."""
     shapes = _once(
-        ("shapes", repr(model)), lambda: jax.eval_shape(lambda: init_variables(model, 0))
+        ("shapes", repr(model)), lambda: variable_shapes(model)
     )
     variables = tiny_runs.random_variables(shapes, np.random.default_rng(seed))
     return jax.tree.map(jnp.asarray, variables)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from tiny_model import MODEL
 
-from knet_jax.model import init_variables, make_model
+from knet_jax.model import make_model, variable_shapes
 
 BACKBONES = {
     "resnet": {"depths": (1, 2, 1, 1), "width": 8, "deep_stem": True, "num_deformable": 3},
@@ -30,7 +30,7 @@ def shapes_of(model):
 @functools.cache
 def _trace(model):
     network = make_model(**json.loads(model))
-    return jax.eval_shape(lambda: init_variables(network, 0))
+    return variable_shapes(network)
 
 
 def fill(shapes):

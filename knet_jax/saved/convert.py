@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -22,7 +21,7 @@ from safetensors.numpy import save_file
 
 from knet_jax.config.files import CONVERSION_NAME, load_config, save_config
 from knet_jax.config.validation import validate
-from knet_jax.model import init_variables, make_model
+from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
 from knet_jax.saved.class_names import find_categories
 from knet_jax.saved.fitting import complete, fit_network
@@ -79,7 +78,7 @@ def import_weights(
         raise UserError(f"--output={output} is there already; accepted: a new folder")
     check_writable(output.parent)
     model = make_model(**config.model)
-    template = jax.eval_shape(lambda: init_variables(model, config.seed))
+    template = variable_shapes(model)
     with naming_file(source):
         if source.is_dir():
             weights = _read_model(source, entry or "best", ema)

@@ -21,7 +21,7 @@ from knet_jax.config.files import apply_overrides, load_config, load_saved_confi
 from knet_jax.config.schema import to_tuples
 from knet_jax.config.validation import validate
 from knet_jax.knet import KNet
-from knet_jax.model import init_variables, make_model
+from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints
 from knet_jax.saved.class_names import find_categories
 from knet_jax.saved.fitting import complete, fit_network, load_backbone
@@ -98,7 +98,7 @@ def _make_network(config: ConfigDict, dtype: str | None, num_devices: int) -> KN
 
 
 def _trace_shapes(network: KNet) -> Variables:
-    return jax.eval_shape(lambda: init_variables(network, 0))
+    return variable_shapes(network)
 
 
 def _open_folder(
