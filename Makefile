@@ -29,10 +29,10 @@ demo: $(INSTALLED)  ## Train a small K-Net on drawn pictures, evaluate it, draw:
 
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-test: $(INSTALLED)  ## Run the tests, all that take minutes left out.
+test: $(INSTALLED)  ## Run the tests but for those marked slow.
 	$(PYTEST) -m "not slow" $(TESTS)
 
-test-slow: $(INSTALLED)  ## Run those that take minutes.
+test-slow: $(INSTALLED)  ## Run those marked slow.
 	$(PYTEST) -m slow $(TESTS)
 
 test-all: $(INSTALLED)  ## Run all tests.

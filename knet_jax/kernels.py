@@ -57,10 +57,12 @@ def draw(kernels: jax.Array, feats: jax.Array) -> jax.Array:
 
 
 class InitialKernels(nn.Module):
-    """Learned proposals for things, and the rows of a pixel classifier for stuff.
+    """Stage 0 of things and stuff.
 
-    `Features` -> (feats [b, h, w, c], stage 0 with n = num_proposals + num_stuff kernels, dense
-    class logits [b, k, h, w]). A proposal also takes up the features that its first mask claims.
+    Proposals are learned vectors: each draws a first mask, and the sum of the features under it is
+    added to it. Stuff kernels are the stuff rows of a classifier of pixels, whose logits are their first
+    masks. `Features` -> (feats [b, h, w, c], stage 0 with n = num_proposals + num_stuff kernels, dense
+    class logits [b, k, h, w] of all classes).
     """
 
     num_proposals: int

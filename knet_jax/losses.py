@@ -120,7 +120,8 @@ def label_loss(
 ) -> jax.Array:
     """Focal loss of the kernels' classes, divided by the `total` kernels that have a target.
 
-    A proposal is judged on the thing classes, a stuff kernel on its own class alone.
+    A proposal pays for every thing class and for no stuff class; a stuff kernel pays for its own class
+    only, which it should predict where that class is in the picture.
 
     Args:
         logits: [b, n, k].

@@ -28,7 +28,9 @@ class LossWeights(NamedTuple):
 
 
 def focal_cost(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """What the focal loss gains when kernel n takes the class of slot m.
+    """Focal loss of kernel n if the class of slot m is right, less the loss if it is wrong.
+
+    The lower, the better they match.
 
     Logits [b, n, k] and labels [b, m] (`EMPTY` is read as class 0) -> [b, n, m].
     """

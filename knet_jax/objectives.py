@@ -27,7 +27,8 @@ class Judgement(NamedTuple):
     terms: dict[str, jax.Array]
     """Every weighted term, named as it is plotted (`loss/stage2/mask`)."""
     measures: dict[str, jax.Array]
-    """Shares that are no losses, such as how many of the things were found."""
+    """Numbers to be logged that are not minimized: `matched` (share of things found) or `accuracy` (share
+    of pixels that are right)."""
 
 
 # Things and stuff: instance and panoptic segmentation.

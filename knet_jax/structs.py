@@ -20,7 +20,11 @@ EMPTY = -1
 
 
 class Sizes(NamedTuple):
-    """The three counts that choose the task."""
+    """The three counts that choose the task.
+
+    Panoptic segmentation has all three; instance segmentation has no stuff; semantic segmentation has
+    no proposals and no things, all its classes count as stuff.
+    """
 
     num_proposals: int
     """Kernels that look for things; 0 in semantic segmentation."""

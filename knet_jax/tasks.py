@@ -37,7 +37,8 @@ class Task(NamedTuple):
     """(one `Pass`, original_size, *, shape, options by name) -> results of a batch as named arrays,
     at the pixels of pictures of any size: what an exported model computes."""
     options: tuple[str, ...]
-    """What both predictions need by name: keys of `config.eval`, or counts of `Sizes`."""
+    """Names of the keyword arguments of `predict` and `predict_any_size`; their values come from
+    `config.eval`, or from the `Sizes` of the network."""
     thresholds: tuple[str, ...]
     """Options of `predict` that may change from call to call without compiling it anew."""
     read: Callable[..., Any]

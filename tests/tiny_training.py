@@ -91,9 +91,7 @@ def _once(key, make):
 
 def variables_of(model, seed=0):
     """Variables of a network that need no compilation."""
-    shapes = _once(
-        ("shapes", repr(model)), lambda: variable_shapes(model)
-    )
+    shapes = _once(("shapes", repr(model)), lambda: variable_shapes(model))
     variables = tiny_runs.random_variables(shapes, np.random.default_rng(seed))
     return jax.tree.map(jnp.asarray, variables)
 

@@ -227,7 +227,7 @@ def load(
         knet_jax.load("knet.pth", config="configs/coco_panoptic.py")
 
     Compiled programs are kept in the folder that JAX_COMPILATION_CACHE_DIR names, else in
-    `knet_jax` of the user's cache, so that the second start is fast.
+    `knet_jax/programs` of the user's cache, so that the second start is fast.
 
     Args:
         path: the folder of a run of train.py, or of a conversion; the file that

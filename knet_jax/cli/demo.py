@@ -54,7 +54,7 @@ def add_flags(parser: Parser) -> None:
         "max_megapixels", "of a picture; larger ones are refused", 50, type=number(float, 0.01, 178)
     )
     parser.flag(
-        "max_upload_mb", "MB of a file; larger ones are refused", 50, type=number(int, 1, 4096)
+        "max_upload_mb", "MiB of a file; larger ones are refused", 50, type=number(int, 1, 4096)
     )
 
 

@@ -48,7 +48,8 @@ class Source(NamedTuple):
     dataset: str
     """Name of the folder of prepared splits."""
     name: str
-    """Name of this one, different for splits that differ in anything."""
+    """Name of the folder of this split: task, split, and a digest of facts about the files (paths, sizes,
+    times), so that changed data is prepared anew."""
     split: str
     task: str
     examine: Callable[[], Examples]
@@ -56,7 +57,7 @@ class Source(NamedTuple):
 
 
 def config_name(task: str, split: str, *facts: object) -> str:
-    """A name for a split that changes with the task and with any of some facts."""
+    """The name of a prepared split: task, split, and a digest of facts such as those of its files."""
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:10]
     return f"{task}-{split}-{digest}"
 

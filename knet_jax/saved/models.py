@@ -1,7 +1,7 @@
 """Opening a trained model, in any of its forms.
 
-- the folder that a training run leaves, or that an import makes of other weights;
-- the one file that an export makes of such a folder;
+- the folder that `train` leaves, or that `knet convert` makes of other weights;
+- the `.safetensors` that `knet convert` makes of such a folder;
 - a checkpoint that others wrote, together with a config.
 """
 

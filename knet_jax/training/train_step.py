@@ -68,8 +68,12 @@ def compute_loss(
     task: Task,
     weights: LossWeights,
 ) -> tuple[jax.Array, tuple[Judgement, Any]]:
-    """The sum of all loss terms of normalized images, and (what the task says of them, the new
-    batch statistics)."""
+    """The total loss of normalized images.
+
+    Returns:
+        The loss and (`Judgement`, new batch statistics), as `jax.value_and_grad(has_aux=True)` takes
+        them.
+    """
     output, updates = model.apply(
         {"params": params, "batch_stats": batch_stats},
         image,
