@@ -68,7 +68,7 @@ def shrink(config, data):
             "num_proposals": -(-model.num_proposals // 8),
         }
     )
-    if "auxiliary_channels" in model:
+    if model.auxiliary_channels:
         model.auxiliary_channels = 8
     if model.backbone.get("name") == "swin":
         # Two blocks of a stage, the second with shifted windows.
