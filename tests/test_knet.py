@@ -41,6 +41,7 @@ def check_shapes(output, model, b, height, width):
     assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_any_counts_and_widths():
     wide = {"num_proposals": 300, "num_things": 365, "num_stuff": 7, "channels": 48, "num_heads": 4}
     cases = [

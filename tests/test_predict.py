@@ -77,7 +77,9 @@ NAMES = ("1.jpg", "1.png", "b/1.png", "b/c/2.webp")
 STEMS = ("1", "1.png", "b/1", "b/c/2")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", ["panoptic", pytest.param("instance", marks=pytest.mark.slow), "semantic"]
+)
 def test_a_folder_of_all_sorts(predict_files, tmp_path, capsys, task):
     source, output = tmp_path / "in", tmp_path / "in" / "out"
     write_pictures(source, NAMES)

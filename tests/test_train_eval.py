@@ -236,6 +236,7 @@ def test_a_run_that_is_done_says_so_again(whole, data_dir, tmp_path, monkeypatch
     assert arrays_of(workdir) == arrays_of(whole.workdir)
 
 
+@pytest.mark.slow
 def test_the_best_step_and_that_of_the_average_are_kept(data_dir, tmp_path, monkeypatch):
     add_scores = Checkpoints.add_scores
 
