@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from devices import environment
 from programs import status_of
 
 from knet_jax.cli.commandline import Parser, exit_statuses, number
+from knet_jax.cli.export import parse_size
 from knet_jax.cli.main import COMMANDS, main
 from knet_jax.system.errors import UserError
 from knet_jax.system.signals import Preempted
@@ -57,6 +59,9 @@ def test_flags_that_are_wrong_are_named():
         (["--share", "1.5"], "argument --share: 1.5 is not accepted"),
         (["--count=0"], "argument --count: 0 is not accepted; accepted: a whole number from 1"),
         (["--workdir"], "argument --workdir: expected one argument (--help lists the flags)"),
+        (["--workdir="], "workdir is empty; accepted: a value"),
+        (["--workdir", ""], "workdir is empty"),
+        (["a.png", ""], "paths is empty"),
     ):
         with pytest.raises(UserError) as error:
             make_parser().read(arguments)
@@ -135,6 +140,13 @@ def test_what_a_command_lacks_is_named(capsys):
             main(arguments)
         said = capsys.readouterr().err
         assert caught.value.code == 2 and words in said and said.count("\n") == 1, said
+
+
+def test_sizes_of_an_export():
+    assert parse_size("480,640") == (480, 640)
+    for text in ("480x640", "480", "0,5", "-1,5", "1,2,3", "²,5", "99999,99999", "9" * 5000 + ",1"):
+        with pytest.raises(ArgumentTypeError, match="height and width, such as 480,640"):
+            parse_size(text)
 
 
 BUSY = """

@@ -5,6 +5,7 @@ knet COMMAND --help tells more of each:
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -53,6 +54,8 @@ def run(name: str, program: str | None = None, arguments: Sequence[str] | None =
     """
     program = program or Path(sys.argv[0]).name
     hide_closed_loops()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have all letters
     with exit_statuses(program):
         command = import_module(f"knet_jax.cli.{name.replace('-', '_')}")
         parser = Parser(program, command.__doc__)

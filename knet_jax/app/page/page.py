@@ -284,7 +284,7 @@ class Guard:
 
         try:
             await self._app(scope, receive_again, send_sealed)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 what others send must not end in a traceback
             print(f"{scope['method']} {scope['path']!r:.200}: {error!r:.200}", file=sys.stderr)
 
     async def _admit(self, scope: Any, receive: Any) -> bytes:
