@@ -99,7 +99,7 @@ def test_configs_are_found_by_name_from_anywhere(monkeypatch, tmp_path, spec):
         (
             "more.py",
             "get_config = lambda: {'task': 'panoptic', 'data': 'x'}",
-            "no key config.data;",
+            "config.data.dataset is missing",
         ),
         (
             "task.py",
