@@ -30,7 +30,6 @@ def get_config() -> ConfigDict:
                 "short_side": (800, 800),
                 "long_side": 1333,
                 "eval_multiple": 32,
-                "max_things": 100,
             },
             "loss": {"mask": 1.0, "dice": 4.0, "label": 2.0, "rank": 0.1, "dense": 1.0},
             "optim": {
@@ -103,7 +102,6 @@ VARIANTS = {
         "data.canvas": (192, 320),
         "data.short_side": (192, 192),
         "data.long_side": 320,
-        "data.max_things": 20,
         "data.num_workers": 0,
         "train.batch_size": 2,
         "train.steps": 20,

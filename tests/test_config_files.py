@@ -87,12 +87,32 @@ def test_configs_are_found_by_name_from_anywhere(monkeypatch, tmp_path, spec):
     assert load_config("coco_panoptic").data.root == "data/cells"
     assert load_config("coco_instance").data.root == "data/coco"
     for name, text, message in (
-        ("empty.py", "", "has no function get_config"),
-        ("text.py", "no Python at all", "text.py is no Python: invalid syntax"),
+        ("empty.py", "", "empty.py: there is no function get_config"),
+        ("text.py", "no Python at all", "text.py, cannot be read: SyntaxError: invalid syntax"),
+        ("nul.py", "x = 1\0", "nul.py, cannot be read: SyntaxError"),
+        ("zero.py", "a = 1\n1/0", "zero.py, line 2, cannot be read: ZeroDivisionError: "),
+        ("import.py", "import nothing", "import.py, line 1, cannot be read: ModuleNotFoundError"),
+        ("exit.py", "import sys; sys.exit(5)", "exit.py, line 1, cannot be read: SystemExit: 5"),
+        ("none.py", "get_config = lambda: None", "none.py, cannot be read: AssertionError"),
+        ("five.py", "get_config = 5", "five.py, cannot be read: TypeError: 'int' object is not ca"),
+        ("deep.py", "def get_config(): return get_config()", "line 1, .* RecursionError: "),
+        (
+            "more.py",
+            "get_config = lambda: {'task': 'panoptic', 'data': 'x'}",
+            "config.data.dataset is missing",
+        ),
+        (
+            "task.py",
+            "get_config = lambda: {'task': [1]}",
+            r"task.py: config.task is \(1,\); accepted",
+        ),
         ("new.py", FILE.replace('"log_every"', '"log_evry"'), "no key config.train.log_evry; did"),
     ):
         (tmp_path / name).write_text(text)
         refuse(message, load_config, str(tmp_path / name))
+    for variants in ("[1]", "{'a': 5}", "{5: {}}", "5"):
+        (tmp_path / "variants.py").write_text(f"{FILE}\nVARIANTS = {variants}")
+        refuse("variants.py", load_config, f"{tmp_path}/variants.py:a")
 
 
 def test_overrides(spec):
@@ -110,6 +130,7 @@ def test_overrides(spec):
         (["--config.optim.scale_lr=true"], "optim.scale_lr", True),
         (["--noconfig.model.neck.sine"], "model.neck.sine", False),
         (["--config.seed=1", "--config.seed=2"], "seed", 2),
+        (["--config.optim.decay_at=1,2", "--config.optim.decay_at=3"], "optim.decay_at", (3,)),
         (
             ['--config.optim.groups=(("b", "x", 0.0, 1.0),)'],
             "optim.groups",
@@ -136,10 +157,12 @@ def test_what_does_not_exist_is_one_line_with_what_does(spec):
         (
             ":wrong",
             [],
-            "variant 'wrong' .*no key config.model.chanels; did you mean model.channels",
+            "variant 'wrong': .*no key config.model.chanels; did you mean model.channels",
         ),
         ("", ["--config.train.batchsize=3"], "no key config.train.batchsize; did you mean train.b"),
         ("", ["--config.lr=3"], "no key config.lr; did you mean optim.lr"),
+        ("", ["--config.optim.learning_rate=3"], "no key config.optim.learning_rate; .*optim.lr.$"),
+        ("", {"optim.lr": 10**400}, "accepted: a value like 0.0001"),
         ("", ["--config.optim=3"], "there is no key config.optim;"),
         ("", ["--config.train.batch_size=1.5"], "batch_size=1.5: accepted: a value like 16"),
         ("", ["--config.train.batch_size=True"], "batch_size=True: accepted: a value like 16"),
@@ -202,8 +225,14 @@ def test_a_config_of_an_older_version_has_todays_keys(spec, tmp_path):
 
 def test_a_workdir_without_a_readable_config_is_named(tmp_path):
     refuse("no run has been started here", files.load_saved_config, tmp_path)
-    (tmp_path / "config.json").write_text('{"seed": ')
-    refuse("config.json is broken: ", files.load_saved_config, tmp_path)
+    for text in (
+        '{"seed": ', "[1]", "5", "null", '"x"', "[" * 10**5, b"\xff", b"\0", '{"data": 5}', '{"a.b": 1}',
+        '{"task": null}', '{"task": "panoptic", "__class__": 1, "items": 2, "_locked": 3}',
+        '{"a": {"' * 10**4, '{"model": null}', '{"task": {"items": {"a": 1}}}',
+    ):  # fmt: skip
+        content = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "config.json").write_bytes(content)
+        refuse("config.json", files.load_saved_config, tmp_path)
 
 
 def test_resuming_says_what_differs_and_refuses_another_run(spec, tmp_path):
@@ -222,7 +251,9 @@ def test_resuming_says_what_differs_and_refuses_another_run(spec, tmp_path):
         "data.canvas": (32, 32),
         "optim.groups": (("b", ".*", 1.0, 1.0),),
     }.items():
-        message = rf"cannot be resumed .*config\.{re.escape(key)} was .*, now "
+        message = (
+            rf"cannot be resumed .*config\.{re.escape(key)} was .*, now .*init_weights={tmp_path}"
+        )
         refuse(message, files.check_resume, load_config(spec, {key: value}), tmp_path)
 
 

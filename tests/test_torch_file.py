@@ -108,6 +108,13 @@ def test_what_is_refused_in_both_formats(tmp_path, torch_names, legacy):
             read(path)
 
 
+def test_what_a_dict_carries_takes_no_methods_place(tmp_path):
+    """A state dict has attributes; one named `items` would be called in the place of the method."""
+    state = b"X\x05\x00\x00\x00itemsccollections\nOrderedDict\n"
+    loaded = read(write_pickle(tmp_path, b"ccollections\nOrderedDict\n)R}" + state + b"sb."))
+    assert loaded == {} and list(loaded.items()) == []
+
+
 def write_pickle(folder, pickled):
     """A checkpoint without storages, of a pickle that is written by hand."""
     path = folder / "a.pth"

@@ -61,7 +61,22 @@ def test_the_table_knows_what_there_is():
 def test_every_default_is_accepted():
     for group in schema.GROUPS:
         for name, (default, (test, _), _) in group.keys.items():
-            assert default == schema.REQUIRED or test(default), name
+            has_none = default == schema.REQUIRED or isinstance(default, schema.Follows)
+            assert has_none or test(default), name
+
+
+def test_what_follows_another_key_unless_it_is_set():
+    """As in the reference, a network of N proposals returns N results, and learns of N things."""
+    for spec, overrides, wanted in (
+        ("coco_instance", {}, (100, 100, 100)),
+        ("coco_instance:n256", {}, (256, 256, 256)),
+        ("coco_instance", {"model.num_proposals": 50}, (50, 50, 50)),  # a row of Table 4d
+        ("coco_instance:n256", {"eval.num_results": 300, "data.max_things": 9}, (256, 9, 300)),
+    ):
+        config = load_config(spec, overrides)
+        validate(config)
+        found = config.model.num_proposals, config.data.max_things, config.eval.num_results
+        assert found == wanted
 
 
 def test_the_documentation_has_the_table():
@@ -107,32 +122,39 @@ def test_a_network_with_a_few_keys_has_the_defaults_of_the_others():
 
 
 def test_rules():
-    """Values that pass a rule; and that do not, beside None and texts."""
-    for (test, accepted), good, bad in (
-        (rules.PATH, ("", "a/b"), (1, None)),
+    """Values that pass a rule; and that do not, beside None, texts and what is beyond all measure."""
+    for rule, good, bad in (
+        (rules.PATH, ("", "a/b"), (1,)),
         (rules.YES_NO, (True,), (1, 0)),
-        (rules.ZERO, (0, 3), (-1, 1.0, True)),
+        (rules.ZERO, (0, 3, 65536), (-1, 1.0, True, 65537)),
         (rules.ONE, (1, 3), (0, 1.0, True)),
+        (rules.STEPS, (1, 2**31 - 1), (0, 2**31)),
         (rules.NONE, (0,), (1, False)),
         (rules.EVEN, (2, 100), (0, 3)),
         (rules.STAGES, (0, 4), (5, -1)),
+        (rules.UPDATES, (0, 32), (33,)),
         (rules.SEED, (0, 2**32 - 1), (2**32, -1)),
+        (rules.EPOCHS, (0, 12.5), (-1, 1e7)),
         (rules.POSITIVE, (1, 1e-9), (0, -1.0, float("nan"), float("inf"), True)),
         (rules.NON_NEGATIVE, (0, 0.5), (-0.1, float("inf"))),
         (rules.DIVISOR, (1, 10.0), (0.1,)),
         (rules.SHARE, (0, 0.5, 1), (-0.1, 1.1)),
         (rules.ABOVE_0, (0.5, 1), (0.0, 1.1)),
         (rules.BELOW_1, (0, 0.5), (1.0, -0.1)),
-        (rules.RANGE, ((1, 1), (0.5, 2.0)), ((2, 1), (0, 1), (1,), 1, [1, 2])),
-        (rules.FOUR, ((3, 4, 6, 3),), ((3, 4, 6), (3, 4, 6, 0))),
-        (rules.SOME, ((1,), (1, 2)), ((), (0, 1), 1)),
-        (rules.SCALES, ((1.0,), (0.5, 2)), ((), (1.0, 0.0))),
+        (rules.RANGE, ((1, 1), (0.5, 2.0)), ((2, 1), (0, 1), (1,), 1, [1, 2], (1, 1e9))),
+        (rules.FOUR, ((3, 4, 6, 3),), ((3, 4, 6), (3, 4, 6, 0), (3, 4, 6, 10**5))),
+        (rules.SOME, ((1,), (1, 2)), ((), (0, 1), 1, (1,) * 17)),
+        (rules.SCALES, ((1.0,), (0.5, 2)), ((), (1.0, 0.0), (17,))),
         (rules.ASCENDING, ((), (8, 11)), ((11, 8), (0, 1))),
-        (rules.SIZE, ((2048, 512),), ((512, 2048), (1,))),
-        (rules.CANVAS, ((64, 96), (96, 64)), ((500, 512), (0, 512), (64,), ("a", "b"))),
+        (rules.SIZE, ((2048, 512),), ((512, 2048), (1,), (10**9, 1))),
+        (
+            rules.CANVAS,
+            ((64, 96), (96, 64)),
+            ((500, 512), (0, 512), (64,), ("a", "b"), (2**20, 32)),
+        ),
         (rules.LANDSCAPE, ((64, 96),), ((96, 64), (800, 1333))),
         (rules.WINDOW, ((), (64, 96)), ((500, 512), (64,))),
-        (rules.MULTIPLE, (0, 64), (-32, 16, 33, 32.0)),
+        (rules.MULTIPLE, (0, 64), (-32, 16, 33, 32.0, 2**15)),
         (
             rules.GROUPS,
             ((("a", "x", 0.0, 1.0), ("b", ".*", 1.0, 1)),),
@@ -140,26 +162,39 @@ def test_rules():
                 (),
                 (("a", ".*", 1.0),),
                 (("a", "(", 1.0, 1.0),),
+                (("a", "(" * 10**5, 1.0, 1.0),),
+                (("a", 5, 1.0, 1.0),),
                 (("a", ".*", -1.0, 1.0),),
                 (("a", ".*", True, 1.0),),
                 (("a", "x", 1.0, 1.0), ("a", ".*", 1.0, 1.0)),
             ),
         ),
     ):
-        assert all(map(test, good)), accepted
-        assert not any(map(test, (*bad, None))), accepted
+        for value in good:
+            assert schema.passes(rule, value), (rule[1], value)
+        for value in (*bad, None, 10**400, [], {}):
+            assert not schema.passes(rule, value), (rule[1], value)
 
 
 BAD = {
     "coco_panoptic": (
         ("task", "depth", "config.task is 'depth'; accepted: panoptic, instance, semantic"),
-        ("model.num_proposals", 0, "is 0; accepted: .*least 1 where config.task is 'panoptic'"),
+        (
+            "model.num_proposals",
+            0,
+            "is 0; accepted: .*from 1 to 65536 where config.task is 'panoptic'",
+        ),
         ("model.dtype", "float16", "model.dtype is 'float16'; accepted: float32, bfloat16"),
         ("model.channels", 100, "config.model.channels is 100; accepted: multiples of config.mo"),
         ("model.auxiliary_channels", 256, "auxiliary_channels is 256; accepted: 0 where"),
         ("model.neck.name", "uper", "no key config.model.neck.(sine|coordinates)"),
         ("model.backbone.depth", (1,), "no key .*backbone.depth; did you mean model.backbone.dep"),
-        ("model.backbone.frozen_stages", 2, "'backbone' trains layer2 .*frozen_stages=2 freezes"),
+        (
+            "train.steps",
+            10**30,
+            "train.steps is 10+; accepted: a whole number from 0 to 21474",
+        ),
+        ("eval.batch_size", 10**9, "is 1000000000; accepted: a whole number from 1 to 65536"),
         ("model.backbone.norm", None, "config.model.backbone.norm is missing; accepted: frozen_b"),
         ("data.canvas", (800, 1333), r"data.canvas is \(800, 1333\); .*multiples of 32"),
         ("data.short_side", (640, 801), r"data.short_side \(640, 801\) .* do not fit"),
@@ -184,7 +219,7 @@ BAD = {
     ),
     "ade20k_semantic": (
         ("model.num_proposals", 100, "num_proposals is 100; accepted: 0 where .*'semantic'"),
-        ("model.num_stuff", 0, "num_stuff is 0; accepted: a whole number of at least 1"),
+        ("model.num_stuff", 0, "num_stuff is 0; accepted: a whole number from 1 to 65536"),
         ("model.neck.scales", (1, 2), "no key config.model.neck.scales"),
         ("data.max_things", 1, "no key config.data.max_things; "),
         ("data.ignore_index", 1, "no key config.data.ignore_index; "),

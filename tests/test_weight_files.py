@@ -276,6 +276,29 @@ def test_the_second_set_of_weights_of_a_checkpoint(tmp_path, torch_names):
         read_weights(path, "ema")
 
 
+def test_the_entry_that_holds_the_network(tmp_path, torch_names):
+    """Not what stands beside it: scores, states of random numbers and of an optimizer."""
+    keys = map(str, range(100))
+    network, average, moments = (
+        {f"module.{name}{i}": tensor(torch_names, A, next(keys)) for i in range(count)}
+        for name, count in (("neck.w", 8), ("neck.w", 8), ("exp_avg.neck.w", 24))
+    )
+    score, state = tensor(torch_names, np.array(76.1), "s"), tensor(torch_names, B, "r")
+    counted = network | {"n_averaged": score, "num_updates": score}
+    for content, entry in (
+        ({"state_dict": network, "best_acc1": score}, "state_dict"),
+        ({"model": network, "rng_state": state, "cuda_rng_state": state}, "model"),
+        ({"state_dict": {"neck.w": state}, "model": counted, "optimizer": moments}, "model"),
+        ({"net": network, "mean": state, "iteration": score}, "net"),
+        ({"model_ema": average, "model": network, "step": score}, "model"),
+        ({**network, "ema": average}, ""),
+        (counted, ""),
+    ):
+        weights = read_weights(torch_format.write(tmp_path / "a.pth", content))
+        assert weights.entry == entry
+        assert list(weights.tensors) == [f"neck.w{i}" for i in range(8)]
+
+
 def test_classes_that_are_no_list_of_names(tmp_path):
     path = tmp_path / "a.safetensors"
     for classes in ("80", '{"cat": 1}', "cat, dog", "[1, 2]"):

@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 
 from knet_jax.config import schema
 from knet_jax.config.schema import flatten, to_tuples
-from knet_jax.system.errors import UserError, one_line, suggest
+from knet_jax.system.errors import UserError, naming_file, suggest
 
 SAVED_NAME = "config.json"
 CONVERSION_NAME = "conversion.json"
@@ -82,15 +82,13 @@ def read_file(path: Path) -> SimpleNamespace:
     """What a config file defines: `get_config`, `VARIANTS`, and names of its own.
 
     Raises:
-        UserError: the file is no Python, or has no `get_config`.
+        UserError: the file has no `get_config`, or is no Python that runs.
     """
-    try:
+    with naming_file(path):
         names = runpy.run_path(str(path))
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is no Python: {one_line(error)}") from error
-    if "get_config" not in names:
-        raise UserError(f"config {path} has no function get_config()")
-    return SimpleNamespace(**{"VARIANTS": {}} | names)
+        if "get_config" not in names:
+            raise UserError("there is no function get_config()")
+        return SimpleNamespace(**{"VARIANTS": {}} | names)
 
 
 def base(name: str) -> SimpleNamespace:
@@ -130,28 +128,35 @@ def load_config(spec: str, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
         raise UserError(
             f"--config={spec}: there is no file {name}; {suggest(name, known)} (or the path of a file)"
         )
-    file = read_file(path)
-    values = flatten(file.get_config())
-    schema.check_names(values, schema.find_keys(values), f"{path}: ")
-    for variant in variants:
-        if variant not in file.VARIANTS:
-            raise UserError(
-                f"--config={spec}: there is no variant {variant!r}; {suggest(variant, file.VARIANTS)}"
-            )
-        for key, value in file.VARIANTS[variant].items():
-            if isinstance(value, Mapping):  # takes the place of all keys below this one
-                values = {k: v for k, v in values.items() if not k.startswith(f"{key}.")}
-            values |= flatten({key: value})
-        schema.check_names(values, schema.find_keys(values), f"variant {variant!r} of {path}: ")
-    return apply_overrides(ConfigDict(unflatten_dict(values, sep=".")), overrides)
+    with naming_file(path):  # whatever its code does
+        file = read_file(path)
+        values = flatten(file.get_config())
+        schema.check_names(values, schema.find_keys(values))
+        for variant in variants:
+            if variant not in file.VARIANTS:
+                raise UserError(
+                    f"there is no variant {variant!r}; {suggest(variant, file.VARIANTS)}"
+                )
+            for key, value in file.VARIANTS[variant].items():
+                if isinstance(value, Mapping):  # takes the place of all keys below this one
+                    values = {k: v for k, v in values.items() if not k.startswith(f"{key}.")}
+                values |= flatten({key: value})
+            with naming_file(f"variant {variant!r}"):
+                schema.check_names(values, schema.find_keys(values))
+    return apply_overrides(values, overrides)
 
 
 def apply_overrides(
-    config: ConfigDict, overrides: Sequence[str] | Mapping[str, Any] = ()
+    config: Mapping[str, Any] | ConfigDict, overrides: Sequence[str] | Mapping[str, Any] = ()
 ) -> ConfigDict:
     """Makes a config of all keys: those given, with overrides, and the defaults of the others.
 
-    Arguments and errors are those of `load_config`.
+    Args:
+        config: nested, or flat: {"optim.lr": 1.0}.
+        overrides: as of `load_config`.
+
+    Raises:
+        UserError: a key does not exist, or a value is of another type than the key's.
     """
     given = overrides if isinstance(overrides, Mapping) else parse_arguments(overrides)
     values = flatten(config)
@@ -160,12 +165,9 @@ def apply_overrides(
             values[key] = _convert(key, given[key], "")
     keys = schema.find_keys(values)
     schema.check_names([*values, *given], keys)
-    values = schema.complete(values, keys)
-    for key, value in given.items():
-        default = keys[key].default
-        like = values.get(key, default) if default == schema.REQUIRED else default
-        values[key] = _convert(key, value, like)
-    return ConfigDict(unflatten_dict(values, sep=".")).lock()
+    likes = schema.complete(values, keys) | schema.complete({}, keys)
+    values |= {key: _convert(key, value, likes.get(key)) for key, value in given.items()}
+    return ConfigDict(unflatten_dict(schema.complete(values, keys), sep=".")).lock()
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, str]:
@@ -192,17 +194,17 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _convert(key: str, value: Any, like: Any) -> Any:
-    """A value, or the text of one, as of the type of another value of the key."""
-    if isinstance(like, str) and like != schema.REQUIRED:
+    """A value, or the text of one, as of the type of another value of the key, None if unknown."""
+    if isinstance(like, str):
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
     elif isinstance(value, str):
-        with contextlib.suppress(SyntaxError, ValueError):  # what is no literal is judged below
+        with contextlib.suppress(Exception):  # what is no literal is judged below
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
     if isinstance(like, tuple):
         value = to_tuples(value) if isinstance(value, list | tuple) else (value,)
-    if isinstance(like, float) and type(value) is int:
+    if isinstance(like, float) and type(value) is int and abs(value) < 1e300:
         value = float(value)
-    if like != schema.REQUIRED and type(value) is not type(like):
+    if like is not None and type(value) is not type(like):
         raise UserError(f"--config.{key}={value}: accepted: a value like {like!r}")
     return value
 
@@ -233,10 +235,8 @@ def load_saved_config(
         raise UserError(
             f"{workdir} is no model: no run has been started here, there is no {SAVED_NAME}"
         )
-    try:
-        config = ConfigDict(to_tuples(json.loads(path.read_text())))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is broken: {error}") from error
+    with naming_file(path):
+        config = apply_overrides(json.loads(path.read_bytes()))
     return apply_overrides(config, overrides)
 
 
@@ -266,6 +266,7 @@ def check_resume(config: ConfigDict, workdir: str | Path) -> list[str]:
     if fatal:
         raise UserError(
             f"the run in {workdir} cannot be resumed with another config: {'; '.join(fatal)}; "
-            "choose another --workdir or the old values"
+            "choose the old values, or another --workdir, in which "
+            f"--config.init_weights={workdir} starts from its weights"
         )
     return fine

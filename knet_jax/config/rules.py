@@ -1,4 +1,8 @@
-"""Rules for the values of a config: a test, and in words what passes it."""
+"""Rules for the values of a config: a test, and in words what passes it.
+
+Every rule has an upper bound: configs come with models of others, and a network or a picture beyond
+all measure would take all time and memory before anything else could refuse it.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +12,38 @@ from collections.abc import Callable
 from typing import Any
 
 Rule = tuple[Callable[[Any], bool], str]
-"""The test of a value, and what is accepted in words."""
+"""The test of a value, and what is accepted in words. A test may raise whatever a value leads it to."""
 
 STRIDE = 32
 """Sides of a canvas are multiples of the greatest stride of a backbone."""
 
+MOST_STEPS = 2**31 - 1
+"""What a step counts in is an int32."""
+MOST_SIDE = 2**14
+"""The longest side of a picture or a canvas, in pixels."""
 
-def number(value: Any) -> bool:
-    """Whether a value is a finite number."""
+
+def is_number(value: Any, least: float = -math.inf) -> bool:
+    """Whether a value is a finite number of at least `least`."""
     kind = isinstance(value, int | float) and not isinstance(value, bool)
-    return kind and math.isfinite(value)
+    return kind and math.isfinite(value) and value >= least
 
 
-def positive(value: Any) -> bool:
-    """Whether a value is a number above 0."""
-    return number(value) and value > 0
+def is_whole(value: Any, least: int, most: int) -> bool:
+    """Whether a value is a whole number within bounds."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def non_negative(value: Any) -> bool:
-    """Whether a value is a number of at least 0."""
-    return number(value) and value >= 0
+def whole(least: int, most: int, what: str = "whole number") -> Rule:
+    """The rule of a whole number within bounds."""
+    return lambda value: is_whole(value, least, most), f"a {what} from {least} to {most}"
 
 
-def count(value: Any) -> bool:
-    """Whether a value is a whole number of at least 0."""
-    return isinstance(value, int) and non_negative(value)
-
-
-def at_least_one(value: Any) -> bool:
-    """Whether a value is a whole number of at least 1."""
-    return isinstance(value, int) and positive(value)
-
-
-def share(value: Any) -> bool:
-    """Whether a value is a number from 0 to 1."""
-    return non_negative(value) and value <= 1
-
-
-def several(test: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
-    """The test of a tuple whose values all pass a test, of some length or of any."""
+def several(test: Callable[[Any], bool], least: int, most: int) -> Callable[[Any], bool]:
+    """The test of a tuple of `least` to `most` values that all pass a test."""
     return lambda value: (
-        isinstance(value, tuple) and length in (None, len(value)) and all(map(test, value))
+        isinstance(value, tuple) and least <= len(value) <= most and all(map(test, value))
     )
-
-
-def pair(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """The test of a tuple of two values that pass a test."""
-    return several(test, 2)
 
 
 def one_of(*choices: Any) -> Rule:
@@ -62,74 +51,90 @@ def one_of(*choices: Any) -> Rule:
     return lambda value: value in choices, ", ".join(map(str, choices))
 
 
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
+def _is_share(value: Any) -> bool:
+    return is_number(value, 0) and value <= 1
+
+
+def _is_side(value: Any) -> bool:
+    return is_whole(value, 1, MOST_SIDE)
+
+
 def _is_canvas(value: Any) -> bool:
-    return pair(at_least_one)(value) and not any(side % STRIDE for side in value)
+    return several(_is_side, 2, 2)(value) and not any(side % STRIDE for side in value)
 
 
 def _is_group(row: Any) -> bool:
     """Whether a value is (name, regular expression, factor, factor)."""
-    if not (isinstance(row, tuple) and len(row) == 4 and all(map(non_negative, row[2:]))):
-        return False
-    try:
-        re.compile(row[1])
-    except (re.error, TypeError):
-        return False
-    return True
+    name, pattern, *factors = row
+    re.compile(pattern)
+    return isinstance(name, str) and several(lambda x: is_number(x, 0), 2, 2)(tuple(factors))
 
 
 def _are_groups(rows: Any) -> bool:
-    return several(_is_group)(rows) and len({row[0] for row in rows}) == len(rows) > 0
+    return several(_is_group, 1, 100)(rows) and len({row[0] for row in rows}) == len(rows)
 
 
 TEXT = (lambda value: isinstance(value, str), "a text")
 PATH = (TEXT[0], "a path, or '' for none")
 YES_NO = (lambda value: isinstance(value, bool), "True or False")
-NONE = (lambda value: count(value) and value == 0, "0")
-ZERO = (count, "a whole number of at least 0")
-ONE = (at_least_one, "a whole number of at least 1")
-EVEN = (lambda value: at_least_one(value) and value % 2 == 0, "an even number of at least 2")
-STAGES = (lambda value: count(value) and value <= 4, "0 to 4 stages")
-SEED = (lambda value: count(value) and value < 2**32, "a whole number from 0, less than 2 ** 32")
-WEIGHT = (non_negative, "a weight of at least 0")
-POSITIVE = (positive, "a number above 0")
-NON_NEGATIVE = (non_negative, "a number of at least 0")
-DIVISOR = (lambda value: positive(value) and value >= 1, "a divisor of at least 1")
-SHARE = (share, "a number between 0 and 1")
-ABOVE_0 = (lambda value: share(value) and value > 0, "a share above 0, at most 1")
-BELOW_1 = (lambda value: share(value) and value < 1, "a number from 0, below 1")
+NONE = (lambda value: is_whole(value, 0, 0), "0")
+ZERO_STEPS = whole(0, MOST_STEPS)
+STEPS = whole(1, MOST_STEPS)
+ZERO = whole(0, 2**16)
+ONE = whole(1, 2**16)
+EVEN = (lambda value: ONE[0](value) and value % 2 == 0, f"an even number from 2 to {2**16}")
+STAGES = whole(0, 4, "number of stages")
+UPDATES = whole(0, 32)
+SEED = whole(0, 2**32 - 1)
+SIDE = whole(1, MOST_SIDE)
+WEIGHT = (lambda value: is_number(value, 0), "a weight of at least 0")
+POSITIVE = (_is_positive, "a number above 0")
+NON_NEGATIVE = (lambda value: is_number(value, 0), "a number of at least 0")
+EPOCHS = (lambda value: is_number(value, 0) and value <= 10**6, "a number from 0 to 1000000")
+DIVISOR = (lambda value: is_number(value, 1), "a divisor of at least 1")
+SHARE = (_is_share, "a number between 0 and 1")
+ABOVE_0 = (lambda value: _is_share(value) and value > 0, "a share above 0, at most 1")
+BELOW_1 = (lambda value: _is_share(value) and value < 1, "a number from 0, below 1")
 RANGE = (
-    lambda value: pair(positive)(value) and value[0] <= value[1],
-    "(smallest, largest) above 0",
+    lambda value: several(_is_positive, 2, 2)(value) and value[0] <= value[1] <= MOST_SIDE,
+    f"(smallest, largest) above 0, at most {MOST_SIDE}",
 )
-FOUR = (several(at_least_one, 4), "four numbers, such as (3, 4, 6, 3)")
+FOUR = (
+    several(lambda value: is_whole(value, 1, 100), 4, 4),
+    "four numbers from 1 to 100, such as (3, 4, 6, 3)",
+)
 SOME = (
-    lambda value: value != () and several(at_least_one)(value),
-    "whole numbers of at least 1, such as (1, 2, 3)",
+    several(_is_side, 1, 16),
+    f"whole numbers from 1 to {MOST_SIDE}, such as (1, 2, 3)",
 )
 SCALES = (
-    lambda value: value != () and several(positive)(value),
-    "numbers above 0, such as (1.0,) or (0.5, 1.0, 1.5)",
+    several(lambda value: _is_positive(value) and value <= 16, 1, 16),
+    "numbers above 0, at most 16, such as (1.0,) or (0.5, 1.0, 1.5)",
 )
 ASCENDING = (
-    lambda value: several(positive)(value) and sorted(value) == [*value],
+    lambda value: several(_is_positive, 0, 100)(value) and sorted(value) == [*value],
     "numbers above 0 in ascending order, such as (8, 11) or ()",
 )
 SIZE = (
-    lambda value: pair(at_least_one)(value) and value[0] >= value[1],
-    "(long side, short side) in pixels",
+    lambda value: several(_is_side, 2, 2)(value) and value[0] >= value[1],
+    f"(long side, short side) in pixels, at most {MOST_SIDE}",
 )
-CANVAS = (_is_canvas, f"(height, width), multiples of {STRIDE}")
+CANVAS = (_is_canvas, f"(height, width), multiples of {STRIDE} of at most {MOST_SIDE}")
 LANDSCAPE = (
     lambda value: _is_canvas(value) and value[0] <= value[1],
-    f"(height, width) of a landscape, multiples of {STRIDE}",
+    f"(height, width) of a landscape, multiples of {STRIDE} of at most {MOST_SIDE}",
 )
 WINDOW = (
     lambda value: value == () or _is_canvas(value),
-    f"() for none, or (height, width), multiples of {STRIDE}",
+    f"() for none, or (height, width), multiples of {STRIDE} of at most {MOST_SIDE}",
 )
 MULTIPLE = (
-    lambda value: count(value) and value % STRIDE == 0,
-    f"a multiple of {STRIDE}, or 0 for the canvas of training",
+    lambda value: is_whole(value, 0, MOST_SIDE) and value % STRIDE == 0,
+    f"a multiple of {STRIDE} of at most {MOST_SIDE}, or 0 for the canvas of training",
 )
 GROUPS = (
     _are_groups,

@@ -7,7 +7,9 @@ docs/training.md are read from it.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -39,6 +41,12 @@ DTYPES = ("float32", "bfloat16")
 
 REQUIRED = "REQUIRED"
 """Stands for the default of a key that has none: every config says it."""
+
+
+class Follows(NamedTuple):
+    """Stands for the default of a key that is the value of another one."""
+
+    key: str
 
 
 class Key(NamedTuple):
@@ -79,7 +87,7 @@ EVERY = {
     "model.num_proposals": Key(REQUIRED, ZERO, "kernels that look for things (N in the paper)"),
     "model.num_things": Key(REQUIRED, ZERO, "thing classes"),
     "model.num_stuff": Key(REQUIRED, ZERO, "stuff classes, each with a kernel of its own"),
-    "model.num_stages": Key(3, ZERO, "updates of the kernels; 0 is a plain decoder"),
+    "model.num_stages": Key(3, rules.UPDATES, "updates of the kernels; 0 is a plain decoder"),
     "model.channels": Key(256, rules.EVEN, "of features and kernels"),
     "model.num_heads": Key(8, ONE, "of the attention between kernels; divides the channels"),
     "model.ffn_channels": Key(2048, ONE, "hidden width of the network after the attention"),
@@ -116,7 +124,7 @@ EVERY = {
     "optim.reference_batch": Key(16, POSITIVE, "the batch that the learning rate is for"),
     "optim.weight_decay": Key(0.05, rules.NON_NEGATIVE, "of AdamW"),
     "optim.clip_norm": Key(1.0, POSITIVE, "the most that the norm of the gradient may be"),
-    "optim.warmup_steps": Key(1000, ZERO, "steps until the full learning rate"),
+    "optim.warmup_steps": Key(1000, rules.ZERO_STEPS, "steps until the full learning rate"),
     "optim.warmup_factor": Key(0.001, SHARE, "share of the learning rate at the first step"),
     "optim.decay_at": Key((), rules.ASCENDING, "when the learning rate falls"),
     "optim.decay_factor": Key(10.0, rules.DIVISOR, "by which it is divided then"),
@@ -125,17 +133,17 @@ EVERY = {
     # The run's length, and what it keeps.
     "train.batch_size": Key(16, ONE, "images of a step, over all devices"),
     "train.microbatch": Key(2, ONE, "images on a device at a time; gradients are summed"),
-    "train.epochs": Key(0.0, rules.NON_NEGATIVE, "length, where `train.steps` is 0"),
-    "train.steps": Key(0, ZERO, "length, where it is not 0"),
+    "train.epochs": Key(0.0, rules.EPOCHS, "length, where `train.steps` is 0"),
+    "train.steps": Key(0, rules.ZERO_STEPS, "length, where it is not 0"),
     "train.ema_decay": Key(
         0.0,
         BELOW_1,
         "of a moving average of the parameters, such as 0.9998, evaluated beside them "
         "(`val_ema/*`; `eval.py --ema`); 0 keeps none",
     ),
-    "train.log_every": Key(50, ONE, "in steps"),
-    "train.eval_every": Key(0, ZERO, "in steps; 0 is at the end only"),
-    "train.checkpoint_every": Key(1000, ONE, "in steps"),
+    "train.log_every": Key(50, rules.STEPS, "in steps"),
+    "train.eval_every": Key(0, rules.ZERO_STEPS, "in steps; 0 is at the end only"),
+    "train.checkpoint_every": Key(1000, rules.STEPS, "in steps"),
     "train.keep": Key(3, ONE, "how many of the last checkpoints stay, beside the best"),
     "eval.batch_size": Key(8, ONE, "images of an evaluation's batch, over all devices"),
     "eval.num_pictures": Key(4, ZERO, "how many pictures each evaluation draws"),
@@ -149,7 +157,9 @@ WITH_THINGS = {
     "data.canvas": Key(REQUIRED, rules.LANDSCAPE, "of training; portraits get it transposed"),
     "data.short_side": Key(REQUIRED, RANGE, "of its random length; evaluation takes the largest"),
     "data.long_side": Key(REQUIRED, POSITIVE, "the most that the long side becomes"),
-    "data.max_things": Key(REQUIRED, ONE, "slots for the things of a picture, largest first"),
+    "data.max_things": Key(
+        Follows("model.num_proposals"), ONE, "slots for the things of a picture, largest first"
+    ),
     "data.min_things": Key(0, ZERO, "pictures with fewer are not trained on; crowds aside"),
     "data.eval_multiple": Key(0, rules.MULTIPLE, "of the canvas's sides in evaluation"),
 }
@@ -159,7 +169,9 @@ PANOPTIC = {
 }
 INSTANCE = {
     "model.num_stuff": Key(REQUIRED, rules.NONE, "there is no stuff"),
-    "eval.num_results": Key(100, ONE, "best (kernel, class) pairs of a picture"),
+    "eval.num_results": Key(
+        Follows("model.num_proposals"), ONE, "best (kernel, class) pairs of a picture"
+    ),
 }
 SEMANTIC = {
     "model.num_proposals": Key(REQUIRED, rules.NONE, "every kernel is that of a class"),
@@ -173,7 +185,9 @@ SEMANTIC = {
         0.75, rules.ABOVE_0, "of ten windows, the first where no class has more of the pixels"
     ),
     "data.photometric": Key(True, YES_NO, "random brightness, contrast, saturation and hue"),
-    "data.eval_multiple": Key(32, ONE, "of the canvas's sides in evaluation; 1 pads nothing"),
+    "data.eval_multiple": Key(
+        32, rules.SIDE, "of the canvas's sides in evaluation; 1 pads nothing"
+    ),
     "eval.scales": Key(
         (1.0,), rules.SCALES, "sizes of a picture over which probabilities are averaged"
     ),
@@ -189,8 +203,8 @@ FOLDER = {
     "data.ignore_index": Key(255, ZERO, "the index that is no class"),
 }
 SHAPES = {
-    "data.num_train": Key(REQUIRED, ONE, "pictures to train on"),
-    "data.num_val": Key(REQUIRED, ONE, "pictures to evaluate on"),
+    "data.num_train": Key(REQUIRED, rules.STEPS, "pictures to train on"),
+    "data.num_val": Key(REQUIRED, rules.STEPS, "pictures to evaluate on"),
     "data.image_side": Key(REQUIRED, RANGE, "of their sides, in pixels"),
 }
 
@@ -295,6 +309,9 @@ def find_keys(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> di
 def complete(values: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
     """The values of keys, flat, with the defaults of those that are not stated."""
     known = {name: values.get(name, key.default) for name, key in keys.items()}
+    for name, value in known.items():
+        if isinstance(value, Follows):
+            known[name] = known[value.key]
     return {name: value for name, value in known.items() if value != REQUIRED}
 
 
@@ -314,11 +331,13 @@ def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(completed, sep=".")["model"]
 
 
-def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
+def check_names(given: Iterable[str], known: Mapping[str, Key]) -> None:
     """Raises UserError where a key does not exist, with those that may have been meant."""
     for name in given:
         if name not in known:
-            raise UserError(f"{where}there is no key config.{name}; {suggest(name, known)}")
+            words = name.rpartition(".")[2].replace("_", " ")  # learning_rate is optim.lr
+            meant = [key for key in known if known[key].text.startswith(words)]
+            raise UserError(f"there is no key config.{name:.100}; {suggest(name, meant or known)}")
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -332,13 +351,21 @@ def check(values: Mapping[str, Any]) -> None:
         _check_rules(values, group)
 
 
+def passes(rule: rules.Rule, value: Any) -> bool:
+    """Whether a value passes a rule, the test of which is made for sound values."""
+    with suppress(Exception):
+        return rule[0](value)
+    return False
+
+
 def _check_rules(values: Mapping[str, Any], group: Group) -> None:
     where = f" where config.{group.choice} is {values[group.choice]!r}" if group.choice else ""
-    for name, (_, (test, accepted), _) in group.keys.items():
+    for name, (_, rule, _) in group.keys.items():
         if name not in values:
-            raise UserError(f"config.{name} is missing; accepted: {accepted}{where}")
-        if not test(values[name]):
-            raise UserError(f"config.{name} is {values[name]!r}; accepted: {accepted}{where}")
+            raise UserError(f"config.{name} is missing; accepted: {rule[1]}{where}")
+        if not passes(rule, values[name]):
+            shown = reprlib.repr(values[name])
+            raise UserError(f"config.{name} is {shown}; accepted: {rule[1]}{where}")
 
 
 def describe(values: Mapping[str, Any]) -> str:
@@ -358,6 +385,8 @@ def to_markdown() -> str:
         parts += [title, "", "| key | default | accepted | meaning |", "|---|---|---|---|"]
         for name, (default, (_, accepted), text) in group.keys.items():
             shown = "" if default == REQUIRED else f"`{default!r}`"
+            if isinstance(default, Follows):
+                shown = f"that of `{default.key}`"
             parts.append(f"| `{name}` | {shown} | {accepted} | {text} |")
         parts.append("")
     return "\n".join(parts)

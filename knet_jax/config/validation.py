@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +44,6 @@ def validate(
     check_data(config)
     _check_batches(config, num_devices, parts)
     _check_model(config.model)
-    _check_frozen(config.model.backbone, config.optim.groups)
     if config.task == "semantic":
         _check_window(config)
         return
@@ -80,18 +78,6 @@ def _check_model(model: Mapping[str, Any]) -> None:
         raise UserError(
             f"config.model.channels is {model['channels']}; accepted: "
             f"multiples of config.model.num_heads, {model['num_heads']}"
-        )
-
-
-def _check_frozen(backbone: Mapping[str, Any], groups: Sequence[Sequence[Any]]) -> None:
-    """Whether a group trains what the network gives no gradient."""
-    frozen = backbone.get("frozen_stages", 0)
-    path = f"backbone/layer{frozen}_block0/conv1/kernel"
-    rates = [(name, lr) for name, pattern, lr, _ in groups if re.fullmatch(pattern, path)]
-    if frozen and rates and rates[0][1]:
-        raise UserError(
-            f"config.optim.groups: {rates[0][0]!r} trains layer{frozen} of the backbone, which "
-            f"config.model.backbone.frozen_stages={frozen} freezes"
         )
 
 

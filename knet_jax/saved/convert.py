@@ -189,7 +189,8 @@ def report_table(report: Mapping[str, Any]) -> str:
     )
     if report["other_entries"]:
         chosen = report["entry"] or "the top"
-        lines.append(f"taken from {chosen}; also there: {', '.join(report['other_entries'])}")
+        others = ", ".join(name or "the top" for name in report["other_entries"])
+        lines.append(f"taken from {chosen}; also there: {others}")
     return "\n".join(lines)
 
 

@@ -16,7 +16,6 @@ import pickletools
 import reprlib
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -130,6 +129,14 @@ class _Inert:
     def __setitem__(self, key: Any, value: Any) -> None: ...
 
 
+class _Dict(dict):
+    """Stands for an OrderedDict: state dicts carry attributes, which could take a method's place."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
 class _StorageType(NamedTuple):
     dtype: np.dtype
 
@@ -172,7 +179,7 @@ def _make_size(axes: Sequence[int]) -> tuple[int, ...]:
 
 
 ACCEPTED: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": _Dict,
     "__builtin__.set": set,
     "builtins.set": set,
     "torch.Size": _Maker(_make_size),

@@ -25,16 +25,11 @@ from knet_jax.system.errors import UserError, one_line, suggest
 
 Tensors = dict[str, np.ndarray]
 
-ENTRIES = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "model_ema",
-    "state_dict_ema",
-    "ema_state_dict",
-    "ema",
-)
-"""Entries of a checkpoint in which its tensors may be, if not at the top: the first one is taken."""
+ENTRIES = ("state_dict", "model", "model_state_dict", "", "model_ema", "state_dict_ema", "ema")
+"""Entries in which the network of a checkpoint may be, "" for the top; others come last."""
+
+LEAST_SHARE = 0.25
+"""Of the kernels of the largest entry: one with fewer holds something beside the network."""
 
 BUFFERS = "ema_buffers"
 """Name for the second set of weights that MMCV keeps among the first: buffers such as
@@ -55,8 +50,8 @@ WRAPPED = re.compile(r"^((module|model|_orig_mod)\.)+")
 NETWORK = ("backbone.", "neck.", "rpn_head.", "roi_head.", "decode_head.", "auxiliary_head.")
 """Beginnings of the names of a segmentation network. Other files hold a classifier."""
 
-SURPLUS = re.compile(rf".*({'|'.join(DERIVED)}|attn_mask)|(data_preprocessor|criterion)\..*|steps")
-"""Tensors that are no weights, or belong to the loss."""
+SURPLUS = re.compile(rf".*({'|'.join(DERIVED)}|attn_mask)|(data_preprocessor|criterion)\..*")
+"""Tensors that are no weights, or belong to the loss. Nor is a number without axes: it is a counter."""
 
 CLASSIFIER = re.compile(r"(fc|head|classifier|norm)\..*")
 """Tensors of an ImageNet model after its backbone, which segmentation does not need."""
@@ -120,7 +115,8 @@ def read_weights(path: str | Path, entry: str = "") -> WeightFile:
 
     Args:
         path: npz, safetensors, or a checkpoint of PyTorch (pth, pt or bin).
-        entry: which set of tensors, if the file holds several; "" takes the first of `ENTRIES`.
+        entry: which set of tensors, if the file holds several; "" takes the first of `ENTRIES` that
+            holds a network.
 
     Raises:
         UserError: there is no such file, or it is of another kind, or broken, or has no such entry.
@@ -133,8 +129,10 @@ def read_weights(path: str | Path, entry: str = "") -> WeightFile:
         raise UserError(
             f"it holds no tensors by name but {keys[:200] or f'a {type(top).__name__}'}"
         )
-    known = [name for name in ("", *ENTRIES) if name in entries]
-    chosen = entry or next(iter(known or entries))
+    sizes = {name: sum(x.ndim > 1 for x in named.values()) for name, named in entries.items()}
+    least = LEAST_SHARE * max(sizes.values())
+    entries = {name: named for name, named in entries.items() if sizes[name] >= least}
+    chosen = entry or next(name for name in (*ENTRIES, *entries) if name in entries)
     if chosen not in entries:
         raise UserError(
             f"it has no entry {entry!r} of tensors; {suggest(entry, filter(None, entries))}"
@@ -246,7 +244,7 @@ def bring_to_reference(
     Returns:
         The tensors, the name that each of them had, and the names of those that no network takes.
     """
-    surplus = [name for name in tensors if SURPLUS.fullmatch(name)]
+    surplus = [name for name, x in tensors.items() if SURPLUS.fullmatch(name) or not x.ndim]
     named = {name: (name, x) for name, x in tensors.items() if name not in set(surplus)}
     if not any(name.startswith(NETWORK) for name in named):
         head = set(filter(CLASSIFIER.fullmatch, named))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,9 @@ class UserError(ValueError):
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """What could have been meant by a name that is not among the known ones."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if not near:
-        last = name.rpartition(".")[2]
-        near = [key for key in known if key.rpartition(".")[2] == last]
+    known, last = sorted(known), name.rpartition(".")[2]
+    near = [key for key in known if key.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"accepted: {', '.join(known) or 'none'}"
@@ -31,8 +30,22 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def naming_file(source: Path | str) -> Iterator[None]:
-    """Puts the name of a file before what is wrong with it."""
+    """Makes one line, which names a file, of whatever goes wrong while that is read.
+
+    Files of others lead their readers to any error, code in them too. Errors of the disk stay.
+
+    Raises:
+        UserError: instead of other errors.
+    """
     try:
         yield
-    except ValueError as error:
+    except OSError:
+        raise
+    except UserError as error:
         raise UserError(f"{source}: {error}") from error
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(source)]
+        where = f"{source}, line {lines[-1]}" if lines else str(source)
+        reason = f"{type(error).__name__}: {one_line(error):.300}"
+        raise UserError(f"{where}, cannot be read: {reason}") from error
