@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from knet_jax.system.errors import UserError
+from knet_jax.training.trackers import Tracker
 
 LOG_NAME = "log.jsonl"
 CURVE_NAME = "curve.png"
@@ -53,7 +54,7 @@ def read_log(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Writes scalars to `log.jsonl` and TensorBoard, and pictures to TensorBoard.
+    """Writes scalars to `log.jsonl` and TensorBoard, pictures to TensorBoard, both to a tracker.
 
     What an earlier run in the same workdir logged beyond `start_step` is dropped: it will be
     computed again.
@@ -62,9 +63,17 @@ class Log:
         workdir: an existing folder.
         steps_per_epoch: for the epoch of a record.
         start_step: steps done when the run starts or resumes.
+        tracker: where the run is logged too.
     """
 
-    def __init__(self, workdir: str | Path, steps_per_epoch: float, start_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | Path,
+        steps_per_epoch: float,
+        start_step: int = 0,
+        tracker: Tracker | None = None,
+    ):
+        self._tracker = tracker
         self._steps_per_epoch = steps_per_epoch
         path = Path(workdir) / LOG_NAME
         if path.exists():
@@ -83,17 +92,23 @@ class Log:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         for name, x in numbers.items():
             self._events.add_scalar(name, x, step)
+        if self._tracker:
+            self._tracker.scalars(step, numbers)
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Shows uint8 pictures [H, W, 3] in TensorBoard."""
         for name, picture in pictures.items():
             self._events.add_image(name, picture, step, dataformats="HWC")
         self._events.flush()
+        if self._tracker:
+            self._tracker.images(step, pictures)
 
     def close(self) -> None:
         """Writes out what is buffered."""
         self._file.close()
         self._events.close()
+        if self._tracker:
+            self._tracker.close()
 
 
 class Progress:
