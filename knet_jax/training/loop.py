@@ -23,6 +23,7 @@ from knet_jax.inference.forward import lookahead
 from knet_jax.matching import LossWeights
 from knet_jax.model import init_variables, make_model
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
+from knet_jax.saved.fitting import check_backbone
 from knet_jax.saved.models import headline_scores, load_init_weights
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.drawing import save_picture
@@ -73,6 +74,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
     validate(config, jax.device_count())
     keep_programs()
     workdir = Path(workdir)
+    if config.init_weights and not Path(config.init_weights).is_dir():
+        check_backbone(config.init_weights, config.model)
     check_writable(workdir)
     taken = f"another run is using {workdir}; accepted: another --workdir"
     with lock(workdir, taken), jax.default_matmul_precision(config.precision):
