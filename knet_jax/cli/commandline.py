@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +13,6 @@ from knet_jax.config import schema
 from knet_jax.config.files import list_configs, load_config, read_file
 from knet_jax.system.errors import UserError, one_line, suggest
 from knet_jax.system.signals import Preempted
-
-DISK_ERRORS = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR"),
-        *("EEXIST", "ENOTEMPTY", "EBUSY", "ENAMETOOLONG", "ELOOP", "EFBIG", "EIO"),
-    )
-)
-"""What a user can do something about; other errors of the system are bugs."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,9 +40,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(f"--{name}", help=help, default=default, **how)
 
     def switch(self, name: str, help: str) -> None:
-        """Adds a flag that is off unless given: `--name`, `--noname`, `--name=true|false`."""
+        """Adds a flag that is off unless given."""
         self.add_argument(f"--{name}", action="store_true", help=help)
-        self.add_argument(f"--no{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
 
     def config_flag(self) -> None:
         """Adds `--config`."""
@@ -70,12 +59,6 @@ class Parser(argparse.ArgumentParser):
             UserError: an unknown flag, or a value that is not accepted.
         """
         overrides, rest = split_overrides(arguments) if self.reads_config else ([], arguments)
-        rest = [
-            re.sub("^--(.*)=true$", r"--\1", argument, flags=re.IGNORECASE) for argument in rest
-        ]
-        rest = [
-            re.sub("^--(.*)=false$", r"--no\1", argument, flags=re.IGNORECASE) for argument in rest
-        ]
         args, unknown = self.parse_known_intermixed_args(rest)
         for argument in unknown:
             if argument.startswith("-"):
@@ -133,7 +116,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def exit_statuses(program: str) -> Iterator[None]:
     """Turns errors into a line on stderr and a status of the process.
 
-    Mistakes of the user end in status 2, an unusable disk in 1, Ctrl-C in 130 and SIGTERM in 143.
+    Mistakes of the user end in status 2, errors of the system in 1, Ctrl-C in 130, SIGTERM in 143.
     Other exceptions are bugs and keep their traceback.
     """
     try:
@@ -145,10 +128,8 @@ def exit_statuses(program: str) -> Iterator[None]:
     except UserError as error:
         message, status = one_line(error), 2
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
         where = "" if error.filename is None else f": {error.filename}"
-        message, status = f"{error.strerror}{where}", 1
+        message, status = f"{error.strerror or one_line(error)}{where}", 1
     else:
         return
     print(f"{program}: {message}", file=sys.stderr, flush=True)
