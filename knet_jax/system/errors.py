@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+MOST_SHOWN = 20
+"""How many accepted names a message lists."""
+
+
 class UserError(ValueError):
     """The user asked for something that does not exist or cannot be; the message says what can."""
 
@@ -20,7 +24,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"accepted: {', '.join(known) or 'none'}"
+    shown = ", ".join(known[:MOST_SHOWN]) + (", …" if len(known) > MOST_SHOWN else "")
+    return f"accepted: {shown or 'none'}"
 
 
 def one_line(error: BaseException) -> str:
