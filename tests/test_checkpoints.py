@@ -370,15 +370,12 @@ def test_a_disk_that_takes_no_more_is_one_clear_line(tmp_path, capsys):
         checkpoints.restore(state, 1)
 
 
-def test_a_failed_save_is_seen_without_waiting(tmp_path, checkpoints):
+def test_a_folder_that_is_gone_is_one_clear_line(tmp_path, checkpoints):
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "checkpoints").write_text("a file where the folder was")
     checkpoints.save(1, make_state(), {})
     with pytest.raises(UserError, match="the folder has been removed"):
-        for _ in range(200):
-            checkpoints.raise_if_failed()
-            time.sleep(0.05)
-    checkpoints.raise_if_failed()  # said once
+        checkpoints.wait()
 
 
 def test_an_unwritable_folder_is_one_clear_line(tmp_path):

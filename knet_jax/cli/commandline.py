@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from knet_jax.config import schema
 from knet_jax.config.files import list_configs, load_config, read_file
-from knet_jax.system.errors import UserError, one_line, suggest
-from knet_jax.system.signals import Preempted
-
-DISK_ERRORS = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR"),
-        *("EEXIST", "ENOTEMPTY", "EBUSY", "ENAMETOOLONG", "ELOOP", "EFBIG", "EIO"),
-    )
-)
-"""What a user can do something about; other errors of the system are bugs."""
+from knet_jax.system.errors import UserError, suggest
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,32 +111,6 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if not valued and arguments and not arguments[0].startswith("--"):
             overrides.append(arguments.pop(0))
     return overrides, rest
-
-
-@contextmanager
-def exit_statuses(program: str) -> Iterator[None]:
-    """Turns errors into a line on stderr and a status of the process.
-
-    Mistakes of the user end in status 2, an unusable disk in 1, Ctrl-C in 130 and SIGTERM in 143.
-    Other exceptions are bugs and keep their traceback.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except Preempted as error:
-        message, status = one_line(error), 128 + error.signum
-    except UserError as error:
-        message, status = one_line(error), 2
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        where = "" if error.filename is None else f": {error.filename}"
-        message, status = f"{error.strerror}{where}", 1
-    else:
-        return
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
 
 
 def config_help(spec: str | None) -> str:

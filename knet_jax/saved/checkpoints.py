@@ -113,19 +113,11 @@ class Checkpoints:
                 self._scores[step] = record["scores"]
 
     def _open(self) -> ocp.CheckpointManager:
-        # Every process reads or writes alone, whatever the others do meanwhile.
-        process = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=process,
-            active_processes={process},
-            barrier_sync_key_prefix=f"process{process}",
-        )
         with silenced("orbax"):  # its remarks about options set on purpose
             options = ocp.CheckpointManagerOptions(
                 create=False,
                 read_only=self._read_only,
                 enable_async_checkpointing=False,  # a thread of ours does it, digests included
-                multiprocessing_options=alone,
             )
             return ocp.CheckpointManager(self.directory, options=options)
 
@@ -207,11 +199,6 @@ class Checkpoints:
 
     def _scores_path(self, step: int) -> Path:
         return self.directory / str(step) / SCORES_NAME
-
-    def raise_if_failed(self) -> None:
-        """Raises the error of a save that has failed meanwhile. Never waits."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
 
     def wait(self) -> None:
         """Waits until the last save is on disk, and raises its error if it failed."""

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 MOST_SHOWN = 20
 """How many accepted names a message lists."""
 
