@@ -111,6 +111,7 @@ def test_a_network_with_a_few_keys_has_the_defaults_of_the_others():
         ({"chanels": 64}, "no key config.model.chanels; did you mean model.channels"),
         ({"neck": {"name": "fpn"}}, "config.model.neck.name is 'fpn'; accepted: semantic_fpn"),
         ({"neck": {"channels": 64}}, "no key config.model.neck.channels"),
+        ({"auxiliary_channels": 64}, "auxiliary_channels is 64; accepted: 0 with a neck without a"),
     ):
         with pytest.raises(UserError, match=message):
             make_model(**few | changes)
