@@ -22,15 +22,19 @@ def check_class_counts(config: ConfigDict, categories: Categories) -> None:
     Raises:
         UserError: the counts differ.
     """
-    num_things = categories.num_things if config.model.num_proposals else 0
-    counts = {"num_things": num_things, "num_stuff": len(categories.names) - num_things}
-    for name, wanted in counts.items():
+    for name, wanted in class_counts(config, categories).items():
         have = config.model[name]
         if have != wanted:
             raise UserError(
                 f"config.model.{name} is {have}, but the data lists {wanted}; "
                 f"use --config.model.{name}={wanted}"
             )
+
+
+def class_counts(config: ConfigDict, categories: Categories) -> dict[str, int]:
+    """`num_things` and `num_stuff` of a network for the classes of the data."""
+    num_things = categories.num_things if config.model.num_proposals else 0
+    return {"num_things": num_things, "num_stuff": len(categories.names) - num_things}
 
 
 def check_trained_classes(saved: dict[str, Any], categories: Categories) -> None:

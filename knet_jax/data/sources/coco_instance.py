@@ -74,7 +74,7 @@ def _check_picture(
         called = f"annotation {annotation.get('id', 'without id')}"
         try:
             stored, remarks = _instance(annotation, labels, size)
-        except Exception as error:  # whatever annotations of others lead to
+        except Exception as error:  # noqa: BLE001 - whatever annotations of others lead to
             problems.append(f"{called}: {error}, dropped")
         else:
             instances.append(stored)

@@ -92,7 +92,7 @@ def _check(check: Callable, item: tuple[str, Any]) -> tuple[Picture | None, list
         raise
     except UnicodeEncodeError:
         return None, [f"{name!a}: its name is not in UTF-8, left out"]
-    except Exception as error:  # whatever files of others lead to
+    except Exception as error:  # noqa: BLE001 - whatever files of others lead to
         said = error if isinstance(error, UserError) else repr(error)
         return None, [f"{name}: {said}, left out"]
     return picture, [f"{name}: {remark}" for remark in remarks]
