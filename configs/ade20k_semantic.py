@@ -71,7 +71,7 @@ def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...], dro
             "num_heads": num_heads,
             "drop_path": drop_path,
         },
-        "model.neck": {"name": "uper", "norm": "batch"},
+        "model.neck.name": "uper",
         "model.channels": 256,
         "optim.lr": 6e-5,
         "optim.groups": (
@@ -85,10 +85,27 @@ SWIN_T = swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.3)
 SWIN_L = swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 0.3)
 
 VARIANTS = {
-    "psp": {"model.neck": {"name": "psp", "norm": "batch"}},  # mIoU 43.9
-    "deeplabv3": {"model.neck": {"name": "aspp", "norm": "batch"}},  # 44.6
+    # Your own data, some hundred or thousand pictures: None follows from them, and norms from the
+    # initial weights. Before a variant that has another backbone.
+    "small": {
+        "model.num_stuff": None,
+        "model.backbone.norm": None,
+        "model.neck.norm": None,
+        "optim.warmup_steps": None,
+        "optim.decay_at": None,
+        "data.scale": None,
+        "data.crop": None,
+        "train.batch_size": 8,
+        "train.microbatch": 8,
+        "train.steps": 0,
+        "train.epochs": 50.0,
+        "train.log_every": 10,
+        "train.eval_every": None,
+    },
+    "psp": {"model.neck.name": "psp"},  # mIoU 43.9
+    "deeplabv3": {"model.neck.name": "aspp"},  # 44.6
     "uper": {  # 43.6
-        "model.neck": {"name": "uper", "norm": "batch"},
+        "model.neck.name": "uper",
         "model.channels": 256,
         "model.backbone.output_stride": 32,
     },

@@ -18,5 +18,6 @@ def get_config() -> ConfigDict:
 
 
 VARIANTS = PANOPTIC.VARIANTS | {
+    "small": PANOPTIC.VARIANTS["small"] | {"model.num_stuff": 0},
     "n256": {"model.num_proposals": 256},  # with ms3x AP 38.6
 }

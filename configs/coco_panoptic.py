@@ -66,12 +66,31 @@ def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...]) -> 
     }
 
 
-R101 = get_config().model.backbone.to_dict() | {"depths": (3, 4, 23, 3)}
+R101 = (3, 4, 23, 3)
 UNFROZEN = (("backbone", r"backbone/.*", 0.25, 1.0), ("head", r".*", 1.0, 1.0))
-TINY = R101 | {"depths": (1, 1, 1, 1), "width": 16, "norm": "group", "frozen_stages": 0}
+TINY = {"depths": (1, 1, 1, 1), "width": 16, "norm": "group", "frozen_stages": 0}
 FROM_SCRATCH = (("all", r".*", 1.0, 1.0),)
 
 VARIANTS = {
+    # Your own data, some hundred or thousand pictures: None follows from them, and norms from the
+    # initial weights. Before a variant that has another backbone.
+    "small": {
+        "model.num_things": None,
+        "model.num_stuff": None,
+        "model.backbone.norm": None,
+        "model.backbone.frozen_stages": 0,
+        "optim.groups": UNFROZEN,
+        "optim.warmup_steps": None,
+        "optim.decay_at": None,
+        "data.canvas": None,
+        "data.short_side": None,
+        "data.long_side": None,
+        "train.batch_size": 8,
+        "train.steps": 0,
+        "train.epochs": 50.0,
+        "train.log_every": 10,
+        "train.eval_every": None,
+    },
     # PQ 47.1. 12 passes over the set repeated three times, / 10 at passes 9 and 11, are 36 epochs,
     # / 10 at 27 and 33: 36 x 118 287 / 16 = 266 146 steps.
     "ms3x": {
@@ -79,8 +98,11 @@ VARIANTS = {
         "optim.decay_at": (27, 33),
         "data.short_side": (640, 800),
     },
-    "r101": {"model.backbone": R101},  # with ms3x PQ 48.4
-    "r101_dcn": {"model.backbone": R101 | {"num_deformable": 3}},  # with ms3x PQ 49.6
+    "r101": {"model.backbone.depths": R101},  # with ms3x PQ 48.4
+    "r101_dcn": {  # with ms3x PQ 49.6
+        "model.backbone.depths": R101,
+        "model.backbone.num_deformable": 3,
+    },
     "swin_l": {  # with ms3x PQ 54.6
         "model.backbone": swin(192, (2, 2, 18, 2), (6, 12, 24, 48)),
         "optim.groups": UNFROZEN,

@@ -10,7 +10,7 @@ ADE20K = base("ade20k_semantic")
 def get_config() -> ConfigDict:
     """FCN on ResNet-50, three kernel updates, by the recipe of ADE20K."""
     config = ADE20K.get_config()
-    config.model.num_stuff = 2  # as many as the list has
+    config.model.num_stuff = None  # as many as the list has
     config.data.dataset = "folder"
     config.data.root = "data/folder"
     config.data.images = "images/{split}"

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from devices import environment
 from programs import status_of
 
 from knet_jax.cli.commandline import Parser, number
+from knet_jax.cli.export import parse_size
 from knet_jax.cli.main import COMMANDS, main
 from knet_jax.system.errors import UserError
 from knet_jax.system.exit_status import exit_statuses
@@ -59,6 +61,9 @@ def test_flags_that_are_wrong_are_named():
         (["--share", "1.5"], "argument --share: 1.5 is not accepted"),
         (["--count=0"], "argument --count: 0 is not accepted; accepted: a whole number from 1"),
         (["--workdir"], "argument --workdir: expected one argument (--help lists the flags)"),
+        (["--workdir="], "workdir is empty; accepted: a value"),
+        (["--workdir", ""], "workdir is empty"),
+        (["a.png", ""], "paths is empty"),
     ):
         with pytest.raises(UserError) as error:
             make_parser().read(arguments)
@@ -110,7 +115,7 @@ def test_commands_teach(capsys):
         assert f"usage: knet {name}" in said and f"\nknet {name} " in said
         if name in ("train", "prepare", "convert"):
             assert "coco_panoptic: Panoptic K-Net on COCO" in said
-            assert "variants: ms3x, r101, r101_dcn, swin_l, swin_t, bf16, tiny" in said
+            assert "variants: small, ms3x, r101, r101_dcn, swin_l, swin_t, bf16, tiny" in said
     assert status_of("train", "--config", "coco_panoptic:r101", "-h") == 0
     assert "  --config.model.backbone.depths=(3, 4, 23, 3)\n" in capsys.readouterr().out
 
@@ -137,6 +142,13 @@ def test_what_a_command_lacks_is_named(capsys):
             main(arguments)
         said = capsys.readouterr().err
         assert caught.value.code == 2 and words in said and said.count("\n") == 1, said
+
+
+def test_sizes_of_an_export():
+    assert parse_size("480,640") == (480, 640)
+    for text in ("480x640", "480", "0,5", "-1,5", "1,2,3", "²,5", "99999,99999", "9" * 5000 + ",1"):
+        with pytest.raises(ArgumentTypeError, match="height and width, such as 480,640"):
+            parse_size(text)
 
 
 UNIGNORED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"

@@ -103,7 +103,7 @@ def oracle(data, monkeypatch):
 def test_perfect_predictions_score_100(data, oracle):
     """Twice, since an evaluator works again and again, and with pictures of the first few."""
     _, split = data
-    evaluator, seen, gallery = oracle(), [], Gallery(split, 2)
+    evaluator, seen, gallery = oracle(), [], Gallery(split, 2, len(split))
     evaluator.evaluate({}, gallery.add)
     counts = evaluator.evaluate({}, seen.append)
     summary = panoptic.summarize(counts, split.categories)

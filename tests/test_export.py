@@ -15,7 +15,6 @@ import tiny_runs
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from knet_jax.cli.export import parse_size
 from knet_jax.config.files import load_config
 from knet_jax.data.sources.shapes import draw
 from knet_jax.export import formats, model_file, program
@@ -267,8 +266,6 @@ def test_what_is_refused(folders, tmp_path, monkeypatch):
         with pytest.raises(UserError) as raised:
             model_file.export_model(**arguments)
         assert all(word in str(raised.value) for word in words), raised.value
-    with pytest.raises(UserError, match="--size=480x640; accepted: .* 480,640"):
-        parse_size("480x640")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     formats.find_format("stablehlo")
     with pytest.raises(UserError, match="pip install onnx onnxruntime"):

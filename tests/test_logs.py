@@ -1,8 +1,10 @@
 import errno
 import io
 import json
+import sys
 import threading
 import time
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import cv2
@@ -11,7 +13,11 @@ import pytest
 from programs import status_of
 from tensorboardX.proto.event_pb2 import Event
 
+from knet_jax.config.files import load_config
+from knet_jax.system.errors import UserError
 from knet_jax.training import logs
+from knet_jax.training.logs import Log
+from knet_jax.training.trackers import open_tracker
 
 
 class Terminal(io.StringIO):
@@ -178,3 +184,36 @@ def test_an_empty_log_has_no_curves(tmp_path):
     (tmp_path / logs.LOG_NAME).write_text(json.dumps({"step": 1, "epoch": 1.0}) + "\n")
     with pytest.raises(ValueError, match="has no values yet"):
         logs.plot_curves(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, variable", [("wandb", "WANDB_MODE"), ("mlflow", "MLFLOW_TRACKING_URI")]
+)
+def test_a_run_is_logged_to_a_tracker_too(tmp_path, monkeypatch, name, variable):
+    pytest.importorskip(name)
+    monkeypatch.setenv(variable, "offline" if name == "wandb" else f"file:{tmp_path / 'store'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    config = load_config("shapes_panoptic:tiny", {"train.tracker": name})
+    for start in (0, 2):  # resumed under its own name
+        log = Log(tmp_path, 10, start, open_tracker(config, tmp_path))
+        log.scalars(start + 1, {"loss/total": 1.5, "val/PQ": float("nan")})
+        log.images(start + 1, {"val/pictures": np.zeros((8, 9, 3), np.uint8)})
+        log.close()
+    id = (tmp_path / f"{name}.id").read_text()
+    if name == "wandb":
+        assert len([*tmp_path.glob(f"wandb/offline-run-*-{id}/*.wandb")]) == 2
+    else:
+        [file] = tmp_path.glob(f"store/*/{id}/metrics/loss/total")
+        values = file.read_text()
+        assert [line.split()[1:] for line in values.splitlines()] == [["1.5", "1"], ["1.5", "3"]]
+
+
+def test_a_tracker_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    config = load_config("shapes_panoptic:tiny", {"train.tracker": "wandb"})
+    assert open_tracker(load_config("shapes_panoptic:tiny"), tmp_path) is None
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="^config.train.tracker=wandb: pip install wandb"):
+        open_tracker(config, tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
+    with pytest.raises(UserError, match="^config.train.tracker=wandb: .*attribute 'init'"):
+        open_tracker(config, tmp_path)

@@ -1,8 +1,14 @@
 """Files that are written whole or not at all, and what results are called."""
 
 import json
+import os
 import resource
+import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,6 +16,8 @@ import pytest
 
 from knet_jax.segmentation.drawing import save_picture
 from knet_jax.system.output_files import JsonList, PngFolder, Stems, write_json
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_results_of_pictures_do_not_overwrite_each_other(tmp_path):
@@ -62,3 +70,18 @@ def test_no_file_is_half_written(tmp_path):
             write(place)
         assert caught.value.filename == str(place) and place.read_text() == "earlier"
     assert {path.name for path in tmp_path.iterdir()} == set(writers)
+
+
+def test_a_temporary_folder_goes_with_its_process(tmp_path):
+    code = (
+        "import os, signal; from knet_jax.system.output_files import temporary_folder\n"
+        "with temporary_folder() as folder:\n"
+        "    open(folder + '/upload', 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    given = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=given, check=False)
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while any(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(tmp_path.iterdir())

@@ -205,16 +205,18 @@ def test_what_is_no_picture(tmp_path):
 # The server.
 
 
-def test_a_guard_narrows_what_requests_may_ask(tmp_path):
+def test_a_guard_narrows_what_requests_may_ask(tmp_path, capsys):
     async def app(scope, receive, send):
+        if scope["path"] == "/assets/fault":
+            raise KeyError("a fault of Gradio")
         body = (await receive())["body"] if scope["method"] == "POST" else b""
-        headers = [(b"content-type", b"text/html")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": body})
 
-    guard = Guard(app, 5 << 20, tmp_path)
+    guard = Guard(app, 5 << 20, tmp_path, ["page.example"])
+    join = "POST /gradio_api/queue/join"
 
-    def ask(body=b"", kind=b"application/json", **headers):
+    def ask(route=join, body=b"", **headers):
         """Status, headers and body of the answer to a request, which comes in two parts."""
         sent, parts = [], [body[:9], body[9:]]
         messages = [
@@ -228,33 +230,72 @@ def test_a_guard_narrows_what_requests_may_ask(tmp_path):
         async def send(message):
             sent.append(message)
 
-        given = {"content-length": str(len(body)), **headers}
+        given = {"host": "127.0.0.1:7860", "content-length": str(len(body)), **headers}
         given = [(key.encode(), value.encode()) for key, value in given.items()]
-        scope = {
-            "type": "http",
-            "method": "POST" if body else "GET",
-            "headers": [(b"content-type", kind), *given],
-        }
+        method, path = route.split(" ", 1)
+        scope = {"type": "http", "method": method, "path": path, "headers": given}
         asyncio.run(guard(scope, receive, send))
-        return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
+        return (sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]) if sent else sent
 
-    status, headers, _ = ask()
+    status, headers, _ = ask("GET /")
     assert status == 200 and b"default-src 'self';" in headers[b"content-security-policy"]
-    form = b"multipart/form-data; boundary=x"
-    assert ask(bytes(2 << 20), form)[0] == 200
-    assert ask(bytes(6 << 20), form)[0] == 413
-    assert ask(bytes(2 << 20))[0] == 413
-    assert ask(b"{}", **{"transfer-encoding": "chunked"})[0] == 413
-    assert ask(b"no JSON")[0] == 400
-    for path, expected in (
-        (tmp_path / "1" / "a.png", 200),
-        (tmp_path / ".." / "a.png", 403),
-        ("/etc/passwd", 403),
-        ("http://192.0.2.1/a.png", 403),
+    mine = tmp_path / "1" / "a.png"
+    for route, expected in {
+        "GET /config": 200,
+        "GET /assets/a.js": 200,
+        f"GET /gradio_api/file={mine}": 200,
+        "GET /gradio_api/file=/etc/passwd": 403,
+        f"GET /gradio_api/file={tmp_path}/../a.png": 403,
+        "GET /gradio_api/file=http://192.0.2.1/x": 403,
+        "GET /gradio_api/file=a\0b": 403,
+        "GET /gradio_api/proxy=http://192.0.2.1/x": 404,
+        "GET /gradio_api/vibe-code": 404,
+        "DELETE /": 404,
+        "OPTIONS /gradio_api/upload": 404,
+    }.items():
+        assert ask(route)[0] == expected, route
+    for host, origin, expected in (
+        ("[::1]:7860", "http://[::1]:7860", 200),
+        ("localhost:1", "http://localhost:1", 200),
+        ("page.example", "https://page.example", 200),
+        ("127.0.0.1:7860", "https://page.example", 200),  # a proxy
+        ("127.0.0.1:7860", "http://127.0.0.1:8000", 403),
+        ("127.0.0.1:7860", "http://evil.example", 403),
+        ("127.0.0.1:7860", "null", 403),
+        ("127.0.0.1:7860", "http://[", 403),
+        ("evil.example", "http://evil.example", 421),
+        ("127.0.0.1.evil.example", "", 421),
+        ("[", "", 421),
+        ("", "", 421),
     ):
-        body = json.dumps({"data": [{"value": {"path": str(path)}}, 0.5]}).encode()
-        status, _, answer = ask(body, b"text/plain")
-        assert status == expected and (answer == body) == (status == 200)
+        assert ask("GET /", host=host, origin=origin)[0] == expected, (host, origin)
+    upload, form = "POST /gradio_api/upload", {"content-type": "multipart/form-data; boundary=x"}
+    assert ask(upload, bytes(2 << 20), **form)[0] == 200
+    assert ask(upload, bytes(6 << 20), **form)[0] == 413
+    assert ask(body=bytes(2 << 20))[0] == 413
+    assert ask(body=b"{}", **{"transfer-encoding": "chunked"})[0] == 413
+    good = [{"path": str(mine)}, "Panoptic", 0.5, 0]
+    for data, expected in (
+        (good, 200),
+        ([None, *good[1:]], 200),
+        ([{"path": f"{tmp_path}/../a.png"}, *good[1:]], 403),
+        ([{"path": "http://192.0.2.1/a.png"}, *good[1:]], 403),
+        ([good[0] | {"orig_name": {"path": "/etc/passwd"}}, *good[1:]], 403),
+        (good[:3], 400),
+        ([*good[:3], "1"], 400),
+        ([*good[:3], float("nan")], 400),
+        ([good[0], ["Panoptic"], 1, 1], 400),
+        ([{"path": 5}, *good[1:]], 400),
+        ([good[0] | {"orig_name": "\ud800"}, *good[1:]], 400),
+        (5, 400),
+    ):
+        body = json.dumps({"data": data}).encode()
+        status, _, answer = ask(body=body)
+        assert status == expected and (answer == body) == (status == 200), data
+    assert ask(body=b"[" * 100_000)[0] == ask(body=b"\xff")[0] == ask()[0] == 400
+    capsys.readouterr()
+    assert ask("GET /assets/fault") == []
+    assert capsys.readouterr().err == "GET '/assets/fault': KeyError('a fault of Gradio')\n"
 
 
 def test_an_address_that_cannot_be_had():
@@ -267,8 +308,9 @@ def test_an_address_that_cannot_be_had():
         demo.listen("nowhere.invalid", 0)
 
 
-def test_the_page_offers_what_the_model_does(segmenters):
+def test_the_page_offers_what_the_model_does(segmenters, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[demo]'")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     import httpx
 
     async def ask(app):
@@ -320,7 +362,9 @@ def url(tiny_models, tmp_path_factory):
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         log = (folder / "log").read_text()
-        assert log.count("\n") == 1 and log.endswith(": interrupted\n")
+        *others, end = log.splitlines()
+        assert end.endswith(": interrupted")
+        assert others in ([], ["there is no view 'Depth'; accepted: Panoptic, Instances, Semantic"])
         assert not [path for path in (folder / "files").iterdir() if "knet_jax" in path.name]
     finally:
         process.kill()
@@ -387,10 +431,12 @@ def test_what_is_too_much_is_refused_and_the_rest_answered(ask, url, tmp_path):
     mine = save(tmp_path / "mine.png", picture())
     for place in (str(mine), f"{url}/favicon.ico", "http://192.0.2.1/a.png"):
         picked = {"path": place, "meta": {"_type": "gradio.FileData"}}
-        for route in ("call/segment", "run/segment", "queue/join"):
+        for route in ("call/segment", "queue/join"):
             data = {"data": [picked, "Panoptic", *PAGE]}
             assert httpx.post(f"{url}/gradio_api/{route}", json=data).status_code == 403
     assert httpx.get(f"{url}/gradio_api/file={mine}").status_code == 403
+    with pytest.raises(Exception, match="there is no view .*Depth.*; accepted: Panoptic"):
+        ask(mine, "write_json", "Depth", *PAGE)
     assert httpx.get(url).status_code == 200
 
 

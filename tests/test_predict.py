@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import cv2
@@ -237,6 +238,8 @@ def test_sources_have_names_of_their_own(tmp_path):
     ):
         with pytest.raises(UserError, match=problem):
             find(path)
+    with pytest.raises(UserError, match="'' names no file or folder"):
+        sources("")
     for output in (tmp_path / "a", tmp_path, tmp_path / "a/b"):  # hides predictions alone
         write_pictures(output, ("overlays/8.jpg", "semantic/8.png"))
         assert [s.name for s in sources(tmp_path / "c", output=output)] == ["1.jpg"]
@@ -250,7 +253,7 @@ def test_what_a_folder_has_besides_is_named(tmp_path, capsys):
     found = sources(tmp_path / "in")
     assert [source.name for source in found] == ["1.jpg", "gone.png"]
     said = capsys.readouterr().err
-    assert said.startswith(f"left out of {tmp_path / 'in'}: 2 .gif, 1 .mpe, 1 .ppm; accepted: .bmp")
+    assert said.startswith(f"left out of {tmp_path / 'in'}: 2 .gif, 1 .mpe, 1 .ppm, 1 .txt;")
     with semantic_predictions(tmp_path / "out") as predictions:
         problems = predict_pictures(Seer(), found, predictions)
     assert problems == [f"{tmp_path / 'in' / 'gone.png'}: No such file or directory"]
@@ -394,16 +397,59 @@ def test_a_video_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     assert files(tmp_path / "videos") == {"clip.json"}
 
 
-def test_a_picture_of_any_size_is_skipped(tmp_path):
-    write_pictures(tmp_path, ("1.jpg", "2.jpg"))
-    data = (tmp_path / "1.jpg").read_bytes()
-    start = data.index(b"\xff\xc0")
-    huge = data[: start + 5] + b"\xff\xdc" * 2 + data[start + 9 : -50]
-    (tmp_path / "1.jpg").write_bytes(huge)
+def claims_to_be(path, width, height):
+    """Writes a small picture whose head says that it is of another size."""
+    data = bytearray(cv2.imencode(path.suffix, picture(64, 64))[1].tobytes())
+    if path.suffix == ".png":
+        data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    elif path.suffix == ".jpg":
+        start = data.index(b"\xff\xc0")
+        data[start + 5 : start + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+        del data[-50:]
+    else:
+        data[18:26] = width.to_bytes(4, "little") + height.to_bytes(4, "little")
+    path.write_bytes(data)
+
+
+def test_a_picture_of_any_size_is_skipped(tmp_path, capsys):
+    claims_to_be(tmp_path / "1.png", 30_000, 30_000)
+    claims_to_be(tmp_path / "2.jpg", 13_000, 13_000)
+    claims_to_be(tmp_path / "3.bmp", 1, 60_000_000)
+    claims_to_be(tmp_path / "4.jpg", 2000, 2000)
+    write_pictures(tmp_path, ("5.jpg",))
+    write_video(tmp_path / "6.avi", 1, (1200, 1000), code="MJPG")
+    *pictures, video = sources(tmp_path)
     with semantic_predictions(tmp_path / "out") as predictions:
-        [problem] = predict_pictures(Seer(), sources(tmp_path), predictions)
-    assert problem == f"{tmp_path / '1.jpg'}: the picture is truncated"
-    assert (tmp_path / "out" / "overlays" / "2.jpg").is_file()
+        problems = predict_pictures(Seer(), pictures, predictions)
+    limit = "megapixels; accepted: up to 50 (--max_megapixels)"
+    assert problems == [
+        f"{tmp_path / '1.png'}: far too many {limit}",
+        f"{tmp_path / '2.jpg'}: 169.0 {limit}",
+        f"{tmp_path / '3.bmp'}: 60.0 {limit}",
+        f"{tmp_path / '4.jpg'}: the picture is truncated",
+    ]
+    assert capsys.readouterr().err.count("skipped ") == 4
+    assert [*files(tmp_path / "out" / "overlays")] == ["5.jpg"]
+    problem = predict_video(Seer(), video, tmp_path, max_megapixels=1)
+    assert problem == f"{tmp_path / '6.avi'}: 1.2 megapixels; accepted: up to 1 (--max_megapixels)"
+
+
+def test_pictures_of_any_name_are_segmented(tmp_path, capsys):
+    names = (
+        *("scan of\npage 1.jpg", "a\r\x1b[31mb.jpg", "m" + "图" * 83 + "x.jpg", "x" * 251 + ".jpg"),
+        *(os.fsdecode(b"caf\xe9.jpg"), "\u202egpj.exe.jpg", ".jpg.jpg"),
+    )
+    write_pictures(tmp_path / "in", names)
+    (tmp_path / "in" / "no\npicture.jpg").touch()
+    with semantic_predictions(tmp_path / "out") as predictions:
+        [problem] = predict_pictures(Seer(), sources(tmp_path / "in"), predictions)
+    assert problem == f"{tmp_path / 'in'}/no picture.jpg: cannot be decoded"
+    assert "skipped " + problem in capsys.readouterr().err
+    listed = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
+    assert {image["file_name"] for image in listed} == {*names}
+    written = files(tmp_path / "out" / "overlays")
+    assert len(written) == len(names) and all(name.isprintable() for name in written)
 
 
 class Stopped(Seer):

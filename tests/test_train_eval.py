@@ -237,6 +237,14 @@ def test_a_run_that_is_done_says_so_again(whole, data_dir, tmp_path, monkeypatch
     assert arrays_of(workdir) == arrays_of(whole.workdir)
 
 
+def test_a_run_without_a_better_score_ends(data_dir, tmp_path):
+    changes = {"optim.lr": 1e-12, "train.eval_every": 1, "train.patience": 2}
+    config = config_of("semantic", data_dir, **changes)
+    for _ in range(2):  # the second time it is over
+        run, printed = train_and_listen(config, tmp_path / "run")
+        assert run.step == 3 and tuple(scored(run.workdir)) == (1, 2, 3) and "done: " in printed
+
+
 @pytest.mark.slow
 def test_the_best_step_and_that_of_the_average_are_kept(data_dir, tmp_path, monkeypatch):
     add_scores = Checkpoints.add_scores

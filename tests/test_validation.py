@@ -33,7 +33,7 @@ def refuse(config, message, check=validate, **options):
 def change(spec, key, value):
     """A config of which a key has any value, as a file could state it, or is not there (None)."""
     values = schema.flatten(load_config(spec)) | {key: value}
-    values = {name: value for name, value in values.items() if value is not None}
+    values = {name: value for name, value in values.items() if name != key or value is not None}
     return ConfigDict(unflatten_dict(values, sep="."))
 
 

@@ -14,6 +14,7 @@ from knet_jax.app.predictions import Predictions, find_ids, find_sources, predic
 from knet_jax.app.segmenter import load
 from knet_jax.app.videos import predict_video
 from knet_jax.saved.checkpoints import check_writable
+from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
 from knet_jax.system.signals import stop_when_asked
 
 
@@ -36,6 +37,7 @@ def predict_files(
     ema: bool = False,
     batch_size: int | None = None,
     image_info: str | Path | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
     overrides: Sequence[str] = (),
 ) -> Outcome:
     """Segments pictures and videos, and writes pictures of the results and files of them.
@@ -49,6 +51,7 @@ def predict_files(
         ema: of a folder: the moving average of the parameters instead of the parameters.
         batch_size: how many pictures are segmented together; default: 1 on a CPU, else 8.
         image_info: JSON in COCO's form: only the pictures that it lists are taken, under its ids.
+        max_megapixels: of a picture or a frame; larger ones are skipped.
         overrides: `--config.x.y=value` arguments.
 
     Returns:
@@ -77,10 +80,12 @@ def predict_files(
     with stop_when_asked() as stop:
         if pictures:
             with Predictions(output, segmenter.task, segmenter.categories, ids) as predictions:
-                problems += predict_pictures(segmenter, pictures, predictions, threshold, stop)
+                problems += predict_pictures(
+                    segmenter, pictures, predictions, threshold, stop, max_megapixels
+                )
             print(predictions.table())
         for video in videos:
-            if problem := predict_video(segmenter, video, output, threshold, stop):
+            if problem := predict_video(segmenter, video, output, threshold, stop, max_megapixels):
                 print(f"problem: {problem}", file=sys.stderr)
                 problems.append(problem)
     print(f"wrote {output}/" + (f", problems with {len(problems)} files" if problems else ""))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mimetypes
 import os
 import sys
 from collections import Counter, deque
@@ -24,10 +23,15 @@ from knet_jax.segmentation.drawing import (
     save_picture,
     thumbnail,
 )
-from knet_jax.segmentation.image_files import PICTURES, read_image
+from knet_jax.segmentation.image_files import (
+    MAX_MEGAPIXELS,
+    PICTURES,
+    check_megapixels,
+    read_image,
+)
 from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import Categories
-from knet_jax.system.errors import UserError
+from knet_jax.system.errors import UserError, naming_file, one_line
 from knet_jax.system.output_files import Stems, write_json
 from knet_jax.system.signals import StopRequest
 from knet_jax.tasks import TASKS
@@ -67,6 +71,8 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
         UserError: there is no such file, nothing in a folder, or predictions would overwrite it.
     """
     found: dict[Path, str] = {}
+    if not all(map(str, paths)):
+        raise UserError("'' names no file or folder")
     for given in map(Path, paths):
         if given.is_dir():
             there = _walk(given)
@@ -106,14 +112,13 @@ def _walk(folder: Path) -> list[Path]:
         # A link that leads nowhere is named when it is read.
         if not (path.is_file() or (path.is_symlink() and not path.exists())):
             continue
-        kind, _ = mimetypes.guess_type(path.name)
         if path.suffix.lower() in PICTURES + VIDEOS:
             found.append(path)
-        elif (kind or "").startswith(("image/", "video/")):
-            others[path.suffix.lower()] += 1
+        else:
+            others[path.suffix.lower() or path.name] += 1
     accepted = ", ".join(PICTURES + VIDEOS)
     if others:
-        listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        listed = one_line(", ".join(f"{count} {kind}" for kind, count in sorted(others.items())))
         print(f"left out of {folder}: {listed}; accepted: {accepted}", file=sys.stderr)
     if not found:
         raise UserError(f"no picture or video in {folder}; accepted: {accepted}")
@@ -242,7 +247,8 @@ class Predictions:
         """Writes the result of a picture."""
         image_id = self._ids[source.name] if self._ids else len(self._images) + 1
         # The task's own files are named in the same way, so that names agree.
-        overlay = self.folder / OVERLAYS / f"{self._stems.of(source.name)}.jpg"
+        stem = self._stems.of(source.name)
+        overlay = self.folder / OVERLAYS / f"{stem}.jpg"
         side = min(readable_side(result.size), MAX_SIDES[overlay.suffix])
         save_picture(overlay, result.draw(side))
         self._results.add(image_id, source.name, result.prediction)
@@ -251,7 +257,7 @@ class Predictions:
             {"id": image_id, "file_name": source.name, "height": height, "width": width}
         )
         if len(self._thumbnails) < MAX_THUMBNAILS:
-            self._thumbnails.append(thumbnail(result.draw(THUMBNAIL), source.name))
+            self._thumbnails.append(thumbnail(result.draw(THUMBNAIL), stem))
         labels = [segment.label for segment in result.segments]
         np.add.at(self.counts[1], labels, 1)
         self.counts[0, list(set(labels))] += 1
@@ -275,6 +281,7 @@ def predict_pictures(
     predictions: Predictions,
     threshold: float | None = None,
     stop: StopRequest | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> list[str]:
     """Segments pictures from files, with a progress bar.
 
@@ -284,9 +291,10 @@ def predict_pictures(
         predictions: where results go.
         threshold: least score of a thing; default: that of the segmenter.
         stop: ends it early.
+        max_megapixels: of a picture; larger ones are not read.
 
     Returns:
-        What was wrong with each picture that could not be read.
+        What was wrong with each picture that was not read.
 
     Raises:
         Preempted: it was asked to stop.
@@ -300,10 +308,12 @@ def predict_pictures(
                 if stop:
                     return
                 try:
+                    with naming_file(source.path):
+                        check_megapixels(source.path, max_megapixels)
                     image = read_image(source.path)
                 except UserError as error:
-                    problems.append(str(error))
-                    tqdm.write(f"skipped {error}", file=sys.stderr)
+                    problems.append(one_line(error))
+                    tqdm.write(f"skipped {problems[-1]}", file=sys.stderr)
                     bar.update()
                     continue
                 waiting.append(source)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from knet_jax.app.predictions import VIDEO_RESULTS, Source, end_if_asked, until
 from knet_jax.app.segmenter import Segmenter
+from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
 from knet_jax.system.output_files import JsonList
 from knet_jax.system.signals import StopRequest
 
@@ -25,6 +26,7 @@ def predict_video(
     folder: Path,
     threshold: float | None = None,
     stop: StopRequest | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> str | None:
     """Segments a video frame by frame, in constant memory, with a progress bar.
 
@@ -37,6 +39,7 @@ def predict_video(
         folder: where results go.
         threshold: least score of a thing; default: that of the segmenter.
         stop: ends it early.
+        max_megapixels: of a frame; a video of larger ones is not read.
 
     Returns:
         What was wrong with the video; None where all of it could be read and written.
@@ -48,6 +51,11 @@ def predict_video(
     capture = cv2.VideoCapture(str(source.path))
     try:
         frames = _Frames(capture)
+        if frames.megapixels > max_megapixels:
+            return (
+                f"{source.path}: {frames.megapixels:.1f} megapixels; accepted: up to "
+                f"{max_megapixels:g} (--max_megapixels)"
+            )
         first = next(frames, None)
         if first is None:
             return f"{source.path}: no frame of it can be decoded"
@@ -59,7 +67,7 @@ def predict_video(
         with (
             _VideoWriter(place, frames.rate, first.shape[:2]) as video,
             JsonList(place.with_suffix(".json")) as records,
-            tqdm(total=frames.total, desc=source.name, unit="frame") as bar,
+            tqdm(total=frames.total, desc=source.stem, unit="frame") as bar,
         ):
             for number, result in enumerate(until(stop, results)):
                 video.add(result.draw())
@@ -86,6 +94,8 @@ class _Frames:
         total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.total = total if total > 0 else None
         """How many frames the file says it has, None where it does not say."""
+        sides = (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
+        self.megapixels = np.prod([capture.get(side) for side in sides]) / 1e6
         self.number = 0
         """How many frames were read so far."""
         self._seconds = 0.0

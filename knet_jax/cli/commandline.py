@@ -69,6 +69,9 @@ class Parser(argparse.ArgumentParser):
                 name = argument.lstrip("-").partition("=")[0]
                 raise UserError(f"there is no flag --{name}; {suggest(name, vars(args))}")
             raise UserError(f"{argument!r} belongs to no flag (--help lists the flags)")
+        for name, value in vars(args).items():
+            if value == "" != self.get_default(name) or (isinstance(value, list) and "" in value):
+                raise UserError(f"{name} is empty; accepted: a value, or to leave it away")
         args.overrides = overrides
         return args
 

@@ -5,23 +5,27 @@ knet demo --model runs/demo --port 8000 --max_megapixels 12
 
 Needs `pip install -e '.[demo]'`. The page is for this machine alone, at http://127.0.0.1:7860, unless
 --host says otherwise; with --host 0.0.0.0 everyone who reaches the machine may use it. Neither the
-page nor the server asks the network for anything. Pictures are kept until the server ends, for at
-most an hour. Ctrl-C ends it.
+page nor the server asks the network for anything. Pictures are kept until the server ends, however
+it does, for at most an hour. Ctrl-C ends it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
-import tempfile
 from argparse import Namespace
 from pathlib import Path
+from typing import Any, NoReturn
 
 from knet_jax.app.page.page import make_app
 from knet_jax.app.segmenter import load
 from knet_jax.cli.commandline import Parser, number
+from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
 from knet_jax.system.errors import UserError
+from knet_jax.system.output_files import temporary_folder
+from knet_jax.system.signals import Preempted
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -42,6 +46,11 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def end(signum: int, *_: Any) -> NoReturn:
+    """Ends the command in order, as a handler of a signal."""
+    raise Preempted("ended", signum)
+
+
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     parser.flag("model", "folder of a run, or file or folder of a conversion")
@@ -51,7 +60,13 @@ def add_flags(parser: Parser) -> None:
         "port", "port to listen at; 0 is any that is free", 7860, type=number(int, 0, 65535)
     )
     parser.flag(
-        "max_megapixels", "of a picture; larger ones are refused", 50, type=number(float, 0.01, 178)
+        "names", "names of this machine in a browser's address, as of a proxy: NAME,NAME", ""
+    )
+    parser.flag(
+        "max_megapixels",
+        "of a picture; larger ones are refused",
+        MAX_MEGAPIXELS,
+        type=number(float, 0.01, 178),
     )
     parser.flag(
         "max_upload_mb", "MiB of a file; larger ones are refused", 50, type=number(int, 1, 4096)
@@ -64,7 +79,11 @@ def main(args: Namespace) -> None:
         raise UserError(
             "--model is missing: the folder of a run, or file or folder of a conversion"
         )
-    with tempfile.TemporaryDirectory(prefix="knet_jax_demo_") as folder:
+    signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        # The server, which hears SIGTERM only, ends with it.
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    with temporary_folder() as folder:
         os.environ |= {
             "GRADIO_TEMP_DIR": folder,
             "GRADIO_ANALYTICS_ENABLED": "False",
@@ -78,7 +97,8 @@ def main(args: Namespace) -> None:
         with listen(args.host, args.port) as listener:
             segmenter = load(args.model, args.checkpoint, args.ema, overrides=args.overrides)
             name = Path(args.model).resolve().name
-            app = make_app(segmenter, name, args.max_megapixels, args.max_upload_mb)
+            hosts = [args.host, socket.gethostname(), *filter(None, args.names.split(","))]
+            app = make_app(segmenter, name, args.max_megapixels, args.max_upload_mb, hosts)
             print(f"{name} ({segmenter.task}, step {segmenter.step}): {address(listener)}")
             print("Ctrl-C ends it", flush=True)
             server = uvicorn.Server(

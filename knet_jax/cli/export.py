@@ -11,12 +11,13 @@ lie beside them. docs/exporting.md shows how to run it.
 
 from __future__ import annotations
 
-from argparse import Namespace
+import re
+from argparse import ArgumentTypeError, Namespace
 
 from knet_jax.cli.commandline import Parser, number
 from knet_jax.export.formats import FORMATS
 from knet_jax.export.model_file import export_model
-from knet_jax.segmentation.image_files import read_image
+from knet_jax.segmentation.image_files import MAX_MEGAPIXELS, read_image
 from knet_jax.system.errors import UserError
 
 
@@ -27,8 +28,8 @@ def add_flags(parser: Parser) -> None:
     parser.flag(
         "output", "the file; default: model.stablehlo.npz or model.onnx in the model's folder"
     )
-    parser.flag("size", "height,width of all pictures; default: any")
-    parser.flag("batch", "number of pictures at a time; default: any", type=number(int, 1))
+    parser.flag("size", "height,width of all pictures; default: any", type=parse_size)
+    parser.flag("batch", "number of pictures at a time; default: any", type=number(int, 1, 1024))
     parser.flag("image", "picture to try the file on; default: one is drawn")
     parser.checkpoint_flags()
 
@@ -41,7 +42,7 @@ def main(args: Namespace) -> None:
         args.paths[0],
         args.output,
         args.format,
-        size=parse_size(args.size) if args.size else None,
+        size=args.size,
         batch=args.batch,
         image=read_image(args.image) if args.image else None,
         checkpoint=args.checkpoint,
@@ -54,8 +55,11 @@ def main(args: Namespace) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`480,640` -> (480, 640). Raises UserError where a text is something else."""
-    sides = text.split(",")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise UserError(f"--size={text}; accepted: height and width, such as 480,640")
-    return int(sides[0]), int(sides[1])
+    """`480,640` -> (480, 640). Raises ArgumentTypeError where a text is something else."""
+    sides = re.fullmatch(r"([1-9]\d{0,7}),([1-9]\d{0,7})", text, re.ASCII)
+    if not sides or int(sides[1]) * int(sides[2]) > MAX_MEGAPIXELS * 1e6:
+        raise ArgumentTypeError(
+            f"{text} is not accepted; accepted: height and width, such as 480,640, "
+            f"of at most {MAX_MEGAPIXELS} megapixels"
+        )
+    return int(sides[1]), int(sides[2])

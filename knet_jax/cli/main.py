@@ -5,6 +5,7 @@ knet COMMAND --help tells more of each:
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -57,6 +58,8 @@ def run(name: str, program: str | None = None, arguments: Sequence[str] | None =
     """
     program = program or Path(sys.argv[0]).name
     hide_closed_loops()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have all letters
     with exit_statuses(program):
         with ended_by_signals(program), known_xla_flags():
             # Which takes seconds, and is done only now that signals have an answer.

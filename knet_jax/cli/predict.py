@@ -20,6 +20,7 @@ from argparse import Namespace
 
 from knet_jax.app.predict import predict_files
 from knet_jax.cli.commandline import Parser, number
+from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
 from knet_jax.system.errors import UserError
 
 SOME_SKIPPED = 3
@@ -44,6 +45,12 @@ def add_flags(parser: Parser) -> None:
         "image_info",
         "JSON in COCO's form: only its pictures are taken, under its ids; default: all, as 1, 2 ...",
     )
+    parser.flag(
+        "max_megapixels",
+        "of a picture or of a frame; larger ones are skipped",
+        MAX_MEGAPIXELS,
+        type=number(float, 0.01),
+    )
 
 
 def main(args: Namespace) -> int:
@@ -61,6 +68,7 @@ def main(args: Namespace) -> int:
         ema=args.ema,
         batch_size=args.batch_size,
         image_info=args.image_info,
+        max_megapixels=args.max_megapixels,
         overrides=args.overrides,
     ).problems
     return SOME_SKIPPED if problems else 0

@@ -200,6 +200,8 @@ def _convert(key: str, value: Any, like: Any) -> Any:
     elif isinstance(value, str):
         with contextlib.suppress(Exception):  # what is no literal is judged below
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+    if value is None:
+        return value
     if isinstance(like, tuple):
         value = to_tuples(value) if isinstance(value, list | tuple) else (value,)
     if isinstance(like, float) and type(value) is int and abs(value) < 1e300:

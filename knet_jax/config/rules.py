@@ -46,6 +46,11 @@ def several(test: Callable[[Any], bool], least: int, most: int) -> Callable[[Any
     )
 
 
+def or_none(rule: Rule) -> Rule:
+    """The rule of a value that None leaves to the data of the training, see `training/from_data.py`."""
+    return lambda value: value is None or rule[0](value), f"{rule[1]}, or None"
+
+
 def one_of(*choices: Any) -> Rule:
     """The rule of a value that is one of some."""
     return lambda value: value in choices, ", ".join(map(str, choices))

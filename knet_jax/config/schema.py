@@ -29,6 +29,7 @@ from knet_jax.config.rules import (
     YES_NO,
     ZERO,
     one_of,
+    or_none,
 )
 from knet_jax.system.errors import UserError, suggest
 
@@ -85,8 +86,10 @@ EVERY = {
     ),
     # The network.
     "model.num_proposals": Key(REQUIRED, ZERO, "kernels that look for things (N in the paper)"),
-    "model.num_things": Key(REQUIRED, ZERO, "thing classes"),
-    "model.num_stuff": Key(REQUIRED, ZERO, "stuff classes, each with a kernel of its own"),
+    "model.num_things": Key(None, or_none(ZERO), "thing classes; None: those of the data"),
+    "model.num_stuff": Key(
+        None, or_none(ZERO), "stuff classes, each with a kernel of its own; None: those of the data"
+    ),
     "model.num_stages": Key(3, rules.UPDATES, "updates of the kernels; 0 is a plain decoder"),
     "model.channels": Key(256, rules.EVEN, "of features and kernels"),
     "model.num_heads": Key(8, ONE, "of the attention between kernels; divides the channels"),
@@ -124,9 +127,17 @@ EVERY = {
     "optim.reference_batch": Key(16, POSITIVE, "the batch that the learning rate is for"),
     "optim.weight_decay": Key(0.05, rules.NON_NEGATIVE, "of AdamW"),
     "optim.clip_norm": Key(1.0, POSITIVE, "the most that the norm of the gradient may be"),
-    "optim.warmup_steps": Key(1000, rules.ZERO_STEPS, "steps until the full learning rate"),
+    "optim.warmup_steps": Key(
+        1000,
+        or_none(rules.ZERO_STEPS),
+        "steps until the full learning rate; None: a twentieth of the run, at most 1000",
+    ),
     "optim.warmup_factor": Key(0.001, SHARE, "share of the learning rate at the first step"),
-    "optim.decay_at": Key((), rules.ASCENDING, "when the learning rate falls"),
+    "optim.decay_at": Key(
+        (),
+        or_none(rules.ASCENDING),
+        "when the learning rate falls; None: after 2/3 and 11/12 of the run",
+    ),
     "optim.decay_factor": Key(10.0, rules.DIVISOR, "by which it is divided then"),
     "optim.unit": Key("epoch", one_of("epoch", "step"), "of `optim.decay_at`"),
     "optim.groups": Key(ALL, rules.GROUPS, "the first whose expression matches a path counts"),
@@ -142,7 +153,15 @@ EVERY = {
         "(`val_ema/*`; `eval.py --ema`); 0 keeps none",
     ),
     "train.log_every": Key(50, rules.STEPS, "in steps"),
-    "train.eval_every": Key(0, rules.ZERO_STEPS, "in steps; 0 is at the end only"),
+    "train.eval_every": Key(
+        0, or_none(rules.ZERO_STEPS), "in steps; 0 is at the end only, None after every epoch"
+    ),
+    "train.patience": Key(
+        0, ZERO, "evaluations without a better score after which the run ends; 0 is never"
+    ),
+    "train.tracker": Key(
+        "", one_of("", "wandb", "mlflow"), "where the run is logged too: Weights & Biases, MLflow"
+    ),
     "train.checkpoint_every": Key(1000, rules.STEPS, "in steps"),
     "train.keep": Key(3, ONE, "how many of the last checkpoints stay, beside the best"),
     "eval.batch_size": Key(8, ONE, "images of an evaluation's batch, over all devices"),
@@ -151,12 +170,24 @@ EVERY = {
 
 WITH_THINGS = {
     "model.num_proposals": Key(REQUIRED, ONE, "kernels that look for things"),
-    "model.num_things": Key(REQUIRED, ONE, "thing classes"),
+    "model.num_things": Key(None, or_none(ONE), "thing classes; None: those of the data"),
     "model.auxiliary_channels": Key(0, rules.NONE, "there is no auxiliary classifier"),
     "model.neck.name": Key("semantic_fpn", one_of("semantic_fpn"), "the one neck"),
-    "data.canvas": Key(REQUIRED, rules.LANDSCAPE, "of training; portraits get it transposed"),
-    "data.short_side": Key(REQUIRED, RANGE, "of its random length; evaluation takes the largest"),
-    "data.long_side": Key(REQUIRED, POSITIVE, "the most that the long side becomes"),
+    "data.canvas": Key(
+        REQUIRED,
+        or_none(rules.LANDSCAPE),
+        "of training; portraits get it transposed; None: what fits the sides",
+    ),
+    "data.short_side": Key(
+        REQUIRED,
+        or_none(RANGE),
+        "of its random length; evaluation takes the largest; None: that of the pictures, at most 800",
+    ),
+    "data.long_side": Key(
+        REQUIRED,
+        or_none(POSITIVE),
+        "the most that the long side becomes; None: that of the pictures, at most 1333",
+    ),
     "data.max_things": Key(
         Follows("model.num_proposals"), ONE, "slots for the things of a picture, largest first"
     ),
@@ -176,11 +207,19 @@ INSTANCE = {
 SEMANTIC = {
     "model.num_proposals": Key(REQUIRED, rules.NONE, "every kernel is that of a class"),
     "model.num_things": Key(REQUIRED, rules.NONE, "all classes count as stuff"),
-    "model.num_stuff": Key(REQUIRED, ONE, "classes"),
+    "model.num_stuff": Key(None, or_none(ONE), "classes; None: those of the data"),
     "model.neck.name": Key(REQUIRED, one_of(*NECKS[1:]), "the decoder"),
-    "data.scale": Key(REQUIRED, rules.SIZE, "the most that the sides become at ratio 1"),
+    "data.scale": Key(
+        REQUIRED,
+        or_none(rules.SIZE),
+        "the most that the sides become at ratio 1; None: the pictures' own, at most (2048, 512)",
+    ),
     "data.ratio": Key((0.5, 2.0), RANGE, "of a random factor of the scale"),
-    "data.crop": Key(REQUIRED, rules.CANVAS, "a random window; smaller pictures are padded"),
+    "data.crop": Key(
+        REQUIRED,
+        or_none(rules.CANVAS),
+        "a random window; smaller pictures are padded; None: a square of the short side",
+    ),
     "data.max_class_share": Key(
         0.75, rules.ABOVE_0, "of ten windows, the first where no class has more of the pixels"
     ),
@@ -216,9 +255,10 @@ RESNET = {
     "model.backbone.width": Key(64, ONE, "channels of the first stage's 3x3 convolutions"),
     "model.backbone.norm": Key(
         "frozen_batch",
-        one_of(*NORMS),
+        or_none(one_of(*NORMS)),
         "`frozen_batch` uses the statistics of the initial weights and trains scale and bias; "
-        "`batch` trains statistics too, over one microbatch of all devices; `group` needs none",
+        "`batch` trains statistics too, over one microbatch of all devices; `group` needs none; "
+        "None: what the initial weights have, `group` without any",
     ),
     "model.backbone.frozen_stages": Key(
         1, rules.STAGES, "first stages that get no gradient, nor does the stem"
@@ -245,7 +285,7 @@ SEMANTIC_FPN = {
     "model.neck.sine": Key(True, YES_NO, "positional encoding (Table 4b)"),
     "model.neck.coordinates": Key(False, YES_NO, "two channels of coordinates (Table 4b)"),
 }
-DECODER = {"model.neck.norm": Key("batch", one_of(*NORMS), "as `model.backbone.norm`")}
+DECODER = {"model.neck.norm": Key("batch", or_none(one_of(*NORMS)), "as `model.backbone.norm`")}
 POOLING = {"model.neck.scales": Key((1, 2, 3, 6), SOME, "sides of the pooled maps")}
 DILATED = {
     "model.neck.dilations": Key((1, 12, 24, 36), SOME, "of the decoder's parallel convolutions")
@@ -330,8 +370,9 @@ def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
     keys = {name: key for name, key in keys.items() if name.startswith("model.")}
     check_names(values, keys)
     completed = complete(values, keys)
-    if missing := sorted(keys.keys() - completed.keys()):
-        raise UserError(f"config.{missing[0]} is missing; accepted: {keys[missing[0]].rule[1]}")
+    if missing := sorted(name for name in keys if completed.get(name) is None):
+        accepted = keys[missing[0]].rule[1].removesuffix(", or None")
+        raise UserError(f"config.{missing[0]} is missing; accepted: {accepted}")
     return unflatten_dict(completed, sep=".")["model"]
 
 

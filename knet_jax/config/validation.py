@@ -21,6 +21,8 @@ def check_data(config: ConfigDict) -> None:
     schema.check(schema.flatten(config))
     if config.task != "semantic":
         data = config.data
+        if None in (data.canvas, data.short_side, data.long_side):
+            return  # a training fills them in
         if data.short_side[1] > data.canvas[0] or data.long_side > data.canvas[1]:
             raise UserError(
                 f"config.data.short_side {data.short_side} and long_side {data.long_side} "

@@ -160,9 +160,14 @@ def summarize(counts: InstanceCounts, categories: Categories) -> dict[str, float
 
     AP50 and AP75 are at one IoU threshold; s, m and l are instances of an area up to 32², from
     there to 96², and beyond; AR1, AR10 and AR100 take so many predictions of a class in a picture.
-    Classes without an instance stay out of a mean; the mean of no class is 0.
+    Classes without an instance stay out of a mean. Without any instance AP and AR are 0, and those of
+    a range of sizes NaN where it has none.
     """
-    return {name: mean_of_defined(values) for name, values in _quality(counts).items()}
+    means = {name: mean_of_defined(values) for name, values in _quality(counts).items()}
+    for size, letter in enumerate("sml", 1):
+        if not counts.objects[:, size].any():
+            means |= {f"AP{letter}": np.nan, f"AR{letter}": np.nan}
+    return means
 
 
 def per_class(counts: InstanceCounts, categories: Categories) -> list[dict]:
@@ -199,7 +204,7 @@ def table(counts: InstanceCounts, categories: Categories) -> str:
         lines.append(
             f"{line(row['name'], row, precision)}  {row['objects']:7} {row['predictions']:9}"
         )
-    means = summarize(counts, categories)
+    means = {k: none_if_undefined(np.float64(v)) for k, v in summarize(counts, categories).items()}
     with_objects = sum(row["objects"] > 0 for row in rows)
     lines += [
         "",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from knet_jax.model import init_variables, make_model
+from knet_jax.model import init_variables, make_model, variable_shapes
 from knet_jax.saved.parameter_names import (
     CLASSES,
     Fit,
@@ -21,7 +24,7 @@ from knet_jax.saved.parameter_names import (
     to_reference,
 )
 from knet_jax.saved.weight_files import NETWORK, NEW, WeightFile, read_weights
-from knet_jax.system.errors import UserError
+from knet_jax.system.errors import UserError, naming_file
 
 
 def fit_network(
@@ -101,6 +104,45 @@ def complete(found: Fit, template: Variables, config: ConfigDict) -> Variables:
     return unflatten_dict(
         {key: np.asarray(arrays[key], leaf.dtype) for key, leaf in flat.items()}, sep="/"
     )
+
+
+def check_backbone(path: str | Path, model: Mapping[str, Any]) -> None:
+    """Compares the backbone in a file with that of a config, by names and shapes alone.
+
+    Args:
+        path: a file that `read_weights` reads.
+        model: `config.model`, in which numbers of classes and norms may be None.
+
+    Raises:
+        UserError: it is another backbone; the message has the flags that fit it.
+    """
+    stated = {key: 1 if value is None else value for key, value in model.items()}
+    for part in ("backbone", "neck"):
+        stated[part] = {key: value for key, value in model[part].items() if value is not None}
+    shapes = variable_shapes(make_model(**stated))["params"]["backbone"]
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    needed = _describe_backbone(to_reference({"params": {"backbone": zeros}}))
+    with naming_file(f"config.init_weights: {path}"):
+        given = _describe_backbone(read_weights(path).tensors)
+        others = [f"{key}={value}" for key, value in given.items() if value != needed.get(key)]
+        if others:
+            flags = " ".join(f'"--config.model.backbone.{flag}"' for flag in others)
+            raise UserError(f"it holds another backbone than the config has; {flags} would fit")
+
+
+def _describe_backbone(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The keys of `config.model.backbone` that the names and shapes of tensors show."""
+    blocks = re.findall(
+        r"backbone\.(?:layer|stages\.)(\d)\.(?:blocks\.)?(\d+)\.", " ".join(tensors)
+    )
+    if not blocks:
+        raise UserError("it holds no backbone that is known here")
+    stages = sorted({stage for stage, _ in blocks})
+    depths = tuple(1 + max(int(block) for s, block in blocks if s == stage) for stage in stages)
+    patches = tensors.get("backbone.patch_embed.projection.weight")
+    if patches is not None:
+        return {"name": "swin", "depths": depths, "channels": len(patches)}
+    return {"name": "resnet", "depths": depths, "deep_stem": "backbone.stem.0.weight" in tensors}
 
 
 def load_backbone(path: str | Path, variables: Variables) -> Variables:

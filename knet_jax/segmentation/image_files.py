@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -17,6 +19,8 @@ PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 KINDS = {b"\xff\xd8": "a JPEG", b"BM": "a BMP", b"GIF": "a GIF", b"RIFF": "a WebP"}
 KINDS |= dict.fromkeys((b"II*\0", b"MM\0*"), "a TIFF")
 """What files are that begin with some bytes."""
+MAX_MEGAPIXELS = 50
+"""Pictures of more are not decoded unless asked for: a few hundred bytes can claim gigabytes."""
 NUM_IDS = 1 << 24
 """How many segment ids three bytes can tell apart, void (0) included."""
 
@@ -60,6 +64,33 @@ def read_image(path: str | Path) -> np.ndarray:
         raise UserError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def check_megapixels(path: str | Path, most: float, formats: Sequence[str] | None = None) -> None:
+    """Reads the head of a file, before anything of the picture's size is in memory.
+
+    Args:
+        path: of the file.
+        most: megapixels that are accepted.
+        formats: the only ones that are accepted, by Pillow's names; default: what Pillow does not
+            know passes.
+
+    Raises:
+        UserError: the picture is larger, or of none of the formats.
+    """
+    try:
+        # Pillow has a limit of its own, and warns of half of it.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats) as head:
+            found = head.width * head.height / 1e6
+    except Image.DecompressionBombError:
+        found = float("inf")
+    except Exception as error:
+        if formats is None or isinstance(error, FileNotFoundError):
+            return  # who reads it tells what is wrong
+        raise UserError(f"no picture that can be read; accepted: {', '.join(PICTURES)}") from error
+    if found > most:
+        shown = "far too many" if found == float("inf") else f"{found:.1f}"
+        raise UserError(f"{shown} megapixels; accepted: up to {most:g} (--max_megapixels)")
 
 
 def load_image(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:

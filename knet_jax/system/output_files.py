@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -10,6 +13,9 @@ from typing import Any, Self
 
 import cv2
 import numpy as np
+
+MAX_NAME = 200
+"""Bytes of a name that is made of a picture's: a suffix and `.part` still follow, and systems take 255."""
 
 
 class Stems:
@@ -24,19 +30,27 @@ class Stems:
     def of(self, name: str) -> str:
         """Returns the name of a picture's results, without a suffix; it never leads out of a folder.
 
-        `city/7.jpg` gives `city/7`, and where that is taken `city/7.jpg`.
+        `city/7.jpg` gives `city/7`, and where that is taken `city/7.jpg`. Names that are too long are
+        cut, and what cannot be printed becomes `_`.
 
         Args:
             name: of the picture's file.
         """
         path, number = PurePath(name), 1
-        inside = PurePath(*(part for part in path.parts if part not in (path.anchor, "..")))
-        stem = inside.with_suffix("").as_posix()
+        folders = [part for part in path.parts[:-1] if part not in (path.anchor, "..")]
+        inside = PurePath(*map(_shorten, (*folders, path.name)))
+        stem = inside.with_name(_shorten(path.stem)).as_posix()
         while stem.lower() in self._taken:
             stem = f"{inside.as_posix()}-{number}" if number > 1 else inside.as_posix()
             number += 1
         self._taken.add(stem.lower())
         return stem
+
+
+def _shorten(name: str) -> str:
+    """A name that every system takes and every terminal shows."""
+    name = "".join(letter if letter.isprintable() else "_" for letter in name)
+    return name.encode()[:MAX_NAME].decode(errors="ignore")
 
 
 class PngFolder:
@@ -140,3 +154,19 @@ class JsonList:
             self._file.write("[]" if self._separator == "[" else "]")
             self._file.close()
             self._draft.replace(self._path)
+
+
+REMOVE = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+"""Removes a folder when its input ends, which it does with the process at the other end."""
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A folder that goes with the context, or with the process, whatever ends that."""
+    folder = tempfile.mkdtemp(prefix="knet_jax_demo_")
+    command = [sys.executable, "-ISc", REMOVE, folder]
+    remover = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield folder
+    finally:
+        remover.communicate()

@@ -143,21 +143,22 @@ class Evaluator:
 
 
 class Gallery:
-    """Keeps the first few predictions of an evaluation, to draw them.
+    """Keeps a few predictions from all over an evaluation, to draw them.
 
     Args:
         split: that is evaluated.
         size: how many are kept.
+        num_images: how many are evaluated.
     """
 
-    def __init__(self, split: Split, size: int):
+    def __init__(self, split: Split, size: int, num_images: int):
         self._split = split
-        self._size = size
+        self._wanted = set(np.linspace(0, num_images - 1, size).round().astype(int).tolist())
         self.rows: list[Row] = []
 
     def add(self, prediction: Prediction) -> None:
-        """Keeps a prediction if there is room."""
-        if len(self.rows) < self._size:
+        """Keeps a prediction if it is one of those."""
+        if prediction.index in self._wanted:
             image = self._split.image(prediction.index)
             title = self._split.file_name(prediction.index)
             self.rows.append(Row(title, image, prediction.truth, prediction.prediction))
@@ -230,7 +231,7 @@ def evaluate(
         f"{len(devices)} x {devices[0].device_kind}"
     )
 
-    gallery = Gallery(split, config.eval.num_pictures)
+    gallery = Gallery(split, config.eval.num_pictures, num_images)
     num_classes, num_scored = len(categories.names), 0
     boundaries = [metric.no_counts(num_classes)]
     files = task.results(output / f"{config.task}.json", categories) if results else None
@@ -251,12 +252,16 @@ def evaluate(
         with jax.default_matmul_precision(config.precision):
             return evaluator.evaluate(model.variables, visit)
 
+    def summarize(counts: Any) -> dict[str, float | None]:
+        scores = metric.summarize(counts, categories)
+        return {name: None if np.isnan(score) else score for name, score in scores.items()}
+
     counts = counts_after(-1, visit)
     if num_scored < num_images:
         num_broken = num_images - num_scored
         print(f"WARNING: {num_broken} of {num_images} images are broken and left out")
     print(metric.table(counts, categories))
-    scores = metric.summarize(counts, categories)
+    scores = summarize(counts)
     metrics = scores | {
         "step": model.step,
         "ema": ema,
@@ -268,12 +273,9 @@ def evaluate(
     if boundary:
         merged = metric.merge(*boundaries)
         print(f"\nBoundaries\n{metric.table(merged, categories)}")
-        metrics["boundary"] = metric.summarize(merged, categories)
+        metrics["boundary"] = summarize(merged)
     if rounds:
-        earlier = [
-            metric.summarize(counts_after(stage), categories)
-            for stage in range(config.model.num_stages)
-        ]
+        earlier = [summarize(counts_after(stage)) for stage in range(config.model.num_stages)]
         metrics["rounds"] = [{"updates": i} | row for i, row in enumerate([*earlier, scores])]
         print(f"\n{'updates':>7} " + " ".join(f"{name:>10}" for name in metric.HEADLINE))
         for row in metrics["rounds"]:

@@ -28,6 +28,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import naming_output, write_whole
+from knet_jax.training.trackers import Tracker
 
 LOG_NAME = "log.jsonl"
 CURVE_NAME = "curve.png"
@@ -59,7 +60,7 @@ def _parse_record(line: str) -> dict[str, Any] | None:
 
 
 class Log:
-    """Writes scalars to `log.jsonl` and TensorBoard, and pictures to TensorBoard.
+    """Writes scalars to `log.jsonl` and TensorBoard, pictures to TensorBoard, both to a tracker.
 
     What an earlier run in the same workdir logged beyond `start_step` is dropped: it will be
     computed again. So is the evaluation of that step, which a kill may have left half done.
@@ -68,12 +69,20 @@ class Log:
         workdir: an existing folder.
         steps_per_epoch: for the epoch of a record.
         start_step: steps done when the run starts or resumes.
+        tracker: where the run is logged too.
 
     Raises:
         OSError: the files cannot be written; they are named. The methods raise it too.
     """
 
-    def __init__(self, workdir: str | Path, steps_per_epoch: float, start_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | Path,
+        steps_per_epoch: float,
+        start_step: int = 0,
+        tracker: Tracker | None = None,
+    ):
+        self._tracker = tracker
         self._steps_per_epoch = steps_per_epoch
         self._path, self._folder = Path(workdir) / LOG_NAME, Path(workdir) / "events"
         if self._path.exists():
@@ -105,6 +114,8 @@ class Log:
             for name, x in numbers.items():
                 self._write_event(step=step, summary=summary.scalar(name, x))
             self._events.flush()
+        if self._tracker:
+            self._tracker.scalars(step, numbers)
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Shows uint8 pictures [H, W, 3] in TensorBoard."""
@@ -113,12 +124,16 @@ class Log:
                 image = summary.image(name, picture, dataformats="HWC")
                 self._write_event(step=step, summary=image)
             self._events.flush()
+        if self._tracker:
+            self._tracker.images(step, pictures)
 
     def close(self) -> None:
         """Writes out what is buffered."""
         self._file.close()
         with naming_output(self._folder):
             self._events.close()
+        if self._tracker:
+            self._tracker.close()
 
     def _write_event(self, **fields: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), **fields))

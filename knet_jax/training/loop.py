@@ -25,6 +25,7 @@ from knet_jax.matching import LossWeights
 from knet_jax.model import init_variables, make_model
 from knet_jax.saved.checkpoint_record import leaf_paths
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
+from knet_jax.saved.fitting import check_backbone
 from knet_jax.saved.models import headline_scores, load_init_weights
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.drawing import save_picture
@@ -34,9 +35,10 @@ from knet_jax.system.errors import UserError
 from knet_jax.system.locks import lock
 from knet_jax.system.signals import StopRequest, stop_when_asked
 from knet_jax.tasks import TASKS
-from knet_jax.training import optim, train_step
+from knet_jax.training import from_data, optim, train_step
 from knet_jax.training.evaluation import Evaluator, Gallery
-from knet_jax.training.logs import Interval, Log, Progress, plot_curves
+from knet_jax.training.logs import Interval, Log, Progress, plot_curves, read_log
+from knet_jax.training.trackers import open_tracker
 from knet_jax.training.train_step import Parts, TrainState
 
 
@@ -75,6 +77,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
     validate(config, jax.device_count())
     workdir = Path(workdir)
     is_new = not workdir.exists()
+    if is_new and config.init_weights and not Path(config.init_weights).is_dir():
+        check_backbone(config.init_weights, config.model)
     check_writable(workdir)
     taken = f"another run is using {workdir}; accepted: another --workdir"
     try:
@@ -88,23 +92,26 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
 
 def _run(config: ConfigDict, workdir: Path) -> Run:
     """`train`, alone in a workdir that can be written to."""
-    if (workdir / SAVED_NAME).exists():
-        for difference in check_resume(config, workdir):
-            print(difference)
-
     # The data.
     split = pipeline.load_split(config.data, config.data.train_split, config.task)
     val_split = pipeline.load_split(config.data, config.data.val_split, config.task)
     class_lists.check_same_classes(split.categories, val_split.categories)
+    config = from_data.complete(config, split)
+    validate(config, jax.device_count())
     class_lists.check_class_counts(config, split.categories)
+    if (workdir / SAVED_NAME).exists():
+        for difference in check_resume(config, workdir):
+            print(difference)
     batch_size = config.train.batch_size
-    steps_per_epoch = pipeline.steps_per_epoch(split, config.data, batch_size)
-    total_steps = config.train.steps or round(config.train.epochs * steps_per_epoch)
+    steps_per_epoch, total_steps = from_data.lengths(config, split)
     if total_steps < 1:
         raise UserError(
             f"config.train.epochs is {config.train.epochs}, less than one step; an epoch has "
             f"{steps_per_epoch} steps of {batch_size} images"
         )
+
+    for doubt in from_data.find_doubts(config, split):
+        print(f"WARNING: {doubt}")
 
     # The network and its optimizer.
     task, devices = TASKS[config.task], jax.local_devices()
@@ -151,7 +158,7 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
     del variables, params  # the state has what they held; a large network has no room for it twice
 
     # The loop: step, log, save, evaluate.
-    log = Log(workdir, steps_per_epoch, start)
+    log = Log(workdir, steps_per_epoch, start, open_tracker(config, workdir))
     progress = Progress(total_steps)
     interval = Interval(batch_size)
     score = partial(
@@ -174,16 +181,22 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
     def is_scored(step: int) -> bool:
         return step >= total_steps or is_due(step, config.train.eval_every)
 
+    def is_over(step: int) -> bool:
+        patience, name = config.train.patience, headline_scores(config)[0]
+        return step >= total_steps or 0 < patience <= num_worse(workdir, name)
+
     with checkpoints, closing(log), closing(batches), closing(progress), stop_when_asked() as stop:
         if before and checkpoints.scores(start):
             log.scalars(start, checkpoints.scores(start))
         elif before and is_scored(start):
             score(start, state, stop)  # what the run was stopped in
-        if start < total_steps:
+        step, is_done = start, is_over(start)
+        if not is_done:
             progress.print("compiling; the first step can take minutes")
         interval.restart()
 
-        for step in range(start + 1, total_steps + 1):
+        while not is_done:
+            step += 1
             began = time.monotonic()
             ids, batch = next(feed)
             interval.waited += time.monotonic() - began
@@ -215,19 +228,19 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
                 checkpoints.save(step, saved, seen)
             if evaluates:
                 score(step, state, stop)
+                is_done = is_over(step)
                 interval.restart()
             elif stops:
                 end_early(step, checkpoints, stop)
 
-        last = max(start, total_steps)
-        scores = checkpoints.scores(last)
+        scores = checkpoints.scores(step)
 
     plot_curves(workdir)
     print(
         f"done: {describe_scores(scores, 'val', task.metric.HEADLINE)} in {workdir}; "
         f"evaluate it with: knet eval --workdir {workdir}"
     )
-    return Run(workdir, last, scores)
+    return Run(workdir, step, scores)
 
 
 def find_start(
@@ -267,6 +280,12 @@ def find_start(
     if has_average:
         state = state._replace(ema=jax.tree.map(jnp.copy, state.params))
     return state, None
+
+
+def num_worse(workdir: Path, name: str) -> int:
+    """How many of the evaluations that a run has logged followed the best one of a score."""
+    scores = [record[name] for record in read_log(workdir) if record.get(name) is not None]
+    return len(scores) - 1 - int(np.argmax(scores)) if scores else 0
 
 
 def is_due(step: int, every: int) -> bool:
@@ -331,7 +350,7 @@ def score_step(
         Preempted: the run was asked to stop; the evaluation will be made up when it goes on.
     """
     metric, categories = evaluator.task.metric, evaluator.split.categories
-    gallery = Gallery(evaluator.split, num_pictures)
+    gallery = Gallery(evaluator.split, num_pictures, len(evaluator.split))
     scores = {}
     for name, params in {"val": state.params, "val_ema": state.ema}.items():
         if params is None:
@@ -342,7 +361,7 @@ def score_step(
         if counts is None:
             end_early(step, checkpoints, stop)
         summary = metric.summarize(counts, categories)
-        scores |= {f"{name}/{key}": value for key, value in summary.items()}
+        scores |= {f"{name}/{k}": score for k, score in summary.items() if not np.isnan(score)}
         line = describe_scores(scores, name, metric.HEADLINE)
         progress.print(f"step {step}: {line}{' (EMA)' if name != 'val' else ''}")
     log.scalars(step, scores)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import html
 import importlib.resources
+import ipaddress
 import json
-from collections.abc import Iterator
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jax
 
@@ -33,10 +38,17 @@ KEPT = 3600
 MAX_JSON = 1 << 20
 """Bytes of a request that is no upload."""
 
+ROUTES = re.compile(
+    r"(GET|HEAD) /(config|theme\.css|favicon\.ico|manifest\.json|(assets|static)/.+)?"
+    r"|GET /gradio_api/(info|upload_progress|queue/data|file=.+|call/\w+/\w+)"
+    r"|POST /gradio_api/(upload|queue/join|call/\w+)"
+)
+"""What the page asks of its server, and a program: the rest of what Gradio offers is not answered."""
+
 SEALED = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-    "connect-src 'self' data: blob:; base-uri 'self'; form-action 'self'"
+    "connect-src 'self' data: blob:; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 """Content security policy: the page loads nothing from elsewhere."""
 
@@ -77,14 +89,21 @@ def count_categories(categories: Categories) -> str:
     return f"Categories: {categories.num_things} of things{stuff}"
 
 
-def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_mb: int) -> Any:
-    """Makes the server's application.
+def make_app(
+    segmenter: Segmenter,
+    name: str,
+    max_megapixels: float,
+    max_upload_mb: int,
+    hosts: Sequence[str] = (),
+) -> Any:
+    """Makes the server's application. Uploads go to the folder that GRADIO_TEMP_DIR names.
 
     Args:
         segmenter: of the model; it has one picture at a time.
         name: of the model.
         max_megapixels: of a picture; larger ones are refused.
         max_upload_mb: MiB of a file; larger ones are refused.
+        hosts: names of the server in a browser's address, besides localhost.
 
     Returns:
         An ASGI application.
@@ -98,7 +117,11 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
     limits = f"up to {max_upload_mb} MB and {max_megapixels:g} megapixels"
 
     def see(upload: dict, view: str, *values: float, whole: bool = False) -> Seen:
-        given = upload.get("orig_name") or Path(upload["path"]).name
+        if view not in views:
+            problem = f"there is no view {view!r:.100}; accepted: {', '.join(views)}"
+            print(problem, file=sys.stderr)
+            raise UserError(problem)
+        given = str(upload.get("orig_name") or Path(upload["path"]).name)[:100]
         return pictures.see(upload["path"], given, views[view], *values, whole=whole)
 
     def show(upload: dict | None, view: str, threshold: float, overlap: float) -> dict[str, Any]:
@@ -211,67 +234,125 @@ def make_app(segmenter: Segmenter, name: str, max_megapixels: float, max_upload_
             font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         ),
     )
-    return Guard(app, (max_upload_mb << 20) + (1 << 16), Path(upload.GRADIO_CACHE))
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+    return Guard(app, (max_upload_mb << 20) + (1 << 16), uploads, hosts)
 
 
 class Guard:
     """An ASGI application around Gradio's that narrows what requests may ask.
 
-    No large bodies come in, no files are read but those that were uploaded (Gradio would copy any
-    of this machine, or fetch one from an address), and no page loads anything from elsewhere.
+    Only what the page needs is answered, only for pages of this server, and only as the page asks it:
+    no large bodies come in, no files are read but those that were uploaded (Gradio would copy any of
+    this machine, or fetch one from an address), and no page loads anything from elsewhere. What goes
+    wrong with a request is one line on stderr.
 
     Args:
         app: Gradio's.
         max_body: bytes of an upload.
         uploads: the folder of uploaded files.
+        names: of the server in a browser's address, besides its numbers and localhost.
     """
 
-    def __init__(self, app: Any, max_body: int, uploads: Path):
+    def __init__(self, app: Any, max_body: int, uploads: Path, names: Sequence[str] = ()):
         self._app = app
         self._max_body = max_body
         self._uploads = uploads.resolve()
+        self._names = ("localhost", *names)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close"})
+
         async def send_sealed(message: Any) -> None:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", SEALED.encode())
                 message = {**message, "headers": [*message.get("headers", ()), policy]}
             await send(message)
 
-        async def refuse(status: int, answer: str) -> None:
+        try:
+            body = await self._admit(scope, receive)
+        except _RefusedError as error:
+            status, answer = error.args
             await send_sealed({"type": "http.response.start", "status": status, "headers": []})
-            await send({"type": "http.response.body", "body": answer.encode()})
+            return await send({"type": "http.response.body", "body": answer.encode()})
+        received = iter([{"type": "http.request", "body": body}] if body else [])
 
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        headers = dict(scope["headers"])
-        is_upload = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
+        async def receive_again() -> Any:
+            return next(received, None) or await receive()
+
+        try:
+            await self._app(scope, receive_again, send_sealed)
+        except Exception as error:  # noqa: BLE001 what others send must not end in a traceback
+            print(f"{scope['method']} {scope['path']!r:.200}: {error!r:.200}", file=sys.stderr)
+
+    async def _admit(self, scope: Any, receive: Any) -> bytes:
+        """Raises _RefusedError where a request is not answered; returns its body if it is a JSON."""
+        asked = f"{scope['method']} {scope['path']}"
+        if not ROUTES.fullmatch(asked):
+            raise _RefusedError(404, "nothing that the page needs")
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        if not self._is_ours(f"//{host}"):
+            raise _RefusedError(
+                421, f"{host[:100]} is not this server; demo --names adds names of it"
+            )
+        if origin and origin.partition("://")[2] != host and not self._is_named(origin):
+            raise _RefusedError(403, "only pages of this server may ask")
+        if (file := asked.partition("file=")[2]) and not self._is_uploaded(file):
+            raise _RefusedError(403, "only a picture that was uploaded is read")
+
+        is_upload = headers.get(b"content-type", "").startswith("multipart/form-data")
         most = self._max_body if is_upload else MAX_JSON
-        length = headers.get(b"content-length", b"0")
-        if b"transfer-encoding" in headers or not length.isdigit() or int(length) > most:
-            return await refuse(413, f"a request has at most {most} bytes, and says how many")
-        if is_upload or not int(length):
-            return await self._app(scope, receive, send_sealed)
-
+        length = headers.get(b"content-length", "0")
+        if b"transfer-encoding" in headers or not length.isdecimal() or int(length) > most:
+            raise _RefusedError(413, f"a request has at most {most} bytes, and says how many")
+        if is_upload or scope["method"] != "POST":
+            return b""
         body, more = b"", True
         while more:
             message = await receive()
             body += message.get("body", b"")
             more = message.get("more_body", False)
         try:
-            paths = list(_paths(json.loads(body)))
-        except (ValueError, RecursionError):
-            return await refuse(400, "a request that is no upload has a body in JSON")
-        for path in paths:
-            if not Path(path).resolve().is_relative_to(self._uploads):
-                return await refuse(403, "only a picture that was uploaded is read")
+            content = json.loads(body)
+            json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+            picture, view, *numbers = content["data"]
+            is_call = isinstance(view, str) and len(numbers) == 2
+            is_call &= all(isinstance(number, int | float) for number in numbers)
+            is_call &= picture is None or isinstance(picture["path"], str)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            is_call = False
+        if not is_call:
+            raise _RefusedError(400, "a call has in data: a picture, a view, and two thresholds")
+        if not all(map(self._is_uploaded, _paths(content))):
+            raise _RefusedError(403, "only a picture that was uploaded is read")
+        return body
 
-        received = iter([{"type": "http.request", "body": body}])
+    def _is_ours(self, address: str) -> bool:
+        """Whether an address is one of numbers, which no other site can have, or of a known name."""
+        try:
+            ipaddress.ip_address(urlsplit(address).hostname or "")
+        except ValueError:
+            return self._is_named(address)
+        return True
 
-        async def receive_again() -> Any:
-            return next(received, None) or await receive()
+    def _is_named(self, address: str) -> bool:
+        try:
+            return urlsplit(address).hostname in self._names
+        except ValueError:
+            return False
 
-        await self._app(scope, receive_again, send_sealed)
+    def _is_uploaded(self, path: str) -> bool:
+        try:
+            return Path(path).resolve().is_relative_to(self._uploads)
+        except (ValueError, OSError):
+            return False
+
+
+class _RefusedError(Exception):
+    """A request that is not answered: the status, and why."""
 
 
 def _paths(value: Any) -> Iterator[str]:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from knet_jax.app.segmenter import Segmenter
 from knet_jax.segmentation.drawing import as_panoptic, at_side, readable_side, segment_palette
-from knet_jax.segmentation.image_files import PICTURES, decode_image, segment_colors
+from knet_jax.segmentation.image_files import check_megapixels, decode_image, segment_colors
 from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import Instance
 from knet_jax.system.errors import UserError
@@ -82,7 +81,7 @@ class Pictures:
             UserError: there is no such picture, or it is too large.
         """
         try:
-            check_picture(path, self._max_megapixels)
+            check_megapixels(path, self._max_megapixels, FORMATS)
             if whole:
                 seen = self._find(path, overlap, None, threshold)
             else:
@@ -93,28 +92,6 @@ class Pictures:
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
         return seen._replace(result=as_task(seen.result.above(threshold), task))
-
-
-def check_picture(path: str, max_megapixels: float) -> None:
-    """Reads the head of a file, before anything of the picture's size is in memory.
-
-    Raises:
-        UserError: it is no picture, or one of more than `max_megapixels`.
-        FileNotFoundError: there is no file.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as head:
-            size = f"{head.width * head.height / 1e6:.1f}"
-    except Image.DecompressionBombError:
-        size = "inf"
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        accepted = ", ".join(PICTURES)
-        raise UserError(f"no picture that can be read; accepted: {accepted}") from error
-    if float(size) > max_megapixels:
-        size = "far too many" if size == "inf" else size
-        raise UserError(f"{size} megapixels; accepted: up to {max_megapixels:g}")
 
 
 def as_task(result: Result, task: str) -> Result:
