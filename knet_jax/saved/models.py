@@ -212,14 +212,14 @@ def load_init_weights(path: str | Path, variables: Variables) -> tuple[Variables
     if not Path(path).is_dir():
         return load_backbone(path, variables), f"backbone from {path}"
     opened = open_model(path)
-    found, needed = (flatten_dict(tree, sep="/") for tree in (opened.variables, variables))
-    for key in sorted(found.keys() | needed.keys()):
-        given, wanted = (
-            tuple(tree[key].shape) if key in tree else "absent" for tree in (found, needed)
+    found, needed = (
+        {key: x.shape for key, x in flatten_dict(tree, sep="/").items()}
+        for tree in (opened.variables, variables)
+    )
+    if differing := sorted(dict(found.items() ^ needed.items())):
+        given, wanted = (shapes.get(differing[0], "absent") for shapes in (found, needed))
+        raise UserError(
+            f"config.init_weights: {path}: {differing[0]} is {given} in it, {wanted} here; "
+            "python -m knet_jax.convert makes a model of other classes of it"
         )
-        if given != wanted:
-            raise UserError(
-                f"config.init_weights: {path}: {key} is {given} in it, {wanted} here; "
-                "python -m knet_jax.convert makes a model of other classes of it"
-            )
     return opened.variables, f"network of step {opened.step} from {path}"

@@ -98,10 +98,10 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
     class_lists.check_same_classes(split.categories, val_split.categories)
     config = from_data.complete(config, split)
     validate(config, jax.device_count())
-    class_lists.check_class_counts(config, split.categories)
     if (workdir / SAVED_NAME).exists():
         for difference in check_resume(config, workdir):
             print(difference)
+    class_lists.check_class_counts(config, split.categories)
     batch_size = config.train.batch_size
     steps_per_epoch, total_steps = from_data.lengths(config, split)
     if total_steps < 1:
