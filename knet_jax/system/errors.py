@@ -36,15 +36,13 @@ def one_line(error: BaseException) -> str:
 def naming_file(source: Path | str) -> Iterator[None]:
     """Makes one line, which names a file, of whatever goes wrong while that is read.
 
-    Files of others lead their readers to any error, code in them too. Errors of the disk stay.
+    Files of others lead their readers to any error, code in them too.
 
     Raises:
         UserError: instead of other errors.
     """
     try:
         yield
-    except OSError:
-        raise
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except (Exception, SystemExit) as error:
