@@ -24,6 +24,7 @@ from knet_jax.nn.necks import ASPP, FCN, PSP, AuxiliaryHead, SemanticFPN, UPer
 from knet_jax.nn.resnet import ResNet
 from knet_jax.nn.swin import Swin
 from knet_jax.structs import Sizes
+from knet_jax.system.errors import UserError
 
 UPDATE_CHANNELS = 256
 """Channels that the adaptive update works on. Kernels of a multiple of it are updated in parts, as the
@@ -42,7 +43,7 @@ def make_model(**model: Any) -> KNet:
             `BACKBONES` or `NECKS`, the rest are its arguments.
 
     Raises:
-        UserError: a key is missing or unknown.
+        UserError: a key is missing or unknown, or the neck has no norm for an auxiliary head.
     """
     model = complete_model(model)
     num_proposals, num_things = model["num_proposals"], model["num_things"]
@@ -62,18 +63,23 @@ def make_model(**model: Any) -> KNet:
     )
     backbone, neck = model["backbone"], model["neck"]
     make_backbone, make_neck = BACKBONES[backbone.pop("name")], NECKS[neck.pop("name")]
+    neck = make_neck(**neck, channels=channels, dtype=dtype)
     auxiliary = model["auxiliary_channels"]
+    if auxiliary and not hasattr(neck, "norm"):
+        raise UserError(
+            f"config.model.auxiliary_channels is {auxiliary}; accepted: 0 with a neck without a norm"
+        )
     sizes = Sizes(num_proposals, num_things, model["num_stuff"])
     return KNet(
         backbone=make_backbone(**backbone, dtype=dtype),
-        neck=make_neck(**neck, channels=channels, dtype=dtype),
+        neck=neck,
         initial=InitialKernels(*sizes, channels, dtype)
         if num_proposals
         else ClassKernels(num_classes, dropout),
         update=update,
         sizes=sizes,
         num_stages=model["num_stages"],
-        auxiliary=AuxiliaryHead(num_classes, auxiliary, dropout, neck["norm"], dtype)
+        auxiliary=AuxiliaryHead(num_classes, auxiliary, dropout, neck.norm, dtype)
         if auxiliary
         else None,
     )

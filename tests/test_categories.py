@@ -42,21 +42,21 @@ def test_where_names_of_classes_come_from(tmp_path):
         find_categories(config, (), path)
     for text in ("[1]", "{", '{"categories": [{"id": 1}]}'):
         path.write_text(text)
-        with pytest.raises(UserError, match="--categories=.*accepted are a JSON with COCO's"):
+        with pytest.raises(UserError, match="--categories=.*c.json"):
             find_categories(small, (), path)
 
     path = tmp_path / "c.txt"
     path.write_text("cat\nsky\n")
     assert find_categories(small, (), path)[0] == (("cat", "sky"), (1, 2), 1)
     for text, words in {
-        "cat\n": "lists 1 names; accepted: 2",
-        "cat\nsky\nsea": "lists 3 names; accepted: 2",
-        "cat\ncat\n": "must name a class on every line, each another one",
-        "": "must name a class on every line, each another one",
-        "cat\n\nsky\n": "must name a class on every line, each another one",
+        "cat\n": "config.model.num_stuff is 1, but the data lists 0",
+        "cat\nsky\nsea": "config.model.num_stuff is 1, but the data lists 2",
+        "cat\ncat\n": "it must name a class on every line, each another one",
+        "": "it must name a class on every line, each another one",
+        "cat\n\nsky\n": "it must name a class on every line, each another one",
     }.items():
         path.write_text(text)
-        with pytest.raises(UserError, match=f"--categories=.*c.txt {words}"):
+        with pytest.raises(UserError, match=f"--categories=.*c.txt: {words}"):
             find_categories(small, (), path)
     with pytest.raises(UserError, match="--categories=gone.txt: there is no such file"):
         find_categories(small, (), Path("gone.txt"))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 from devices import environment
 from programs import status_of
 
-from knet_jax.cli.commandline import Parser, exit_statuses, number
+from knet_jax.cli.commandline import Parser, number
 from knet_jax.cli.export import parse_size
 from knet_jax.cli.main import COMMANDS, main
 from knet_jax.system.errors import UserError
+from knet_jax.system.exit_status import exit_statuses
 from knet_jax.system.signals import Preempted
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +139,7 @@ def test_sizes_of_an_export():
             parse_size(text)
 
 
+UNIGNORED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 BUSY = """
 import signal, time
 from knet_jax.cli import shapes
@@ -184,3 +187,50 @@ def test_scripts_and_modules_are_the_commands(command):
     assert done.returncode == 2
     assert any(word in done.stderr for word in ("missing", "accepted: FOLDER"))
     assert len(done.stderr.splitlines()) == 1
+
+
+TRAIN = ["train.py", "--config", "shapes_panoptic:tiny"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("JAX_PLATFORMS", "nope", "JAX_PLATFORMS=nope: Unable to initialize backend 'nope'"),
+        ("JAX_PLATFORMS", "cuda", "JAX_PLATFORMS=cuda: "),
+        ("XLA_FLAGS", "--nope", "XLA_FLAGS=--nope: Unknown flag"),
+        ("XLA_FLAGS", "--xla_cpu_enable_fast_math=x", "interpret value x for flag"),
+    ],
+)
+def test_an_environment_that_jax_does_not_know(tmp_path, variable, value, words):
+    done = subprocess.run(
+        [sys.executable, *TRAIN, "--workdir", str(tmp_path / "run")],
+        cwd=ROOT,
+        env=environment(1) | {variable: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("train.py: ") and words in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_imports_is_one_line(signum):
+    code = f"{UNIGNORED}; import runpy; print('begun', flush=True); "
+    code += "runpy.run_path('train.py', None, '__main__')"
+    for seconds in (0.4, 0.8, 1.2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout.readline() == "begun\n"
+        time.sleep(seconds)
+        child.send_signal(signum)
+        _, said = child.communicate(timeout=60)
+        assert (child.returncode, said) == (128 + signum, "train.py: interrupted\n")

@@ -91,6 +91,8 @@ def test_configs_are_found_by_name_from_anywhere(monkeypatch, tmp_path, spec):
         ("text.py", "no Python at all", "text.py, cannot be read: SyntaxError: invalid syntax"),
         ("nul.py", "x = 1\0", "nul.py, cannot be read: SyntaxError"),
         ("zero.py", "a = 1\n1/0", "zero.py, line 2, cannot be read: ZeroDivisionError: "),
+        ("os.py", "raise OSError('x')", "os.py, line 1, cannot be read: OSError: x"),
+        ("group.py", "raise ExceptionGroup('x', [ValueError()])", "line 1, .* ExceptionGroup: x"),
         ("import.py", "import nothing", "import.py, line 1, cannot be read: ModuleNotFoundError"),
         ("exit.py", "import sys; sys.exit(5)", "exit.py, line 1, cannot be read: SystemExit: 5"),
         ("none.py", "get_config = lambda: None", "none.py, cannot be read: AssertionError"),

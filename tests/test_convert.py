@@ -169,7 +169,7 @@ def test_wrong_flags_of_the_command_end_in_one_line(tmp_path, monkeypatch, capsy
     for arguments, message in (
         ("", "accepted: CHECKPOINT --config"),
         ("a.pth b.pth --output c", "accepted: CHECKPOINT --config"),
-        ("a.pth --output c", "--config is missing"),
+        ("a.pth --output c", "a.pth: there is no such file"),
         (f"a.pth --output c --config {PANOPTIC}", "a.pth: there is no such file"),
         ("folder --output c --entry ema", "--entry is for a file"),
         ("a.pth --output c --ema", "--ema is for a model"),
@@ -198,7 +198,9 @@ def test_other_classes_and_a_backbone_keep_what_fits(tmp_path, save, monkeypatch
         (tmp_path / name / "checkpoints").mkdir(parents=True)
     assert convert(save(tensors), tmp_path / "whole")["categories_from"] == "the dataset"
     options = {"new_classes": True, "categories_file": tmp_path / "classes.txt"}
-    report = convert(tmp_path / "whole", tmp_path / "mine", *COUNTS, **options)
+    with pytest.raises(UserError, match=r"a\.pth: it has no config; give its --config"):
+        convert(tmp_path / "a.pth", tmp_path / "mine", spec=None)
+    report = import_weights(tmp_path / "whole", None, tmp_path / "mine", COUNTS, **options)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"a.pth", "classes.txt", "whole", "mine", ".mine-b.part"}
     opened = open_model(tmp_path / "mine")

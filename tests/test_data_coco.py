@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny_coco
 from coco_readers import InstanceFile
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as run_lengths
 
-from knet_jax.data.sources import by_name, examine
+from knet_jax.data.sources import by_name
 from knet_jax.segmentation import image_files
 from knet_jax.system.errors import UserError
 
@@ -137,9 +137,10 @@ def test_coco_itself(coco_mini):
 def test_where_the_file_of_a_split_is_looked_for(tmp_path):
     root = write(tmp_path / "coco")
     for wrong in ("", tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=r"root: no dataset .* annotations/panoptic_"):
+        with pytest.raises(UserError, match=r"root: .* must hold one annotations/panoptic_train"):
             find(wrong)
-    with pytest.raises(UserError, match=r"panoptic_test\*\.json for split 'test', found none"):
+    there = r"panoptic_test\*\.json for split 'test' .*, found annotations/panoptic_train2017\.json"
+    with pytest.raises(UserError, match=there):
         find(root, "test")
     name = find(root).name
     assert find(root).name == name
@@ -148,7 +149,7 @@ def test_where_the_file_of_a_split_is_looked_for(tmp_path):
     assert find(root).name != name
     folder = root / "annotations"
     shutil.copy(folder / "panoptic_train2017.json", folder / "panoptic_train_b.json")
-    with pytest.raises(UserError, match="found panoptic_train2017.json, panoptic_train_b.json"):
+    with pytest.raises(UserError, match=r"found annotations/panoptic_train2017.json, .*_b\.json"):
         find(root)
     assert find(root, "train2017").name
     shutil.copy(folder / "panoptic_train2017.json", folder / "panoptic_train.json")
@@ -180,60 +181,57 @@ def remove(key, *path):
     return change
 
 
+def of_all(key, change, *arguments):
+    """Changes all entries of a list of the content."""
+
+    def change_all(content):
+        for entry in content[key]:
+            change(*arguments)(entry)
+
+    return change_all
+
+
 BROKEN = {
     "panoptic": [
         *(
             (text, r"config\.data\.root: .*train2017\.json is not .*JSON")
             for text in ("{", "", "[]", "{}", "null", '{"images": 3}', "\xff", "[" * 100_000)
         ),
-        ('{"categories": [{"id": 1, "isthing": 1}], "images": [{"id": Infinity}]}', "JSON"),
-        *(
-            (change, r"config\.data\.root: .*is not COCO panoptic JSON")
-            for change in (
-                remove("segments_info", "annotations", 2),
-                remove("image_id", "annotations", 2),
-                remove("id", "annotations", 2, "segments_info", 0),
-                replace(1, None, "annotations"),
-                remove("file_name", "images", 0),
-                replace("id", None, "images", 0),
-                replace("file_name", 7, "images", 0),
-                replace("file_name", None, "annotations", 0),
-                remove("isthing", "categories", 0),
-            )
-        ),
-        (
-            replace("category_id", 55, "annotations", 1, "segments_info", 0),
-            "image 101: category id 55 of segment",
-        ),
-        (replace("id", 7, "categories", 1), "category ids must differ"),
-        (replace("id", 101, "images", 2), r"2017\.json: image id 101 is listed more than once"),
-        (replace("id", 2**70, "images", 2), f"image id {2**70} does not fit into 64 bits"),
+        ('{"categories": [], "annotations": [], "images": [{"id": Infinity}]}', "image id inf;"),
+        (remove("id", "images", 0), "is not COCO panoptic JSON: KeyError"),
+        (replace("annotations", 5), "is not COCO panoptic JSON: TypeError"),
+        (remove("isthing", "categories", 0), "category 'grass' does not say isthing"),
+        (replace("isthing", None, "categories", 0), "does not say isthing"),
+        (replace("id", 7, "categories", 1), r"category ids are \[.*\]; accepted: .* each once"),
+        (replace("id", "grass", "categories", 0), r"category ids are \[.*\]; accepted: whole"),
+        (replace("name", None, "categories", 0), "a class is called None; accepted: texts of 1"),
+        (replace("name", "x" * 5000, "categories", 0), "a class is called 'xxx.*; accepted: texts"),
+        (replace("name", "\x00\n", "categories", 0), "a class is called .*; accepted: texts of 1"),
+        (replace("id", 101, "images", 2), r"2017\.json: image id 101; accepted: .*, each once"),
+        (replace("id", 2**70, "images", 2), f"image id {2**70}; accepted: whole numbers of 64"),
         *(
             (replace("isthing", value, "categories", 0), f"isthing is {value!r}; accepted: 0 and 1")
-            for value in ("0", 2, None)
+            for value in ("0", 2)
         ),
+        (replace("categories", []), "it lists 0 names"),
         *(
-            (
-                replace("iscrowd", value, "annotations", 0, "segments_info", 0),
-                f"iscrowd is {value!r}; accepted: 0 and 1",
+            (change, rf"can be used, the first of . problems: .*{message}.*, left out")
+            for change, message in (
+                (of_all("annotations", remove, "segments_info"), "no segment"),
+                (of_all("annotations", replace, "file_name", None), "file_name is None; .* file"),
+                (of_all("images", replace, "file_name", "/a"), "file_name '/a' leads out of .*"),
+                (of_all("annotations", replace, "image_id", 5), "no annotation"),
             )
-            for value in ("0", 2, None)
         ),
-        (replace("categories", []), "its list of categories is empty"),
+        (of_all("categories", replace, "isthing", 0), "lists no thing .*--config coco_semantic"),
     ],
     "instance": [
         *(
             (text, r"config\.data\.root: .*instances_train2017\.json")
             for text in ("{", "[]", "{}", '{"images": [], "categories": []}')
         ),
-        *(
-            (remove(key, "annotations", 2), r"config\.data\.root: .*is not COCO instance JSON")
-            for key in ("id", "image_id", "category_id", "segmentation")
-        ),
-        (
-            replace("category_id", [1], "annotations", 2),
-            r"config\.data\.root: .*is not COCO instance JSON",
-        ),
+        (of_all("annotations", remove, "segmentation"), "boxes only; accepted: masks"),
+        (of_all("annotations", replace, "segmentation", []), "boxes only; accepted: masks"),
         (replace("annotations", []), "no picture of .* can be used.*nothing is annotated"),
     ],
 }
@@ -290,13 +288,13 @@ PANOPTIC_PROBLEMS = [
     (lambda root: png(root).unlink(), r"train_1\.jpg: .*1\.png is missing, left out", WITHOUT_1),
     (
         lambda root: shutil.copy(png(root, 0), png(root)),
-        "train_1.jpg: picture is 60x80 but its panoptic PNG 80x60",
+        "train_1.jpg: is 60x80 where 80x60 is expected, left out",
         WITHOUT_1,
     ),
     *((truncate(keep), r"train_1\.jpg: .*train_1\.png", WITHOUT_1) for keep in (0, 20, 150)),
     (
         lambda root: picture(root).write_text("<html>404</html>"),
-        r"train_1\.jpg is not a picture, left out",
+        r"train_1\.jpg: cannot be decoded, left out",
         WITHOUT_1,
     ),
     (
@@ -342,7 +340,10 @@ def test_problems_of_panoptic_files(tmp_path):
 BAD_VALUES = [
     ({"segmentation": [[1, 2, 30, 40]]}, "a polygon has 2 points, it must have three or more"),
     ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "a polygon must be a list of numbers"),
-    ({"segmentation": None}, "neither polygons nor RLE"),
+    ({"segmentation": None}, "it has no mask"),
+    ({"segmentation": []}, "it has no mask"),
+    ({"segmentation": 5}, "neither polygons nor RLE"),
+    ({"category_id": [1]}, "unhashable"),
     ({"segmentation": [[900, 900, 950, 900, 950, 950]]}, "its mask is empty"),
     ({"segmentation": {"size": [60, 80], "counts": [4800]}}, "its mask is empty"),
     (
@@ -375,7 +376,7 @@ def test_bad_instances_are_named_and_dropped(tmp_path):
 INSTANCE_PROBLEMS = [
     (
         edit(replace("height", 81, "images", 1), "instance"),
-        "train_1.jpg: picture is 60x80 but its entry .* 60x81",
+        "train_1.jpg: is 60x80 where 60x81 is expected",
     ),
     (lambda root: picture(root).unlink(), r"train_1\.jpg: .*train_1\.jpg is missing, left out"),
     (
@@ -399,7 +400,7 @@ def test_picture_turned_by_exif(tmp_path):
     root = write(tmp_path / "coco")
     path = picture(root)
     image, exif = Image.open(path), Image.Exif()
-    exif[examine.EXIF_ORIENTATION] = 6
+    exif[ExifTags.Base.Orientation] = 6
     # The annotation is drawn on the upright picture, or on the stored one: both are right.
     image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
     assert scan(root).problems == []

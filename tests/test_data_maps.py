@@ -80,8 +80,8 @@ def test_what_holds_no_indices():
     image = Image.fromarray(indices_of((1, 4)))
     color = encoded(Image.fromarray(np.zeros((4, 5, 3), np.uint8)))
     for data, message in (
-        (encoded(image, "JPEG"), "is no PNG"),
-        (encoded(image, "BMP"), "is no PNG"),
+        (encoded(image, "JPEG"), "is a JPEG; accepted: PNG"),
+        (encoded(image, "BMP"), "is a BMP; accepted: PNG"),
         (encoded(image)[:12], "cannot be decoded"),
         (color, "has pixels of mode RGB, expected one index"),
         (color[:30], "cannot be decoded"),
@@ -112,12 +112,12 @@ PROBLEMS = [
     (lambda pair: pair.path.unlink(), "1.jpg is missing, left out", 2),
     (
         lambda pair: shutil.copy(pair.png.with_name("0.png"), pair.png),
-        "picture is 60x80 but its index PNG 80x60, left out",
+        "is 60x80 where 80x60 is expected, left out",
         2,
     ),
     (
         lambda pair: pair.png.write_bytes(pair.png.read_bytes()[:60]),
-        "1.png is not a picture, left out",
+        "1.png cannot be decoded, left out",
         2,
     ),
     (
@@ -202,7 +202,7 @@ def test_class_lists(tmp_path):
     root = tiny_maps.write_folder(tmp_path / "maps")
     path = root / "classes.txt"
     path.write_text("wall\nsky\nlamp\n", encoding="utf-8-sig")  # as some editors do
-    assert class_lists.read_class_list(path, 255).names == ("wall", "sky", "lamp")
+    assert class_lists.read_class_list(path, 255)[0].names == ("wall", "sky", "lamp")
     path.write_text("wall\nsky\nlamp\n", encoding="utf-16")
     with pytest.raises(UserError, match=r"config\.data\.classes: .*must be text in UTF-8"):
         scan(root)

@@ -26,7 +26,8 @@ def test_semantic_report(tmp_path):
     )
     assert line_of(report, "overlaps:").startswith("overlaps: 0.00 %")
     assert f"floor  {100 * counts[2] / total:7.3f} %" in report
-    assert "1 problems:" in report and "1.png is missing, left out" in report
+    assert "1 problems:" in split.description
+    assert "1.png is missing, left out" in split.description
     assert "2 pictures decoded" in report and "0 broken pictures" in report
 
 
@@ -43,7 +44,7 @@ def test_panoptic_report_counts_crowds_as_ignored(tmp_path):
     assert line_of(report, "ignored:").startswith(f"ignored: {100 * ignored / total:.2f} %")
 
 
-def test_instance_report_and_sheet(tmp_path):
+def test_instance_report_and_sheet(tmp_path, monkeypatch):
     """Overlaps and hidden masks are counted; a broken picture is named, and not drawn."""
     root = tiny_coco.write_instances(tmp_path / "coco", splits=("train",))
 
@@ -52,10 +53,14 @@ def test_instance_report_and_sheet(tmp_path):
         content["annotations"].append(content["annotations"][1] | {"id": 99, "category_id": 3})
 
     tiny_coco.edit(root, change, prefix="instances_")
-    path = root / "train2017" / "train_1.jpg"
-    path.write_bytes(path.read_bytes()[:-300])  # only its decoding shows the damage
     config = tiny_coco.data_config(tmp_path / "prepared", root)
     split = pipeline.load_split(config, "train", "instance")
+    record = split.record
+
+    def damaged(index):
+        return record(index)._replace(image=record(index).image[: -300 if index == 1 else None])
+
+    monkeypatch.setattr(split, "record", damaged)
     report = dataset_report.report(split)
     both = covered = 0
     for index in (0, 2, 3, 4):
@@ -85,3 +90,40 @@ def test_every_task_can_be_drawn(tmp_path):
         split = pipeline.load_split(tiny_coco.data_config(tmp_path), "val", task)
         assert dataset_report.sheet(split, 3).shape[1] // dataset_report.CELL == 3
         assert "10 pictures decoded" in dataset_report.report(split)
+
+
+def test_what_is_suspicious_is_said(tmp_path):
+    """Of each: a mask of one value a class, the value where nothing is drawn, and what is said."""
+    for number, (names, ignore, values, said) in enumerate(
+        (
+            ("background\nobject", 255, (0, 255), "beside 'background' there are only ignored"),
+            ("background\nobject", 255, (0, 1), "ignore_index=0"),
+            ("void\nobject\nlamp", 0, (1, 2), ""),
+            ("wall\nobject\nlamp", 255, (1, 2), "nothing is annotated as wall"),
+            ("wall\nobject", 255, (1,), "'object' has 99 %"),
+        )
+    ):
+        root = tiny_maps.write_folder(tmp_path / str(number), values, splits=("train",))
+        (root / "classes.txt").write_text(names)
+        changes = tiny_maps.FOLDER | {"ignore_index": ignore}
+        config = tiny_coco.data_config(tmp_path / "prepared", root, **changes)
+        found = dataset_report.find_suspicious(
+            pipeline.load_split(config, "train", "semantic"), config
+        )
+        assert said in " ".join(found) and bool(found) == bool(said)
+    root = tiny_coco.write_instances(tmp_path / "coco", splits=("train",))
+    config = tiny_coco.data_config(tmp_path / "prepared", root, max_things=1, long_side=30)
+    split = pipeline.load_split(config, "train", "instance")
+    overfull, large = dataset_report.find_suspicious(split, config)
+    assert overfull.startswith(
+        "5 pictures have more than config.data.max_things = 1 things (up to 2)"
+    )
+    assert "are 64 x 64 (median) and shown at 30 x 30" in large
+
+    def crowds(content):
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = 1
+
+    tiny_coco.edit(root, crowds, prefix="instances_")
+    split = pipeline.load_split(config, "train", "instance")
+    assert "all things are crowds" in " ".join(dataset_report.find_suspicious(split, config))

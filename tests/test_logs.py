@@ -1,7 +1,11 @@
+import errno
 import io
 import json
 import sys
+import threading
+import time
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import cv2
 import numpy as np
@@ -80,11 +84,46 @@ def test_resuming_drops_what_will_be_computed_again(tmp_path):
     assert starts[-1] == 5
 
 
-def test_a_broken_log_is_named(tmp_path):
-    for text in ('{"step": 1}\nrubbish\n{"step": 2}\n', '[]\n{"step": 2}\n'):
-        (tmp_path / logs.LOG_NAME).write_text(text)
-        with pytest.raises(ValueError, match="line [12], is no record"):
-            logs.read_log(tmp_path)
+def test_what_is_no_record_keeps_nothing_from_going_on(tmp_path):
+    """A kill tears a line, a disk loses bytes."""
+    rows = [{"step": 1, "a": 1.0}, {"step": 2, "a": None, "val/PQ": 3.0}]
+    first, last = (json.dumps(row).encode() for row in rows)
+    for junk in (
+        b"rubbish", b"[]", b"{}", b'{"step": 2, "lo', b"\xff\xfe\0", b"null", b'{"step": "x"}', b"[" * 10**5,
+        b'{"step": 1, "a": [1]}',
+    ):  # fmt: skip
+        (tmp_path / logs.LOG_NAME).write_bytes(b"\n".join((first, junk, last, junk)))
+        assert logs.read_log(tmp_path) == rows
+        logs.Log(tmp_path, 1, start_step=2).close()
+        # The evaluation of the last step is written anew.
+        assert logs.read_log(tmp_path) == rows[:1]
+
+
+def test_a_full_disk_ends_in_an_error_that_names_the_file(tmp_path, monkeypatch):
+    """Of the log as of the events, at once, and never in a thread of a library."""
+    log = logs.Log(tmp_path, 1)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for place, method, name in (
+        (log._file, "write", "log.jsonl"),
+        (log._events, "flush", "events"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
+            writer = MagicMock(wraps=place, **{f"{method}.side_effect": full})
+            patch.setattr(log, "_file" if name == "log.jsonl" else "_events", writer)
+            log.scalars(1, {"loss/total": 1.0})
+        assert caught.value.filename == str(tmp_path / name)
+    assert threading.active_count() == 1
+    log.close()
+
+
+def test_waiting_says_for_how_long(monkeypatch):
+    stream = Terminal()
+    progress = logs.Progress(2, stream=stream)
+    with progress.waiting("compiling the first step"):
+        time.sleep(2.3)
+    assert (
+        "compiling the first step, 0:01\r\x1b[Kcompiling the first step, 0:02" in stream.getvalue()
+    )
 
 
 def test_progress_in_a_file_is_a_line_now_and_then(monkeypatch):

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +7,12 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from tiny_model import MODEL
 
 from knet_jax.config.files import load_config
 from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved import checkpoint_record
+from knet_jax.system.errors import UserError
 from knet_jax.training import optim
 
 GROUPS = (
@@ -190,3 +193,19 @@ def test_groups_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             optim.assign_groups(groups, make_params())
+
+
+def test_no_group_trains_what_is_frozen():
+    """The backbone says what it freezes; of the shipped recipes none trains that."""
+    frozen = ("frozen", r"backbone/(stem|layer1)_.*", 0.0, 0.0)
+    head = ("head", r".*", 1.0, 1.0)
+    for stages, groups, words in (
+        (0, (head,), None),
+        (1, (frozen, head), None),
+        (2, (frozen, head), r"'head' trains backbone/layer2_block0/conv1/kernel, which .*freezes"),
+        (1, (head,), r"'head' trains backbone/layer1_block0/conv1/kernel"),
+    ):
+        model = make_model(**MODEL | {"backbone": MODEL["backbone"] | {"frozen_stages": stages}})
+        params = variable_shapes(model)["params"]
+        with pytest.raises(UserError, match=words) if words else nullcontext():
+            optim.check_frozen(groups, params, model.backbone.frozen)

@@ -49,8 +49,9 @@ def test_a_bad_polygon_takes_no_good_one_with_it():
 
 def test_errors_name_the_value():
     for segmentation, message in (
-        ([], r"segmentation '\[\]' is neither polygons nor RLE"),
-        (None, "segmentation 'None' is neither"),
+        ([], "it has no mask"),
+        (None, "it has no mask"),
+        ("x", "segmentation 'x' is neither polygons nor RLE"),
         ([[0, 0, 1, 1]], "a polygon has 2 points, it must have three or more"),
         ([[0, 0, 1, 1, 2, 2, 3]], "a polygon has 3.5 points"),
         ([[0, 0, 1, 1, 1e30, 0]], "a polygon goes beyond 100 times the sides"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_coco
@@ -223,14 +224,14 @@ def test_a_run_that_is_done_says_so_again(whole, data_dir, tmp_path, monkeypatch
     monkeypatch.setattr(train_step, "explain_change", lambda model, *parts: changes.append(parts))
     config = config_of(whole.task, data_dir, **{"train.microbatch": 2})
     workdir = shutil.copytree(whole.workdir, tmp_path / "run")
-    (workdir / "checkpoints" / str(STEPS) / "scores.json").unlink()
-    log = workdir / "log.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    (workdir / "checkpoints" / str(STEPS) / "scores.json").unlink()  # killed before they were there
+    config.init_weights = "nowhere.pth"
     for makes_up in (True, False):
         run, printed = train_and_listen(config, workdir)
         assert run.scores == whole.run.scores and "compiling" not in printed
         assert (f"step {STEPS}: " in printed) == makes_up
         assert scored(workdir) == scored(whole.workdir)
+        assert "config.init_weights=nowhere.pth is not used" in printed
         assert ("config.train.microbatch" in printed) == makes_up  # the config is saved anew
     assert changes == 2 * [(Parts(1, 4), Parts(1, 2))]
     assert arrays_of(workdir) == arrays_of(whole.workdir)
@@ -265,29 +266,54 @@ def test_the_best_step_and_that_of_the_average_are_kept(data_dir, tmp_path, monk
     assert evaluate(tmp_path)["step"] == 1
 
 
-def test_a_loss_that_is_no_number_stops_the_run(data_dir, tmp_path, monkeypatch):
+def test_what_diverges_goes_back_to_where_a_lower_rate_helps(data_dir, tmp_path, monkeypatch):
+    """The loss tells of the step before: step 3, saved and scored, is that which diverged. Resumed,
+    the run diverges again before its next checkpoint: the one that it started from is no good either."""
     make_train_step = train_step.make_train_step
+    faults = {"at": 4, "kind": "loss"}
 
     def make_diverging(*args, **kwargs):
         take_step = make_train_step(*args, **kwargs)
 
         def step(state, parts):
             state, metrics = take_step(state, parts)
-            return state, metrics | {
-                "loss/total": np.float32(np.nan)
-            } if state.step == 4 else metrics
+            if state.step == faults["at"] and faults["kind"] == "loss":
+                metrics |= {"loss/total": np.float32(np.nan)}
+            elif state.step == faults["at"]:
+                params = jax.tree.map(lambda x: x * jnp.inf, state.params)
+                state = state._replace(params=params)
+            return state, metrics
 
         return step
 
     monkeypatch.setattr(train_step, "make_train_step", make_diverging)
-    with pytest.raises(UserError) as error:
-        train(config_of("panoptic", data_dir), tmp_path)
-    line = str(error.value)
-    assert line.startswith("step 4: loss/total is not finite; images: train_")
-    assert len(line.split("images: ")[1].split(";")[0].split(", ")) == 4
-    assert "last checkpoint: 3" in line
-    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
-        assert checkpoints.steps()[-1] == 3
+    config = config_of("panoptic", data_dir, **{"train.steps": 5, "train.eval_every": 0})
+    lines = []
+    for at, kind in ((3, "loss"), (5, "loss"), (4, "state"), (5, "loss"), (4, "loss"), (9, "loss")):
+        faults |= {"at": at, "kind": kind}
+        if at == 9:
+            assert train(config, tmp_path).step == 5
+            break
+        with pytest.raises(UserError) as error:
+            train(config, tmp_path)
+        line = str(error.value)
+        lines.append(line.rpartition("last checkpoint: ")[2].partition(";")[0])
+        what = "loss/total" if kind == "loss" else "params/"
+        assert line.startswith(f"step {at}: {what}") and "is not finite; images: train_" in line
+        assert len(line.split("images: ")[1].split(";")[0].split(", ")) == 4
+    # Saved at 2: set aside at 3. Saved at 2 and 4: 4 set aside at 5, 2 stays. And so on.
+    assert lines == ["none", "2", "none", "2", "none"], lines
+
+
+def test_a_failed_run_leaves_nothing_and_no_traceback(data_dir, tmp_path, capsys):
+    config = config_of("panoptic", data_dir, init_weights=str(tmp_path / "nowhere.pth"))
+    with pytest.raises(UserError, match="nowhere.pth"):
+        train(config, tmp_path / "runs" / "new")
+    (tmp_path / "old").mkdir()
+    with pytest.raises(UserError, match="nowhere.pth"):
+        train(config, tmp_path / "old")
+    assert (tmp_path / "old").is_dir() and not (tmp_path / "runs" / "new").exists()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 # Evaluation.

@@ -111,6 +111,7 @@ def test_a_network_with_a_few_keys_has_the_defaults_of_the_others():
         ({"chanels": 64}, "no key config.model.chanels; did you mean model.channels"),
         ({"neck": {"name": "fpn"}}, "config.model.neck.name is 'fpn'; accepted: semantic_fpn"),
         ({"neck": {"channels": 64}}, "no key config.model.neck.channels"),
+        ({"auxiliary_channels": 64}, "auxiliary_channels is 64; accepted: 0 with a neck without a"),
     ):
         with pytest.raises(UserError, match=message):
             make_model(**few | changes)
@@ -200,7 +201,7 @@ BAD = {
         ("data.short_side", (640, 801), r"data.short_side \(640, 801\) .* do not fit"),
         ("data.long_side", 1345, "long_side 1345 do not fit into config.data.canvas"),
         ("data.max_things", 101, "max_things is 101; accepted: at most .*num_proposals, 100"),
-        ("data.dataset", "ade20k", "'panoptic'; accepted: semantic where config.data.dataset is"),
+        ("data.dataset", "ade20k", "no key config.data.supercategories; "),
         ("data.flpi", 0.5, "no key config.data.flpi; did you mean data.flip"),
         ("data.crop", (1, 1), "no key config.data.crop; "),
         ("data.canvas", None, "config.data.canvas is missing; accepted: "),

@@ -42,6 +42,7 @@ def data_config(data_dir: Path, root: Path | str = "", **changes) -> ml_collecti
         "num_train": 24,
         "num_val": 10,
         "image_side": (64, 96),
+        "supercategories": False,
         # What crops need.
         "scale": (128, 96),
         "ratio": (0.5, 2.0),

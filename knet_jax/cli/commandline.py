@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from knet_jax.config import schema
 from knet_jax.config.files import list_configs, load_config, read_file
-from knet_jax.system.errors import UserError, one_line, suggest
-from knet_jax.system.signals import Preempted
+from knet_jax.system.errors import UserError, suggest
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,30 +107,6 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if not valued and arguments and not arguments[0].startswith("--"):
             overrides.append(arguments.pop(0))
     return overrides, rest
-
-
-@contextmanager
-def exit_statuses(program: str) -> Iterator[None]:
-    """Turns errors into a line on stderr and a status of the process.
-
-    Mistakes of the user end in status 2, errors of the system in 1, Ctrl-C in 130, SIGTERM in 143.
-    Other exceptions are bugs and keep their traceback.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except Preempted as error:
-        message, status = one_line(error), 128 + error.signum
-    except UserError as error:
-        message, status = one_line(error), 2
-    except OSError as error:
-        where = "" if error.filename is None else f": {error.filename}"
-        message, status = f"{error.strerror or one_line(error)}{where}", 1
-    else:
-        return
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
 
 
 def config_help(spec: str | None) -> str:

@@ -4,13 +4,15 @@ knet convert knet_r50.pth --config coco_panoptic --output models/knet_r50
 knet convert knet_r50.pth --config coco_panoptic --output models/mine \\
     --new_classes --categories mine.json --config.model.num_things=12 --config.model.num_stuff=5
 knet convert models/knet_r50 --output knet_r50.safetensors
+knet convert runs/mine --output models/other --new_classes --config.model.num_things=12
 
 A checkpoint is pth, safetensors or npz: of K-Net, in the names of its authors or of OpenMMLab, or of
 an ImageNet backbone, of torchvision, timm, OpenMMLab or the authors of Swin. Torch is not needed, and
 nothing in the file is run. The config must be that of the network in the file. The model is a folder,
 as a training run leaves one, for evaluation, predictions and further training; conversion.json in it
-says which tensor went where. A model may stand in the place of the checkpoint, for other classes. The
-file .safetensors of a model is a model too: all that opens such a folder opens it.
+says which tensor went where. A model may stand in the place of the checkpoint, for other classes; it
+has a config of its own. The file .safetensors of a model is a model too: all that opens such a folder
+opens it.
 """
 
 from __future__ import annotations
@@ -58,8 +60,6 @@ def main(args: Namespace) -> None:
             raise UserError(f"{unused[0]} is for a folder as --output, which {output} is not")
         print(export_weights(source, output, checkpoint, args.ema))
         return
-    if not args.config:
-        raise UserError("--config is missing, such as --config configs/coco_panoptic.py")
     report = import_weights(
         source,
         args.config,

@@ -6,13 +6,17 @@ knet COMMAND --help tells more of each:
 from __future__ import annotations
 
 import io
+import os
+import re
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from knet_jax.cli.commandline import Parser, config_help, exit_statuses
 from knet_jax.system.errors import UserError, suggest
+from knet_jax.system.exit_status import ended_by_signals, exit_statuses
 from knet_jax.system.library_logs import hide_closed_loops
 
 COMMANDS = {
@@ -57,15 +61,42 @@ def run(name: str, program: str | None = None, arguments: Sequence[str] | None =
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have all letters
     with exit_statuses(program):
-        command = import_module(f"knet_jax.cli.{name.replace('-', '_')}")
-        parser = Parser(program, command.__doc__)
+        with ended_by_signals(program), known_xla_flags():
+            # Which takes seconds, and is done only now that signals have an answer.
+            commandline = import_module("knet_jax.cli.commandline")
+            command = import_module(f"knet_jax.cli.{name.replace('-', '_')}")
+        parser = commandline.Parser(program, command.__doc__)
         command.add_flags(parser)
         args = parser.read(sys.argv[1:] if arguments is None else arguments)
         if args.help:
-            parser.epilog = config_help(args.config) if "config" in args else None
+            parser.epilog = commandline.config_help(args.config) if "config" in args else None
             print(parser.format_help())
         elif status := command.main(args):
             sys.exit(status)
+
+
+@contextmanager
+def known_xla_flags() -> Iterator[None]:
+    """Tries $XLA_FLAGS in another process meanwhile: XLA aborts the one in which it does not know one.
+
+    Raises:
+        UserError: it does not know one.
+    """
+    if "XLA_FLAGS" not in os.environ or "jax" in sys.modules:
+        yield
+        return
+    trial = subprocess.Popen(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    yield
+    _, said = trial.communicate()
+    reason = re.search(r"^[EF]\d+ .*?\] (.*)", said, re.MULTILINE)
+    if trial.returncode and reason:
+        raise UserError(f"XLA_FLAGS={os.environ['XLA_FLAGS']}: {reason[1]}")
 
 
 if __name__ == "__main__":

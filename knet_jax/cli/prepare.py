@@ -3,16 +3,21 @@
 knet prepare --config coco_panoptic --config.data.root=/data/coco
 knet prepare --config coco_panoptic --config.data.root=/data/coco --check
 
---check decodes every picture, reports what the annotations show, and draws some of them.
+Ends with the command that trains on this data. --check reports what the annotations show, and draws
+some of them.
 """
 
 from __future__ import annotations
 
+import shlex
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 from knet_jax.cli.commandline import Parser
 from knet_jax.config.files import load_config
 from knet_jax.data.prepare import prepare_dataset
+from knet_jax.segmentation import class_lists
 from knet_jax.system.errors import UserError
 
 
@@ -28,4 +33,11 @@ def main(args: Namespace) -> None:
     if args.config is None:
         raise UserError("--config is missing, such as --config configs/coco_panoptic.py")
     config = load_config(args.config, args.overrides)
-    prepare_dataset(config, args.output if args.check else None)
+    categories = prepare_dataset(config, args.output if args.check else None)
+    counts = class_lists.class_counts(config, categories).items()
+    flags = [
+        f"--config.model.{name}={n}" for name, n in counts if config.model[name] not in (None, n)
+    ]
+    program = "python train.py" if Path(sys.argv[0]).suffix == ".py" else "knet train"
+    command = [f"--config={args.config}", "--workdir=runs/mine", *args.overrides, *flags]
+    print(f"To train on it: {program} {shlex.join(command)}")

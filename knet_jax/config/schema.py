@@ -235,6 +235,9 @@ SEMANTIC = {
     "eval.window_step": Key((), rules.WINDOW, "from one to the next, at most the window"),
 }
 
+COCO = {
+    "data.supercategories": Key(False, YES_NO, "whether those without annotations are classes"),
+}
 FOLDER = {
     "data.images": Key("images/{split}", TEXT, "the folder of pictures, below the root"),
     "data.labels": Key("labels/{split}", TEXT, "the folder of index PNGs"),
@@ -296,6 +299,7 @@ GROUPS = (
     Group("task", ("instance",), INSTANCE),
     Group("task", ("semantic",), SEMANTIC),
     Group("data.dataset", ("ade20k", "cityscapes", "folder", "scene_parse150"), SEMANTIC_ONLY),
+    Group("data.dataset", ("coco",), COCO),
     Group("data.dataset", ("folder",), FOLDER),
     Group("data.dataset", ("shapes",), SHAPES),
     Group("model.backbone.name", ("resnet",), RESNET),

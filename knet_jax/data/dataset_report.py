@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-import os
-from multiprocessing import pool
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import tqdm
 
+from knet_jax.data import recipes
 from knet_jax.data.prepared_split import Split
+from knet_jax.data.sources.examine import in_threads
 from knet_jax.segmentation import drawing, rle
 from knet_jax.segmentation.segments import PanopticMap
 from knet_jax.system.errors import UserError
 
 CELL = 480
 """Longer side, in pixels, of a picture on the sheet."""
+NO_CLASS = {"void", "background", "unlabeled", "unlabelled", "ignore", "ignored"}
+"""Names of classes that may be none."""
 
 
 class Finding(NamedTuple):
@@ -30,20 +31,68 @@ class Finding(NamedTuple):
     """Segments of which no pixel is seen."""
 
 
+def find_suspicious(split: Split, config_data: Any) -> list[str]:
+    """What of a split is likely to be a mistake, a line each, with what mends it.
+
+    Args:
+        split: is not decoded; what was counted when it was prepared is read.
+        config_data: `config.data`.
+    """
+    names = split.categories.names
+    counts = np.array(split.columns["pixels" if split.task == "semantic" else "segments"])
+    found = []
+    if absent := [name for name, count in zip(names, counts) if not count]:
+        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
+        found.append(f"nothing is annotated as {', '.join(absent[:10])}{more}")
+    if split.task == "semantic":
+        most, ignored = names[counts.argmax()], split.total_sizes.prod(1).sum() - counts.sum()
+        if ignored and (counts > 0).sum() == 1:
+            found.append(
+                f"beside {most!r} there are only ignored pixels; if they are a class (masks of 0 and "
+                "255, say), give colors in config.data.classes: 'NAME 0 0 0', 'NAME 255 255 255'"
+            )
+        elif counts.max() >= 0.99 * counts.sum():
+            found.append(f"{most!r} has 99 % of the pixels or more")
+        for name, index in zip(names, split.categories.dataset_ids):
+            if not ignored and name.lower() in NO_CLASS:
+                found.append(
+                    f"no pixel is ignored; if {name!r} is no class but unknown, use "
+                    f"--config.data.ignore_index={index}"
+                )
+    elif most := int(split.num_things.max()):
+        if overfull := int((split.num_things > config_data.max_things).sum()):
+            found.append(
+                f"{overfull} pictures have more than config.data.max_things = "
+                f"{config_data.max_things} things (up to {most}), of which the largest stay: "
+                f"--config.data.max_things={most} --config.model.num_proposals={most}"
+            )
+    elif sum(split.columns["crowds"]):
+        found.append("all things are crowds (iscrowd: 1), which are not learned")
+    height, width = np.median(split.sizes, axis=0).astype(int).tolist()
+    shown = recipes.find(split.task, config_data).eval_size((height, width))
+    if height > 2 * shown[0]:
+        found.append(
+            f"pictures are {width} x {height} (median) and shown at {shown[1]} x {shown[0]}, where what "
+            "is small is lost: raise config.data."
+            + ("scale and crop" if split.task == "semantic" else "short_side, long_side and canvas")
+            + ", or cut the pictures into tiles"
+        )
+    return found
+
+
 def report(split: Split) -> str:
     """Decodes every picture of a split, with progress, and says what they show.
 
     Returns:
-        several lines: what was noted when the split was prepared (problems included), then the
-        share of ignored pixels, overlaps, hidden masks, and the share of the pixels by class.
+        several lines: broken pictures, the share of ignored pixels, overlaps, hidden masks, and the
+        share of the pixels by class.
     """
-    with pool.ThreadPool(os.cpu_count()) as threads:
-        found = threads.imap(functools.partial(_inspect, split), range(len(split)))
-        title = f"Checking {split.name}"
-        results = list(tqdm.tqdm(found, title, len(split), unit="img", leave=False))
+    results = in_threads(
+        functools.partial(_inspect, split), range(len(split)), f"Checking {split.name}"
+    )
     broken = [result for result in results if isinstance(result, str)]
     findings = [result for result in results if isinstance(result, Finding)]
-    lines = [split.description, f"{len(findings)} pictures decoded"]
+    lines = [f"{len(findings)} pictures decoded"]
     lines += [f"{len(broken)} broken pictures" + (":" if broken else "")]
     lines += [f"  {line}" for line in broken]
     if findings:

@@ -59,7 +59,7 @@ def write_panoptic_dataset(
             raise UserError(f"--{flag}: there is no folder {path}")
     if not names.is_file():
         raise UserError(f"--names: there is no file {names}")
-    named = class_lists.read_class_list(names, void, source="--names")
+    named, colors = class_lists.read_class_list(names, void, source="--names")
     indices, categories = order_classes(named, things)
     pairs = folder.find_pairs(images, class_maps)
     if not pairs:
@@ -69,7 +69,7 @@ def write_panoptic_dataset(
     pictures, annotations, problems = [], [], []
     for number, pair in enumerate(tqdm.tqdm(pairs, "Converting", unit="img"), 1):
         try:
-            found = read_maps(pair, instance_maps, indices, categories, void)
+            found = read_maps(pair, instance_maps, indices, categories, void, colors)
             panoptic.add(number, pair.name, found)
         except UserError as error:
             problems.append(f"{pair.name}: {error}, left out")
@@ -126,6 +126,7 @@ def read_maps(
     indices: Mapping[int, int],
     categories: Categories,
     void: int,
+    colors: Mapping[int, int],
 ) -> PanopticMap:
     """The segments of a picture.
 
@@ -135,12 +136,13 @@ def read_maps(
         indices: {index in the maps: label}.
         categories: the classes, things first.
         void: the index of pixels of unknown class.
+        colors: as of `index_maps.read_indices`.
 
     Raises:
         UserError: a map is missing, broken or does not fit.
     """
-    classes = read_map(pair.png)
-    examine.matching_size(pair.path, classes.shape, "map of classes")
+    classes = index_maps.read_indices(examine.read_file(pair.png), str(pair.png), colors)
+    examine.decoded_size(pair.path, classes.shape)
     strange = set(np.unique(classes).tolist()) - set(indices) - {void}
     if strange:
         raise UserError(
@@ -150,7 +152,7 @@ def read_maps(
     instances = None
     if instance_maps:
         path = instance_maps / Path(pair.name).with_suffix(".png")
-        instances = read_map(path)
+        instances = index_maps.read_indices(examine.read_file(path), str(path))
         if instances.shape != classes.shape:
             raise UserError(f"{path} is {instances.shape}, the map of classes {classes.shape}")
     ids, segments = np.zeros(classes.shape, np.int32), []
@@ -160,13 +162,6 @@ def read_maps(
             segments.append(SegmentInfo(len(segments) + 1, label, is_crowd))
             ids[part] = len(segments)
     return PanopticMap(ids, tuple(segments))
-
-
-def read_map(path: Path) -> np.ndarray:
-    """The indices of a PNG, int [H, W]. Raises UserError where there is no such file."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    return index_maps.read_indices(path.read_bytes(), str(path))
 
 
 def split_class(

@@ -34,8 +34,8 @@ from knet_jax.data.sources import by_name
 from knet_jax.structs import EMPTY, Batch
 from knet_jax.system.errors import UserError
 
-LEAST_SEEN = 500
-"""A share of broken pictures is judged as if at least so many had been seen."""
+LEAST = 500
+"""A share of broken pictures is judged as if there were at least so many pictures."""
 ENDLESS = 1 << 48
 """More batches than any training takes."""
 NO_LEAK_WARNING = "ignore:resource_tracker:UserWarning"
@@ -47,19 +47,24 @@ GROUP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 log = logging.getLogger(__name__)
 
 
-def load_split(config_data, split: str, task: str) -> Split:
+def load_split(config_data, split: str, task: str, describe: bool = False) -> Split:
     """Opens a split, and converts it to ArrayRecord before if that has not been done.
 
     Args:
         config_data: `config.data`.
         split: a name, or a slice of one such as `train[:8]`.
         task: `config.task`, which decides the kind of annotation.
+        describe: prints what it holds, which otherwise is done only where it is new.
 
     Raises:
         UserError: the dataset cannot be found, understood or written.
     """
     source = by_name.find(config_data, prepared_split.split_name(split), task)
-    return Split(prepared_split.prepare(source, records.data_dir(config_data)), split)
+    directory, is_new = prepared_split.prepare(source, records.data_dir(config_data))
+    found = Split(directory, split)
+    if is_new or describe:
+        print(found.description, flush=True)
+    return found
 
 
 def steps_per_epoch(split: Split, config_data, batch_size: int) -> int:
@@ -118,7 +123,8 @@ def train_batches(
     make = functools.partial(batches.train_batch, split, recipe, epochs, rows)
     dataset = grain.MapDataset.range(start // batch_size, ENDLESS).map(make)
     one = batches.empty_train_batch(split, recipe, group=0, count=1)
-    results = _run_workers(dataset, recipe, (rows.stop - rows.start) * _num_bytes(one))
+    needed = (rows.stop - rows.start) * _num_bytes(one)
+    results = _run_workers(dataset, recipe, needed, len(split))
     return (
         (batch, tuple(failure.file_name for failure in failures))
         for (batch,), _, failures in results
@@ -172,7 +178,8 @@ def eval_batches(
     make = functools.partial(batches.eval_batch, split, scaled)
     largest = max((plan.canvases for plan in plans), key=lambda c: sum(map(math.prod, c)))
     needed = _num_bytes(canvas.empty_eval_batches(rows.stop - rows.start, largest))
-    results = _run_workers(grain.MapDataset.source(plans).map(make), recipe, needed)
+    dataset = grain.MapDataset.source(plans).map(make)
+    results = _run_workers(dataset, recipe, needed, len(sizes))
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
     # may be kept for long. (A pipe is no way out: Grain waits 25 s for a worker that is stopped
     # while it writes something large.)
@@ -198,7 +205,10 @@ def _process_rows(batch_size: int, process_index: int, process_count: int) -> sl
 
 
 def _run_workers(
-    dataset: grain.MapDataset, recipe: recipes.WholePicture | recipes.Crop, num_bytes: int
+    dataset: grain.MapDataset,
+    recipe: recipes.WholePicture | recipes.Crop,
+    num_bytes: int,
+    num_pictures: int,
 ) -> Iterator[batches.Prepared]:
     """Computes the elements of a dataset in worker processes, in order.
 
@@ -206,9 +216,10 @@ def _run_workers(
         dataset: of functions that give a `Prepared`.
         recipe: says how many workers there are, and which share of pictures may be broken.
         num_bytes: size of the largest element's batches.
+        num_pictures: how many there are, of which a share may be broken.
 
     Raises:
-        UserError: too many pictures are broken, or shared memory is too small.
+        UserError: too many pictures are broken, shared memory is too small, or a worker was ended.
     """
     if not flags.FLAGS.is_parsed():
         # Grain reads flags of its own; without absl's `app.run` nobody has parsed them.
@@ -222,25 +233,30 @@ def _run_workers(
     elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     workers = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
     iterator = iter(elements.mp_prefetch(workers, worker_init_fn=_start_worker))
-    seen, broken, named = 0, 0, set()
+    broken = set()
     try:
         with _group_signals_blocked() if recipe.num_workers else contextlib.nullcontext():
             first = list(itertools.islice(iterator, 1))
         for prepared in itertools.chain(first, iterator):
-            failures = prepared.failures
-            seen += int(np.sum(prepared.batches[0].id != EMPTY)) + len(failures)
-            broken += len(failures)
-            for failure in failures:
-                if failure.file_name not in named:
-                    named.add(failure.file_name)
+            for failure in prepared.failures:
+                if failure.file_name not in broken:
+                    broken.add(failure.file_name)
                     log.warning("broken picture %s: %s", failure.file_name, failure.reason)
-            if broken > recipe.max_broken_share * max(seen, LEAST_SEEN):
+            allowed = recipe.max_broken_share * max(num_pictures, LEAST)
+            if len(broken) > min(allowed, num_pictures - 1):
                 raise UserError(
-                    f"{broken} of {seen} pictures are broken, more than "
+                    f"{len(broken)} of {num_pictures} pictures are broken, more than "
                     f"config.data.max_broken_share = {recipe.max_broken_share} allows: "
-                    + ", ".join(sorted(named)[:10])
+                    + ", ".join(sorted(broken)[:10])
                 )
             yield prepared
+    except (RuntimeError, OSError, EOFError) as error:
+        if not recipe.num_workers:
+            raise
+        raise UserError(
+            f"a process that reads pictures was ended: {error}; if memory ran out, take fewer of "
+            f"them: config.data.num_workers is {recipe.num_workers}"
+        ) from error
     finally:
         iterator.close()
 

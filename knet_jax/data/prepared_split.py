@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def split_name(spec: str) -> str:
     return match[1]
 
 
-def prepare(source: records.Source, data_dir: Path) -> Path:
-    """Converts a split to ArrayRecord, unless that has been done, and prints what it holds.
+def prepare(source: records.Source, data_dir: Path) -> tuple[Path, bool]:
+    """Converts a split to ArrayRecord, unless that has been done.
 
     A split that is interrupted half-way is never taken for whole: TFDS writes to a directory of
     another name (test_killed_preparation_starts_anew).
@@ -44,7 +45,7 @@ def prepare(source: records.Source, data_dir: Path) -> Path:
         data_dir: folder of all prepared datasets.
 
     Returns:
-        the directory of the prepared split.
+        the directory of the prepared split, and whether it is new.
 
     Raises:
         UserError: the dataset cannot be used, or its records cannot be written.
@@ -55,7 +56,7 @@ def prepare(source: records.Source, data_dir: Path) -> Path:
             f"{source.split}: prepared already in {directory} (remove it to prepare anew)",
             flush=True,
         )
-        return directory
+        return directory, False
     try:
         # TFDS speaks of downloads and configs; bars and what we log ourselves stay.
         with silenced("tensorflow_datasets"), contextlib.redirect_stdout(io.StringIO()):
@@ -64,13 +65,12 @@ def prepare(source: records.Source, data_dir: Path) -> Path:
     except (OSError, RuntimeError) as error:  # array_record raises the latter on a full disk
         if directory.exists():
             # Another process has prepared the same split meanwhile.
-            return directory
+            return directory, False
         raise UserError(
             f"config.data.data_dir: split '{source.split}' cannot be written to '{data_dir}': {error}"
         ) from error
     print(f"{source.split}: prepared in {directory}", flush=True)
-    print(records.describe(builder.info.metadata), flush=True)
-    return directory
+    return directory, True
 
 
 class Split:
@@ -83,24 +83,34 @@ class Split:
         spec: its name, or a slice of it in TFDS' notation.
 
     Raises:
-        UserError: the spec is malformed or selects nothing, or files are missing.
+        UserError: the spec is malformed or selects nothing, or files are missing or damaged.
     """
 
     def __init__(self, directory: Path, spec: str):
-        try:
+        self.name = split_name(spec)
+        self.directory = directory
+        with self._damage_named():
             builder = tfds.builder_from_directory(directory)
-        except Exception as error:
-            # TFDS raises whatever its files lead it to.
-            raise UserError(
-                f"the prepared split in {directory} is damaged; remove it to prepare anew"
-            ) from error
-        metadata = builder.info.metadata
-        self.task = metadata["task"]
-        self.categories = Categories.of(metadata["categories"])
-        self.kind = by_task.KINDS[self.task](self.categories)
+            splits, metadata = builder.info.splits, builder.info.metadata
+            self.task = metadata["task"]
+            self.categories = Categories.of(metadata["categories"])
+            self.kind = by_task.KINDS[self.task](self.categories)
+            self.columns = metadata["columns"]
+            """The sums of the counts of `Kind.tally`, over the whole split."""
+            self.description = records.describe(metadata)
+            """What the whole split holds, as a text."""
+            total = splits[self.name].num_examples
+            self.total_sizes = np.array(metadata["sizes"], np.int32).reshape(total, 2)
+            """int32 [N, 2]: height and width of all pictures of the split."""
+            num_things = np.array(metadata["things"], np.int32).reshape(total)
+            missing = [file for file in splits[self.name].filepaths if not Path(file).is_file()]
+            if missing:
+                raise FileNotFoundError(f"{missing[0]} is missing")
         try:
-            [chosen] = tfds.core.ReadInstruction.from_spec(spec).to_absolute(builder.info.splits)
-            positions = slice(chosen.from_, chosen.to)
+            [chosen] = tfds.core.ReadInstruction.from_spec(spec).to_absolute(splits)
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"config.data: split '{spec}' cannot be read: {error}") from error
+        with self._damage_named():
             # Pictures are left encoded: decoding is ours.
             decoders = {
                 name: tfds.decode.SkipDecoding()
@@ -108,38 +118,39 @@ class Split:
                 if isinstance(feature, tfds.features.Image)
             }
             self._source = builder.as_data_source(spec, decoders=decoders)
-            files = builder.info.splits[split_name(spec)].filepaths
-        except (ValueError, AssertionError) as error:
-            raise UserError(f"config.data: split '{spec}' cannot be read: {error}") from error
-        missing = [str(file) for file in files if not Path(file).is_file()]
-        if missing:
-            raise UserError(
-                f"config.data.data_dir: {missing[0]} is missing, remove {directory} to prepare anew"
-            )
-        self.name = split_name(spec)
-        self.directory = directory
-        self.sizes = np.array(metadata["sizes"], np.int32)[positions]
+        self.sizes = self.total_sizes[chosen.from_ : chosen.to]
         """int32 [n, 2]: height and width of the pictures."""
-        self.num_things = np.array(metadata["things"], np.int32)[positions]
+        self.num_things = num_things[chosen.from_ : chosen.to]
         """int32 [n]: how many things each picture shows, crowds left out."""
-        self.description = records.describe(metadata)
-        """What the whole split holds, as `prepare` printed it."""
         if not len(self):
             raise UserError(f"config.data: split '{spec}' holds no picture")
+
+    @contextlib.contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        """Says of any error what can be done: TFDS raises whatever its files lead it to."""
+        try:
+            yield
+        except Exception as error:
+            raise UserError(
+                f"config.data.data_dir: the prepared split in {self.directory} is damaged; remove "
+                f"that folder to prepare it anew ({error!r:.200})"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def record(self, index: int) -> Record:
-        """The picture and the annotation at a position, encoded."""
-        stored = self._source[int(index)]
-        return Record(
-            image=stored["image"],
-            image_id=int(stored["image_id"]),
-            file_name=stored["file_name"].decode(),
-            size=tuple(self.sizes[index].tolist()),
-            annotation=self.kind.decode(stored),
-        )
+        """The picture and the annotation at a position, encoded. Raises UserError where the files
+        of the split are damaged."""
+        with self._damage_named():
+            stored = self._source[int(index)]
+            return Record(
+                image=stored["image"],
+                image_id=int(stored["image_id"]),
+                file_name=stored["file_name"].decode(),
+                size=tuple(self.sizes[index].tolist()),
+                annotation=self.kind.decode(stored),
+            )
 
     def image_id(self, index: int) -> int:
         """The id that the dataset's own files give the picture."""

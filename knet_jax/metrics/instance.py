@@ -132,11 +132,14 @@ def count(
         found = sorted(found, key=lambda instance: -instance.score)[:MAX_PREDICTIONS]
         crowd = np.array([instance.iscrowd for instance in true], bool)
         masks, true_masks = ([instance.rle for instance in each] for each in (found, true))
+        # One by one: pycocotools takes no list of more than 255.
+        areas, true_areas = (
+            np.array([rle.area(mask) for mask in each]) for each in (masks, true_masks)
+        )
         # As COCOeval does: a truth is as large as annotated, a prediction as its mask.
         annotated = np.array([instance.area for instance in true])
-        areas = np.where(annotated > 0, annotated, coco_mask.area(true_masks))
-        ignored = _is_outside(areas) | crowd[:, None]
-        outside = _is_outside(np.array(coco_mask.area(masks)))
+        ignored = _is_outside(np.where(annotated > 0, annotated, true_areas)) | crowd[:, None]
+        outside = _is_outside(areas)
         objects = np.zeros((num_classes, len(SIZES)), np.int64)
         objects[label] = (~ignored).sum(0)
         counts.append(

@@ -71,6 +71,12 @@ class ResNet(nn.Module):
     """Blocks are computed anew for the gradient: slower, in less memory."""
     dtype: str
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """How the names of modules begin whose parameters get no gradient."""
+        stages = [f"layer{i + 1}_" for i in range(self.frozen_stages)]
+        return ("stem_", *stages) if stages else ()
+
     @nn.compact
     def __call__(self, image: jax.Array, train: bool) -> tuple[jax.Array, ...]:
         self._check()

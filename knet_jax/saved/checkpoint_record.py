@@ -29,7 +29,7 @@ def leaf_paths(tree: Any) -> list[str]:
 
 
 def make_record(arrays: Mapping[str, np.ndarray], **fields: Any) -> dict[str, Any]:
-    """Makes the record of some arrays.
+    """Makes the record of a step and some arrays.
 
     Args:
         arrays: the arrays by their paths.
@@ -39,10 +39,12 @@ def make_record(arrays: Mapping[str, np.ndarray], **fields: Any) -> dict[str, An
     return record | {"digest": _digest_of_record(record)}
 
 
-def check_record(record: Any) -> None:
-    """Raises DamagedError if a record, which may be any JSON, is not one of `make_record`."""
+def check_record(record: Any, step: int) -> None:
+    """Raises DamagedError if a record, which may be any JSON, is not one that was made at a step."""
     if not isinstance(record, Mapping) or record.get("digest") != _digest_of_record(record):
         raise DamagedError("its record is not what was saved")
+    if record["step"] != step:
+        raise DamagedError(f"it is a copy of step {record['step']!r:.20}")
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:

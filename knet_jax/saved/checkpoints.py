@@ -32,7 +32,7 @@ from knet_jax.saved.checkpoint_record import (
     make_record,
     model_differences,
 )
-from knet_jax.system.errors import UserError
+from knet_jax.system.errors import UserError, one_line
 from knet_jax.system.library_logs import silenced
 from knet_jax.system.output_files import write_json
 
@@ -56,8 +56,8 @@ def check_writable(folder: str | Path) -> None:
 class Checkpoints:
     """The last few steps of a run and the best ones.
 
-    Only one thread may call the methods; `save` goes on in a thread of its own. Of several processes
-    the first one writes, and all read.
+    Only one thread may call the methods; `save` goes on in a thread of its own. Several processes may
+    read, one writes.
 
     Args:
         directory: where the steps are, a folder each.
@@ -93,32 +93,31 @@ class Checkpoints:
         if not read_only:
             check_writable(self.directory)
             # Orbax would do it in a thread that outlives `close` and fails while Python shuts down.
-            if jax.process_index() == 0:
-                for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                    shutil.rmtree(path, ignore_errors=True)
+            for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path, ignore_errors=True)
+        self._empty = set()
+        for path in filter(Path.is_dir, self.directory.glob("[0-9]*")):
+            if not any(path.iterdir()):
+                print(f"checkpoint {path} is empty", file=sys.stderr, flush=True)
+                if read_only:
+                    self._empty.add(path.name)
+                else:  # Orbax would refuse to save the step
+                    path.rmdir()
         self._manager = self._open()
         # Not as Orbax's own metrics: a damaged file of these keeps its manager from opening.
         self._scores: dict[int, dict[str, float]] = {}
         for step in self.steps():
             with suppress(OSError, ValueError):  # damaged or missing: the step was not evaluated
                 record = json.loads(self._scores_path(step).read_bytes())
-                check_record(record)
+                check_record(record, step)
                 self._scores[step] = record["scores"]
 
     def _open(self) -> ocp.CheckpointManager:
-        # Every process reads or writes alone, whatever the others do meanwhile.
-        process = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=process,
-            active_processes={process},
-            barrier_sync_key_prefix=f"process{process}",
-        )
         with silenced("orbax"):  # its remarks about options set on purpose
             options = ocp.CheckpointManagerOptions(
                 create=False,
                 read_only=self._read_only,
                 enable_async_checkpointing=False,  # a thread of ours does it, digests included
-                multiprocessing_options=alone,
             )
             return ocp.CheckpointManager(self.directory, options=options)
 
@@ -151,7 +150,7 @@ class Checkpoints:
         """
         self.wait()
         latest = self._manager.latest_step()
-        if step == latest or jax.process_index() != 0:
+        if step == latest:
             return
         assert latest is None or step > latest, (step, latest)
         fields = {"step": step, "progress": dict(progress), "model": self._model}
@@ -195,17 +194,11 @@ class Checkpoints:
         """
         self.wait()
         self._scores[step] = {name: float(value) for name, value in scores.items()}
-        if jax.process_index() == 0:
-            record = make_record({}, step=step, scores=self._scores[step])
-            write_json(self._scores_path(step), record)
+        record = make_record({}, step=step, scores=self._scores[step])
+        write_json(self._scores_path(step), record)
 
     def _scores_path(self, step: int) -> Path:
         return self.directory / str(step) / SCORES_NAME
-
-    def raise_if_failed(self) -> None:
-        """Raises the error of a save that has failed meanwhile. Never waits."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
 
     def wait(self) -> None:
         """Waits until the last save is on disk, and raises its error if it failed."""
@@ -224,8 +217,8 @@ class Checkpoints:
     # Reading.
 
     def steps(self) -> list[int]:
-        """The steps on disk, damaged ones included, in ascending order."""
-        return sorted(self._manager.all_steps())
+        """The steps on disk, damaged ones included, empty ones not, in ascending order."""
+        return sorted(step for step in self._manager.all_steps() if str(step) not in self._empty)
 
     def scores(self, step: int) -> dict[str, float] | None:
         """The scores of a step, or None if no evaluation of it has come to its end."""
@@ -268,7 +261,7 @@ class Checkpoints:
             for error in damages.values():
                 print(f"{error}; going back to step {step}", file=sys.stderr, flush=True)
             if damages and not self._read_only:
-                self._set_aside(damages)
+                self.set_aside(damages)
             return restored
         if damages:
             raise UserError(
@@ -288,14 +281,14 @@ class Checkpoints:
         """
         with self._naming(step):
             record = self._read_record(step)
-        differences = model_differences(record, self._model).keys() - {"dtype"}
-        if differences or not record["model"]:
-            return None
-        shapes = {
-            path: jax.ShapeDtypeStruct(tuple(saved["shape"]), saved["dtype"])
-            for path, saved in record["arrays"].items()
-        }
-        return unflatten_dict(shapes, sep="/")
+            differences = model_differences(record, self._model).keys() - {"dtype"}
+            if differences or not record["model"]:
+                return None
+            shapes = {
+                path: jax.ShapeDtypeStruct(tuple(saved["shape"]), saved["dtype"])
+                for path, saved in record["arrays"].items()
+            }
+            return unflatten_dict(shapes, sep="/")
 
     def restore(self, target: Any, step: int) -> tuple[Any, dict[str, Any]]:
         """Reads the arrays of a step, bit for bit as they were saved.
@@ -341,13 +334,13 @@ class Checkpoints:
         except UserError as error:
             raise UserError(f"{where} does not fit this network: {error}") from error
         except Exception as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DamagedError(f"{where} is damaged: {line[:300]}") from error
+            line = one_line(error) or type(error).__name__
+            raise DamagedError(f"{where} is damaged: {line:.300}") from error
 
     def _read_record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
         record = self._manager.restore(step, args=args).record
-        check_record(record)
+        check_record(record, step)
         return record
 
     def _read_arrays(self, step: int, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -358,17 +351,16 @@ class Checkpoints:
         state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
         return flatten_dict(state, sep="/")
 
-    def _set_aside(self, steps: Iterable[int]) -> None:
-        """Moves damaged steps out of the way, since Orbax would refuse to save them again."""
-        if jax.process_index() == 0:
-            self._manager.close()
-            folder = self.directory / "damaged"
-            folder.mkdir(exist_ok=True)
-            for step in steps:
-                self._scores.pop(step, None)
-                place = folder / str(step)
-                shutil.rmtree(place, ignore_errors=True)
-                (self.directory / str(step)).rename(place)
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Moves steps that are of no use to `damaged/`, since Orbax would refuse to save them again."""
+        self._manager.close()
+        folder = self.directory / "damaged"
+        folder.mkdir(exist_ok=True)
+        for step in steps:
+            self._scores.pop(step, None)
+            place = folder / str(step)
+            shutil.rmtree(place, ignore_errors=True)
+            (self.directory / str(step)).rename(place)
         self._manager = self._open()
 
 

@@ -49,33 +49,24 @@ def find_categories(
 
 
 def _number(names: Sequence[str], num_things: int) -> Categories:
-    return Categories(tuple(names), tuple(range(1, 1 + len(names))), num_things)
+    ids = range(1, 1 + len(names))
+    return Categories.of({"names": names, "dataset_ids": [*ids], "num_things": num_things})
 
 
 def _read_categories(config: ConfigDict, file: Path) -> Categories:
     called = f"--categories={file}"
     if not file.is_file():
         raise UserError(f"{called}: there is no such file")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        listed = json.loads(text)["categories"] if file.suffix == ".json" else None
-        if config.task == "instance" and listed:
-            categories = class_lists.read_coco_things(listed)
-        elif listed is not None:
-            categories = class_lists.read_coco_categories(listed)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{called}: accepted are a JSON with COCO's categories, and a text with one name a "
-            f"line: {error!r:.100}"
-        ) from error
-    if listed is None:
-        names = list(class_lists.parse_class_list(text, called).values())
-        num_classes = config.model.num_things + config.model.num_stuff
-        if len(names) != num_classes:
-            raise UserError(f"{called} lists {len(names)} names; accepted: {num_classes}")
-        return _number(names, config.model.num_things)
-    if config.task == "semantic":
-        categories = categories._replace(num_things=0)
     with naming_file(called):
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".json":
+            is_instance = config.task == "instance"
+            read = class_lists.read_coco_things if is_instance else class_lists.read_coco_categories
+            categories = read(json.loads(text)["categories"])
+        else:
+            names = class_lists.parse_class_list(text, "it")
+            categories = _number([*names.values()], config.model.num_things)
+        if config.task == "semantic":
+            categories = categories._replace(num_things=0)
         class_lists.check_class_counts(config, categories)
     return categories

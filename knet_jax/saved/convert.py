@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from knet_jax.config.files import CONVERSION_NAME, load_config, save_config
+from knet_jax.config.files import CONVERSION_NAME, apply_overrides, load_config, save_config
 from knet_jax.config.validation import validate
 from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
@@ -35,6 +35,7 @@ from knet_jax.saved.weight_files import (
     read_weights,
 )
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.compilation_cache import keep_programs
 from knet_jax.system.errors import UserError, naming_file
 
 # From a file to a model.
@@ -42,7 +43,7 @@ from knet_jax.system.errors import UserError, naming_file
 
 def import_weights(
     source: Path,
-    spec: str,
+    spec: str | None,
     output: Path,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     *,
@@ -56,7 +57,7 @@ def import_weights(
 
     Args:
         source: the file, or the folder of another model.
-        spec: the config, see `load_config`.
+        spec: the config, see `load_config`; default: that of the source, if it is a model.
         output: the folder to be made.
         overrides: what changes the config, see `load_config`.
         entry: which set of tensors, if a file holds several; of a model, the checkpoint.
@@ -71,25 +72,29 @@ def import_weights(
     Raises:
         UserError: the file, the config and the rest do not go together.
     """
-    config = load_config(spec, overrides)
-    validate(config, parts=())
+    keep_programs()
+    config = load_config(spec, overrides) if spec else None
     here = output.is_dir() and output.samefile(".")  # which cannot be made
     if output.is_file() or here or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"--output={output} is there already; accepted: a new folder")
     check_writable(output.parent)
-    model = make_model(**config.model)
-    template = variable_shapes(model)
     with naming_file(source):
         if source.is_dir():
             weights = _read_model(source, entry or "best", ema)
         else:
             weights = read_weights(source, entry)
+        if not config and not weights.about:
+            raise UserError("it has no config; give its --config, such as coco_panoptic")
+    config = config or apply_overrides(weights.about.config, overrides)
+    validate(config, parts=())
+    template = variable_shapes(make_model(**config.model))
+    with naming_file(source):
         found = fit_network(weights, template, config, new_classes, partial)
     listed = () if new_classes else weights.classes
     categories, origin = find_categories(config, listed, categories_file)
     report = {
         "source": source.name,
-        "config": spec,
+        "config": spec or "that of the model",
         **_describe(weights, found, template),
         "categories": categories._asdict(),
         "categories_from": origin,
@@ -104,8 +109,9 @@ def _read_model(source: Path, checkpoint: str, ema: bool) -> WeightFile:
     tensors = to_reference(opened.variables)
     step = f"step {opened.step}"
     original = {name: name for name in tensors}
+    about = About(opened.config.to_dict(), opened.categories, opened.step)
     names = opened.categories.names
-    return WeightFile(tensors, original, entry=step, entries=(step,), classes=names)
+    return WeightFile(tensors, original, (), step, (step,), names, about)
 
 
 def _write_model(
@@ -221,6 +227,7 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
     """
     if output.suffix != ".safetensors" or output.is_dir():
         raise UserError(f"--output={output}; accepted: a new folder, or a file .safetensors")
+    keep_programs()
     check_writable(output.parent)
     opened = open_model(source, checkpoint, ema)
     tensors = {name: np.ascontiguousarray(x) for name, x in to_reference(opened.variables).items()}

@@ -55,9 +55,6 @@ def fit_network(
     found = fit(tensors, template)
     if not found.used:
         raise UserError("nothing of it belongs to this network; is it that of the config?")
-    infinite = [key for key, array in found.arrays.items() if not np.isfinite(array).all()]
-    if infinite:
-        raise UserError(f"its numbers for {infinite[0]} are not all finite")
     if partial:
         return found
 

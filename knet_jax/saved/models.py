@@ -18,7 +18,6 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from knet_jax.config.files import apply_overrides, load_config, load_saved_config
-from knet_jax.config.schema import to_tuples
 from knet_jax.config.validation import validate
 from knet_jax.knet import KNet
 from knet_jax.model import make_model, variable_shapes
@@ -27,6 +26,7 @@ from knet_jax.saved.class_names import find_categories
 from knet_jax.saved.fitting import complete, fit_network, load_backbone
 from knet_jax.saved.parameter_names import Variables
 from knet_jax.saved.weight_files import READERS, read_weights
+from knet_jax.segmentation.class_lists import check_class_counts
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError, naming_file
 from knet_jax.tasks import TASKS
@@ -72,16 +72,21 @@ def open_model(
     if isinstance(overrides, str):
         raise UserError(f"overrides is {overrides!r}; accepted: a list, ['--config.x.y=value']")
     path = Path(path)
-    if not is_weight_file(path):
-        if config:
-            raise UserError(f"config={config} is for a file of weights; {path} has its own config")
-        return _open_folder(path, str(checkpoint), ema, overrides, dtype, num_devices)
-    if (str(checkpoint), ema) != ("best", False):
+    is_file = is_weight_file(path)
+    if config and not is_file:
+        raise UserError(f"config={config} is for a file of weights; {path} has its own config")
+    if is_file and (str(checkpoint), ema) != ("best", False):
         raise UserError(
             f"checkpoint={checkpoint}, ema={ema}: {path} is a file and holds one set of weights; "
             "accepted: best and False"
         )
-    return _open_file(path, overrides, dtype, num_devices, config)
+    if is_file:
+        model = _open_file(path, overrides, dtype, num_devices, config)
+    else:
+        model = _open_folder(path, str(checkpoint), ema, overrides, dtype, num_devices)
+    with naming_file(path):
+        check_class_counts(model.config, model.categories)
+    return model
 
 
 def is_weight_file(path: Path) -> bool:
@@ -95,10 +100,6 @@ def _make_network(config: ConfigDict, dtype: str | None, num_devices: int) -> KN
         config.model.dtype = str(dtype)
     validate(config, num_devices, parts=("eval",))
     return make_model(**config.model)
-
-
-def _trace_shapes(network: KNet) -> Variables:
-    return variable_shapes(network)
 
 
 def _open_folder(
@@ -121,15 +122,17 @@ def _open_folder(
         step = choose_step(checkpoints, checkpoint)
         shapes = checkpoints.saved_shapes(step)  # tracing a large network takes seconds
         if shapes is None:
-            shapes = _trace_shapes(network)
+            shapes = variable_shapes(network)
             shapes["ema"] = shapes["params"]
         params = "ema" if ema else "params"
         if params not in shapes:
-            raise UserError(f"ema=True: step {step} of {folder} has no average of the parameters")
+            raise UserError(f"ema={ema}: step {step} of {folder} has no {params}")
         parts = {name: shapes[name] for name in (params, "batch_stats") if name in shapes}
         state, record = checkpoints.restore(parts, step)
     variables = {"params": state.pop(params), **state}
-    return Model(config, network, variables, Categories.of(record["progress"]["categories"]), step)
+    with naming_file(f"step {step} of {folder}"):
+        categories = Categories.of(record["progress"]["categories"])
+    return Model(config, network, variables, categories, step)
 
 
 def _open_file(
@@ -145,14 +148,16 @@ def _open_file(
     if spec:
         config = load_config(spec, overrides)
     elif about:
-        config = apply_overrides(ConfigDict(to_tuples(about.config)), overrides)
+        with naming_file(path):
+            config = apply_overrides(about.config)
+        config = apply_overrides(config, overrides)
     else:
         raise UserError(
             f"{path} holds weights and no config; knet_jax.load takes its config as "
             "config='configs/FILE.py', and python -m knet_jax.convert makes a model of both"
         )
     network = _make_network(config, dtype, num_devices)
-    template = _trace_shapes(network)
+    template = variable_shapes(network)
     with naming_file(path):
         found = fit_network(weights, template, config)
         if any(not name.startswith("auxiliary_head.") for name in found.missing):
@@ -207,14 +212,14 @@ def load_init_weights(path: str | Path, variables: Variables) -> tuple[Variables
     if not Path(path).is_dir():
         return load_backbone(path, variables), f"backbone from {path}"
     opened = open_model(path)
-    found, needed = (flatten_dict(tree, sep="/") for tree in (opened.variables, variables))
-    for key in sorted(found.keys() | needed.keys()):
-        given, wanted = (
-            tuple(tree[key].shape) if key in tree else "absent" for tree in (found, needed)
+    found, needed = (
+        {key: x.shape for key, x in flatten_dict(tree, sep="/").items()}
+        for tree in (opened.variables, variables)
+    )
+    if differing := sorted(dict(found.items() ^ needed.items())):
+        given, wanted = (shapes.get(differing[0], "absent") for shapes in (found, needed))
+        raise UserError(
+            f"config.init_weights: {path}: {differing[0]} is {given} in it, {wanted} here; "
+            "python -m knet_jax.convert makes a model of other classes of it"
         )
-        if given != wanted:
-            raise UserError(
-                f"config.init_weights: {path}: {key} is {given} in it, {wanted} here; "
-                "python -m knet_jax.convert makes a model of other classes of it"
-            )
     return opened.variables, f"network of step {opened.step} from {path}"

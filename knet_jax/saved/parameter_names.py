@@ -267,7 +267,7 @@ def fit(state: Mapping[str, np.ndarray], template: Variables) -> Fit:
         template: variables of the network, arrays or shapes.
 
     Raises:
-        UserError: a tensor holds no floating-point numbers.
+        UserError: a tensor holds no floating-point numbers, or such as are not finite.
     """
     arrays, used, resized, missing, misfits = {}, {}, {}, {}, {}
     places = Places.of(template)
@@ -280,6 +280,8 @@ def fit(state: Mapping[str, np.ndarray], template: Variables) -> Fit:
         tensor = np.asarray(state[name])
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise UserError(f"the tensor {name} holds {tensor.dtype}; accepted are floating-point")
+        if not np.isfinite(tensor).all():
+            raise UserError(f"its numbers for {key} are not all finite")
         needed = to_reference_layout(path, np.broadcast_to(np.float32(0), leaf.shape)).shape
         if part is not None:
             needed = (len(PACKED) * needed[0], *needed[1:])

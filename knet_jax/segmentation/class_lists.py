@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from knet_jax.segmentation.segments import Categories
-from knet_jax.system.errors import UserError
+from knet_jax.segmentation.segments import Categories, printable
+from knet_jax.system.errors import UserError, naming_file
 
 
 def check_class_counts(config: ConfigDict, categories: Categories) -> None:
@@ -21,15 +22,19 @@ def check_class_counts(config: ConfigDict, categories: Categories) -> None:
     Raises:
         UserError: the counts differ.
     """
-    num_things = categories.num_things if config.model.num_proposals else 0
-    counts = {"num_things": num_things, "num_stuff": len(categories.names) - num_things}
-    for name, wanted in counts.items():
+    for name, wanted in class_counts(config, categories).items():
         have = config.model[name]
         if have != wanted:
             raise UserError(
                 f"config.model.{name} is {have}, but the data lists {wanted}; "
                 f"use --config.model.{name}={wanted}"
             )
+
+
+def class_counts(config: ConfigDict, categories: Categories) -> dict[str, int]:
+    """`num_things` and `num_stuff` of a network for the classes of the data."""
+    num_things = categories.num_things if config.model.num_proposals else 0
+    return {"num_things": num_things, "num_stuff": len(categories.names) - num_things}
 
 
 def check_trained_classes(saved: dict[str, Any], categories: Categories) -> None:
@@ -76,56 +81,81 @@ def flag(entry: Mapping, key: str, default: int = 0) -> bool:
     """
     value = entry.get(key, default)
     if value not in (0, 1):
-        raise UserError(f"{key} is {value!r}; accepted: 0 and 1")
+        raise UserError(f"{key} is {value!r:.40}; accepted: 0 and 1")
     return bool(value)
 
 
 def read_coco_categories(listed: Sequence[Mapping]) -> Categories:
     """The classes of COCO's list of categories: things first, else in the order of the list.
 
-    A category that does not say whether it is a thing is one.
+    A category that does not say whether it is a thing is one; a name may be a number.
 
     Raises:
-        UserError: an id occurs twice, or the list is empty.
+        UserError: the list is empty, or a name, an id or `isthing` makes no sense.
     """
-    if not listed:
-        raise UserError("its list of categories is empty")
     ordered = sorted(listed, key=lambda category: not flag(category, "isthing", 1))
-    ids = [int(category["id"]) for category in ordered]
-    if len(set(ids)) != len(ids):
-        raise UserError(f"category ids must differ from each other, got {ids}")
-    names = tuple(str(category["name"]) for category in ordered)
-    num_things = sum(flag(category, "isthing", 1) for category in ordered)
-    return Categories(names, tuple(ids), num_things)
+    names = [category.get("name") for category in ordered]
+    return Categories.of(
+        {
+            "names": [str(name) if isinstance(name, int) else name for name in names],
+            "dataset_ids": [category.get("id") for category in ordered],
+            "num_things": sum(flag(category, "isthing", 1) for category in ordered),
+        }
+    )
 
 
 def read_coco_things(listed: Sequence[Mapping]) -> Categories:
     """The classes of the categories of an instance file: all are things, whatever they say.
 
     Raises:
-        UserError: an id occurs twice, or the list is empty.
+        UserError: the list is empty, or a name or an id makes no sense.
     """
     return read_coco_categories([{**category, "isthing": 1} for category in listed])
 
 
 def read_class_list(
     path: Path, ignore_index: int, source: str = "config.data.classes"
-) -> Categories:
-    """The classes of a text file that names one on every line.
+) -> tuple[Categories, dict[int, int]]:
+    """The classes of a text file that names one on every line, perhaps with its color.
 
     Args:
         path: of the file.
         ignore_index: the line, counted from 0, that is no class.
         source: the option that the user gave the file with, for messages.
 
+    Returns:
+        the classes, all of them stuff; and {R + 256 G + 65536 B: line}, empty unless every line
+        has a color.
+
     Raises:
-        UserError: a class has no name, two have the same, there is none, or it is no text.
+        UserError: a class has no name, two have the same name or color, there is none, or the file
+            is no text.
     """
+    called = f"{source}: {path}"
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: {path} must be text in UTF-8") from error
-    return stuff_categories(parse_class_list(text, f"{source}: {path}", ignore_index))
+        raise UserError(f"{called} must be text in UTF-8") from error
+    rows = [_colored(line.strip()) for line in text.splitlines() if line[:1] != "#"]
+    rows = rows[1:] if rows and not rows[0] else rows  # a table may have a head
+    colors = {}
+    if rows and all(rows):
+        text = "\n".join(row["name"] for row in rows)
+        colors = {
+            sum(int(row[part]) << shift for part, shift in (("r", 0), ("g", 8), ("b", 16))): line
+            for line, row in enumerate(rows)
+        }
+        if len(colors) < len(rows):
+            raise UserError(f"{called} must give every class another color")
+    with naming_file(called):
+        return stuff_categories(parse_class_list(text, called, ignore_index)), colors
+
+
+def _colored(line: str) -> re.Match | None:
+    """The name and the color in a line such as `cell 250 50 83`, `cell:250,50,83::`, `0 0 9 cell`."""
+    color = r"(?P<r>\d{1,3})[\s,]+(?P<g>\d{1,3})[\s,]+(?P<b>\d{1,3})"
+    last = re.fullmatch(rf"(?P<name>.+?)[\s,:]+\(?{color}\)?(:.*)?", line)
+    return last or re.fullmatch(rf"{color}[\s,:]+(?P<name>.+)", line)
 
 
 def parse_class_list(text: str, called: str, ignore_index: int | None = None) -> dict[int, str]:
@@ -139,7 +169,7 @@ def parse_class_list(text: str, called: str, ignore_index: int | None = None) ->
     Raises:
         UserError: a class has no name, two have the same, or there is none.
     """
-    lines = [line.strip() for line in text.rstrip().splitlines()]
+    lines = [printable(line) for line in text.rstrip().split("\n")]
     names = {i: name for i, name in enumerate(lines) if i != ignore_index}
     if not names or not all(names.values()) or len(set(names.values())) != len(names):
         raise UserError(f"{called} must name a class on every line, each another one")
@@ -148,4 +178,4 @@ def parse_class_list(text: str, called: str, ignore_index: int | None = None) ->
 
 def stuff_categories(names: Mapping[int, str]) -> Categories:
     """Classes from {dataset id: name}; all are stuff, as in semantic segmentation."""
-    return Categories(tuple(names.values()), tuple(names), num_things=0)
+    return Categories.of({"names": [*names.values()], "dataset_ids": [*names], "num_things": 0})

@@ -8,7 +8,7 @@ Instance: one JSON, a list of annotations with scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -132,9 +132,3 @@ class InstanceResults:
     def close(self) -> None:
         """Ends the JSON."""
         self._list.close()
-
-
-def check_file_name(entry: Mapping) -> None:
-    """Raises TypeError where an image or annotation names its file by something else than a text."""
-    if not isinstance(entry["file_name"], str):
-        raise TypeError(f"file_name is {entry['file_name']!r}")

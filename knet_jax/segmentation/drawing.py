@@ -24,6 +24,7 @@ from knet_jax.segmentation.segments import (
     Instance,
     PanopticMap,
     SegmentInfo,
+    printable,
     segment_index,
 )
 from knet_jax.system.errors import UserError
@@ -213,7 +214,7 @@ def _strip(row: Row, categories: Categories) -> np.ndarray:
     top = 2 * size
     canvas = Image.new("RGB", (3 * (width + MARGIN) + MARGIN, top + height + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
-    columns = ((row.title, image), ("truth", truth), ("prediction", prediction))
+    columns = ((printable(row.title), image), ("truth", truth), ("prediction", prediction))
     for i, (caption, picture) in enumerate(columns):
         left = MARGIN + i * (width + MARGIN)
         pen.text((left, top // 2), caption, "black", _font(size, caption), anchor="lm")
@@ -429,6 +430,7 @@ def _letters(path: str) -> frozenset[int]:
 
 def thumbnail(picture: np.ndarray, caption: str) -> np.ndarray:
     """Draws a small picture over its name, in a cell of the same size for all: uint8 [H, W, 3], RGB."""
+    caption = printable(caption)
     small, _ = at_side(THUMBNAIL, picture)
     height, width = small.shape[:2]
     font = _font(MIN_FONT_SIZE, caption)

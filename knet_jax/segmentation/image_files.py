@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from knet_jax.system.errors import UserError
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """The endings of file names that are taken for pictures."""
+KINDS = {b"\xff\xd8": "a JPEG", b"BM": "a BMP", b"GIF": "a GIF", b"RIFF": "a WebP"}
+KINDS |= dict.fromkeys((b"II*\0", b"MM\0*"), "a TIFF")
+"""What files are that begin with some bytes."""
 MAX_MEGAPIXELS = 50
 """Pictures of more are not decoded unless asked for: a few hundred bytes can claim gigabytes."""
 NUM_IDS = 1 << 24
@@ -22,9 +26,9 @@ NUM_IDS = 1 << 24
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Decodes a picture of any kind that cv2 reads: grey, CMYK, 16 bits, alpha, palette.
+    """Decodes a picture of any kind that cv2 or Pillow reads: grey, CMYK, 16 bits, alpha, palette.
 
-    It is turned as its EXIF orientation says, as in the reference.
+    It is turned as its orientation says, as in the reference.
 
     Args:
         data: encoded picture.
@@ -41,7 +45,15 @@ def decode_image(data: bytes) -> np.ndarray:
             Image.open(io.BytesIO(data)).load()
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError("the picture is truncated") from error
-    return _decode(data, cv2.IMREAD_COLOR_RGB)
+    try:
+        if data[:2] in (b"II", b"MM"):
+            # cv2 multiplies the alpha of a TIFF into its colors, but not that of a PNG.
+            with contextlib.suppress(OSError), Image.open(io.BytesIO(data)) as image:
+                if image.mode == "RGBA":
+                    return _decode_by_pillow(data)
+        return _decode(data, cv2.IMREAD_COLOR_RGB)
+    except UserError:
+        return _decode_by_pillow(data)
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -81,7 +93,7 @@ def check_megapixels(path: str | Path, most: float, formats: Sequence[str] | Non
         raise UserError(f"{shown} megapixels; accepted: up to {most:g} (--max_megapixels)")
 
 
-def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
+def load_image(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
     """Decodes a picture, and checks that it has the size of its annotation.
 
     It is turned as its EXIF orientation says, unless only the unturned one has the size of the
@@ -89,7 +101,7 @@ def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
 
     Args:
         data: encoded picture.
-        size: height and width of its annotation.
+        size: height and width of its annotation, where these are known.
 
     Returns:
         uint8 [height, width, 3], RGB.
@@ -98,13 +110,13 @@ def load_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
         UserError: the picture is damaged, or of another size.
     """
     image = decode_image(data)
-    if image.shape[:2] == (size[1], size[0]) != tuple(size):
+    if size and image.shape[:2] == (size[1], size[0]) != tuple(size):
         image = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    _check_size(image, size)
+    _check_size(image, size or image.shape[:2])
     return image
 
 
-def load_panoptic(data: bytes, size: tuple[int, int]) -> np.ndarray:
+def load_panoptic(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
     """Decodes a panoptic PNG; its pixels stand for ids, see `segment_ids`.
 
     Args:
@@ -115,11 +127,19 @@ def load_panoptic(data: bytes, size: tuple[int, int]) -> np.ndarray:
         uint8 [height, width, 3], RGB.
 
     Raises:
-        UserError: the PNG is damaged, or of another size.
+        UserError: it is no PNG, is damaged, or of another size.
     """
+    check_png(data)
     rgb = _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    _check_size(rgb, size)
+    _check_size(rgb, size or rgb.shape[:2])
     return rgb
+
+
+def check_png(data: bytes) -> None:
+    """Raises UserError where annotations are no PNG: JPEG, say, would change their numbers."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        kind = next((kind for start, kind in KINDS.items() if data.startswith(start)), "")
+        raise UserError(f"is {kind or 'no picture'}; accepted: PNG, which keeps every number")
 
 
 def load_label_map(data: bytes, size: tuple[int, int]) -> np.ndarray:
@@ -172,6 +192,16 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
     if image is None:
         raise UserError("cannot be decoded")
     return image
+
+
+def _decode_by_pillow(data: bytes) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode[0] not in "IF":  # numbers of an unknown range
+                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # whatever a damaged file leads a plugin to
+        raise UserError("cannot be decoded") from error
+    raise UserError("cannot be decoded")
 
 
 def _may_be_truncated(data: bytes) -> bool:

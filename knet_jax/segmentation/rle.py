@@ -67,9 +67,11 @@ def from_annotation(segmentation: Any, size: tuple[int, int]) -> tuple[dict, lis
     Raises:
         UserError: it is neither, or of another size, or no polygon is good.
     """
+    if not segmentation:
+        raise UserError("it has no mask ('segmentation')")
     if isinstance(segmentation, Mapping):
         return _encode_runs(segmentation, size), []
-    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str) or not segmentation:
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
         raise UserError(f"segmentation {str(segmentation)[:40]!r} is neither polygons nor RLE")
     good, problems = [], []
     for polygon in segmentation:

@@ -11,6 +11,8 @@ from knet_jax.system.errors import UserError
 
 MIN_SCORE = 0.3
 """Default of the least score of a thing that is shown; networks predict many more things."""
+MAX_NAME = 200
+"""The most letters that the name of a class may have."""
 
 
 class Categories(NamedTuple):
@@ -22,14 +24,48 @@ class Categories(NamedTuple):
     num_things: int
 
     @staticmethod
-    def of(saved: Mapping[str, Any]) -> Categories:
-        """Makes categories of what JSON gives back of their `_asdict()`."""
-        return Categories(tuple(saved["names"]), tuple(saved["dataset_ids"]), saved["num_things"])
+    def of(given: Mapping[str, Any]) -> Categories:
+        """Makes categories of what a file says, for example the JSON of their `_asdict()`.
+
+        Args:
+            given: the fields of this class by name. Names are made `printable`.
+
+        Raises:
+            UserError: a name is no text, empty or longer than `MAX_NAME`, an id is no whole number
+                or occurs twice, or their numbers do not agree.
+        """
+        try:
+            names, ids, num_things = (given[field] for field in Categories._fields)
+            agree = 0 < len(names) == len(ids) and num_things in range(len(names) + 1)
+            whole = {id for id in ids if isinstance(id, int) and not isinstance(id, bool)}
+        except (TypeError, KeyError) as error:
+            raise UserError(f"it lists no classes: {error!r:.100}") from error
+        if not agree:
+            raise UserError(
+                f"it lists {len(names)} names and {len(ids)} ids of classes, {num_things!r:.20} of them "
+                "things; accepted: as many names as ids, one or more"
+            )
+        if len(whole) != len(ids):
+            raise UserError(f"category ids are {ids!r:.80}; accepted: whole numbers, each once")
+        cleaned = [printable(name) if isinstance(name, str) else "" for name in names]
+        for name, clean in zip(names, cleaned):
+            if not 0 < len(clean) <= MAX_NAME:
+                raise UserError(
+                    f"a class is called {name!r:.40}; accepted: texts of 1 to {MAX_NAME} letters"
+                )
+        return Categories(tuple(cleaned), tuple(ids), int(num_things))
 
     @property
     def num_stuff(self) -> int:
         """Number of classes that are stuff."""
         return len(self.names) - self.num_things
+
+
+def printable(text: str) -> str:
+    """A text in one line: line breaks become spaces, and what has no shape is left out."""
+    # Joiners have none either, but shape the letters of some scripts.
+    shown = (c if c.isprintable() or c in "\u200c\u200d" else " " * c.isspace() for c in text)
+    return " ".join("".join(shown).split())
 
 
 class SegmentInfo(NamedTuple):

@@ -21,21 +21,19 @@ class SemanticResults:
         path: of a JSON that lists pictures and categories, for example results/semantic.json. PNG
             files go to results/semantic/; a pixel has one byte, which is what ADE20K's server
             takes, or two where an id is above 255. Pixels without a class become 0, or the largest
-            number where a class has the id 0.
+            number where a class has the id 0. Where an id does not fit into two bytes, pixels are
+            the positions of classes in the JSON's list, from 1, which are called `pixel` there.
         categories: the classes.
-
-    Raises:
-        UserError: an id of a category does not fit into two bytes.
     """
 
     def __init__(self, path: str | Path, categories: Categories):
         self.path = Path(path)
-        self._categories = categories
         self._images: list[dict] = []
-        ids = categories.dataset_ids
-        for id in ids:
-            if not 0 <= id <= 65535:
-                raise UserError(f"{path}: category id {id} is not one of 0 … 65535")
+        ids, names = categories.dataset_ids, categories.names
+        self._listed = [{"id": id, "name": name} for id, name in zip(ids, names)]
+        if min(ids) < 0 or max(ids) > 65535:
+            ids = range(1, 1 + len(ids))
+            self._listed = [entry | {"pixel": i} for i, entry in zip(ids, self._listed)]
         dtype = np.uint8 if max(ids) <= 255 else np.uint16
         voids = (0, np.iinfo(dtype).max)
         self._void = next((value for value in voids if value not in ids), None)
@@ -72,9 +70,4 @@ class SemanticResults:
 
     def close(self) -> None:
         """Writes the JSON, whole or not at all."""
-        c = self._categories
-        content = {
-            "images": self._images,
-            "categories": [{"id": id, "name": n} for id, n in zip(c.dataset_ids, c.names)],
-        }
-        write_json(self.path, content)
+        write_json(self.path, {"images": self._images, "categories": self._listed})

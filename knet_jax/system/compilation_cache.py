@@ -1,4 +1,4 @@
-"""Compiled programs that are kept on disk for the next process."""
+"""Compiled programs that are kept on disk for the next process, and the devices that run them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ from pathlib import Path
 
 import jax
 
+from knet_jax.system.errors import UserError, one_line
+
 
 def keep_programs() -> None:
     """Turns on JAX's cache on disk, in `knet_jax` of the user's cache folder.
 
     Where the environment (JAX_COMPILATION_CACHE_DIR) or the program has named another, it stays.
+
+    Raises:
+        UserError: there are no devices of the platform that the environment (JAX_PLATFORMS) names.
     """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that it has found some
+        platforms = jax.config.jax_platforms
+        reason = one_line(error) or "there are no such devices here"
+        raise UserError(f"JAX_PLATFORMS={platforms}: {reason}") from error
     if jax.config.jax_compilation_cache_dir is None:
         root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         jax.config.update(

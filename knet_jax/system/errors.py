@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MOST_SHOWN = 20
+"""How many accepted names a message lists."""
+
 
 class UserError(ValueError):
     """The user asked for something that does not exist or cannot be; the message says what can."""
@@ -20,7 +23,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"accepted: {', '.join(known) or 'none'}"
+    shown = ", ".join(known[:MOST_SHOWN]) + (", …" if len(known) > MOST_SHOWN else "")
+    return f"accepted: {shown or 'none'}"
 
 
 def one_line(error: BaseException) -> str:
@@ -32,15 +36,13 @@ def one_line(error: BaseException) -> str:
 def naming_file(source: Path | str) -> Iterator[None]:
     """Makes one line, which names a file, of whatever goes wrong while that is read.
 
-    Files of others lead their readers to any error, code in them too. Errors of the disk stay.
+    Files of others lead their readers to any error, code in them too.
 
     Raises:
         UserError: instead of other errors.
     """
     try:
         yield
-    except OSError:
-        raise
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except (Exception, SystemExit) as error:

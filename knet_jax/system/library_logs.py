@@ -30,11 +30,12 @@ def silenced(package: str) -> Iterator[None]:
 
 
 def hide_closed_loops() -> None:
-    """Drops, for good, tracebacks of threads that report to an asyncio loop which has ended.
+    """Drops, for good, tracebacks of asyncio loops which have ended, and of threads that report to one.
 
-    After a failed write, threads of the storage library do so hundreds of times. The failure itself
-    is raised where it belongs.
+    After a failed write or read the storage library leaves hundreds of them. The failure itself is
+    raised where it belongs.
     """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # "exception was never retrieved"
     show = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -91,7 +91,7 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = draft_of(path)
-    with _naming(path):
+    with naming_output(path):
         try:
             draft.write_bytes(data)
             draft.replace(path)
@@ -106,7 +106,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming_output(path: Path) -> Iterator[None]:
     """Gives an OSError the name of the file that the user knows.
 
     That of a full disk has no name, and a draft has another.
@@ -133,7 +133,7 @@ class JsonList:
         self._draft = draft_of(path)
         self._separator = "["
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _naming(path):
+        with naming_output(path):
             self._file = self._draft.open("w")
 
     def __enter__(self) -> Self:
@@ -144,13 +144,13 @@ class JsonList:
 
     def add(self, record: Any) -> None:
         """Writes one record, of what JSON can hold."""
-        with _naming(self._path):
+        with naming_output(self._path):
             self._file.write(f"{self._separator}{json.dumps(record)}")
         self._separator = ",\n"
 
     def close(self) -> None:
         """Ends the list."""
-        with _naming(self._path):
+        with naming_output(self._path):
             self._file.write("[]" if self._separator == "[" else "]")
             self._file.close()
             self._draft.replace(self._path)

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from knet_jax.system.errors import UserError
+from knet_jax.system.output_files import naming_output, write_whole
 from knet_jax.training.trackers import Tracker
 
 LOG_NAME = "log.jsonl"
@@ -31,39 +37,42 @@ CURVE_NAME = "curve.png"
 def read_log(workdir: str | Path) -> list[dict[str, Any]]:
     """The records of a run in the order in which they were written.
 
-    A last line that a killed run left unfinished is dropped.
+    What is no record, such as a line that a killed run left unfinished, is left out.
 
     Raises:
-        UserError: there is no log, or a line before the last is no record.
+        UserError: there is no log.
     """
     path = Path(workdir) / LOG_NAME
     if not path.is_file():
         raise UserError(f"there is no {LOG_NAME} in {workdir}")
-    lines = path.read_text().splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            record["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}, is no record: {line[:80]!r}") from error
-        records.append(record)
-    return records
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [record for line in lines if (record := _parse_record(line))]
+
+
+def _parse_record(line: str) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        values = record.values() if isinstance(record, dict) else ()
+        numbers = all(value is None or isinstance(value, int | float) for value in values)
+        if values and numbers and isinstance(record.get("step"), int):
+            return record
+    return None
 
 
 class Log:
     """Writes scalars to `log.jsonl` and TensorBoard, pictures to TensorBoard, both to a tracker.
 
     What an earlier run in the same workdir logged beyond `start_step` is dropped: it will be
-    computed again.
+    computed again. So is the evaluation of that step, which a kill may have left half done.
 
     Args:
         workdir: an existing folder.
         steps_per_epoch: for the epoch of a record.
         start_step: steps done when the run starts or resumes.
         tracker: where the run is logged too.
+
+    Raises:
+        OSError: the files cannot be written; they are named. The methods raise it too.
     """
 
     def __init__(
@@ -75,40 +84,59 @@ class Log:
     ):
         self._tracker = tracker
         self._steps_per_epoch = steps_per_epoch
-        path = Path(workdir) / LOG_NAME
-        if path.exists():
-            kept = [record for record in read_log(workdir) if record["step"] <= start_step]
-            draft = path.with_suffix(".tmp")
-            draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            draft.replace(path)
-        self._file = path.open("a", buffering=1)
-        self._events = SummaryWriter(str(Path(workdir) / "events"), purge_step=start_step + 1)
+        self._path, self._folder = Path(workdir) / LOG_NAME, Path(workdir) / "events"
+        if self._path.exists():
+            kept = [
+                json.dumps(record) + "\n"
+                for record in read_log(workdir)
+                if record["step"] < start_step
+                or (record["step"] == start_step and not any(k.startswith("val") for k in record))
+            ]
+            write_whole(self._path, "".join(kept).encode())
+        with naming_output(self._path):
+            self._file = self._path.open("a", buffering=1)
+        with naming_output(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            # Not through the library's thread: should that die of a full disk, its queue fills up
+            # and blocks the training for ever.
+            self._events = EventsWriter(str(self._folder / "events"), f".{os.getpid()}")
+            start = SessionLog(status=SessionLog.START)
+            self._write_event(step=start_step + 1, session_log=start)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one record; values are numbers or arrays of one element, a NaN becomes null."""
         numbers = {name: float(value) for name, value in values.items()}
         record = {"step": step, "epoch": round(step / self._steps_per_epoch, 6)}
         record |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        for name, x in numbers.items():
-            self._events.add_scalar(name, x, step)
+        with naming_output(self._path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        with naming_output(self._folder):
+            for name, x in numbers.items():
+                self._write_event(step=step, summary=summary.scalar(name, x))
+            self._events.flush()
         if self._tracker:
             self._tracker.scalars(step, numbers)
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Shows uint8 pictures [H, W, 3] in TensorBoard."""
-        for name, picture in pictures.items():
-            self._events.add_image(name, picture, step, dataformats="HWC")
-        self._events.flush()
+        with naming_output(self._folder):
+            for name, picture in pictures.items():
+                image = summary.image(name, picture, dataformats="HWC")
+                self._write_event(step=step, summary=image)
+            self._events.flush()
         if self._tracker:
             self._tracker.images(step, pictures)
 
     def close(self) -> None:
         """Writes out what is buffered."""
         self._file.close()
-        self._events.close()
+        with naming_output(self._folder):
+            self._events.close()
         if self._tracker:
             self._tracker.close()
+
+    def _write_event(self, **fields: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), **fields))
 
 
 class Progress:
@@ -145,6 +173,23 @@ class Progress:
             seconds = (now - first_time) / (step - first_step)
             parts.append(f"{format_duration(seconds * (self._total - step))} left")
         self._write(", ".join(parts))
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Says every few seconds, as long as the context lasts, that something goes on."""
+        began, done = time.monotonic(), threading.Event()
+
+        def say() -> None:
+            while not done.wait(1 if self._terminal else 5):
+                self._write(f"{text}, {format_duration(time.monotonic() - began)}")
+
+        thread = threading.Thread(target=say, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def print(self, text: str) -> None:
         """Prints lines of text without tearing the progress line."""

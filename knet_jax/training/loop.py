@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -22,6 +23,7 @@ from knet_jax.data.prepared_split import Split
 from knet_jax.inference.forward import lookahead
 from knet_jax.matching import LossWeights
 from knet_jax.model import init_variables, make_model
+from knet_jax.saved.checkpoint_record import leaf_paths
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
 from knet_jax.saved.fitting import check_backbone
 from knet_jax.saved.models import headline_scores, load_init_weights
@@ -69,17 +71,23 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
             not finite.
         Preempted: SIGTERM or Ctrl-C came; the step is saved, and the same call goes on.
     """
+    keep_programs()
     if jax.process_count() > 1:
         raise UserError("several processes: a run has one, with all devices of its machine")
     validate(config, jax.device_count())
-    keep_programs()
     workdir = Path(workdir)
-    if config.init_weights and not Path(config.init_weights).is_dir():
+    is_new = not workdir.exists()
+    if is_new and config.init_weights and not Path(config.init_weights).is_dir():
         check_backbone(config.init_weights, config.model)
     check_writable(workdir)
     taken = f"another run is using {workdir}; accepted: another --workdir"
-    with lock(workdir, taken), jax.default_matmul_precision(config.precision):
-        return _run(config, workdir)
+    try:
+        with lock(workdir, taken), jax.default_matmul_precision(config.precision):
+            return _run(config, workdir)
+    except BaseException:
+        if is_new and not (workdir / SAVED_NAME).exists():
+            shutil.rmtree(workdir)
+        raise
 
 
 def _run(config: ConfigDict, workdir: Path) -> Run:
@@ -90,10 +98,10 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
     class_lists.check_same_classes(split.categories, val_split.categories)
     config = from_data.complete(config, split)
     validate(config, jax.device_count())
-    class_lists.check_class_counts(config, split.categories)
     if (workdir / SAVED_NAME).exists():
         for difference in check_resume(config, workdir):
             print(difference)
+    class_lists.check_class_counts(config, split.categories)
     batch_size = config.train.batch_size
     steps_per_epoch, total_steps = from_data.lengths(config, split)
     if total_steps < 1:
@@ -112,6 +120,7 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
     model = make_model(**config.model)
     variables = init_variables(model, config.seed)
     params = variables["params"]
+    optim.check_frozen(config.optim.groups, params, getattr(model.backbone, "frozen", ()))
     optimizer, schedule = optim.make_optimizer(config.optim, params, steps_per_epoch, batch_size)
     take_step = train_step.make_train_step(
         devices,
@@ -166,6 +175,7 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
     )
     num_parts = share // parts.num_images
     feed = lookahead((b.id, train_step.to_devices(b, devices, num_parts)) for b, _ in batches)
+    check = partial(check_finite, split=split, checkpoints=checkpoints, start=start)
     unchecked = None
 
     def is_scored(step: int) -> bool:
@@ -175,8 +185,10 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
         patience, name = config.train.patience, headline_scores(config)[0]
         return step >= total_steps or 0 < patience <= num_worse(workdir, name)
 
-    with checkpoints, closing(log), closing(progress), stop_when_asked() as stop:
-        if before and is_scored(start) and checkpoints.scores(start) is None:
+    with checkpoints, closing(log), closing(batches), closing(progress), stop_when_asked() as stop:
+        if before and checkpoints.scores(start):
+            log.scalars(start, checkpoints.scores(start))
+        elif before and is_scored(start):
             score(start, state, stop)  # what the run was stopped in
         step, is_done = start, is_over(start)
         if not is_done:
@@ -188,19 +200,20 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
             began = time.monotonic()
             ids, batch = next(feed)
             interval.waited += time.monotonic() - began
-            state, metrics = take_step(state, batch)
+            first = step == start + 1
+            with progress.waiting("compiling the first step") if first else nullcontext():
+                state, metrics = take_step(state, batch)
             interval.add(metrics)
 
             # By now the step before is done; to wait for this one would leave the device idle.
-            check_finite(unchecked, split, checkpoints)
+            check(unchecked)
             unchecked = step, metrics, ids
             progress.update(step, interval.last() | {"lr": schedule(step - 1)})
             stops, evaluates = bool(stop), is_scored(step)
             saves = stops or evaluates or is_due(step, config.train.checkpoint_every)
 
             if saves or is_due(step, config.train.log_every):
-                check_finite(unchecked, split, checkpoints)
-                checkpoints.raise_if_failed()
+                check(unchecked)
                 log.scalars(
                     step, interval.close() | optim.group_rates(config.optim, schedule, step - 1)
                 )
@@ -210,7 +223,9 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
                     "categories": split.categories._asdict(),
                     "parts": parts,
                 }
-                checkpoints.save(step, state, seen)
+                saved = jax.device_get(state)
+                check((step, dict(zip(leaf_paths(saved), jax.tree.leaves(saved))), ids))
+                checkpoints.save(step, saved, seen)
             if evaluates:
                 score(step, state, stop)
                 is_done = is_over(step)
@@ -252,6 +267,8 @@ def find_start(
     restored = checkpoints.restore_latest(state)
     if restored:
         state, record = restored
+        if config.init_weights:
+            print(f"config.init_weights={config.init_weights} is not used where a run goes on")
         print(f"resuming from step {record['step']} of {checkpoints.directory.parent}")
         return state, record["progress"]
     if config.init_weights:
@@ -276,28 +293,39 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_finite(done: Any, split: Split, checkpoints: Checkpoints) -> None:
-    """Stops the run at a loss that is no number, before anything of it is saved.
+def check_finite(done: Any, *, split: Split, checkpoints: Checkpoints, start: int) -> None:
+    """Stops the run at numbers that are not finite, before anything of them is saved.
+
+    The last checkpoint is set aside where it is of no use: the loss of a step is that before its
+    update, so the next step is the first that tells of what was saved. Nor can a run that has started
+    from a checkpoint, and come to no other, go on from it.
 
     Args:
-        done: (step, its metrics, ids of its pictures), or None before the first step.
+        done: (step, its metrics or its state by name, ids of its pictures), or None before the first.
         split: that the pictures come from.
         checkpoints: of the run.
+        start: the step from which the run has started.
 
     Raises:
-        UserError: the loss or the gradient is not finite.
+        UserError: the loss, the gradient or the state is not finite.
     """
     if done is None:
         return
-    step, metrics, ids = done
-    if np.isfinite(metrics["loss/total"]) and np.isfinite(metrics["grad_norm"]):
+    step, values, ids = done
+    judged = {
+        name: values[name] for name in ("loss/total", "grad_norm") if name in values
+    } or values
+    if all(np.isfinite(value).all() for value in judged.values()):
         return
-    checkpoints.wait()
-    bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+    bad = [name for name, value in values.items() if not np.isfinite(value).all()]
     names = ", ".join(split.file_name(i) for i in ids if i != EMPTY)
+    checkpoints.wait()
+    last = checkpoints.steps()[-1:]
+    if last and last[0] in (start, step - 1):
+        checkpoints.set_aside(last)
     last = checkpoints.steps()[-1:] or ["none"]
     raise UserError(
-        f"step {step}: {', '.join(bad)} is not finite; images: {names}; last checkpoint: {last[0]}; "
+        f"step {step}: {', '.join(bad[:5])} is not finite; images: {names}; last checkpoint: {last[0]}; "
         "a lower config.optim.lr or a longer config.optim.warmup_steps may help"
     )
 

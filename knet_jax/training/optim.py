@@ -57,6 +57,27 @@ def assign_groups(groups: Sequence[Sequence[Any]], params: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), labels)
 
 
+def check_frozen(groups: Sequence[Sequence[Any]], params: Any, frozen: tuple[str, ...]) -> None:
+    """Checks that no group trains what the network gives no gradient.
+
+    Args:
+        groups: `config.optim.groups`.
+        params: of the network.
+        frozen: beginnings of the names of the backbone's modules without a gradient.
+
+    Raises:
+        UserError: a group does.
+    """
+    labels = jax.tree.leaves(assign_groups(groups, params))
+    rates = {row.name: row.lr for row in starmap(Group, groups)}
+    for path, label in zip(leaf_paths(params), labels):
+        if rates[label] and path.removeprefix("backbone/").startswith(frozen):
+            raise UserError(
+                f"config.optim.groups: {label!r} trains {path}, which "
+                "config.model.backbone.frozen_stages freezes"
+            )
+
+
 def trainable(groups: Sequence[Sequence[Any]], params: Any) -> Any:
     """True for every parameter that is not frozen, a tree like `params`."""
     frozen = {row.name for row in starmap(Group, groups) if row.lr == 0}

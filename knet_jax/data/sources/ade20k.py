@@ -60,7 +60,7 @@ def read_object_info(root: Path) -> Categories:
         return CATEGORIES
     # A header, then lines of tab-separated index, ratio, counts and names.
     try:
-        lines = path.read_text().splitlines()[1:]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()[1:]
         rows = [line.split("\t") for line in lines if line.strip()]
         listed = {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
     except ValueError as error:

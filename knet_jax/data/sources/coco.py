@@ -1,4 +1,4 @@
-"""COCO's own layout, and any dataset exported to it.
+"""COCO's own layout, and any dataset exported in its format.
 
     root/annotations/panoptic_<split>*.json    images, annotations, categories
     root/annotations/panoptic_<split>*/        a PNG an image, whose colors are segment ids
@@ -6,11 +6,13 @@
     root/<split>*/                             the pictures
 
 `*` is whatever the files agree on: `panoptic_train2017.json` goes with `train2017/`. Panoptic and
-semantic segmentation need the first two, instance segmentation the third.
+semantic segmentation need the first two, instance segmentation the third. Exports of labelling
+tools are taken as they are, see `LAYOUTS`.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,17 @@ FILES = {
 """For each task, how its annotation files' names begin, and the function that examines one."""
 
 
+LAYOUTS = (
+    "annotations/{prefix}{split}.json",
+    "annotations/{prefix}{split}*.json",
+    "{split}*/annotations/{prefix}*.json",
+    "{split}*/_annotations.coco.json",
+    "{split}*/result.json",
+)
+"""Where the annotation file of a split may be, below the root: in COCO, in an export of CVAT for each
+split, of Roboflow (which only has instances, as the last), of Label Studio for each split."""
+
+
 def find(task: str, config_data, split: str) -> records.Source:
     """Finds a split below `config.data.root`.
 
@@ -34,23 +47,27 @@ def find(task: str, config_data, split: str) -> records.Source:
         UserError: there is no such folder, or not exactly one annotation file for the split.
     """
     prefix, examine_file = FILES[task]
-    path = _find_annotations(config_data.root, split, prefix)
-    name = records.config_name(task, split, examine.state(path))
-    return records.Source("coco", name, split, task, partial(examine_file, path))
+    path = _find_annotations(Path(os.path.expanduser(config_data.root)), split, prefix)
+    # Pictures lie in the folder that is named like the file, or about where CVAT and others put them.
+    top, name = path.parent.parent, path.stem.removeprefix(prefix)
+    pictures = [top / name, top / "images" / name, top / "images", path.parent]
+    facts = [examine.state(path)]
+    if task == "instance":
+        facts += ["with supercategories"] * config_data.supercategories
+        examine_file = partial(examine_file, config_data.supercategories)
+    name = records.config_name(task, split, *facts)
+    return records.Source("coco", name, split, task, partial(examine_file, path, pictures))
 
 
-def _find_annotations(root: str, split: str, prefix: str) -> Path:
-    folder = Path(os.path.expanduser(root)) / "annotations"
-    wanted = f"annotations/{prefix}{split}*.json"
-    if not root or not folder.is_dir():
+def _find_annotations(root: Path, split: str, prefix: str) -> Path:
+    places = (layout.format(prefix=prefix, split=glob.escape(split)) for layout in LAYOUTS)
+    found = next(filter(None, (sorted(root.glob(place)) for place in places)), [])
+    if len(found) != 1 or root == Path():
+        there = found or sorted([*root.glob("*.json"), *root.glob("*/*.json")])
+        there = [str(path.relative_to(root)) for path in there]
         raise UserError(
-            f"config.data.root: no dataset in COCO's layout at '{root}', expected {wanted} in it"
-        )
-    exact = folder / f"{prefix}{split}.json"
-    found = [exact] if exact.is_file() else sorted(folder.glob(f"{prefix}{split}*.json"))
-    if len(found) != 1:
-        what = ", ".join(path.name for path in found) or "none"
-        raise UserError(
-            f"config.data.root: '{root}' must hold one {wanted} for split '{split}', found {what}"
+            f"config.data.root: '{root}' must hold one annotations/{prefix}{split}*.json for split "
+            f"'{split}' (or an export of Roboflow, CVAT or Label Studio in {split}*/), found "
+            f"{', '.join(there[:8]) or 'none'}"
         )
     return found[0]

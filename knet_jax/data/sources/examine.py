@@ -1,7 +1,8 @@
-"""Examining a dataset of files before it is converted: every picture is checked, in threads."""
+"""Examining a dataset of files before it is converted: every picture is decoded once, in threads."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from multiprocessing import pool
@@ -9,16 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tqdm
-from PIL import Image
 
 from knet_jax.data import records
 from knet_jax.data.annotations.kind import Record
-from knet_jax.segmentation.segments import Categories
+from knet_jax.segmentation import image_files
+from knet_jax.segmentation.segments import Categories, printable
 from knet_jax.system.errors import UserError
 
-EXIF_ORIENTATION = 0x0112
-TURNED = range(5, 9)
-"""The EXIF orientations that swap height and width."""
+MAX_LINE = 200
+"""Letters of what is said of a picture; more cannot be read."""
+
+
+class Unfit(UserError):
+    """Something of one picture that makes the whole dataset unfit for use."""
 
 
 class Picture(NamedTuple):
@@ -36,8 +40,8 @@ class Picture(NamedTuple):
 
 
 def check_pictures(
-    check: Callable[[Any], tuple[Picture | None, Sequence[str]]],
-    items: Sequence[Any],
+    check: Callable[[Any], tuple[Picture, Sequence[str]]],
+    items: Sequence[tuple[str, Any]],
     categories: Categories,
     source: Path,
     problems: Sequence[str] = (),
@@ -45,8 +49,9 @@ def check_pictures(
     """Checks items in threads, showing progress.
 
     Args:
-        check: returns a picture, or None where it cannot be used, and what is wrong with it.
-        items: arguments of `check`.
+        check: takes an item, decodes its picture, and returns it with what is wrong with it. Any
+            error means that the picture is left out, but `Unfit` ends the examination.
+        items: (name of a picture for messages, argument of `check`).
         categories: the classes.
         source: the file or folder that is examined.
         problems: what else is wrong with it.
@@ -54,16 +59,10 @@ def check_pictures(
     Raises:
         UserError: no picture shows anything.
     """
-    pictures, found = [], []
-    with pool.ThreadPool(os.cpu_count()) as threads:
-        checked = threads.imap(check, items)
-        for picture, remarks in tqdm.tqdm(
-            checked, f"Checking {source.name}", len(items), unit="img"
-        ):
-            found += remarks
-            if picture:
-                pictures.append(picture)
-    found += problems
+    checked = in_threads(functools.partial(_check, check), items, f"Checking {source.name}")
+    pictures = [picture for picture, _ in checked if picture]
+    found = [printable(line) for _, remarks in checked for line in remarks] + [*problems]
+    found = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} …" for line in found]
     if not any(picture.count for picture in pictures):
         first = found[0] if found else "nothing is annotated"
         raise UserError(
@@ -73,55 +72,61 @@ def check_pictures(
     return records.Examples(categories, len(pictures), map(_read, pictures), found)
 
 
+def in_threads(function: Callable[[Any], Any], items: Sequence[Any], title: str) -> list[Any]:
+    """What a function returns for each item, computed in threads, showing progress."""
+    threads = pool.ThreadPool(os.cpu_count())
+    try:
+        return list(tqdm.tqdm(threads.imap(function, items), title, len(items), unit="img"))
+    finally:
+        # A thread that decodes while Python shuts down would abort the process.
+        threads.terminate()
+        threads.join()
+
+
+def _check(check: Callable, item: tuple[str, Any]) -> tuple[Picture | None, list[str]]:
+    name, argument = item
+    try:
+        name.encode()  # as it will be stored
+        picture, remarks = check(argument)
+    except Unfit:
+        raise
+    except UnicodeEncodeError:
+        return None, [f"{name!a}: its name is not in UTF-8, left out"]
+    except Exception as error:  # noqa: BLE001 - whatever files of others lead to
+        said = error if isinstance(error, UserError) else repr(error)
+        return None, [f"{name}: {said}, left out"]
+    return picture, [f"{name}: {remark}" for remark in remarks]
+
+
 def _read(picture: Picture) -> Record:
-    return Record(
-        image=picture.path.read_bytes(),
-        image_id=picture.image_id,
-        file_name=picture.name,
-        size=picture.size,
-        annotation=picture.annotate(),
-    )
+    try:
+        image, annotation = picture.path.read_bytes(), picture.annotate()
+    except OSError as error:  # the files are not as they were
+        raise UserError(f"config.data.root: {picture.path} cannot be read: {error}") from error
+    return Record(image, picture.image_id, picture.name, picture.size, annotation)
 
 
-def read_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(height, width) of a picture, once turned as its EXIF orientation says and once unturned.
-
-    Reads the header of the file only.
-
-    Raises:
-        UserError: the picture is missing or broken.
-    """
+def read_file(path: Path) -> bytes:
+    """The content of a file. Raises UserError where there is none."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turn = image.getexif().get(EXIF_ORIENTATION) in TURNED
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not a picture") from error
-    return ((width, height) if turn else (height, width)), (height, width)
+    return path.read_bytes()
 
 
-def matching_size(path: Path, size: tuple[int, int], what: str) -> tuple[int, int]:
-    """Checks that a picture, turned or unturned, has the size of its annotation.
+def decoded_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Decodes a picture, to see that it can be.
 
     Args:
         path: of the picture.
-        size: height and width of the annotation.
-        what: the annotation is called in messages.
+        size: height and width of its annotation, where these are known.
 
     Returns:
-        `size`.
+        `size`, or else the picture's height and width, turned as its orientation says.
 
     Raises:
-        UserError: the picture has another size, or is missing or broken.
+        UserError: the picture is missing or broken, or has another size.
     """
-    turned, unturned = read_sizes(path)
-    if size not in (turned, unturned):
-        raise UserError(f"picture is {turned[1]}x{turned[0]} but its {what} {size[1]}x{size[0]}")
-    return size
+    return image_files.load_image(read_file(path), size).shape[:2]
 
 
 def state(path: Path) -> tuple[str, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +18,6 @@ from knet_jax.segmentation import image_files
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
 
-PNG = b"\x89PNG\r\n\x1a\n"
-"""How a PNG begins."""
 MAX_INDEX = 65535
 INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 """Pillow's names for pictures of one number a pixel."""
@@ -42,6 +40,8 @@ def examine_pairs(
     ignored: Collection[int],
     source: Path,
     remedy: str = "",
+    colors: Mapping[int, int] | None = None,
+    problems: Sequence[str] = (),
 ) -> records.Examples:
     """Examines pictures and their PNG files, showing progress.
 
@@ -54,6 +54,8 @@ def examine_pairs(
         ignored: indices that stand for no class.
         source: the folder of the pictures.
         remedy: what a user can do about other indices, which then are an error.
+        colors: as of `read_indices`.
+        problems: what else is wrong with the folder.
 
     Raises:
         UserError: there is no picture, none can be used, or there are such indices.
@@ -61,35 +63,47 @@ def examine_pairs(
     if not pairs:
         raise UserError(f"config.data.root: no picture in {source}")
     known = {*categories.dataset_ids, *ignored}
-    check = functools.partial(_check, categories, known, remedy)
-    return examine.check_pictures(check, list(enumerate(pairs)), categories, source)
+    check = functools.partial(_check, categories, known, remedy, colors)
+    items = [(pair.name, (number, pair)) for number, pair in enumerate(pairs)]
+    return examine.check_pictures(check, items, categories, source, problems)
 
 
 def _check(
-    categories: Categories, known: Collection[int], remedy: str, item: tuple[int, Pair]
-) -> tuple[examine.Picture | None, list[str]]:
-    """A picture, or None where it cannot be used, and what is wrong with it."""
+    categories: Categories,
+    known: Collection[int],
+    remedy: str,
+    colors: Mapping[int, int] | None,
+    item: tuple[int, Pair],
+) -> tuple[examine.Picture, list[str]]:
+    """A picture, and what is wrong with it. Raises UserError where it cannot be used."""
     number, pair = item
-    try:
-        size = examine.matching_size(pair.path, examine.read_sizes(pair.png)[1], "index PNG")
-        found = np.unique(read_indices(pair.png.read_bytes(), str(pair.png)))
-    except UserError as error:
-        return None, [f"{pair.name}: {error}, left out"]
-    shown = set(found.tolist())
+
+    def indices() -> np.ndarray:
+        return read_indices(examine.read_file(pair.png), str(pair.png), colors)
+
+    found = indices()
+    examine.decoded_size(pair.path, found.shape)
+    shown = set(np.unique(found).tolist())
     strange = sorted(shown - set(known))
     classes = shown & set(categories.dataset_ids)
     problems = []
     if strange and remedy:
-        raise UserError(f"{pair.png} has indices {strange[:10]} that are no class: {remedy}")
+        raise examine.Unfit(f"{pair.png} has indices {strange[:10]} that are no class: {remedy}")
     if strange:
-        problems.append(f"{pair.name}: indices {strange[:10]} are no class, ignored")
+        problems.append(f"indices {strange[:10]} are no class, ignored")
     if not classes:
-        problems.append(f"{pair.name}: every pixel is ignored")
-
-    def annotate() -> bytes:
-        return relabel(read_indices(pair.png.read_bytes(), str(pair.png)), categories)
-
-    return examine.Picture(number, pair.path, pair.name, size, annotate, len(classes)), problems
+        problems.append("every pixel is ignored")
+    return (
+        examine.Picture(
+            number,
+            pair.path,
+            pair.name,
+            found.shape,
+            lambda: relabel(indices(), categories),
+            len(classes),
+        ),
+        problems,
+    )
 
 
 def relabel(indices: np.ndarray, categories: Categories) -> bytes:
@@ -99,26 +113,40 @@ def relabel(indices: np.ndarray, categories: Categories) -> bytes:
     return semantic.encode_map(table[indices])
 
 
-def read_indices(data: bytes, name: str) -> np.ndarray:
+def read_indices(data: bytes, name: str, colors: Mapping[int, int] | None = None) -> np.ndarray:
     """The indices that a PNG holds, of 1 to 16 bits, grey or with a palette: int [H, W].
 
+    Args:
+        data: encoded PNG.
+        name: of the file, for messages.
+        colors: {R + 256 G + 65536 B: index}, where colors stand for indices.
+
     Raises:
-        UserError: it is no PNG, is damaged, or its pixels are colors.
+        UserError: it is no PNG, is damaged, or its pixels are colors that are not listed.
     """
-    if not data.startswith(PNG):
-        raise UserError(f"{name} is no PNG")
     try:
+        image_files.check_png(data)
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in INDEX_MODES:
-                raise UserError(
-                    f"{name} has pixels of mode {image.mode}, expected one index a pixel"
-                )
-            indices = np.array(image).astype(np.int32)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            pixels = np.array(image.convert("RGB") if colors else image)
+            mode = image.mode
+    except UserError as error:
+        raise UserError(f"{name} {error}") from error
+    except Exception as error:  # whatever a damaged file leads Pillow to
         raise UserError(f"{name} cannot be decoded") from error
+    if colors:
+        ids, listed = image_files.segment_ids(pixels), np.array(sorted(colors))
+        place = np.searchsorted(listed[:-1], ids)
+        for strange in np.unique(pixels[listed[place] != ids], axis=0).tolist()[:1]:
+            raise UserError(f"{name} has the color {strange}, which no class has")
+        return np.array([colors[id] for id in listed.tolist()], np.int32)[place]
+    if mode not in INDEX_MODES:
+        raise UserError(
+            f"{name} has pixels of mode {mode}, expected one index a pixel, or a color for every class "
+            "in config.data.classes: NAME R G B"
+        )
     # Bytes 24 and 25 of a PNG are its bits a sample and its color type, of which 0 is grey.
     bits, color_type = data[24], data[25]
-    return indices // SPREAD[bits] if color_type == 0 and bits in SPREAD else indices
+    return pixels.astype(np.int32) // (SPREAD.get(bits, 1) if color_type == 0 else 1)
 
 
 def find_pictures(folder: Path) -> list[Path]:
