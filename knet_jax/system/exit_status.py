@@ -16,6 +16,7 @@ from types import FrameType
 from knet_jax.system.errors import UserError, one_line
 from knet_jax.system.signals import Preempted
 
+
 @contextmanager
 def exit_statuses(program: str) -> Iterator[None]:
     """Turns errors into a line on stderr and a status of the process.
