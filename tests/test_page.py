@@ -20,7 +20,8 @@ from PIL import Image
 from tiny_runs import picture
 
 from knet_jax.app.page import views
-from knet_jax.app.page.page import Guard, count_categories, list_categories, make_app
+from knet_jax.app.page.guard import Guard
+from knet_jax.app.page.page import count_categories, list_categories, make_app
 from knet_jax.cli import demo
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.image_files import segment_ids
