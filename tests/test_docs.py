@@ -29,7 +29,10 @@ def commands(page):
     lines = "".join(code for _, code in blocks(page, "bash")).replace("\\\n", " ").splitlines()
     found = [shlex.split(line, comments=True) for line in lines]
     found = [
-        ["python", "-m", "knet_jax.cli.main", *w[1:]] if w[:1] == ["knet"] else w for w in found
+        ["python", "-m", "knet_jax.cli.main", *words[1:]]
+        if words and words[0].endswith("knet")
+        else words
+        for words in found
     ]
     return [words[1:] for words in found if words and words[0].endswith("python")]
 
@@ -135,17 +138,19 @@ def test_programs_and_flags_are_there(tmp_path):
 def test_the_first_pages_do_what_they_say(tmp_path):
     """Their commands about predictions and their Python, on a tiny model in the place of the demo's."""
     tiny_runs.write(tmp_path / "runs" / "demo", "panoptic")
-    for name in ("predict.py", "docs"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     for name in ("README.md", "docs/predicting.md"):
         page = ROOT / name
         for kind, code in blocks(page, "bash") + blocks(page, "python"):
             if "knet_jax.train(" in code:
                 continue  # takes long, and is tested where training is
             if kind == "bash":
-                wanted = r"^(?:\.venv/bin/)?python (?=predict\.py|-m knet_jax\.data\.shapes)"
+                wanted = r"^(?:\.venv/bin/)?knet (?=predict|shapes)"
                 lines = [line for line in code.splitlines() if re.match(wanted, line)]
-                code = "\n".join(re.sub(wanted, f"{sys.executable} ", line) for line in lines)
+                code = "\n".join(
+                    re.sub(wanted, f"{sys.executable} -m knet_jax.cli.main ", line)
+                    for line in lines
+                )
             done = subprocess.run(
                 ["bash", "-ec", code] if kind == "bash" else [sys.executable, "-c", code],
                 cwd=tmp_path,

@@ -71,7 +71,6 @@ def predict_files(
     check_writable(next(path for path in (output, *output.parents) if path.exists()))
     print(f"opening {model}; the first picture of a size compiles", flush=True)
     segmenter = load(model, checkpoint, ema, batch_size=batch_size, overrides=overrides)
-    check_writable(output)
     print(
         f"{len(pictures)} pictures and {len(videos)} videos, {segmenter.task} model of step "
         f"{segmenter.step}, {jax.devices()[0].device_kind}"

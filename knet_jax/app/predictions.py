@@ -144,32 +144,23 @@ def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], in
         The ids of the pictures that are listed, by `Source.name`, and how many are listed in all.
 
     Raises:
-        UserError: there is no such file, it lists none of them, or two have the same id.
+        UserError: the file makes no sense, lists none of them, or gives two the same id.
     """
     listed: dict[str, int] = {}
-    try:
-        for image in json.loads(file.read_text(encoding="utf-8-sig"))["images"]:
+    with naming_file(f"--image_info={file}"):
+        for image in json.loads(file.read_bytes().decode("utf-8-sig"))["images"]:
             name, id = image["file_name"], image["id"]
             if type(name) is not str or type(id) is not int or id.bit_length() > 63:
-                raise UserError(f"the id of {name} is {id!r}")
+                raise UserError(f"the id of {name!r:.100} is {id!r:.100}; accepted: a whole number")
             if listed.setdefault(name, id) != id:
-                raise UserError(f"{name} has two ids")
-    except OSError as error:
-        raise UserError(f"--image_info={file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"--image_info={file}; accepted: a JSON in COCO's form, whose images have id and "
-            f"file_name: {error!r:.100}"
-        ) from error
-    ids = {one.name: listed.get(one.name, listed.get(one.path.name)) for one in pictures}
-    ids = {name: id for name, id in ids.items() if id is not None}
-    if not ids:
-        raise UserError(
-            f"--image_info={file} lists none of the {len(pictures)} pictures; it has "
-            f"{', '.join([*listed][:2]) or 'nothing'}"
-        )
-    if len(set(ids.values())) < len(ids):
-        raise UserError(f"--image_info={file} gives several of the pictures the same id")
+                raise UserError(f"{name!r:.100} has two ids")
+        ids = {one.name: listed.get(one.name, listed.get(one.path.name)) for one in pictures}
+        ids = {name: id for name, id in ids.items() if id is not None}
+        if not ids:
+            some = ", ".join([*listed][:2]) or "nothing"
+            raise UserError(f"lists none of the {len(pictures)} pictures; it has {some:.200}")
+        if len(set(ids.values())) < len(ids):
+            raise UserError("gives several of the pictures the same id")
     return ids, len(listed)
 
 

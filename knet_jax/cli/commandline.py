@@ -37,9 +37,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(f"--{name}", help=help, default=default, **how)
 
     def switch(self, name: str, help: str) -> None:
-        """Adds a flag that is off unless given: `--name`, `--noname`, `--name=true|false`."""
+        """Adds a flag that is off unless given."""
         self.add_argument(f"--{name}", action="store_true", help=help)
-        self.add_argument(f"--no{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
 
     def config_flag(self) -> None:
         """Adds `--config`."""
@@ -57,12 +56,6 @@ class Parser(argparse.ArgumentParser):
             UserError: an unknown flag, or a value that is not accepted.
         """
         overrides, rest = split_overrides(arguments) if self.reads_config else ([], arguments)
-        rest = [
-            re.sub("^--(.*)=true$", r"--\1", argument, flags=re.IGNORECASE) for argument in rest
-        ]
-        rest = [
-            re.sub("^--(.*)=false$", r"--no\1", argument, flags=re.IGNORECASE) for argument in rest
-        ]
         args, unknown = self.parse_known_intermixed_args(rest)
         for argument in unknown:
             if argument.startswith("-"):

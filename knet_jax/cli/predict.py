@@ -39,7 +39,7 @@ def add_flags(parser: Parser) -> None:
     )
     parser.checkpoint_flags()
     parser.flag(
-        "batch_size", "pictures at a time; default: 1 on a CPU, else 8", type=number(int, 1)
+        "batch_size", "pictures at a time; default: 1 on a CPU, else 8", type=number(int, 1, 1024)
     )
     parser.flag(
         "image_info",

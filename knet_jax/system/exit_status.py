@@ -5,7 +5,6 @@ Only light modules are imported here: this holds while all others are being impo
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -17,21 +16,12 @@ from types import FrameType
 from knet_jax.system.errors import UserError, one_line
 from knet_jax.system.signals import Preempted
 
-DISK_ERRORS = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR"),
-        *("EEXIST", "ENOTEMPTY", "EBUSY", "ENAMETOOLONG", "ELOOP", "EFBIG", "EIO"),
-    )
-)
-"""What a user can do something about; other errors of the system are bugs."""
-
 
 @contextmanager
 def exit_statuses(program: str) -> Iterator[None]:
     """Turns errors into a line on stderr and a status of the process.
 
-    Mistakes of the user end in status 2, an unusable disk in 1, Ctrl-C in 130 and SIGTERM in 143.
+    Mistakes of the user end in status 2, errors of the system in 1, Ctrl-C in 130, SIGTERM in 143.
     Other exceptions are bugs and keep their traceback.
     """
     try:
@@ -43,10 +33,8 @@ def exit_statuses(program: str) -> Iterator[None]:
     except UserError as error:
         message, status = one_line(error), 2
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
         where = "" if error.filename is None else f": {error.filename}"
-        message, status = f"{error.strerror}{where}", 1
+        message, status = f"{error.strerror or one_line(error)}{where}", 1
     else:
         return
     print(f"{program}: {message}", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import importlib.resources
-import ipaddress
 import json
 import os
 import re
@@ -294,11 +293,14 @@ class Guard:
             raise _RefusedError(404, "nothing that the page needs")
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        if not self._is_ours(f"//{host}"):
+        # Of numbers too, which no other site can have for its name.
+        name = _hostname(f"//{host}")
+        if name not in self._names and not re.fullmatch(r"[\d.]+|.+:.+", name):
             raise _RefusedError(
                 421, f"{host[:100]} is not this server; demo --names adds names of it"
             )
-        if origin and origin.partition("://")[2] != host and not self._is_named(origin):
+        of_page = not origin or origin.partition("://")[2] == host
+        if not of_page and _hostname(origin) not in self._names:
             raise _RefusedError(403, "only pages of this server may ask")
         if (file := asked.partition("file=")[2]) and not self._is_uploaded(file):
             raise _RefusedError(403, "only a picture that was uploaded is read")
@@ -330,20 +332,6 @@ class Guard:
             raise _RefusedError(403, "only a picture that was uploaded is read")
         return body
 
-    def _is_ours(self, address: str) -> bool:
-        """Whether an address is one of numbers, which no other site can have, or of a known name."""
-        try:
-            ipaddress.ip_address(urlsplit(address).hostname or "")
-        except ValueError:
-            return self._is_named(address)
-        return True
-
-    def _is_named(self, address: str) -> bool:
-        try:
-            return urlsplit(address).hostname in self._names
-        except ValueError:
-            return False
-
     def _is_uploaded(self, path: str) -> bool:
         try:
             return Path(path).resolve().is_relative_to(self._uploads)
@@ -353,6 +341,13 @@ class Guard:
 
 class _RefusedError(Exception):
     """A request that is not answered: the status, and why."""
+
+
+def _hostname(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _paths(value: Any) -> Iterator[str]:
