@@ -49,7 +49,8 @@ def find_categories(
 
 
 def _number(names: Sequence[str], num_things: int) -> Categories:
-    return Categories(tuple(names), tuple(range(1, 1 + len(names))), num_things)
+    ids = list(range(1, 1 + len(names)))
+    return Categories.of({"names": names, "dataset_ids": ids, "num_things": num_things})
 
 
 def _read_categories(config: ConfigDict, file: Path) -> Categories:
