@@ -342,6 +342,25 @@ def test_broken_picture_is_replaced_and_named(shapes, monkeypatch, caplog):
     assert len(caplog.records) == 1 and name in caplog.text
 
 
+def test_the_end_of_a_worker_is_one_line(shapes):
+    config, split = shapes
+    config.num_workers = 1
+    recipe = recipes.find("panoptic", config)
+
+    class Killed:
+        def to_iter_dataset(self, options):
+            return self
+
+        def mp_prefetch(self, options, worker_init_fn):
+            yield batches.Prepared((), [], [])
+            raise RuntimeError("terminated unexpectedly with exit code -9")
+
+    iterator = pipeline._run_workers(Killed(), recipe, 1, 24)
+    next(iterator)
+    with pytest.raises(UserError, match="was ended: .* code -9; .* config.data.num_workers is 1"):
+        next(iterator)
+
+
 def test_too_many_broken_pictures_stop_a_run(shapes, monkeypatch):
     config, split = shapes
     names = [split.file_name(i) for i in range(len(split))]

@@ -124,7 +124,7 @@ def train_batches(
     dataset = grain.MapDataset.range(start // batch_size, ENDLESS).map(make)
     one = batches.empty_train_batch(split, recipe, group=0, count=1)
     needed = (rows.stop - rows.start) * _num_bytes(one)
-    results = _run_workers(dataset, recipe, needed, len(split))
+    results = _run_workers(dataset, recipe, needed, len(split.sizes))
     return (
         (batch, tuple(failure.file_name for failure in failures))
         for (batch,), _, failures in results
