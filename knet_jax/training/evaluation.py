@@ -90,8 +90,6 @@ class Evaluator:
             self._data,
             self._batch_size,
             limit=self._limit,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
             ratios=self._scales,
         )
 
