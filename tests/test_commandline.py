@@ -113,6 +113,7 @@ def test_what_a_command_lacks_is_named(capsys):
         (["trian"], "knet: there is no command 'trian'; did you mean train?"),
         (["train"], "knet train: --config is missing"),
         (["train", "--config", "coco_panoptik"], "did you mean coco_panoptic"),
+        (["train", "--lr=1"], "there is no flag --lr; did you mean config.optim.lr?"),
         (["train", "--config", "shapes_panoptic:huge"], "there is no variant 'huge'"),
         (["train", "--config", "shapes_panoptic", "--config.optim.learning_rate=1"], "optim"),
         (["eval"], "knet eval: --workdir is missing"),

@@ -219,7 +219,7 @@ BROKEN = {
             for change, message in (
                 (of_all("annotations", remove, "segments_info"), "no segment"),
                 (of_all("annotations", replace, "file_name", None), "file_name is None; .* file"),
-                (of_all("images", replace, "file_name", "/a"), "file_name '/a' leads out of .*"),
+                (of_all("images", replace, "file_name", "/a"), "file_name leads out of .*"),
                 (of_all("annotations", replace, "image_id", 5), "no annotation"),
             )
         ),
@@ -292,6 +292,11 @@ PANOPTIC_PROBLEMS = [
         WITHOUT_1,
     ),
     *((truncate(keep), r"train_1\.jpg: .*train_1\.png", WITHOUT_1) for keep in (0, 20, 150)),
+    (
+        lambda root: Image.open(png(root)).save(png(root), "JPEG"),
+        r"train_1\.png is a JPEG; accepted: PNG, .*, left out",
+        WITHOUT_1,
+    ),
     (
         lambda root: picture(root).write_text("<html>404</html>"),
         r"train_1\.jpg: cannot be decoded, left out",
@@ -373,7 +378,81 @@ def test_bad_instances_are_named_and_dropped(tmp_path):
     assert [len(record.annotation) for record in examples.records] == [3] * 5
 
 
+def test_what_is_null_or_a_text_or_absent(tmp_path):
+    """As exports write it, and with a byte order mark."""
+    root = write(tmp_path / "coco", "instance")
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image |= {"id": str(image["id"]), "height": None, "width": None}
+    for category in content["categories"]:
+        category |= {"id": float(category["id"]), "name": f"{category['name']}\r\n\x07"}
+    for annotation in content["annotations"]:
+        for key in ("image_id", "category_id"):
+            annotation[key] = str(annotation[key])
+        annotation |= {"area": None, "id": None, "iscrowd": annotation["iscrowd"] or None}
+    del content["annotations"][0]["segmentation"]
+    content["annotations"].append(None)
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(content), encoding)
+        examples = scan(root, "instance")
+        assert examples.categories == (("dog", "cat"), (3, 12), 2)
+        assert examples.problems[0].endswith("it has no mask ('segmentation'), dropped")
+        assert len(examples.problems) == 2
+        records = list(examples.records)
+        assert [len(record.annotation) for record in records] == [2, 3, 3, 3, 3]
+        assert [one.iscrowd for one in records[0].annotation] == [False, True]
+        assert records[0].annotation[0].area == 25 * 30
+
+
+EXPORTS = [  # the JSON, and the folder of its pictures
+    ("train/_annotations.coco.json", "train"),
+    ("train/annotations/instances_default.json", "train/images"),
+    ("train/annotations/instances_default.json", "train/images/default"),
+    ("annotations/instances_train.json", "images/train"),
+    ("train/result.json", "train"),
+]
+
+
+def test_exports_are_found_where_they_lie(tmp_path):
+    sound = write(tmp_path / "sound", "instance")
+
+    def group(content):
+        for category in content["categories"]:
+            category["supercategory"] = "animals"
+        content["categories"].insert(0, {"id": 0, "name": "animals", "supercategory": "none"})
+
+    tiny_coco.edit(sound, group, prefix="instances_")
+    for number, (file, folder) in enumerate(EXPORTS):
+        root = tmp_path / str(number)
+        (root / file).parent.mkdir(parents=True)
+        shutil.copy(sound / "annotations/instances_train2017.json", root / file)
+        shutil.copytree(sound / "train2017", root / folder, dirs_exist_ok=True)
+        examples = scan(root, "instance")
+        assert examples.problems == [] and examples.categories.names == ("dog", "cat")
+    config = tiny_coco.data_config("", root, dataset="coco", supercategories=True)
+    wanted = by_name.find(config, "train", "instance")
+    assert wanted.examine().categories.names == ("animals", "dog", "cat")
+    assert wanted.name != find(root, task="instance").name
+
+
+def test_names_of_files_lead_nowhere_else(tmp_path):
+    root = write(tmp_path / "coco", "instance")
+    shutil.copy(picture(root), tmp_path / "secret.jpg")
+    for name in ("../../secret.jpg", str(tmp_path / "secret.jpg"), "x\\..\\..\\..\\secret.jpg"):
+        tiny_coco.edit(root, replace("file_name", name, "images", 1), prefix="instances_")
+        [problem] = scan(root, "instance").problems
+        assert "leads out of the folder of pictures, left out" in problem
+    tiny_coco.edit(root, replace("file_name", "\ud800", "images", 1), prefix="instances_")
+    [problem] = scan(root, "instance").problems
+    assert problem == r"'\ud800': its name is not in UTF-8, left out"
+
+
 INSTANCE_PROBLEMS = [
+    (
+        lambda root: picture(root).write_bytes(picture(root).read_bytes()[:-300]),
+        "train_1.jpg: the picture is truncated, left out",
+    ),
     (
         edit(replace("height", 81, "images", 1), "instance"),
         "train_1.jpg: is 60x80 where 60x81 is expected",

@@ -1,4 +1,4 @@
-"""COCO's layout from maps of classes and of instances."""
+"""COCO's layout from maps of classes and of instances, and from polygons."""
 
 import json
 import subprocess
@@ -11,6 +11,7 @@ import tiny_coco
 from pycocotools.coco import COCO
 
 from knet_jax.data.from_masks import write_panoptic_dataset
+from knet_jax.data.from_polygons import write_instance_dataset
 from knet_jax.system.errors import UserError
 
 CLASSES = np.zeros((40, 60), np.uint8)  # background
@@ -114,3 +115,48 @@ def test_the_command_says_what_is_left_out(masks):
     assert result.returncode == 3
     assert "a.jpg: " in result.stdout and "a.png is missing, left out" in result.stdout
     assert "wrote 1 pictures" in result.stdout
+
+
+SQUARE, CORNERS = [[5, 5], [15, 5], [15, 15], [5, 15]], [[5, 5], [15, 15]]
+
+
+@pytest.mark.parametrize("form", ["labelme", "yolo"])
+def test_polygons_of_labelme_and_yolo(masks, form):
+    rows = (np.array(SQUARE) / (60, 40)).ravel().tolist()
+    yolo = "\n".join(" ".join(map(str, row)) for row in ([1, *rows], [0, *rows], [1, 0, 0, 1, 1]))
+    shapes = [
+        {"label": "cell", "points": SQUARE, "group_id": 4},
+        {"label": "cell", "points": [[20, 5], [30, 15]], "shape_type": "rectangle", "group_id": 4},
+        {"label": "bud", "points": CORNERS, "shape_type": "rectangle", "group_id": None},
+        {"label": "bud", "points": [[7, 7]], "shape_type": "point"},
+    ]
+    for name in ("a", "deep/b"):
+        path = masks / "photos" / name
+        path.with_suffix(".txt").write_text(yolo)
+        if form == "labelme":
+            path.with_suffix(".json").write_text(json.dumps({"shapes": shapes}), "utf-8-sig")
+    names = masks / "data.yaml" if form == "yolo" else None
+    (masks / "data.yaml").write_text("nc: 2\nnames: {0: bud, 1: cell}\n")
+    problems = write_instance_dataset(
+        masks / "photos", masks / "photos", masks / "DATA", "train", names
+    )
+    assert [problem.split(": ")[0] for problem in problems] == ["a.jpg", "deep/b.png"]
+    split = tiny_coco.split_in_memory(
+        tiny_coco.data_config("", masks / "DATA"), "train", "instance"
+    )
+    assert split.categories.names == ("bud", "cell")
+    areas = [(1, 200.0), (0, 100.0)] if form == "labelme" else [(1, 100.0), (0, 100.0)]
+    assert [(one.label, one.area) for one in split.truth(1)] == areas
+
+
+def test_mistakes_in_polygons_are_named(masks):
+    folders = masks / "photos", masks / "photos", masks / "DATA", "train"
+    with pytest.raises(UserError, match=r"can be used; a\.jpg: .*a\.txt is missing, left out"):
+        write_instance_dataset(*folders)
+    (masks / "data.yaml").write_text("nc: 2")
+    with pytest.raises(UserError, match=r"--names: .*data\.yaml is no list of classes: KeyError"):
+        write_instance_dataset(*folders, masks / "data.yaml")
+    (masks / "photos/a.txt").write_text("0 0 0 1 0 1 1\n")
+    (masks / "photos/deep/b.txt").write_text("9 0 0 1 0 1 1")
+    [problem] = write_instance_dataset(*folders, masks / "classes.txt")
+    assert problem == "deep/b.png: a class's number is beyond the 4 of --names"

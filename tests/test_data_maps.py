@@ -198,6 +198,51 @@ def test_folder_of_pictures(tmp_path):
     np.testing.assert_array_equal(maps_of(examples)[1], indices)
 
 
+def test_masks_with_suffixes_or_beside_their_pictures(tmp_path):
+    root = tiny_maps.write_folder(tmp_path / "maps", splits=("train",))
+    expected = maps_of(scan(root))
+    folder = root / "labels/train"
+    for path in folder.glob("*.png"):
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
+    for place in ("labels/train", "images/train"):  # then beside their pictures
+        examples = scan(root, labels=place)
+        assert examples.problems == [] and examples.count == 3
+        for found, wanted in zip(maps_of(scan(root, labels=place)), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        shutil.copytree(folder, root / "images/train", dirs_exist_ok=True)
+    (root / "images/train/0_mask.png").rename(root / "images/train/0.png")
+    assert scan(root, labels="images/train").count == 3
+    (root / "images/train/1_mask.png").unlink()
+    examples = scan(root, labels="images/train")
+    assert examples.count == 2 and "1_mask.png is missing, left out" in examples.problems[0]
+
+
+def test_masks_in_color(tmp_path):
+    root = tiny_maps.write_folder(tmp_path / "maps", splits=("train",))
+    expected = maps_of(scan(root))
+    colors = np.zeros((256, 3), np.uint8)
+    colors[:3] = (0, 0, 0), (250, 50, 83), (255, 255, 255)
+    colors[255] = 9
+    for path in (root / "labels/train").glob("*.png"):
+        Image.fromarray(colors[np.array(Image.open(path))]).save(path)
+    for text in (
+        "# label:color_rgb:parts:actions\nwall:0,0,0::\nfloor:250,50,83::\nlamp:255,255,255::\nno:9,9,9::",
+        "name,r,g,b\nwall,0,0,0\nfloor,250,50,83\nlamp,255,255,255\nno,9,9,9\n",
+        "0 0 0\twall\n250 50 83\tfloor\n255 255 255\tlamp\n9 9 9\tno",
+    ):
+        (root / "classes.txt").write_text(text)
+        examples = scan(root, ignore_index=3)
+        assert examples.problems == [] and examples.categories.names == ("wall", "floor", "lamp")
+        for found, wanted in zip(maps_of(scan(root, ignore_index=3)), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    (root / "classes.txt").write_text("wall 0 0 0\nfloor 250 50 83\nlamp 255 255 255")
+    with pytest.raises(UserError, match=r"0\.png has the color \[9, 9, 9\], which no class has"):
+        scan(root)
+    (root / "classes.txt").write_text("wall 0 0 0\nfloor 0 0 0")
+    with pytest.raises(UserError, match="must give every class another color"):
+        scan(root)
+
+
 def test_class_lists(tmp_path):
     root = tiny_maps.write_folder(tmp_path / "maps")
     path = root / "classes.txt"

@@ -162,8 +162,8 @@ def test_data_dir_that_cannot_be_written_is_named(tmp_path):
 # The order of batches.
 
 
-def test_seed_start_and_processes(splits):
-    """A run goes on exactly where it stopped; processes have their rows of the same batches."""
+def test_seed_and_start(splits):
+    """A run goes on exactly where it stopped."""
     config, found = splits
     for split in found.values():
         steps = 2 * pipeline.steps_per_epoch(split, config, 4) + 3
@@ -173,17 +173,8 @@ def test_seed_start_and_processes(splits):
             assert_equal(rest, whole[step:])
         other = take(3, split, config, 4, seed=3, start=0)
         assert any(np.any(x.id != y.id) for (x, _), (y, _) in zip(whole, other))
-        for index in range(2):
-            part = take(3, split, config, 4, seed=2, start=4, process_index=index, process_count=2)
-            rows = slice(2 * index, 2 * index + 2)
-            expected = [
-                (jax.tree.map(lambda x, rows=rows: x[rows], batch), skipped)
-                for batch, skipped in whole[1:4]
-            ]
-            assert_equal(part, expected)
     for changes, message in (
         ({"start": 6}, "6 examples .* config.train.batch_size 4"),
-        ({"process_count": 3}, "config.train.batch_size 4 .* 3 processes"),
         ({"seed": -1}, "config.seed -1"),
     ):
         with pytest.raises(UserError, match=message):
@@ -274,15 +265,6 @@ def test_parts_of_an_evaluation(splits):
     split = found["panoptic"]
     ids = [id for _, truths in pipeline.eval_batches(split, config, 4, limit=7) for id, _ in truths]
     assert sorted(ids) == list(range(7))
-    for split in found.values():
-        whole = pipeline.eval_batches(split, config, 4)
-        parts = (
-            pipeline.eval_batches(split, config, 4, process_index=i, process_count=2)
-            for i in range(2)
-        )
-        for ((batch,), truths), ((a,), of_a), ((b,), of_b) in zip(whole, *parts, strict=True):
-            np.testing.assert_array_equal(batch.image, np.concatenate([a.image, b.image]))
-            assert [id for id, _ in truths] == [id for id, _ in of_a + of_b]
 
 
 def test_other_ratios_show_the_same_pictures(splits):
@@ -342,6 +324,25 @@ def test_broken_picture_is_replaced_and_named(shapes, monkeypatch, caplog):
     assert len(caplog.records) == 1 and name in caplog.text
 
 
+def test_the_end_of_a_worker_is_one_line(shapes):
+    config, _ = shapes
+    config.num_workers = 1
+    recipe = recipes.find("panoptic", config)
+
+    class Killed:
+        def to_iter_dataset(self, options):
+            return self
+
+        def mp_prefetch(self, options, worker_init_fn):
+            yield batches.Prepared((), [], [])
+            raise RuntimeError("terminated unexpectedly with exit code -9")
+
+    iterator = pipeline._run_workers(Killed(), recipe, 1, 24)
+    next(iterator)
+    with pytest.raises(UserError, match="was ended: .* code -9; .* config.data.num_workers is 1"):
+        next(iterator)
+
+
 def test_too_many_broken_pictures_stop_a_run(shapes, monkeypatch):
     config, split = shapes
     names = [split.file_name(i) for i in range(len(split))]
@@ -356,18 +357,6 @@ def test_too_many_broken_pictures_stop_a_run(shapes, monkeypatch):
         take(1, split, config, 4, seed=0, start=0)
     with pytest.raises(UserError, match="pictures are broken"):
         list(pipeline.eval_batches(split, config, 4))
-
-
-def test_truncated_file_on_disk(tmp_path):
-    """The header is sound, so only the loader can notice."""
-    root = tiny_coco.write(tmp_path / "coco", splits=("train",))
-    path = root / "train2017" / "train_1.jpg"
-    path.write_bytes(path.read_bytes()[:-300])
-    config = tiny_coco.data_config("", root)
-    split = tiny_coco.split_in_memory(config, "train", "panoptic")
-    result = take(10, split, config, 1, seed=0, start=0)
-    assert {name for _, skipped in result for name in skipped} == {"train_1.jpg"}
-    assert all(batch.id[0] != 1 for batch, _ in result)
 
 
 # Processes that are killed or signalled.

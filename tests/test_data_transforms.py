@@ -47,8 +47,15 @@ def test_pictures_of_every_mode_become_rgb():
         assert difference(image, np.array(picture.convert("RGB"))) < 4
     rgb = smooth(20, 30)
     alpha = np.dstack([rgb, np.full((20, 30), 77, np.uint8)])
-    data = encoded(Image.fromarray(alpha), "PNG")
-    np.testing.assert_array_equal(image_files.load_image(data, (20, 30)), rgb)
+    for format in ("PNG", "TIFF"):
+        data = encoded(Image.fromarray(alpha), format)
+        np.testing.assert_array_equal(image_files.load_image(data, (20, 30)), rgb)
+    for format in ("TGA", "PCX", "SGI", "PPM", "ICNS"):  # most of which cv2 does not read
+        data = encoded(Image.fromarray(smooth(512, 512)), format)
+        image = image_files.decode_image(data)
+        np.testing.assert_array_equal(image, np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    turned = encoded(Image.fromarray(rgb), "TIFF", tiffinfo={0x0112: 6})
+    np.testing.assert_array_equal(image_files.decode_image(turned), np.rot90(rgb, -1))
     deep = rgb.astype(np.uint16) * 257
     data = cv2.imencode(".png", deep[..., ::-1])[1].tobytes()
     assert np.abs(image_files.load_image(data, (20, 30)).astype(int) - rgb).max() <= 1
@@ -76,7 +83,7 @@ def test_exif_follows_the_annotation():
 
 
 def test_damaged_pictures_are_refused():
-    for format in ("JPEG", "PNG"):
+    for format in ("JPEG", "PNG", "TGA", "GIF"):
         data = encoded(Image.fromarray(smooth(80, 90)), format)
         for keep in (0.0, 0.3, 0.9):
             with pytest.raises(UserError, match="truncated|decoded"):

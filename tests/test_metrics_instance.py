@@ -335,3 +335,11 @@ def test_writer_refuses_what_cannot_be_meant(tmp_path):
     results.add(1, "a.jpg", ())
     with pytest.raises(ValueError, match="b.jpg has id 1, as has a.jpg"):
         results.add(1, "b.jpg", ())
+
+
+def test_more_things_than_a_byte_counts():
+    """pycocotools' own `area` takes no list of 256 masks."""
+    things = [Instance(box(2 * (i // 20), 2 * (i % 20), 1, 1), CAT, area=1) for i in range(300)]
+    counts = count(things, things, 3)
+    assert counts.objects[CAT, 0] == 300 and len(counts.score) == 100
+    assert summarize(counts, CATEGORIES)["AR100"] == pytest.approx(100 / 3)

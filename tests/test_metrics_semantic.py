@@ -151,6 +151,11 @@ def test_pixels_without_a_class_get_an_id_that_no_class_has(tmp_path):
         results.add(2, "2.jpg", labels("012"))
 
 
-def test_writer_refuses_what_the_format_cannot_say(tmp_path):
-    with pytest.raises(ValueError, match="category id 65536 is not one of 0 … 65535"):
-        SemanticResults(tmp_path / "a.json", CATEGORIES._replace(dataset_ids=(1, 2, 65536)))
+def test_ids_beyond_two_bytes_are_written_as_positions(tmp_path):
+    categories = CATEGORIES._replace(dataset_ids=(1, 2, 4512345))
+    results = SemanticResults(tmp_path / "a.json", categories)
+    results.add(1, "1.jpg", labels("0123"))
+    results.close()
+    listed = json.loads((tmp_path / "a.json").read_text())["categories"]
+    assert [(entry["id"], entry["pixel"]) for entry in listed] == [(1, 1), (2, 2), (4512345, 3)]
+    assert cv2.imread(str(tmp_path / "a/1.png"), -1).tolist() == [[0, 1, 2, 3]]

@@ -452,7 +452,7 @@ def test_what_training_cannot_use_is_named(data_dir, tmp_path):
 
     np.savez(tmp_path / "weights.npz", **{"bn1.weight": np.ones(8, np.float32)})
     config = config_of("panoptic", data_dir, init_weights=str(tmp_path / "weights.npz"))
-    says(["config.init_weights", "no tensor"], train, config, tmp_path / "new")
+    says(["config.init_weights", "no backbone"], train, config, tmp_path / "new")
 
     config = config_of("panoptic", data_dir, **{"train.microbatch": 3})
     says(["config.train.microbatch"], train, config, tmp_path / "new")

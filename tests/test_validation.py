@@ -247,6 +247,10 @@ def test_what_makes_sense_together():
     validate(
         load_config(SMALL["instance"], {"model.channels": 62, "model.kernel_interaction": False})
     )
+    # What a training fills in must be there where there is none.
+    config = load_config("coco_panoptic", {"data.canvas": None})
+    validate(config)
+    refuse(config, "config.data.canvas is None, which a training", parts=("eval",))
     # What is only evaluated need not fit the devices in training.
     validate(load_config("coco_panoptic", {"train.batch_size": 3}), 4, parts=("eval",))
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from knet_jax.data import recipes, transforms
-from knet_jax.data.canvas import empty_eval_batches, fill
+from knet_jax.data.canvas import empty_batch, fill
 from knet_jax.inference.forward import lookahead, predict
 from knet_jax.inference.multiscale import both_ways
 from knet_jax.inference.resampling import Canvas
@@ -179,7 +179,7 @@ class Segmenter:
         outputs = []
         for (shown, canvas), members in groups.items():
             count = 1 if len(members) == 1 else self.batch_size
-            scales = empty_eval_batches(count, shown)
+            scales = tuple(empty_batch(count, each) for each in shown)
             for place, i in enumerate(members):
                 for batch, recipe in zip(scales, self._recipes):
                     view = transforms.whole(recipe.eval_size(images[i].shape[:2]))

@@ -60,7 +60,9 @@ class Parser(argparse.ArgumentParser):
         for argument in unknown:
             if argument.startswith("-"):
                 name = argument.lstrip("-").partition("=")[0]
-                raise UserError(f"there is no flag --{name}; {suggest(name, vars(args))}")
+                keys = {f"config.{key}" for group in schema.GROUPS for key in group.keys}
+                meant = [key for key in keys if key.endswith(f".{name}")]
+                raise UserError(f"there is no flag --{name}; {suggest(name, meant or vars(args))}")
             raise UserError(f"{argument!r} belongs to no flag (--help lists the flags)")
         for name, value in vars(args).items():
             if value == "" != self.get_default(name) or (isinstance(value, list) and "" in value):

@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "writes a model as one StableHLO or ONNX file",
     "demo": "shows a model as a page in the browser",
     "from-masks": "turns maps of classes and instances into COCO's layout",
+    "from-polygons": "turns polygons of LabelMe and YOLO into COCO's layout",
     "logs": "draws the curves of a run",
     "shapes": "writes some drawn pictures to try a model of shapes on",
 }

@@ -110,6 +110,9 @@ EVERY = {
     ),
     "data.train_split": Key("train", TEXT, "a name, or a slice such as `train[:8]`"),
     "data.val_split": Key("val", TEXT, "the split of evaluation"),
+    "data.supercategories": Key(
+        False, YES_NO, "coco: whether those without annotations are classes too"
+    ),
     "data.flip": Key(0.5, SHARE, "probability of a mirrored picture in training"),
     "data.num_workers": Key(2, ZERO, "processes that read pictures; 0: the program itself"),
     "data.max_broken_share": Key(0.01, SHARE, "of damaged pictures; beyond it training stops"),
@@ -235,9 +238,6 @@ SEMANTIC = {
     "eval.window_step": Key((), rules.WINDOW, "from one to the next, at most the window"),
 }
 
-COCO = {
-    "data.supercategories": Key(False, YES_NO, "whether those without annotations are classes"),
-}
 FOLDER = {
     "data.images": Key("images/{split}", TEXT, "the folder of pictures, below the root"),
     "data.labels": Key("labels/{split}", TEXT, "the folder of index PNGs"),
@@ -299,7 +299,6 @@ GROUPS = (
     Group("task", ("instance",), INSTANCE),
     Group("task", ("semantic",), SEMANTIC),
     Group("data.dataset", ("ade20k", "cityscapes", "folder", "scene_parse150"), SEMANTIC_ONLY),
-    Group("data.dataset", ("coco",), COCO),
     Group("data.dataset", ("folder",), FOLDER),
     Group("data.dataset", ("shapes",), SHAPES),
     Group("model.backbone.name", ("resnet",), RESNET),

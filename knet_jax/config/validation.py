@@ -44,6 +44,10 @@ def validate(
         UserError: a key is missing or unknown, or a value makes no sense.
     """
     check_data(config)
+    for section in ("model", "data", "eval") if "train" not in parts else ():
+        for key, value in schema.flatten(config[section]).items():
+            if value is None:
+                raise UserError(f"config.{section}.{key} is None, which a training alone fills in")
     _check_batches(config, num_devices, parts)
     _check_model(config.model)
     if config.task == "semantic":

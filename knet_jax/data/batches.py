@@ -9,7 +9,7 @@ import numpy as np
 
 from knet_jax.data import sampler, transforms
 from knet_jax.data.annotations.kind import Record
-from knet_jax.data.canvas import empty_batch, empty_eval_batches, fill
+from knet_jax.data.canvas import empty_batch, fill
 from knet_jax.data.prepared_split import Split
 from knet_jax.data.recipes import Crop, WholePicture
 from knet_jax.segmentation import image_files
@@ -51,10 +51,9 @@ def train_batch(
     split: Split,
     recipe: WholePicture | Crop,
     epochs: sampler.EpochSampler,
-    rows: slice,
     index: int,
 ) -> Prepared:
-    """Some rows of a training batch, augmented.
+    """A training batch, augmented.
 
     A broken picture is replaced by the next one of its group. Where none of several is sound, the
     place stays empty.
@@ -63,18 +62,16 @@ def train_batch(
         split: where the pictures come from.
         recipe: how they are changed.
         epochs: which pictures the batch shows.
-        rows: which of them are wanted.
         index: of the batch, counted from the start of training.
     """
     number, members = epochs.batch(index)
     group = epochs.groups[number]
-    batch, failures = empty_train_batch(split, recipe, number, len(members[rows])), []
-    for place, row in enumerate(range(len(members))[rows]):
-        member = np.searchsorted(group, members[row])
+    batch, failures = empty_train_batch(split, recipe, number, len(members)), []
+    for place, member in enumerate(np.searchsorted(group, members)):
         for attempt in range(min(MAX_REPLACEMENTS, len(group))):
             position = int(group[(member + attempt) % len(group)])
             record = split.record(position)
-            rng = epochs.generator(index, row)
+            rng = epochs.generator(index, place)
             try:
                 image, loaded = _load(split, record)
             except UserError as error:
@@ -92,7 +89,7 @@ def eval_batch(split: Split, recipes: Sequence[WholePicture | Crop], plan: EvalP
 
     A broken picture leaves its place empty.
     """
-    scales = empty_eval_batches(len(plan.positions), plan.canvases)
+    scales = tuple(empty_batch(len(plan.positions), canvas) for canvas in plan.canvases)
     truths, failures = [], []
     for place, position in enumerate(plan.positions.tolist()):
         if position == EMPTY:

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from knet_jax.data import transforms
 from knet_jax.structs import EMPTY, Batch
-
-
-def empty_eval_batches(count: int, canvases: Sequence[tuple[int, int]]) -> tuple[Batch, ...]:
-    """For each canvas (height, width) a batch for `count` pictures, without targets, empty."""
-    return tuple(empty_batch(count, canvas) for canvas in canvases)
 
 
 def empty_batch(count: int, canvas: tuple[int, int]) -> Batch:

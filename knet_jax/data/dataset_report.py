@@ -60,14 +60,18 @@ def find_suspicious(split: Split, config_data: Any) -> list[str]:
                     f"--config.data.ignore_index={index}"
                 )
     elif most := int(split.num_things.max()):
-        if overfull := int((split.num_things > config_data.max_things).sum()):
+        slots = config_data.max_things or most
+        if overfull := int((split.num_things > slots).sum()):
             found.append(
-                f"{overfull} pictures have more than config.data.max_things = "
-                f"{config_data.max_things} things (up to {most}), of which the largest stay: "
-                f"--config.data.max_things={most} --config.model.num_proposals={most}"
+                f"{overfull} pictures have more than config.data.max_things = {slots} things (up to "
+                f"{most}), of which the largest stay: --config.data.max_things={most} "
+                f"--config.model.num_proposals={most}"
             )
     elif sum(split.columns["crowds"]):
         found.append("all things are crowds (iscrowd: 1), which are not learned")
+    fields = recipes.RECIPES[split.task]._fields
+    if None in [config_data[name] for name in fields]:  # training takes it from the data
+        return found
     height, width = np.median(split.sizes, axis=0).astype(int).tolist()
     shown = recipes.find(split.task, config_data).eval_size((height, width))
     if height > 2 * shown[0]:

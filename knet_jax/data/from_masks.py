@@ -51,8 +51,7 @@ def write_panoptic_dataset(
         UserError: a folder or file is missing, the classes make no sense, or no picture can be
             used.
     """
-    if Path(split).name != split or split == "..":
-        raise UserError(f"--split={split}; accepted: a name without folders, such as train")
+    check_split(split)
     folders = {"images": images, "class_maps": class_maps, "instance_maps": instance_maps}
     for flag, path in folders.items():
         if path and not path.is_dir():
@@ -202,6 +201,12 @@ def describe_things(
             "bbox": rle.box(encoded),
             "iscrowd": int(info.iscrowd),
         }
+
+
+def check_split(split: str) -> None:
+    """Raises UserError where the name of a split would lead to another folder."""
+    if Path(split).name != split or split == "..":
+        raise UserError(f"--split={split}; accepted: a name without folders, such as train")
 
 
 def link(picture: Path, place: Path) -> None:

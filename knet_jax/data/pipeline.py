@@ -79,29 +79,23 @@ def train_batches(
     batch_size: int,
     seed: int,
     start: int,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[tuple[Batch, tuple[str, ...]]]:
     """Batches without end, augmented.
 
     Args:
         split: what to train on.
         config_data: `config.data`.
-        batch_size: pictures in a batch, of all processes together.
+        batch_size: pictures in a batch.
         seed: of order and augmentation.
-        start: how many examples (of all processes) have been seen before.
-        process_index: which share of every batch this process wants.
-        process_count: how many processes share a batch.
+        start: how many examples have been seen before.
 
     Yields:
-        (batch with batch_size / process_count rows, names of the files that were broken and
-        replaced in it).
+        (batch, names of the files that were broken and replaced in it).
 
     Raises:
         UserError: the sizes do not agree, or too many pictures are broken.
     """
     recipe = recipes.find(split.task, config_data)
-    rows = _process_rows(batch_size, process_index, process_count)
     if start % batch_size:
         raise UserError(
             f"{start} examples have been seen, which config.train.batch_size {batch_size} does not "
@@ -120,11 +114,10 @@ def train_batches(
             split.num_things.max(),
         )
     epochs = sampler.EpochSampler(recipe.groups(split), batch_size, seed)
-    make = functools.partial(batches.train_batch, split, recipe, epochs, rows)
+    make = functools.partial(batches.train_batch, split, recipe, epochs)
     dataset = grain.MapDataset.range(start // batch_size, ENDLESS).map(make)
     one = batches.empty_train_batch(split, recipe, group=0, count=1)
-    needed = (rows.stop - rows.start) * _num_bytes(one)
-    results = _run_workers(dataset, recipe, needed, len(split))
+    results = _run_workers(dataset, recipe, batch_size * _num_bytes(one), len(split.sizes))
     return (
         (batch, tuple(failure.file_name for failure in failures))
         for (batch,), _, failures in results
@@ -136,8 +129,6 @@ def eval_batches(
     config_data,
     batch_size: int,
     limit: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
     ratios: Sequence[float] = (1.0,),
 ) -> Iterator[tuple[tuple[Batch, ...], list[tuple[int, Any]]]]:
     """Every picture once, not augmented, grouped by the canvas, flat ones first.
@@ -148,22 +139,18 @@ def eval_batches(
     Args:
         split: what to evaluate on.
         config_data: `config.data`.
-        batch_size: pictures in a batch, of all processes together.
+        batch_size: pictures in a batch.
         limit: only the first so many pictures of the split.
-        process_index: which share of every batch this process wants.
-        process_count: how many processes share a batch.
         ratios: the scales at which pictures are shown, times that of the config.
 
     Yields:
-        (the same pictures at every ratio, batches with batch_size / process_count rows and without
-        targets; [(id, truth at original size)] of the images that are not empty; the truth is what
-        `Split.truth` returns).
+        (the same pictures at every ratio, batches without targets; [(id, truth at original size)] of
+        the images that are not empty; the truth is what `Split.truth` returns).
 
     Raises:
-        UserError: the sizes do not agree, or too many pictures are broken.
+        UserError: too many pictures are broken.
     """
     recipe = recipes.find(split.task, config_data)
-    rows = _process_rows(batch_size, process_index, process_count)
     scaled = recipes.at_ratios(recipe, ratios)
     sizes = [tuple(size) for size in split.sizes[:limit].tolist()]
     canvases = np.array([recipe.eval_canvas(size) for size in sizes])
@@ -174,10 +161,10 @@ def eval_batches(
         for positions in padded.reshape(-1, batch_size):
             real = [sizes[i] for i in positions if i != EMPTY]
             fits = np.max([[s.eval_canvas(size) for s in scaled] for size in real], axis=0)
-            plans.append(batches.EvalPlan(positions[rows], tuple(map(tuple, fits.tolist()))))
+            plans.append(batches.EvalPlan(positions, tuple(map(tuple, fits.tolist()))))
     make = functools.partial(batches.eval_batch, split, scaled)
     largest = max((plan.canvases for plan in plans), key=lambda c: sum(map(math.prod, c)))
-    needed = _num_bytes(canvas.empty_eval_batches(rows.stop - rows.start, largest))
+    needed = _num_bytes([canvas.empty_batch(batch_size, each) for each in largest])
     dataset = grain.MapDataset.source(plans).map(make)
     results = _run_workers(dataset, recipe, needed, len(sizes))
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
@@ -192,16 +179,6 @@ def _num_bytes(tree: Any) -> int:
 
 def _copy_array(leaf: Any) -> Any:
     return np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
-
-
-def _process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"config.train.batch_size {batch_size} must be a multiple of the "
-            f"{process_count} processes"
-        )
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
 
 
 def _run_workers(

@@ -296,9 +296,8 @@ def is_due(step: int, every: int) -> bool:
 def check_finite(done: Any, *, split: Split, checkpoints: Checkpoints, start: int) -> None:
     """Stops the run at numbers that are not finite, before anything of them is saved.
 
-    The last checkpoint is set aside where it is of no use: the loss of a step is that before its
-    update, so the next step is the first that tells of what was saved. Nor can a run that has started
-    from a checkpoint, and come to no other, go on from it.
+    A last checkpoint that had diverged already is set aside. The next step is the first that tells of
+    it; nor can a run go on from one from which it diverged before it came to another.
 
     Args:
         done: (step, its metrics or its state by name, ids of its pictures), or None before the first.

@@ -47,7 +47,7 @@ def find(task: str, config_data, split: str) -> records.Source:
         UserError: there is no such folder, or not exactly one annotation file for the split.
     """
     prefix, examine_file = FILES[task]
-    path = _find_annotations(Path(os.path.expanduser(config_data.root)), split, prefix)
+    path = _find_annotations(config_data.root, split, prefix)
     # Pictures lie in the folder that is named like the file, or about where CVAT and others put them.
     top, name = path.parent.parent, path.stem.removeprefix(prefix)
     pictures = [top / name, top / "images" / name, top / "images", path.parent]
@@ -59,14 +59,15 @@ def find(task: str, config_data, split: str) -> records.Source:
     return records.Source("coco", name, split, task, partial(examine_file, path, pictures))
 
 
-def _find_annotations(root: Path, split: str, prefix: str) -> Path:
+def _find_annotations(given: str, split: str, prefix: str) -> Path:
+    root = Path(os.path.expanduser(given))
     places = (layout.format(prefix=prefix, split=glob.escape(split)) for layout in LAYOUTS)
     found = next(filter(None, (sorted(root.glob(place)) for place in places)), [])
-    if len(found) != 1 or root == Path():
+    if len(found) != 1 or not given:
         there = found or sorted([*root.glob("*.json"), *root.glob("*/*.json")])
         there = [str(path.relative_to(root)) for path in there]
         raise UserError(
-            f"config.data.root: '{root}' must hold one annotations/{prefix}{split}*.json for split "
+            f"config.data.root: '{given}' must hold one annotations/{prefix}{split}*.json for split "
             f"'{split}' (or an export of Roboflow, CVAT or Label Studio in {split}*/), found "
             f"{', '.join(there[:8]) or 'none'}"
         )

@@ -95,6 +95,6 @@ def find_file(folders: Sequence[Path], entry: Mapping) -> Path:
         raise UserError(f"file_name is {name!r:.40}; accepted: the name of a file")
     path = PurePosixPath(name.replace("\\", "/"))  # as Windows writes it
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"file_name {name!r:.80} leads out of the folder of pictures")
+        raise UserError("file_name leads out of the folder of pictures")
     places = [folder / path for folder in folders]
     return next((place for place in places if place.is_file()), places[0])

@@ -1,0 +1,165 @@
+"""Turns polygons of LabelMe and of YOLO into COCO's instance layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tqdm
+import yaml
+
+from knet_jax.data.from_masks import check_split, link
+from knet_jax.data.sources import examine, index_maps
+from knet_jax.segmentation import class_lists, rle
+from knet_jax.system.errors import UserError
+from knet_jax.system.output_files import write_json
+
+CIRCLE = np.exp(2j * np.pi * np.arange(64) / 64)
+"""Corners of what stands for a circle, in the complex plane."""
+
+
+class Thing(NamedTuple):
+    """One thing of a picture."""
+
+    name: str | int
+    """Of its class, or the number of the class."""
+    polygons: list[list[float]]
+    """Of [x0, y0, x1, y1, …] each, in pixels."""
+
+
+def write_instance_dataset(
+    images: Path, labels: Path, root: Path, split: str, names: Path | None = None
+) -> list[str]:
+    """Writes a split of a dataset in COCO's instance layout, showing progress.
+
+    Args:
+        images: folder of pictures; its subfolders are followed.
+        labels: folder of a file for each picture, named like it: LabelMe's `.json`, or YOLO's
+            `.txt`, lines of a class's number and x y pairs as shares of the sides.
+        root: the dataset, `config.data.root` of the training.
+        split: name of the split.
+        names: YOLO's `data.yaml`, or a text file with a class on every line. None takes the names
+            that LabelMe's files use, in the order of the alphabet.
+
+    Returns:
+        what is wrong with pictures and annotations that were left out, a line each.
+
+    Raises:
+        UserError: a folder or file is missing or of another form, or no picture can be used.
+    """
+    check_split(split)
+    for flag, folder in (("images", images), ("labels", labels)):
+        if not folder.is_dir():
+            raise UserError(f"--{flag}: there is no folder {folder}")
+    listed = read_names(names) if names else []
+    found, problems = [], []
+    for path in tqdm.tqdm(index_maps.find_pictures(images), "Converting", unit="img"):
+        name = path.relative_to(images)
+        try:
+            size = examine.decoded_size(path)
+            things, remarks = read_things(labels / name, size)
+            things = [(listed[t.name] if isinstance(t.name, int) else t.name, t) for t in things]
+        except IndexError:
+            problems.append(f"{name}: a class's number is beyond the {len(listed)} of --names")
+        except Exception as error:  # noqa: BLE001 - whatever files of others lead to
+            problems.append(f"{name}: {error}, left out")
+        else:
+            found.append((path, name.as_posix(), size, things))
+            problems += [f"{name}: {remark}, dropped" for remark in remarks]
+    categories = listed or sorted({name for *_, things in found for name, _ in things})
+    if not (found and categories):
+        raise UserError(f"no picture of {images} can be used; {(problems or ['there is none'])[0]}")
+    pictures, annotations = [], []
+    for number, (path, name, (height, width), things) in enumerate(found, 1):
+        link(path, root / split / name)
+        pictures.append({"id": number, "file_name": name, "height": height, "width": width})
+        for label, thing in things:
+            if label not in categories:
+                problems.append(f"{name}: {label!r} is not in --names, dropped")
+                continue
+            mask, _ = rle.from_annotation(thing.polygons, (height, width))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": 1 + categories.index(label),
+                    "segmentation": thing.polygons,
+                    "area": float(rle.area(mask)),
+                    "bbox": rle.box(mask),
+                    "iscrowd": 0,
+                }
+            )
+    content = {
+        "images": pictures,
+        "annotations": annotations,
+        "categories": [{"id": id, "name": name} for id, name in enumerate(categories, 1)],
+    }
+    write_json(root / f"annotations/instances_{split}.json", content)
+    print(
+        f"wrote {len(pictures)} pictures with {len(annotations)} things of {len(categories)} classes "
+        f"to {root}; {len(problems)} problems"
+    )
+    return problems
+
+
+def read_names(path: Path) -> list[str]:
+    """The classes of a text file, or of the `names` of a YAML. Raises UserError for others."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix not in (".yaml", ".yml"):
+            return [*class_lists.parse_class_list(text, f"--names: {path}").values()]
+        names = yaml.safe_load(text)["names"]
+        return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
+    except Exception as error:
+        raise UserError(f"--names: {path} is no list of classes: {error!r:.100}") from error
+
+
+def read_things(place: Path, size: tuple[int, int]) -> tuple[list[Thing], list[str]]:
+    """The things of a picture, and what is wrong with others of it.
+
+    Args:
+        place: where the file of the picture's annotations is, but for its suffix.
+        size: height and width of the picture.
+
+    Raises:
+        any error where the file is missing or of another form.
+    """
+    by_labelme, by_yolo = place.with_suffix(".json"), place.with_suffix(".txt")
+    remarks: list[str] = []
+    things: dict[object, Thing] = {}
+    if by_labelme.is_file():
+        shapes = json.loads(by_labelme.read_bytes())["shapes"]
+        found = [(s["label"], _outline(s), s.get("group_id")) for s in shapes]
+    else:
+        lines = examine.read_file(by_yolo).decode("utf-8-sig").split("\n")
+        rows = [line.split() for line in lines if line.strip()]
+        scale = size[::-1]
+        found = [
+            (int(row[0]), np.array(row[1:], float).reshape(-1, 2) * scale, None) for row in rows
+        ]
+    for number, (name, points, group) in enumerate(found, 1):
+        polygon = np.ravel(points).tolist()
+        try:
+            rle.from_annotation([polygon], size)
+        except UserError as error:
+            remarks.append(f"annotation {number}: {error}")
+            continue
+        # Polygons of one group are parts of one thing.
+        key = number if group is None else (name, group)
+        things.setdefault(key, Thing(name, [])).polygons.append(polygon)
+    return list(things.values()), remarks
+
+
+def _outline(shape: dict) -> Sequence[Sequence[float]]:
+    """Corners of a shape of LabelMe; of one without an area its points."""
+    points, kind = shape["points"], shape.get("shape_type", "polygon")
+    if kind == "rectangle":
+        (left, top), (right, bottom) = points
+        return [(left, top), (right, top), (right, bottom), (left, bottom)]
+    if kind == "circle":
+        middle, edge = (complex(*point) for point in points)
+        return [(z.real, z.imag) for z in middle + abs(edge - middle) * CIRCLE]
+    return points if kind == "polygon" else []
