@@ -6,6 +6,8 @@ from programs import status_of
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
 def test_shapes_are_prepared_checked_and_drawn(tmp_path, task, capsys):
     small = ("--config.data.num_train=6", "--config.data.num_val=2")
+    keys = ("scale", "crop") if task == "semantic" else ("canvas", "short_side", "long_side")
+    small += tuple(f"--config.data.{key}=None" for key in keys)
     arguments = ("--config", f"shapes_{task}:tiny", f"--config.data.data_dir={tmp_path}", *small)
     assert status_of("prepare", *arguments, "--check", "--output", tmp_path / "out") == 0
     said = capsys.readouterr().out

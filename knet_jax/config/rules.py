@@ -47,7 +47,7 @@ def several(test: Callable[[Any], bool], least: int, most: int) -> Callable[[Any
 
 
 def or_none(rule: Rule) -> Rule:
-    """The rule of a value that None leaves to the data of the training, see `training/from_data.py`."""
+    """The rule of a value that None leaves to the data of the training, see `data/completion.py`."""
     return lambda value: value is None or rule[0](value), f"{rule[1]}, or None"
 
 

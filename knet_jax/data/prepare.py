@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from knet_jax.config.validation import check_data
-from knet_jax.data import dataset_report, pipeline
+from knet_jax.data import completion, dataset_report, pipeline
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.drawing import save_picture
 from knet_jax.segmentation.segments import Categories
@@ -35,6 +35,7 @@ def prepare_dataset(config: ConfigDict, sheets: str | Path | None = None) -> Cat
         for split in (data.train_split, data.val_split)
     ]
     class_lists.check_same_classes(*(split.categories for split in splits))
+    data = completion.complete(config, splits[0]).data
     for split in splits:
         if sheets is not None:
             print(f"{split.name}: {dataset_report.report(split)}")

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from knet_jax.config.files import SAVED_NAME, check_resume, save_config
 from knet_jax.config.validation import validate
-from knet_jax.data import pipeline
+from knet_jax.data import completion, pipeline
 from knet_jax.data.prepared_split import Split
 from knet_jax.inference.forward import lookahead
 from knet_jax.matching import LossWeights
@@ -35,7 +35,7 @@ from knet_jax.system.errors import UserError
 from knet_jax.system.locks import lock
 from knet_jax.system.signals import StopRequest, stop_when_asked
 from knet_jax.tasks import TASKS
-from knet_jax.training import from_data, optim, train_step
+from knet_jax.training import optim, train_step
 from knet_jax.training.evaluation import Evaluator, Gallery
 from knet_jax.training.logs import Interval, Log, Progress, plot_curves, read_log
 from knet_jax.training.trackers import open_tracker
@@ -96,21 +96,21 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
     split = pipeline.load_split(config.data, config.data.train_split, config.task)
     val_split = pipeline.load_split(config.data, config.data.val_split, config.task)
     class_lists.check_same_classes(split.categories, val_split.categories)
-    config = from_data.complete(config, split)
+    config = completion.complete(config, split)
     validate(config, jax.device_count())
     if (workdir / SAVED_NAME).exists():
         for difference in check_resume(config, workdir):
             print(difference)
     class_lists.check_class_counts(config, split.categories)
     batch_size = config.train.batch_size
-    steps_per_epoch, total_steps = from_data.lengths(config, split)
+    steps_per_epoch, total_steps = completion.lengths(config, split)
     if total_steps < 1:
         raise UserError(
             f"config.train.epochs is {config.train.epochs}, less than one step; an epoch has "
             f"{steps_per_epoch} steps of {batch_size} images"
         )
 
-    for doubt in from_data.find_doubts(config, split):
+    for doubt in completion.find_doubts(config, split):
         print(f"WARNING: {doubt}")
 
     # The network and its optimizer.

@@ -12,7 +12,6 @@ from knet_jax.config.files import SAVED_NAME, load_saved_config
 from knet_jax.config.rules import STRIDE
 from knet_jax.data import pipeline, recipes
 from knet_jax.data.prepared_split import Split
-from knet_jax.training.optim import decay_steps
 
 MOST_PASSES = 500
 """A run that shows every picture more often is doubted; the longest recipe, of Cityscapes, does 430 times."""
@@ -83,10 +82,11 @@ def find_doubts(config: ConfigDict, split: Split) -> list[str]:
             f"the warm-up takes {optim.warmup_steps} steps, and the run {total}; "
             "--config.optim.warmup_steps=None makes it a twentieth"
         )
-    decays = decay_steps(optim, epoch)
-    if decays and decays[0] >= total:
+    scale = epoch if optim.unit == "epoch" else 1
+    first = round(optim.decay_at[0] * scale) if optim.decay_at else 0
+    if first >= total:
         doubts.append(
-            f"the learning rate would fall first at step {decays[0]}, and the run has {total}; "
+            f"the learning rate would fall first at step {first}, and the run has {total}; "
             "--config.optim.decay_at=None lets it fall at 2/3 and 11/12"
         )
     if train.eval_every > total:

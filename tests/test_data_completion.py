@@ -9,10 +9,10 @@ import tiny_runs
 from knet_jax.config.files import load_config
 from knet_jax.config.validation import validate
 from knet_jax.data import recipes
+from knet_jax.data.completion import complete, find_doubts
 from knet_jax.model import make_model
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
-from knet_jax.training.from_data import complete, find_doubts
 
 
 class Pictures(SimpleNamespace):
