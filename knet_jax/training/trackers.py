@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,19 +20,6 @@ from knet_jax.system.errors import UserError, one_line
 
 PROJECT = "knet_jax"
 """What runs are filed under."""
-
-
-class Tracker(Protocol):
-    """A service that runs are logged to."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs numbers, which may be NaN."""
-
-    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Logs uint8 pictures [H, W, 3]."""
-
-    def close(self) -> None:
-        """Sends what is buffered."""
 
 
 class WandbTracker:
@@ -51,17 +38,20 @@ class WandbTracker:
         )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs numbers, which may be NaN."""
         self._run.log(dict(values), step=step)
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Logs uint8 pictures [H, W, 3]."""
         self._run.log({k: self._library.Image(x) for k, x in pictures.items()}, step=step)
 
     def close(self) -> None:
+        """Sends what is buffered."""
         self._run.finish()
 
 
 class MlflowTracker:
-    """MLflow."""
+    """MLflow; the methods are those of `WandbTracker`."""
 
     def __init__(self, library: Any, workdir: Path, config: Mapping[str, Any], id: str | None):
         self._client = library.MlflowClient()
@@ -88,6 +78,7 @@ class MlflowTracker:
         self._client.set_terminated(self.id)
 
 
+Tracker = WandbTracker | MlflowTracker
 TRACKERS = {"wandb": WandbTracker, "mlflow": MlflowTracker}
 
 
