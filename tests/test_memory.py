@@ -27,6 +27,8 @@ print(count_faults(), count_faults())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_freed_arrays_of_a_thread_are_used_again():
-    output = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    output = subprocess.run(
+        [sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True
+    )
     first, second = map(int, output.stdout.split())
     assert second < first / 10, output
