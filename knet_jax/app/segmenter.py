@@ -246,8 +246,8 @@ def load(
         UserError: an argument is of another kind, there is no such model or checkpoint, or something
             in it does not fit.
     """
-    keep_programs()
     keep_memory()
+    keep_programs()
     if dtype is None and _platform() != "cpu":
         dtype = "bfloat16"
     return Segmenter(open_model(path, checkpoint, ema, overrides, dtype, config=config), batch_size)

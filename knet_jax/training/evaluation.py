@@ -208,8 +208,8 @@ def evaluate(
     Raises:
         UserError: there is no such model or checkpoint, or it does not fit the data or the output.
     """
-    keep_programs()
     keep_memory()
+    keep_programs()
     if output is None and isinstance(model, Model):
         raise UserError("output is missing: an opened model does not say where results go")
     output = Path(output or model)

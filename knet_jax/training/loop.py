@@ -72,8 +72,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
             not finite.
         Preempted: SIGTERM or Ctrl-C came; the step is saved, and the same call goes on.
     """
-    keep_programs()
     keep_memory()
+    keep_programs()
     if jax.process_count() > 1:
         raise UserError("several processes: a run has one, with all devices of its machine")
     validate(config, jax.device_count())
