@@ -145,6 +145,9 @@ def test_pickles_that_would_take_time_or_memory(tmp_path):
     }
     # A size of sizes, each in a list, which would hide how deep they are.
     table[b"ctorch\nSize\n(]ctorch\nSize\n(]K\x01atRatR."] = "a size of .* cannot be"
+    one_hash = [b"\x8a\x0a" + ((2**61 - 1) * k).to_bytes(10, "little") for k in range(30_000)]
+    table[b"\x8f(" + b"".join(one_hash) + b"\x90."] = "numbers as torch never does"
+    table[b"}(" + b"N".join(one_hash) + b"Nu."] = "numbers as torch never does"
     far, huge = (1 << 28).to_bytes(4, "little"), (1 << 40).to_bytes(8, "little")
     table |= {
         b"Nr" + far + b".": "as torch never does",

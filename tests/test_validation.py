@@ -201,7 +201,7 @@ BAD = {
         ("data.short_side", (640, 801), r"data.short_side \(640, 801\) .* do not fit"),
         ("data.long_side", 1345, "long_side 1345 do not fit into config.data.canvas"),
         ("data.max_things", 101, "max_things is 101; accepted: at most .*num_proposals, 100"),
-        ("data.dataset", "ade20k", "no key config.data.supercategories; "),
+        ("data.dataset", "ade20k", "'panoptic'; accepted: semantic where config.data.dataset is"),
         ("data.flpi", 0.5, "no key config.data.flpi; did you mean data.flip"),
         ("data.crop", (1, 1), "no key config.data.crop; "),
         ("data.canvas", None, "config.data.canvas is missing; accepted: "),

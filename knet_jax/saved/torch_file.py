@@ -268,12 +268,15 @@ def _check_nesting(file: BinaryIO) -> None:
     """Goes through a pickle without making anything, and refuses what would take time or memory.
 
     A key of a dict is hashed, which follows tuples within tuples: too deep, and the process ends; the
-    same pair of the same pair sixty times, and it never does. And the reader has as many places to
-    keep things in as the largest index that a pickle makes up.
+    same pair of the same pair sixty times, and it never does; as with tens of thousands of large numbers
+    of one hash. And the reader has as many places to keep things in as the largest index that a pickle
+    makes up.
     """
     stack: list[Any] = []  # (depth, size) of every thing that is there, None for a mark
     memo: dict[int, tuple[int, int]] = {}
     for number, (code, argument, _) in enumerate(pickletools.genops(file)):
+        if isinstance(argument, int) and not -(2**63) <= argument < 2**64 and argument != MAGIC:
+            raise UserError("it has numbers as torch never does")
         if "PUT" in code.name or code.name == "MEMOIZE":
             index = len(memo) if argument is None else argument
             if index > number:

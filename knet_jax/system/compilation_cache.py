@@ -18,15 +18,15 @@ def keep_programs() -> None:
     Raises:
         UserError: there are no devices of the platform that the environment (JAX_PLATFORMS) names.
     """
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts that it has found some
-        platforms = jax.config.jax_platforms
-        reason = one_line(error) or "there are no such devices here"
-        raise UserError(f"JAX_PLATFORMS={platforms}: {reason}") from error
     if jax.config.jax_compilation_cache_dir is None:
         root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         jax.config.update(
             "jax_compilation_cache_dir",
             str(Path(os.path.expanduser(root)) / "knet_jax" / "programs"),
         )
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that it has found some
+        platforms = jax.config.jax_platforms
+        reason = one_line(error) or "there are no such devices here"
+        raise UserError(f"JAX_PLATFORMS={platforms}: {reason}") from error
