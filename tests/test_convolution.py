@@ -16,6 +16,11 @@ CASES = [
     (3, 1, 2, 2),
     (7, 2, 1, 3),
 ]
+FORMS = (
+    convolution._kernel_gradient_as_products,
+    convolution._kernel_gradient,
+    convolution._kernel_gradient_in_tiles,
+)
 
 
 @pytest.mark.parametrize("size,stride,dilation,padding", CASES)
@@ -43,9 +48,17 @@ def test_values_and_gradients_are_those_of_lax(monkeypatch, size, stride, dilati
     np.testing.assert_allclose(jax.jit(ours)(x, kernel), y, rtol=1e-5, atol=1e-5)
     grad = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
     wanted = jax.vjp(theirs, x, kernel)[1](grad)
-    got = jax.jit(lambda x, kernel: jax.vjp(ours, x, kernel)[1](grad))(x, kernel)
-    for a, b in zip(got, wanted):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    for form in FORMS:
+        monkeypatch.setattr(convolution, "_fastest_on_cpu", lambda *_, form=form, **__: form)
+        got = jax.jit(lambda x, kernel: jax.vjp(ours, x, kernel)[1](grad))(x, kernel)
+        for a, b in zip(got, wanted):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=str(form))
+
+
+def test_the_form_follows_the_measured_table():
+    forms = [convolution._fastest_on_cpu(*case) for case in ((256, 10**5), (64, 256), (3, 4096))]
+    assert forms == [FORMS[0], FORMS[0], FORMS[1]]
+    assert convolution._fastest_on_cpu(64, 128 * 128) is FORMS[2]
 
 
 def test_types_stay():

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,11 +79,17 @@ def test_sine_encoding_follows_its_formula(height, width, channels):
 @pytest.mark.parametrize("channels, groups", [(64, 32), (48, 16), (7, 1)])
 def test_group_norm_has_as_many_groups_as_the_width_allows(channels, groups):
     x = random(2, 3, 3, channels) * 3 + 1
-    norm = layers.group_norm(channels, "float32", "norm")
+    norm = layers.GroupNorm()
     y = norm.apply(norm.init(jax.random.key(0), x), x)
     grouped = np.asarray(y).reshape(2, 9, groups, channels // groups)
     np.testing.assert_allclose(grouped.mean((1, 3)), 0, atol=1e-5)
     np.testing.assert_allclose(grouped.var((1, 3)), 1, atol=1e-3)
+    weights = random(*x.shape, seed=1)
+    grads = [
+        jax.grad(lambda x, n=n: (n.apply(n.init(jax.random.key(0), x), x) * weights).sum())(x)
+        for n in (norm, nn.GroupNorm(groups, epsilon=layers.EPSILON))
+    ]
+    np.testing.assert_allclose(*grads, atol=1e-5)
     if groups < channels:  # fewer normed together than a group of ours would differ
         assert np.abs(np.asarray(y).reshape(2, 9, channels).mean(1)).max() > 0.01
 

@@ -31,6 +31,7 @@ from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import MIN_SCORE
 from knet_jax.system.compilation_cache import keep_programs
 from knet_jax.system.errors import UserError
+from knet_jax.system.memory import keep_memory
 from knet_jax.tasks import TASKS
 
 Image = np.ndarray | str | os.PathLike
@@ -246,6 +247,7 @@ def load(
             in it does not fit.
     """
     keep_programs()
+    keep_memory()
     if dtype is None and _platform() != "cpu":
         dtype = "bfloat16"
     return Segmenter(open_model(path, checkpoint, ema, overrides, dtype, config=config), batch_size)

@@ -18,6 +18,7 @@ from knet_jax.nn.layers import (
     conv,
     he_init,
     make_norm,
+    repeat2x,
     resize,
     sine_encoding,
     upsample2x,
@@ -40,7 +41,7 @@ class FPN(nn.Module):
         conv_ = partial(conv, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
         maps = [conv_(self.channels, 1, name=f"lateral{i}")(x) for i, x in enumerate(levels)]
         for i in reversed(range(len(maps) - 1)):
-            maps[i] = maps[i] + maps[i + 1].repeat(2, 1).repeat(2, 2)
+            maps[i] = maps[i] + repeat2x(maps[i + 1])
         return tuple(conv_(self.channels, 3, name=f"output{i}")(x) for i, x in enumerate(maps))
 
 

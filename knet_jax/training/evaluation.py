@@ -27,6 +27,7 @@ from knet_jax.segmentation.drawing import Row, panel, save_picture
 from knet_jax.structs import Batch, Pass
 from knet_jax.system.compilation_cache import keep_programs
 from knet_jax.system.errors import UserError
+from knet_jax.system.memory import keep_memory
 from knet_jax.system.output_files import Stems, write_whole
 from knet_jax.system.signals import StopRequest
 from knet_jax.tasks import TASKS
@@ -208,6 +209,7 @@ def evaluate(
         UserError: there is no such model or checkpoint, or it does not fit the data or the output.
     """
     keep_programs()
+    keep_memory()
     if output is None and isinstance(model, Model):
         raise UserError("output is missing: an opened model does not say where results go")
     output = Path(output or model)

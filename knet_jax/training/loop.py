@@ -30,6 +30,7 @@ from knet_jax.structs import EMPTY
 from knet_jax.system.compilation_cache import keep_programs
 from knet_jax.system.errors import UserError
 from knet_jax.system.locks import lock
+from knet_jax.system.memory import keep_memory
 from knet_jax.system.signals import StopRequest, stop_when_asked
 from knet_jax.tasks import TASKS
 from knet_jax.training import optim, train_step
@@ -67,10 +68,11 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
             not finite.
         Preempted: SIGTERM or Ctrl-C came; the step is saved, and the same call goes on.
     """
+    keep_programs()
+    keep_memory()
     if jax.process_count() > 1:
         raise UserError("several processes: a run has one, with all devices of its machine")
     validate(config, jax.device_count())
-    keep_programs()
     workdir = Path(workdir)
     check_writable(workdir)
     taken = f"another run is using {workdir}; accepted: another --workdir"
