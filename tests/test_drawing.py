@@ -237,16 +237,6 @@ def test_every_instance_of_an_overlay_is_drawn():
     np.testing.assert_array_equal(draw(GRAY, (doubtful,), CATEGORIES), draw(GRAY, (), CATEGORIES))
 
 
-def test_another_size_is_an_error():
-    for segmentation in (
-        halves(SegmentInfo(1, SKY), SegmentInfo(2, CAT), (30, 40)),
-        (columns(0, 9, CAT, (30, 40)),),
-        np.zeros((30, 40), np.uint8),
-    ):
-        with pytest.raises(ValueError, match="has 30 x 40 pixels and the picture 200 x 300"):
-            draw(GRAY, segmentation, CATEGORIES)
-
-
 def test_names_that_would_hide_others_move():
     """Of two small things side by side, whose names are wider than they are, both get theirs."""
     ids = np.zeros((200, 300), np.int32)

@@ -12,6 +12,10 @@ def test_shapes_are_prepared_checked_and_drawn(tmp_path, task, capsys):
     assert status_of("prepare", *arguments, "--check", "--output", tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "train: prepared in" in said and "6 pictures decoded" in said and "ignored:" in said
+    assert said.count("6 images, ") == said.count("2 images, ") == 1
+    command = said.splitlines()[-1]
+    assert command.startswith(f"To train on it: knet train --config=shapes_{task}:tiny --workdir=")
+    assert command.endswith(" ".join(small))
     for split in ("train", "val"):
         sheet = cv2.imread(str(tmp_path / "out" / f"shapes_{task}_{split}.png"))
         assert sheet is not None and sheet.std() > 10

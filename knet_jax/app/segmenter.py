@@ -248,6 +248,7 @@ def load(
     """
     keep_memory()
     keep_programs()
+    keep_memory()
     if dtype is None and _platform() != "cpu":
         dtype = "bfloat16"
     return Segmenter(open_model(path, checkpoint, ema, overrides, dtype, config=config), batch_size)

@@ -38,6 +38,7 @@ def main(args: Namespace) -> None:
     flags = [
         f"--config.model.{name}={n}" for name, n in counts if config.model[name] not in (None, n)
     ]
-    program = "python train.py" if Path(sys.argv[0]).suffix == ".py" else "knet train"
+    script = Path(sys.argv[0]).name == "prepare_data.py"
+    program = "python train.py" if script else "knet train"
     command = [f"--config={args.config}", "--workdir=runs/mine", *args.overrides, *flags]
     print(f"To train on it: {program} {shlex.join(command)}")

@@ -66,7 +66,9 @@ def train_batch(
     """
     number, members = epochs.batch(index)
     group = epochs.groups[number]
-    batch, failures = empty_train_batch(split, recipe, number, len(members)), []
+    batch = empty_batch(len(members), recipe.train_canvases[number])
+    batch = batch._replace(targets=split.kind.empty(recipe, number, len(members)))
+    failures = []
     for place, member in enumerate(np.searchsorted(group, members)):
         for attempt in range(min(MAX_REPLACEMENTS, len(group))):
             position = int(group[(member + attempt) % len(group)])
@@ -105,12 +107,6 @@ def eval_batch(split: Split, recipes: Sequence[WholePicture | Crop], plan: EvalP
             fill(batch, place, position, image, view)
         truths.append((position, split.kind.truth(loaded)))
     return Prepared(scales, truths, failures)
-
-
-def empty_train_batch(split: Split, recipe: WholePicture | Crop, group: int, count: int) -> Batch:
-    """A training batch for `count` pictures of a group, with targets, all of it empty."""
-    batch = empty_batch(count, recipe.train_canvases[group])
-    return batch._replace(targets=split.kind.empty(recipe, group, count))
 
 
 def _load(split: Split, record: Record) -> tuple[np.ndarray, Any]:

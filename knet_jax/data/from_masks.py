@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -80,18 +81,8 @@ def write_panoptic_dataset(
     if not pictures:
         raise UserError(f"no picture of {images} can be used; {problems[0]}")
     panoptic.close()
-    listed = zip(categories.dataset_ids[: categories.num_things], categories.names)
-    content = {
-        "images": pictures,
-        "annotations": annotations,
-        "categories": [{"id": id, "name": name} for id, name in listed],
-    }
-    write_json(root / f"annotations/instances_{split}.json", content)
-    print(
-        f"wrote {len(pictures)} pictures with {len(annotations)} things of "
-        f"{categories.num_things} classes, and {categories.num_stuff} classes of stuff, to {root}; "
-        f"{len(problems)} problems"
-    )
+    listed = dict(zip(categories.dataset_ids[: categories.num_things], categories.names))
+    write_instances(root, split, pictures, annotations, listed, problems)
     return problems
 
 
@@ -192,15 +183,44 @@ def describe_things(
     things = [info for info in found.segments if info.label < categories.num_things]
     for number, info in enumerate(things, num_before + 1):
         encoded = rle.encode(found.ids == info.id)
-        yield {
-            "id": number,
-            "image_id": image_id,
-            "category_id": categories.dataset_ids[info.label],
-            "segmentation": rle.to_json(encoded),
-            "area": float(rle.area(encoded)),
-            "bbox": rle.box(encoded),
-            "iscrowd": int(info.iscrowd),
-        }
+        id = categories.dataset_ids[info.label]
+        yield describe_thing(number, image_id, id, rle.to_json(encoded), encoded, info.iscrowd)
+
+
+def describe_thing(
+    id: int, image_id: int, category_id: int, segmentation: Any, mask: dict, iscrowd: bool = False
+) -> dict:
+    """One of COCO's instance annotations, of a mask as run lengths and what stands for it."""
+    return {
+        "id": id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "segmentation": segmentation,
+        "area": float(rle.area(mask)),
+        "bbox": rle.box(mask),
+        "iscrowd": int(iscrowd),
+    }
+
+
+def write_instances(
+    root: Path,
+    split: str,
+    pictures: Sequence[dict],
+    annotations: Sequence[dict],
+    categories: Mapping[int, str],
+    problems: Sequence[str],
+) -> None:
+    """Writes COCO's instance file of a split, and says so; categories are {id: name}."""
+    content = {
+        "images": pictures,
+        "annotations": annotations,
+        "categories": [{"id": id, "name": name} for id, name in categories.items()],
+    }
+    write_json(root / f"annotations/instances_{split}.json", content)
+    print(
+        f"wrote {len(pictures)} pictures with {len(annotations)} things of {len(categories)} classes "
+        f"to {root}; {len(problems)} problems"
+    )
 
 
 def check_split(split: str) -> None:

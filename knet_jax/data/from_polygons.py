@@ -11,11 +11,10 @@ import numpy as np
 import tqdm
 import yaml
 
-from knet_jax.data.from_masks import check_split, link
+from knet_jax.data.from_masks import check_split, describe_thing, link, write_instances
 from knet_jax.data.sources import examine, index_maps
 from knet_jax.segmentation import class_lists, rle
 from knet_jax.system.errors import UserError
-from knet_jax.system.output_files import write_json
 
 CIRCLE = np.exp(2j * np.pi * np.arange(64) / 64)
 """Corners of what stands for a circle, in the complex plane."""
@@ -81,27 +80,9 @@ def write_instance_dataset(
                 problems.append(f"{name}: {label!r} is not in --names, dropped")
                 continue
             mask, _ = rle.from_annotation(thing.polygons, (height, width))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": 1 + categories.index(label),
-                    "segmentation": thing.polygons,
-                    "area": float(rle.area(mask)),
-                    "bbox": rle.box(mask),
-                    "iscrowd": 0,
-                }
-            )
-    content = {
-        "images": pictures,
-        "annotations": annotations,
-        "categories": [{"id": id, "name": name} for id, name in enumerate(categories, 1)],
-    }
-    write_json(root / f"annotations/instances_{split}.json", content)
-    print(
-        f"wrote {len(pictures)} pictures with {len(annotations)} things of {len(categories)} classes "
-        f"to {root}; {len(problems)} problems"
-    )
+            ids = (len(annotations) + 1, number, 1 + categories.index(label))
+            annotations.append(describe_thing(*ids, thing.polygons, mask))
+    write_instances(root, split, pictures, annotations, dict(enumerate(categories, 1)), problems)
     return problems
 
 

@@ -10,16 +10,13 @@ import contextlib
 import functools
 import itertools
 import logging
-import math
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -28,7 +25,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from knet_jax.data import batches, canvas, prepared_split, recipes, records, sampler
+from knet_jax.data import batches, prepared_split, recipes, records, sampler
 from knet_jax.data.prepared_split import Split
 from knet_jax.data.sources import by_name
 from knet_jax.structs import EMPTY, Batch
@@ -116,8 +113,7 @@ def train_batches(
     epochs = sampler.EpochSampler(recipe.groups(split), batch_size, seed)
     make = functools.partial(batches.train_batch, split, recipe, epochs)
     dataset = grain.MapDataset.range(start // batch_size, ENDLESS).map(make)
-    one = batches.empty_train_batch(split, recipe, group=0, count=1)
-    results = _run_workers(dataset, recipe, batch_size * _num_bytes(one), len(split.sizes))
+    results = _run_workers(dataset, recipe, len(split.sizes))
     return (
         (batch, tuple(failure.file_name for failure in failures))
         for (batch,), _, failures in results
@@ -163,18 +159,11 @@ def eval_batches(
             fits = np.max([[s.eval_canvas(size) for s in scaled] for size in real], axis=0)
             plans.append(batches.EvalPlan(positions, tuple(map(tuple, fits.tolist()))))
     make = functools.partial(batches.eval_batch, split, scaled)
-    largest = max((plan.canvases for plan in plans), key=lambda c: sum(map(math.prod, c)))
-    needed = _num_bytes([canvas.empty_batch(batch_size, each) for each in largest])
-    dataset = grain.MapDataset.source(plans).map(make)
-    results = _run_workers(dataset, recipe, needed, len(sizes))
+    results = _run_workers(grain.MapDataset.source(plans).map(make), recipe, len(sizes))
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
     # may be kept for long. (A pipe is no way out: Grain waits 25 s for a worker that is stopped
     # while it writes something large.)
     return ((scales, jax.tree.map(_copy_array, truths)) for scales, truths, _ in results)
-
-
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _copy_array(leaf: Any) -> Any:
@@ -184,7 +173,6 @@ def _copy_array(leaf: Any) -> Any:
 def _run_workers(
     dataset: grain.MapDataset,
     recipe: recipes.WholePicture | recipes.Crop,
-    num_bytes: int,
     num_pictures: int,
 ) -> Iterator[batches.Prepared]:
     """Computes the elements of a dataset in worker processes, in order.
@@ -192,20 +180,17 @@ def _run_workers(
     Args:
         dataset: of functions that give a `Prepared`.
         recipe: says how many workers there are, and which share of pictures may be broken.
-        num_bytes: size of the largest element's batches.
         num_pictures: how many there are, of which a share may be broken.
 
     Raises:
-        UserError: too many pictures are broken, shared memory is too small, or a worker was ended.
+        UserError: too many pictures are broken, or a worker was ended.
     """
     if not flags.FLAGS.is_parsed():
         # Grain reads flags of its own; without absl's `app.run` nobody has parsed them.
         flags.FLAGS.mark_as_parsed()
-    if recipe.num_workers:
-        _check_shared_memory(recipe.num_workers, num_bytes)
-        # At the end Python's cleaner removes what Grain still had ready, and calls that a leak.
-        if NO_LEAK_WARNING not in sys.warnoptions:
-            sys.warnoptions.append(NO_LEAK_WARNING)
+    # At the end Python's cleaner removes what Grain still had ready, and calls that a leak.
+    if recipe.num_workers and NO_LEAK_WARNING not in sys.warnoptions:
+        sys.warnoptions.append(NO_LEAK_WARNING)
     # Grain's default would hold 500 batches.
     elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     workers = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
@@ -231,8 +216,9 @@ def _run_workers(
         if not recipe.num_workers:
             raise
         raise UserError(
-            f"a process that reads pictures was ended: {error}; if memory ran out, take fewer of "
-            f"them: config.data.num_workers is {recipe.num_workers}"
+            f"a process that reads pictures was ended: {error} If memory ran out, or that in /dev/shm "
+            "(docker run --shm-size=8g), take fewer processes, or none: config.data.num_workers is "
+            f"{recipe.num_workers}"
         ) from error
     finally:
         iterator.close()
@@ -265,18 +251,3 @@ def _end_with_parent() -> None:
     """Ends a worker whose parent was killed; it would wait for it, and hold its memory, for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def _check_shared_memory(num_workers: int, num_bytes: int) -> None:
-    """Raises UserError where the workers' batches would not fit; Linux would kill them."""
-    folder = Path("/dev/shm")
-    if not folder.is_dir():
-        return
-    # Each worker fills one batch while another waits; two more are in use at the other end.
-    needed = (2 * num_workers + 2) * num_bytes
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"config.data.num_workers {num_workers} need {needed >> 20} MiB in {folder}, "
-            f"which has {free >> 20} MiB free: enlarge it (docker run --shm-size), or set 0 workers"
-        )

@@ -55,9 +55,6 @@ def count(
         prediction: the predicted map.
         num_classes: k.
         image_id: for messages.
-
-    Raises:
-        UserError: a map and its segments do not agree.
     """
     where, sizes = f"picture {image_id}", (truth.ids.shape, prediction.ids.shape)
     assert sizes[0] == sizes[1], f"{where}: maps of {sizes}"

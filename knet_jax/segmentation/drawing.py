@@ -155,34 +155,21 @@ def as_panoptic(
         segmentation: as `draw` takes it.
         size: height and width of the picture.
         min_score: instances that score less are left out.
-
-    Raises:
-        UserError: the segmentation is of another size.
     """
-    if isinstance(segmentation, PanopticMap):
-        _check_size(segmentation.ids.shape, size)
-        return segmentation
     if isinstance(segmentation, np.ndarray):
-        _check_size(segmentation.shape, size)
-        return PanopticMap.of_labels(segmentation)
-
+        segmentation = PanopticMap.of_labels(segmentation)
+    if isinstance(segmentation, PanopticMap):
+        assert segmentation.ids.shape == size, f"{segmentation.ids.shape} of {size} pixels"
+        return segmentation
     ids = np.zeros(size, np.int32)
     shown = [instance for instance in segmentation if instance.score >= min_score]
     for i in sorted(
         range(len(shown)), key=lambda i: (not shown[i].iscrowd, -rle.area(shown[i].rle))
     ):
-        mask = rle.decode(shown[i].rle)
-        _check_size(mask.shape, size)
-        ids[mask > 0] = i + 1
+        ids[rle.decode(shown[i].rle) > 0] = i + 1
     return PanopticMap(
         ids, tuple(SegmentInfo(i + 1, s.label, s.iscrowd, s.score) for i, s in enumerate(shown))
     )
-
-
-def _check_size(shape: tuple[int, ...], size: tuple[int, int]) -> None:
-    if shape != size:
-        sizes = (" x ".join(map(str, each)) for each in (shape, size))
-        raise UserError("the segmentation has {} pixels and the picture {}".format(*sizes))
 
 
 def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:

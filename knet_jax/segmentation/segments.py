@@ -104,21 +104,11 @@ class Instance(NamedTuple):
 
 
 def segment_index(panoptic: PanopticMap) -> np.ndarray:
-    """Converts the ids of a map to positions, intp [H, W]: 0 is void, 1 + i is `segments[i]`.
-
-    Raises:
-        UserError: the id of a segment is 0 or used twice, or the map has an id of no segment.
-    """
+    """Converts the ids of a map to positions, intp [H, W]: 0 is void, 1 + i is `segments[i]`."""
     ids = np.array([0, *(segment.id for segment in panoptic.segments)])
     order = np.argsort(ids, kind="stable")
     known = ids[order]
-    for id in known[1:][known[1:] == known[:-1]]:
-        raise UserError(
-            f"segment id {id} stands for void" if id == 0 else f"segment id {id} is used twice"
-        )
-    # The last id is left out of the search, so that an id beyond it still gets a place to compare.
+    assert (known[1:] > known[:-1]).all(), f"ids of segments, {known}, must differ, none be 0"
     rank = np.searchsorted(known[:-1], panoptic.ids)
-    unknown = known[rank] != panoptic.ids
-    if unknown.any():
-        raise UserError(f"the map has id {panoptic.ids[unknown][0]}, which no segment has")
+    assert (known[rank] == panoptic.ids).all(), "the map has an id that no segment has"
     return order[rank]

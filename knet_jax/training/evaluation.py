@@ -210,6 +210,7 @@ def evaluate(
     """
     keep_memory()
     keep_programs()
+    keep_memory()
     if output is None and isinstance(model, Model):
         raise UserError("output is missing: an opened model does not say where results go")
     output = Path(output or model)
