@@ -157,6 +157,7 @@ def test_a_model_of_a_stranger_is_refused_in_one_line(workdir, tmp_path):
         return sound | {"categories": classes | changes}
 
     for content in (
+        sound | {"config": {key: value for key, value in config.items() if key != "eval"}},
         {}, [1], "words", "[" * 10**5, 5, None, sound | {"step": "x"}, sound | {"config": None},
         sound | {"config": [1]}, sound | {"config": {}}, with_config(data=5), with_config(model=None),
         with_config(**{"a.b": 1}), with_config(items=3, update=2), with_config(__class__="x"),

@@ -238,8 +238,20 @@ def load_saved_config(
             f"{workdir} is no model: no run has been started here, there is no {SAVED_NAME}"
         )
     with naming_file(path):
-        config = apply_overrides(json.loads(path.read_bytes()))
+        config = complete_saved(json.loads(path.read_bytes()))
     return apply_overrides(config, overrides)
+
+
+def complete_saved(content: Any) -> ConfigDict:
+    """Makes a config of what JSON gives back of one, with the defaults of keys that have come since.
+
+    Raises:
+        UserError: it was none: a section or a key is missing, or there is one that does not exist.
+    """
+    sections = {key.partition(".")[0] for key in schema.EVERY if "." in key}
+    if missing := sections.difference(content):
+        raise UserError(f"config.{min(missing)} is missing")
+    return apply_overrides(content)
 
 
 def check_resume(config: ConfigDict, workdir: str | Path) -> list[str]:

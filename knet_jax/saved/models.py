@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from knet_jax.config.files import apply_overrides, load_config, load_saved_config
+from knet_jax.config.files import apply_overrides, complete_saved, load_config, load_saved_config
 from knet_jax.config.validation import validate
 from knet_jax.knet import KNet
 from knet_jax.model import make_model, variable_shapes
@@ -149,7 +149,7 @@ def _open_file(
         config = load_config(spec, overrides)
     elif about:
         with naming_file(path):
-            config = apply_overrides(about.config)
+            config = complete_saved(about.config)
         config = apply_overrides(config, overrides)
     else:
         raise UserError(
