@@ -263,7 +263,7 @@ def test_bad_lists_of_ids_are_named(tmp_path):
     write_pictures(tmp_path / "in", ("1.png", "2.png"))
     pictures = sources(tmp_path / "in")
     info = tmp_path / "info.json"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="image_info=.*No such file"):
         find_ids(info, pictures)
     one = '{"file_name": "1.png", "id": 7}'
     for images, words in (
