@@ -27,7 +27,7 @@ from knet_jax.saved.convert import export_weights
 from knet_jax.saved.models import open_model
 from knet_jax.segmentation import rle
 from knet_jax.structs import Batch
-from knet_jax.system.compilation_cache import keep_programs
+from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
 from knet_jax.training.evaluation import Evaluator
 
@@ -279,12 +279,12 @@ def test_importing_the_package_costs_nothing():
 def test_programs_are_kept_where_the_user_keeps_such_things(monkeypatch, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     assert before  # the tests have a folder of their own
-    keep_programs()
+    start_backend()
     assert jax.config.jax_compilation_cache_dir == before
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        keep_programs()
+        start_backend()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "knet_jax" / "programs")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

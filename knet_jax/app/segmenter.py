@@ -29,9 +29,8 @@ from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import MIN_SCORE
-from knet_jax.system.compilation_cache import keep_programs
+from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
-from knet_jax.system.memory import keep_memory
 from knet_jax.tasks import TASKS
 
 Image = np.ndarray | str | os.PathLike
@@ -246,9 +245,7 @@ def load(
         UserError: an argument is of another kind, there is no such model or checkpoint, or something
             in it does not fit.
     """
-    keep_memory()
-    keep_programs()
-    keep_memory()
+    start_backend()
     if dtype is None and _platform() != "cpu":
         dtype = "bfloat16"
     return Segmenter(open_model(path, checkpoint, ema, overrides, dtype, config=config), batch_size)

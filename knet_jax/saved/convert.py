@@ -35,7 +35,7 @@ from knet_jax.saved.weight_files import (
     read_weights,
 )
 from knet_jax.segmentation.segments import Categories
-from knet_jax.system.compilation_cache import keep_programs
+from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError, naming_file
 
 # From a file to a model.
@@ -72,7 +72,7 @@ def import_weights(
     Raises:
         UserError: the file, the config and the rest do not go together.
     """
-    keep_programs()
+    start_backend()
     config = load_config(spec, overrides) if spec else None
     here = output.is_dir() and output.samefile(".")  # which cannot be made
     if output.is_file() or here or (output.is_dir() and any(output.iterdir())):
@@ -227,7 +227,7 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
     """
     if output.suffix != ".safetensors" or output.is_dir():
         raise UserError(f"--output={output}; accepted: a new folder, or a file .safetensors")
-    keep_programs()
+    start_backend()
     check_writable(output.parent)
     opened = open_model(source, checkpoint, ema)
     tensors = {name: np.ascontiguousarray(x) for name, x in to_reference(opened.variables).items()}

@@ -24,9 +24,8 @@ from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation.class_lists import check_class_counts, check_trained_classes
 from knet_jax.segmentation.drawing import Row, panel, save_picture
 from knet_jax.structs import Batch, Pass
-from knet_jax.system.compilation_cache import keep_programs
+from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
-from knet_jax.system.memory import keep_memory
 from knet_jax.system.output_files import Stems, write_whole
 from knet_jax.system.signals import StopRequest
 from knet_jax.tasks import TASKS
@@ -208,9 +207,7 @@ def evaluate(
     Raises:
         UserError: there is no such model or checkpoint, or it does not fit the data or the output.
     """
-    keep_memory()
-    keep_programs()
-    keep_memory()
+    start_backend()
     if output is None and isinstance(model, Model):
         raise UserError("output is missing: an opened model does not say where results go")
     output = Path(output or model)

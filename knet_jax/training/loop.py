@@ -30,10 +30,9 @@ from knet_jax.saved.models import headline_scores, load_init_weights
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.drawing import save_picture
 from knet_jax.structs import EMPTY
-from knet_jax.system.compilation_cache import keep_programs
+from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
 from knet_jax.system.locks import lock
-from knet_jax.system.memory import keep_memory
 from knet_jax.system.signals import StopRequest, stop_when_asked
 from knet_jax.tasks import TASKS
 from knet_jax.training import optim, train_step
@@ -72,8 +71,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
             not finite.
         Preempted: SIGTERM or Ctrl-C came; the step is saved, and the same call goes on.
     """
-    keep_memory()
-    keep_programs()
+    start_backend()
     if jax.process_count() > 1:
         raise UserError("several processes: a run has one, with all devices of its machine")
     validate(config, jax.device_count())

@@ -1,4 +1,4 @@
-"""Compiled programs that are kept on disk for the next process, and the devices that run them."""
+"""How JAX is started: memory and compiled programs that are kept, and devices."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from pathlib import Path
 import jax
 
 from knet_jax.system.errors import UserError, one_line
+from knet_jax.system.memory import keep_memory
 
 
-def keep_programs() -> None:
-    """Turns on JAX's cache on disk, in `knet_jax` of the user's cache folder.
+def start_backend() -> None:
+    """Starts JAX's devices, with its cache of compiled programs on disk and `keep_memory`.
 
-    Where the environment (JAX_COMPILATION_CACHE_DIR) or the program has named another, it stays.
+    The cache is `knet_jax` of the user's cache folder; where the environment
+    (JAX_COMPILATION_CACHE_DIR) or the program has named another, that stays.
 
     Raises:
         UserError: there are no devices of the platform that the environment (JAX_PLATFORMS) names.
     """
+    keep_memory()
     if jax.config.jax_compilation_cache_dir is None:
         root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         jax.config.update(
