@@ -63,7 +63,7 @@ class GroupNorm(nn.Module):
 
         x = x.astype(wide(x.dtype))
         x = x - group_mean(x)
-        factor = jax.lax.rsqrt(group_mean(x**2) + EPSILON) * scale
+        factor = jax.lax.rsqrt(group_mean(x * x) + EPSILON) * scale
         return (x * factor + bias).astype(self.dtype)
 
 

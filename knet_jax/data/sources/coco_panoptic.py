@@ -142,7 +142,7 @@ def _count_pixels(png: Path) -> tuple[tuple[int, int], dict[int, int]]:
     try:
         rgb = image_files.load_panoptic(data)
     except UserError as error:
-        raise UserError(f"panoptic PNG {png} {error}") from error
+        raise UserError(f"panoptic PNG {png.name} {error}") from error
     ids = image_files.segment_ids(rgb).ravel()
     # Sorting the ends of runs of equal ids is much cheaper than sorting pixels.
     ends = np.append(np.flatnonzero(np.diff(ids)), len(ids) - 1)
