@@ -102,7 +102,7 @@ def test_a_checkpoint_of_others_opens_with_a_config(workdir, tmp_path):
     with pytest.raises(ValueError, match="is for a file of weights; .* has its own config"):
         open_model(workdir, config=CONFIG)
     np.savez(path, **{key: x for key, x in tensors.items() if key.startswith("backbone.")})
-    with pytest.raises(ValueError, match="it holds a backbone only; python -m knet_jax.convert"):
+    with pytest.raises(ValueError, match="it holds a backbone only; knet convert"):
         open_model(path, config=CONFIG, overrides=OVERRIDES)
 
 

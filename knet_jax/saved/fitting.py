@@ -63,7 +63,7 @@ def fit_network(
             raise UserError(
                 f"it has {given[0]} classes, but config.model.num_things="
                 f"{config.model.num_things} and num_stuff={config.model.num_stuff}; give its own, "
-                "or keep what does not belong to them by python -m knet_jax.convert --new_classes"
+                "or keep what does not belong to them by knet convert --new_classes"
             )
     is_classifier = not any(name.startswith(NETWORK[1:]) for name in weights.tensors)
 
@@ -83,7 +83,7 @@ def fit_network(
     try:
         strict.check(weights.original)
     except UserError as error:
-        raise UserError(f"{error}; python -m knet_jax.convert --partial keeps what fits") from error
+        raise UserError(f"{error}; knet convert --partial keeps what fits") from error
     return found
 
 

@@ -154,7 +154,7 @@ def _open_file(
     else:
         raise UserError(
             f"{path} holds weights and no config; knet_jax.load takes its config as "
-            "config='configs/FILE.py', and python -m knet_jax.convert makes a model of both"
+            "config='configs/FILE.py', and knet convert makes a model of both"
         )
     network = _make_network(config, dtype, num_devices)
     template = variable_shapes(network)
@@ -162,7 +162,7 @@ def _open_file(
         found = fit_network(weights, template, config)
         if any(not name.startswith("auxiliary_head.") for name in found.missing):
             raise UserError(
-                "it holds a backbone only; python -m knet_jax.convert makes a model of it, with "
+                "it holds a backbone only; knet convert makes a model of it, with "
                 "the rest as initialized"
             )
     variables = jax.tree.map(jnp.asarray, complete(found, template, config))
@@ -220,6 +220,6 @@ def load_init_weights(path: str | Path, variables: Variables) -> tuple[Variables
         given, wanted = (shapes.get(differing[0], "absent") for shapes in (found, needed))
         raise UserError(
             f"config.init_weights: {path}: {differing[0]} is {given} in it, {wanted} here; "
-            "python -m knet_jax.convert makes a model of other classes of it"
+            "knet convert makes a model of other classes of it"
         )
     return opened.variables, f"network of step {opened.step} from {path}"
