@@ -162,8 +162,8 @@ def test_data_dir_that_cannot_be_written_is_named(tmp_path):
 # The order of batches.
 
 
-def test_seed_and_start(splits):
-    """A run goes on exactly where it stopped."""
+def test_seed_start_and_processes(splits):
+    """A run goes on exactly where it stopped; processes have their rows of the same batches."""
     config, found = splits
     for split in found.values():
         steps = 2 * pipeline.steps_per_epoch(split, config, 4) + 3
@@ -173,8 +173,17 @@ def test_seed_and_start(splits):
             assert_equal(rest, whole[step:])
         other = take(3, split, config, 4, seed=3, start=0)
         assert any(np.any(x.id != y.id) for (x, _), (y, _) in zip(whole, other))
+        for index in range(2):
+            part = take(3, split, config, 4, seed=2, start=4, process_index=index, process_count=2)
+            rows = slice(2 * index, 2 * index + 2)
+            expected = [
+                (jax.tree.map(lambda x, rows=rows: x[rows], batch), skipped)
+                for batch, skipped in whole[1:4]
+            ]
+            assert_equal(part, expected)
     for changes, message in (
         ({"start": 6}, "6 examples .* config.train.batch_size 4"),
+        ({"process_count": 3}, "config.train.batch_size 4 .* 3 processes"),
         ({"seed": -1}, "config.seed -1"),
     ):
         with pytest.raises(UserError, match=message):
@@ -261,6 +270,15 @@ def test_parts_of_an_evaluation(splits):
     split = found["panoptic"]
     ids = [id for _, truths in pipeline.eval_batches(split, config, 4, limit=7) for id, _ in truths]
     assert sorted(ids) == list(range(7))
+    for split in found.values():
+        whole = pipeline.eval_batches(split, config, 4)
+        parts = (
+            pipeline.eval_batches(split, config, 4, process_index=i, process_count=2)
+            for i in range(2)
+        )
+        for ((batch,), truths), ((a,), of_a), ((b,), of_b) in zip(whole, *parts, strict=True):
+            np.testing.assert_array_equal(batch.image, np.concatenate([a.image, b.image]))
+            assert [id for id, _ in truths] == [id for id, _ in of_a + of_b]
 
 
 def test_other_ratios_show_the_same_pictures(splits):

@@ -51,9 +51,10 @@ def train_batch(
     split: Split,
     recipe: WholePicture | Crop,
     epochs: sampler.EpochSampler,
+    rows: slice,
     index: int,
 ) -> Prepared:
-    """A training batch, augmented.
+    """Some rows of a training batch, augmented.
 
     A broken picture is replaced by the next one of its group. Where none of several is sound, the
     place stays empty.
@@ -62,18 +63,21 @@ def train_batch(
         split: where the pictures come from.
         recipe: how they are changed.
         epochs: which pictures the batch shows.
+        rows: which of them are wanted.
         index: of the batch, counted from the start of training.
     """
     number, members = epochs.batch(index)
     group = epochs.groups[number]
-    batch = empty_batch(len(members), recipe.train_canvases[number])
-    batch = batch._replace(targets=split.kind.empty(recipe, number, len(members)))
+    wanted = range(len(members))[rows]
+    batch = empty_batch(len(wanted), recipe.train_canvases[number])
+    batch = batch._replace(targets=split.kind.empty(recipe, number, len(wanted)))
     failures = []
-    for place, member in enumerate(np.searchsorted(group, members)):
+    for place, row in enumerate(wanted):
+        member = np.searchsorted(group, members[row])
         for attempt in range(min(MAX_REPLACEMENTS, len(group))):
             position = int(group[(member + attempt) % len(group)])
             record = split.record(position)
-            rng = epochs.generator(index, place)
+            rng = epochs.generator(index, row)
             try:
                 image, loaded = _load(split, record)
             except UserError as error:

@@ -76,23 +76,29 @@ def train_batches(
     batch_size: int,
     seed: int,
     start: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[tuple[Batch, tuple[str, ...]]]:
     """Batches without end, augmented.
 
     Args:
         split: what to train on.
         config_data: `config.data`.
-        batch_size: pictures in a batch.
+        batch_size: pictures in a batch, of all processes together.
         seed: of order and augmentation.
-        start: how many examples have been seen before.
+        start: how many examples (of all processes) have been seen before.
+        process_index: which share of every batch this process wants.
+        process_count: how many processes share a batch.
 
     Yields:
-        (batch, names of the files that were broken and replaced in it).
+        (batch with batch_size / process_count rows, names of the files that were broken and
+        replaced in it).
 
     Raises:
         UserError: the sizes do not agree, or too many pictures are broken.
     """
     recipe = recipes.find(split.task, config_data)
+    rows = _process_rows(batch_size, process_index, process_count)
     if start % batch_size:
         raise UserError(
             f"{start} examples have been seen, which config.train.batch_size {batch_size} does not "
@@ -111,7 +117,7 @@ def train_batches(
             split.num_things.max(),
         )
     epochs = sampler.EpochSampler(recipe.groups(split), batch_size, seed)
-    make = functools.partial(batches.train_batch, split, recipe, epochs)
+    make = functools.partial(batches.train_batch, split, recipe, epochs, rows)
     dataset = grain.MapDataset.range(start // batch_size, ENDLESS).map(make)
     results = _run_workers(dataset, recipe, len(split.sizes))
     return (
@@ -125,6 +131,8 @@ def eval_batches(
     config_data,
     batch_size: int,
     limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
     ratios: Sequence[float] = (1.0,),
 ) -> Iterator[tuple[tuple[Batch, ...], list[tuple[int, Any]]]]:
     """Every picture once, not augmented, grouped by the canvas, flat ones first.
@@ -135,18 +143,22 @@ def eval_batches(
     Args:
         split: what to evaluate on.
         config_data: `config.data`.
-        batch_size: pictures in a batch.
+        batch_size: pictures in a batch, of all processes together.
         limit: only the first so many pictures of the split.
+        process_index: which share of every batch this process wants.
+        process_count: how many processes share a batch.
         ratios: the scales at which pictures are shown, times that of the config.
 
     Yields:
-        (the same pictures at every ratio, batches without targets; [(id, truth at original size)] of
-        the images that are not empty; the truth is what `Split.truth` returns).
+        (the same pictures at every ratio, batches with batch_size / process_count rows and without
+        targets; [(id, truth at original size)] of the images that are not empty; the truth is what
+        `Split.truth` returns).
 
     Raises:
         UserError: too many pictures are broken.
     """
     recipe = recipes.find(split.task, config_data)
+    rows = _process_rows(batch_size, process_index, process_count)
     scaled = recipes.at_ratios(recipe, ratios)
     sizes = [tuple(size) for size in split.sizes[:limit].tolist()]
     canvases = np.array([recipe.eval_canvas(size) for size in sizes])
@@ -157,7 +169,7 @@ def eval_batches(
         for positions in padded.reshape(-1, batch_size):
             real = [sizes[i] for i in positions if i != EMPTY]
             fits = np.max([[s.eval_canvas(size) for s in scaled] for size in real], axis=0)
-            plans.append(batches.EvalPlan(positions, tuple(map(tuple, fits.tolist()))))
+            plans.append(batches.EvalPlan(positions[rows], tuple(map(tuple, fits.tolist()))))
     make = functools.partial(batches.eval_batch, split, scaled)
     results = _run_workers(grain.MapDataset.source(plans).map(make), recipe, len(sizes))
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
@@ -168,6 +180,16 @@ def eval_batches(
 
 def _copy_array(leaf: Any) -> Any:
     return np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def _process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size % process_count:
+        raise UserError(
+            f"config.train.batch_size {batch_size} must be a multiple of the "
+            f"{process_count} processes"
+        )
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
 
 
 def _run_workers(
@@ -191,8 +213,9 @@ def _run_workers(
     # At the end Python's cleaner removes what Grain still had ready, and calls that a leak.
     if recipe.num_workers and NO_LEAK_WARNING not in sys.warnoptions:
         sys.warnoptions.append(NO_LEAK_WARNING)
-    # Grain's default would hold 500 batches.
-    elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    # Without workers a thread makes the next batch. (Grain's default would hold 500 batches.)
+    ahead = 0 if recipe.num_workers else 1
+    elements = dataset.to_iter_dataset(grain.ReadOptions(ahead, prefetch_buffer_size=ahead))
     workers = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
     iterator = iter(elements.mp_prefetch(workers, worker_init_fn=_start_worker))
     broken = set()

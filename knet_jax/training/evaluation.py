@@ -19,6 +19,7 @@ from knet_jax.inference.forward import lookahead, run_windows
 from knet_jax.inference.multiscale import both_ways, canvas_of
 from knet_jax.inference.resampling import Canvas
 from knet_jax.knet import KNet
+from knet_jax.metrics.counts import gather
 from knet_jax.saved.checkpoints import check_writable
 from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation.class_lists import check_class_counts, check_trained_classes
@@ -82,13 +83,15 @@ class Evaluator:
         self._predict = cache(lambda canvas: on_devices(partial(predict, canvas=canvas)))
 
     def predictions(self, variables: Any) -> Iterator[Prediction]:
-        """The results of the pictures, one after the other."""
+        """The results of this process's pictures, one after the other."""
         variables = replicate(variables, self._devices)
         elements = pipeline.eval_batches(
             self.split,
             self._data,
             self._batch_size,
             limit=self._limit,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
             ratios=self._scales,
         )
 
@@ -117,11 +120,11 @@ class Evaluator:
         visit: Callable[[Prediction], None] | None = None,
         stop: StopRequest | None = None,
     ) -> Any | None:
-        """Scores all pictures, with a progress bar.
+        """Scores all pictures of all processes, with a progress bar.
 
         Args:
             variables: parameters and running statistics.
-            visit: called with every prediction.
+            visit: called with every prediction of this process.
             stop: ends the evaluation, whose result is then None.
 
         Returns:
@@ -138,8 +141,8 @@ class Evaluator:
                 counts.append(metric.count(truth, prediction.prediction, num_classes, image_id))
                 if visit:
                     visit(prediction)
-                bar.update()
-        return metric.merge(*counts)
+                bar.update(jax.process_count())
+        return gather(metric.merge(*counts), metric.merge)
 
 
 class Gallery:
