@@ -12,6 +12,7 @@ from knet_jax.config.files import SAVED_NAME, load_saved_config
 from knet_jax.config.rules import STRIDE
 from knet_jax.data import pipeline, recipes
 from knet_jax.data.prepared_split import Split
+from knet_jax.segmentation.class_lists import class_counts
 
 MOST_PASSES = 500
 """A run that shows every picture more often is doubted; the longest recipe, of Cityscapes, does 430 times."""
@@ -32,8 +33,7 @@ def complete(config: ConfigDict, split: Split) -> ConfigDict:
     config = config.copy_and_resolve_references()
     model, data, optim, train = config.model, config.data, config.optim, config.train
     has_things = config.task != "semantic"
-    num_things = split.categories.num_things if has_things else 0
-    _set(model, num_things=num_things, num_stuff=len(split.categories.names) - num_things)
+    _set(model, **class_counts(config, split.categories))
 
     if not config.init_weights:
         norms = {"backbone": "group", "neck": "group"}

@@ -322,6 +322,7 @@ def check_finite(done: Any, *, split: Split, checkpoints: Checkpoints, start: in
     last = checkpoints.steps()[-1:]
     if last and last[0] in (start, step - 1):
         checkpoints.set_aside(last)
+        print(f"checkpoint {last[0]} led there and is moved to {checkpoints.directory}/damaged")
     last = checkpoints.steps()[-1:] or ["none"]
     raise UserError(
         f"step {step}: {', '.join(bad[:5])} is not finite; images: {names}; last checkpoint: {last[0]}; "
