@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from scipy.optimize import linear_sum_assignment
 
-from knet_jax.nn.host_call import host_call
+from knet_jax.nn.assignment import assign
 from knet_jax.structs import EMPTY, Segments
 
 FOCAL_ALPHA = 0.25
@@ -72,25 +70,15 @@ def matching_cost(
 
 
 def match(cost: jax.Array, labels: jax.Array) -> jax.Array:
-    """Solves all assignments of a step in one call to the host.
+    """Solves all assignments of a step.
 
     Args:
-        cost: [r, b, n, m], r matchings of each image.
+        cost: [r, b, n, m], r matchings of each image; m <= n.
         labels: [b, m], `EMPTY` for a slot that takes no part.
 
     Returns:
         int32 [r, b, n]: the slot that each kernel answers for, or `EMPTY`.
     """
-    # A diverging run must reach the check of the loss, not die in the solver.
+    # A diverging run must reach the check of the loss with a cost that can be compared.
     cost = jnp.nan_to_num(jax.lax.stop_gradient(cost), nan=1e6, posinf=1e6, neginf=-1e6)
-    return host_call(_solve, cost.shape[:3], jnp.int32, cost, labels)
-
-
-def _solve(cost: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    slots = np.full(cost.shape[:3], EMPTY, np.int32)
-    for i in range(cost.shape[1]):
-        (full,) = np.nonzero(labels[i] != EMPTY)
-        for r in range(cost.shape[0]):
-            kernels, columns = linear_sum_assignment(cost[r, i][:, full])
-            slots[r, i, kernels] = full[columns]
-    return slots
+    return assign(jnp.swapaxes(cost, 2, 3), labels != EMPTY)

@@ -11,8 +11,7 @@ from devices import COMPILE_FAST
 ROOT = Path(__file__).parents[1]
 
 # Before the first import of jax. Tests are written for the CPU; JAX_PLATFORMS=cuda,cpu runs them on
-# a GPU. Programs that took a while to compile are kept for the next run, whatever its Python; but not
-# those that call the host, as a train step with matching does, which jax never keeps.
+# a GPU. Programs that took a while to compile are kept for the next run, whatever its Python.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -48,17 +48,8 @@ def test_values_without_meaning_change_nothing(cost):
 
 
 def test_nothing_to_match():
-    for n, m in (N, 0), (0, M):
-        slots = solve(np.zeros((R, B, n, m)), np.zeros((B, m), int))
-        assert slots.shape == (R, B, n) and (slots == EMPTY).all()
-
-
-def test_more_things_than_kernels_leave_some_things_out():
-    cost = np.array(random(1, 1, 3, M))
-    slots = solve(cost, np.zeros((1, M), int))[0, 0]
-    assert EMPTY not in slots and len(set(slots)) == 3
-    rows, columns = linear_sum_assignment(cost[0, 0])
-    np.testing.assert_array_equal(slots[rows], columns)
+    slots = solve(np.zeros((R, B, N, 0)), np.zeros((B, 0), int))
+    assert slots.shape == (R, B, N) and (slots == EMPTY).all()
 
 
 # Costs.

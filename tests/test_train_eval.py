@@ -182,21 +182,23 @@ def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path, mon
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_process_that_the_same_command_goes_on_with(data_dir, tmp_path):
-    """With the Hungarian assignment, and parameters as they are initialized."""
-    overrides = overrides_of("panoptic", data_dir, **{"train.steps": 30, "train.eval_every": 0})
+    """And which compiles nothing anew."""
+    workdir, programs = tmp_path / "run", tmp_path / "programs"
+    overrides = overrides_of("panoptic", data_dir, **{"train.steps": 30, "train.eval_every": 5})
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
-    command = ["train.py", "--config", "shapes_panoptic:tiny", "--workdir", str(tmp_path), *flags]
+    command = ["train.py", "--config", "shapes_panoptic:tiny", "--workdir", str(workdir), *flags]
+    variables = environment(1) | {"JAX_COMPILATION_CACHE_DIR": str(programs)}
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTIBLE, *command],
         cwd=ROOT,
-        env=environment(1),
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    log = tmp_path / "log.jsonl"
+    log = workdir / "log.jsonl"
     deadline = time.monotonic() + 300
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+    while not (log.exists() and "val/PQ" in log.read_text()) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -204,17 +206,21 @@ def test_ctrl_c_ends_a_process_that_the_same_command_goes_on_with(data_dir, tmp_
     assert process.returncode == 130, said
     assert "Ctrl-C again stops at once" in said
     stopped = int(said.splitlines()[-1].removeprefix("train.py: stopped at step ").split(",")[0])
-    assert 1 <= stopped < 30
+    assert 5 <= stopped < 30
+    kept = {path.name for path in programs.glob("*-cache")}
+    assert len(kept) >= 4  # weights, gradient, update, evaluation
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=environment(1),
+        env=variables,
         capture_output=True,
         text=True,
         check=True,
     )
     assert f"resuming from step {stopped}" in done.stdout
-    assert [record["step"] for record in logged(tmp_path)] == list(range(1, 31))
+    steps = [record["step"] for record in logged(workdir) if "loss/total" in record]
+    assert steps == list(range(1, 31))
+    assert {path.name for path in programs.glob("*-cache")} == kept
 
 
 @OF_ONE_TASK

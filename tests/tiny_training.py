@@ -1,14 +1,12 @@
-"""Configs, one a task, whose training compiles in seconds, and an assignment that jax can keep."""
+"""Configs, one a task, whose training compiles in seconds."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny_runs
 
-from knet_jax import objectives
 from knet_jax.config.files import load_config
 from knet_jax.model import variable_shapes
-from knet_jax.structs import EMPTY
 from knet_jax.training import evaluation, loop, train_step
 
 SHARED = {
@@ -64,20 +62,6 @@ def config_of(task, data_dir, **changes):
     return load_config(f"shapes_{task}:tiny", overrides_of(task, data_dir, **changes))
 
 
-def assign_in_order(cost: jax.Array, labels: jax.Array) -> jax.Array:
-    """As `matching.match`, but one target after the other takes the cheapest kernel that is left."""
-    r, b, n, m = cost.shape
-
-    def take(column, slots):
-        free = jnp.where(slots == EMPTY, cost[..., column], jnp.inf)
-        chosen = jax.nn.one_hot(jnp.argmin(free, -1), n, dtype=bool)
-        wanted = (labels[:, column] != EMPTY)[None, :, None]
-        return jnp.where(chosen & wanted, column, slots)
-
-    cost = jnp.nan_to_num(jax.lax.stop_gradient(cost), nan=1e6)
-    return jax.lax.fori_loop(0, m, take, jnp.full((r, b, n), EMPTY, jnp.int32))
-
-
 # Programs and first weights, shared by the runs of a process.
 
 _SHARED: dict = {}
@@ -97,10 +81,7 @@ def variables_of(model, seed=0):
 
 
 def share_programs(monkeypatch):
-    """Lets all runs of equal networks in this process share what they compile.
-
-    Things are assigned by `assign_in_order`, so that jax keeps the programs on disk as well.
-    """
+    """Lets all runs of equal networks in this process share what they compile."""
     make_train_step, make_evaluator = train_step.make_train_step, evaluation.Evaluator
 
     def shared_step(devices, **given):
@@ -113,7 +94,6 @@ def share_programs(monkeypatch):
         made._look, made._predict = _once(key, lambda: (made._look, made._predict))
         return made
 
-    monkeypatch.setattr(objectives, "match", assign_in_order)
     monkeypatch.setattr(loop, "init_variables", variables_of)
     monkeypatch.setattr(train_step, "make_train_step", shared_step)
     for module in (loop, evaluation):
