@@ -18,6 +18,7 @@ from knet_jax.structs import (
     Segments,
     SemanticTargets,
     Sizes,
+    Stage,
 )
 
 
@@ -95,16 +96,23 @@ def match_stages(output: Output, targets: KernelTargets, weights: LossWeights) -
     """
     num_proposals, num_things, _ = sizes_of(output, targets)
 
-    def cost(stage: int) -> jax.Array:
-        masks, logits = output.stages[stage].masks, output.stages[stage].logits
-        masks = upsample2x(masks[:, :num_proposals], axes=(2, 3))
+    costs = []
+    for stage in jax.lax.stop_gradient(output.stages[:-1] or output.stages):
+        stage, costs = in_turn((stage, costs))
+        logits = stage.logits
         if logits is not None:
             logits = logits[:, :num_proposals, :num_things]
-        return matching_cost(masks, logits, targets.things, weights)
+        masks = upsample2x(stage.masks[:, :num_proposals], axes=(2, 3))
+        costs.append(matching_cost(masks, logits, targets.things, weights))
+    return match(jnp.stack(costs), targets.things.labels)
 
-    output = jax.lax.stop_gradient(output)
-    costs = jnp.stack([cost(s) for s in range(max(len(output.stages) - 1, 1))])
-    return match(costs, targets.things.labels)
+
+in_turn = jax.lax.optimization_barrier
+"""Lets nothing begin with the first of (next input, results so far) before the results are there.
+
+The same holds for their gradients, the other way round. Without it a compiler may begin with all
+stages at once, whose upsampled masks and targets take more memory than the network.
+"""
 
 
 def kernel_loss(
@@ -121,32 +129,48 @@ def kernel_loss(
     things, stuff = targets
     num_proposals, num_things, _ = sizes_of(output, targets)
     slots = match_stages(output, targets, weights)
-    masks = [upsample2x(stage.masks, axes=(2, 3)) for stage in output.stages]
 
-    wanted = losses.kernel_targets(things, stuff, slots[0])
-    proposals = jax.tree.map(lambda x: x[:, :num_proposals], wanted)
-    initial = masks[0][:, :num_proposals]
-    dense = upsample2x(output.dense, axes=(2, 3))
-    terms = {
-        "initial/mask": losses.mask_loss(initial, proposals, counts.things),
-        "initial/dice": losses.dice_loss(initial, proposals, counts.things),
-        "initial/dense": losses.dense_loss(dense, wanted, num_proposals, counts.pixels),
-    }
-    if weights.rank:
-        terms["initial/rank"] = losses.rank_loss(initial, proposals, counts.images)
-    for s in range(1, len(masks)):
-        wanted = losses.kernel_targets(things, stuff, slots[s - 1])
-        logits, labels = output.stages[s].logits, wanted.labels
-        terms |= {
-            f"stage{s}/label": losses.label_loss(logits, labels, num_things, counts.segments),
-            f"stage{s}/mask": losses.mask_loss(masks[s], wanted, counts.segments),
-            f"stage{s}/dice": losses.dice_loss(masks[s], wanted, counts.segments),
+    # What a stage needs for its gradient is made anew instead of being kept.
+    @jax.checkpoint
+    def initial_terms(stage: Stage, dense: jax.Array) -> dict[str, jax.Array]:
+        wanted = losses.kernel_targets(things, stuff, slots[0])
+        proposals = jax.tree.map(lambda x: x[:, :num_proposals], wanted)
+        masks = upsample2x(stage.masks[:, :num_proposals], axes=(2, 3))
+        dense = upsample2x(dense, axes=(2, 3))
+        terms = {
+            "initial/mask": losses.mask_loss(masks, proposals, counts.things),
+            "initial/dice": losses.dice_loss(masks, proposals, counts.things),
+            "initial/dense": losses.dense_loss(dense, wanted, num_proposals, counts.pixels),
         }
         if weights.rank:
-            terms[f"stage{s}/rank"] = losses.rank_loss(masks[s], wanted, counts.images)
+            terms["initial/rank"] = losses.rank_loss(masks, proposals, counts.images)
+        return terms
 
+    def stage_terms(s: int, stage: Stage, slots: jax.Array) -> dict[str, jax.Array]:
+        wanted = losses.kernel_targets(things, stuff, slots)
+        masks, labels = upsample2x(stage.masks, axes=(2, 3)), wanted.labels
+        terms = {
+            f"stage{s}/label": losses.label_loss(stage.logits, labels, num_things, counts.segments),
+            f"stage{s}/mask": losses.mask_loss(masks, wanted, counts.segments),
+            f"stage{s}/dice": losses.dice_loss(masks, wanted, counts.segments),
+        }
+        if weights.rank:
+            terms[f"stage{s}/rank"] = losses.rank_loss(masks, wanted, counts.images)
+        return terms
+
+    initial, slots = in_turn(((output.stages[0], output.dense), slots))
+    terms = initial_terms(*initial)
+    for s, stage in enumerate(output.stages[1:], 1):
+        (stage, matched), terms = in_turn(((stage, slots[s - 1]), terms))
+        is_last = s == len(slots)  # its gradient is the first
+        judge = stage_terms if is_last else jax.checkpoint(stage_terms, static_argnums=0)
+        terms |= judge(s, stage, matched)
+
+    (last, matched), terms = in_turn(((output.stages[-1].masks, slots[-1]), terms))
+    wanted = losses.kernel_targets(things, stuff, matched)
     proposals = jax.tree.map(lambda x: x[:, :num_proposals], wanted)
-    found = losses.num_found(masks[-1][:, :num_proposals], proposals)
+    last = upsample2x(jax.lax.stop_gradient(last[:, :num_proposals]), axes=(2, 3))
+    found = losses.num_found(last, proposals)
     return Judgement(weigh(terms, weights), {"matched": found / jnp.maximum(counts.things, 1)})
 
 

@@ -56,9 +56,12 @@ def test_values_and_gradients_are_those_of_lax(monkeypatch, size, stride, dilati
 
 
 def test_the_form_follows_the_measured_table():
-    forms = [convolution._fastest_on_cpu(*case) for case in ((256, 10**5), (64, 256), (3, 4096))]
-    assert forms == [FORMS[0], FORMS[0], FORMS[1]]
-    assert convolution._fastest_on_cpu(64, 128 * 128) is FORMS[2]
+    def form(channels, pixels, size=3):
+        return convolution._fastest_on_cpu((size, size, 256, channels), pixels)
+
+    assert form(256, 10**5) == form(64, 256) == form(16, 10**5, size=1) == FORMS[0]
+    assert form(3, 4096) == FORMS[1]
+    assert form(64, 128 * 128) == FORMS[2]
 
 
 def test_types_stay():

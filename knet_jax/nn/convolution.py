@@ -54,9 +54,6 @@ def convolve(
     assert dimension_numbers in (None, nhwc)
     padding = tuple(map(tuple, padding))
     strides, dilation = tuple(strides), tuple(rhs_dilation or (1, 1))
-    if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
-        x = jax.lax.slice(x, (0,) * 4, x.shape, (1, *strides, 1))
-        return x @ kernel[0, 0]
     return _convolve(x, kernel, strides, padding, dilation)
 
 
@@ -68,6 +65,10 @@ def _convolve(
     padding: Padding,
     dilation: tuple[int, int],
 ) -> jax.Array:
+    if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
+        x = jax.lax.slice(x, (0,) * 4, x.shape, (1, *strides, 1))
+        # Pixels in one axis: XLA transposes a copy of every map whose gradient sums over several.
+        return (x.reshape(-1, x.shape[3]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
     return jax.lax.conv_general_dilated(
         x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=LAYOUT
     )
@@ -79,9 +80,11 @@ def _forward(x, kernel, strides, padding, dilation):
 
 def _backward(strides, padding, dilation, residuals, grad):
     x, kernel = residuals
+    # What the gradient reads is made when it is there; XLA would make it as soon as it can.
+    x, grad = jax.lax.optimization_barrier((x, grad))
     arguments = {"strides": strides, "padding": padding, "dilation": dilation}
     (grad_x,) = jax.linear_transpose(lambda x: _convolve.fun(x, kernel, **arguments), x)(grad)
-    form = _fastest_on_cpu(min(kernel.shape[2:]), pixels=grad.shape[1] * grad.shape[2])
+    form = _fastest_on_cpu(kernel.shape, pixels=grad.shape[1] * grad.shape[2])
     grad_kernel = jax.lax.platform_dependent(
         x,
         kernel,
@@ -95,14 +98,15 @@ def _backward(strides, padding, dilation, residuals, grad):
 _convolve.defvjp(_forward, _backward)
 
 
-def _fastest_on_cpu(channels: int, pixels: int) -> Callable[..., jax.Array]:
+def _fastest_on_cpu(kernel_shape: Sequence[int], pixels: int) -> Callable[..., jax.Array]:
     """The form of the gradient by the weights that takes the least time.
 
     Args:
-        channels: the fewer of input and output.
+        kernel_shape: (size, size, c', c).
         pixels: of a map of the output.
     """
-    if channels >= 128 or (channels >= 64 and pixels <= 32 * 32):
+    channels = min(kernel_shape[2:])
+    if kernel_shape[0] == 1 or channels >= 128 or (channels >= 64 and pixels <= 32 * 32):
         return _kernel_gradient_as_products
     return _kernel_gradient if pixels <= 64 * 64 else _kernel_gradient_in_tiles
 
