@@ -50,7 +50,8 @@ def unpack_panoptic(targets: PanopticTargets) -> KernelTargets:
     m, num_stuff = targets.labels.shape[1], targets.stuff_labels.shape[1]
     index = jnp.arange(1, m + num_stuff + 1, dtype=targets.segment_map.dtype)
     sampled = targets.segment_map.reshape(b, 1, rows // 2, 2, columns // 2, 2)
-    masks = (sampled == index[:, None, None, None, None]).mean((3, 5))
+    own = [sampled[:, :, :, i, :, j] == index[:, None, None] for i in (0, 1) for j in (0, 1)]
+    masks = sum(x.astype(float) for x in own) / 4
     return KernelTargets(
         Segments(masks[:, :m], targets.labels), Segments(masks[:, m:], targets.stuff_labels)
     )
@@ -130,41 +131,47 @@ def kernel_loss(
     num_proposals, num_things, _ = sizes_of(output, targets)
     slots = match_stages(output, targets, weights)
 
-    # What a stage needs for its gradient is made anew instead of being kept.
-    @jax.checkpoint
-    def initial_terms(stage: Stage, dense: jax.Array) -> dict[str, jax.Array]:
-        wanted = losses.kernel_targets(things, stuff, slots[0])
-        proposals = jax.tree.map(lambda x: x[:, :num_proposals], wanted)
-        masks = upsample2x(stage.masks[:, :num_proposals], axes=(2, 3))
-        dense = upsample2x(dense, axes=(2, 3))
+    def initial_terms(masks: jax.Array, slots: jax.Array) -> dict[str, jax.Array]:
+        wanted = losses.kernel_targets(things, stuff, slots)
+        wanted = jax.tree.map(lambda x: x[:, :num_proposals], wanted)
+        masks = upsample2x(masks[:, :num_proposals], axes=(2, 3))
         terms = {
-            "initial/mask": losses.mask_loss(masks, proposals, counts.things),
-            "initial/dice": losses.dice_loss(masks, proposals, counts.things),
-            "initial/dense": losses.dense_loss(dense, wanted, num_proposals, counts.pixels),
+            "mask": losses.mask_loss(masks, wanted, counts.things),
+            "dice": losses.dice_loss(masks, wanted, counts.things),
         }
         if weights.rank:
-            terms["initial/rank"] = losses.rank_loss(masks, proposals, counts.images)
+            terms["rank"] = losses.rank_loss(masks, wanted, counts.images)
         return terms
 
-    def stage_terms(s: int, stage: Stage, slots: jax.Array) -> dict[str, jax.Array]:
+    def dense_terms(dense: jax.Array, slots: jax.Array) -> dict[str, jax.Array]:
+        wanted = losses.kernel_targets(things, stuff, slots)
+        dense = upsample2x(dense, axes=(2, 3))
+        return {"dense": losses.dense_loss(dense, wanted, num_proposals, counts.pixels)}
+
+    def stage_terms(stage: Stage, slots: jax.Array) -> dict[str, jax.Array]:
         wanted = losses.kernel_targets(things, stuff, slots)
         masks, labels = upsample2x(stage.masks, axes=(2, 3)), wanted.labels
         terms = {
-            f"stage{s}/label": losses.label_loss(stage.logits, labels, num_things, counts.segments),
-            f"stage{s}/mask": losses.mask_loss(masks, wanted, counts.segments),
-            f"stage{s}/dice": losses.dice_loss(masks, wanted, counts.segments),
+            "label": losses.label_loss(stage.logits, labels, num_things, counts.segments),
+            "mask": losses.mask_loss(masks, wanted, counts.segments),
+            "dice": losses.dice_loss(masks, wanted, counts.segments),
         }
         if weights.rank:
-            terms[f"stage{s}/rank"] = losses.rank_loss(masks, wanted, counts.images)
+            terms["rank"] = losses.rank_loss(masks, wanted, counts.images)
         return terms
 
-    initial, slots = in_turn(((output.stages[0], output.dense), slots))
-    terms = initial_terms(*initial)
-    for s, stage in enumerate(output.stages[1:], 1):
-        (stage, matched), terms = in_turn(((stage, slots[s - 1]), terms))
-        is_last = s == len(slots)  # its gradient is the first
-        judge = stage_terms if is_last else jax.checkpoint(stage_terms, static_argnums=0)
-        terms |= judge(s, stage, matched)
+    first, *updated = output.stages
+    judged = [
+        ("initial", initial_terms, first.masks, slots[0]),
+        ("initial", dense_terms, output.dense, slots[0]),
+        *((f"stage{s}", stage_terms, *of) for s, of in enumerate(zip(updated, slots), 1)),
+    ]
+    terms = {}
+    for name, judge, predicted, matched in judged:
+        (predicted, matched), terms = in_turn(((predicted, matched), terms))
+        if name != judged[-1][0]:  # whose gradient comes first
+            judge = jax.checkpoint(judge)  # what its gradient needs is made anew, not kept
+        terms |= {f"{name}/{key}": term for key, term in judge(predicted, matched).items()}
 
     (last, matched), terms = in_turn(((output.stages[-1].masks, slots[-1]), terms))
     wanted = losses.kernel_targets(things, stuff, matched)

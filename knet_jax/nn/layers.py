@@ -211,21 +211,41 @@ def repeat2x(x: jax.Array) -> jax.Array:
     return jnp.stack((x, x), axis=3).reshape(b, 2 * h, 2 * w, c)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def upsample2x(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """Doubles two axes bilinearly (half-pixel centers, edges repeated).
 
     The same as a bilinear resize without corner alignment, in two multiplications an element
-    (`tests/test_layers.py::test_upsample2x_equals_resize`).
+    (`tests/test_layers.py::test_upsample2x_equals_resize`). Its gradient is written out, since XLA on
+    the CPU is slow at the sums of padded arrays that JAX would make of it.
     """
     for axis in axes:
-        axis %= x.ndim
-        size = x.shape[axis]
-        part = partial(jax.lax.slice_in_dim, x, axis=axis)
-        before = jnp.concatenate([part(0, 1), part(0, size - 1)], axis)
-        after = jnp.concatenate([part(1, size), part(size - 1, size)], axis)
-        pairs = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
-        x = pairs.reshape(x.shape[:axis] + (2 * size,) + x.shape[axis + 1 :])
+        before, after = _neighbours(x, x, axis)
+        pairs = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis % x.ndim + 1)
+        x = pairs.reshape(*x.shape[: axis % x.ndim], -1, *x.shape[axis % x.ndim + 1 :])
     return x
+
+
+def _upsample2x_gradient(axes, _, grad):
+    for axis in axes:
+        axis %= grad.ndim
+        pairs = grad.reshape(*grad.shape[:axis], -1, 2, *grad.shape[axis + 1 :])
+        even, odd = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+        before, after = _neighbours(odd, even, axis)
+        grad = 0.75 * (even + odd) + 0.25 * (before + after)
+    return (grad,)
+
+
+def _neighbours(x, y, axis):
+    """Element i - 1 of x and i + 1 of y, for every i; where there is none, 0 of y and the last of x."""
+    part = partial(jax.lax.slice_in_dim, axis=axis)
+    size = x.shape[axis]
+    before = jnp.concatenate([part(y, 0, 1), part(x, 0, size - 1)], axis)
+    after = jnp.concatenate([part(y, 1, size), part(x, size - 1, size)], axis)
+    return before, after
+
+
+upsample2x.defvjp(lambda x, axes: (upsample2x(x, axes), None), _upsample2x_gradient)
 
 
 def sine_encoding(height: int, width: int, channels: int, dtype) -> jax.Array:
