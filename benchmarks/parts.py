@@ -306,7 +306,7 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     batch = scenes.batch(case.batch, case.size, config, seed=0)
     parts = train_step.to_devices(batch, devices, num_parts)
 
-    # The matching is done on the host, and the optimizer's operations are few: neither is counted.
+    # The optimizer's operations are few: they are not counted.
     targets = jax.tree.map(lambda x: x[0], parts[0].targets)
     counts = task.count(task.unpack(targets))
     gradients = jax.pmap(

@@ -17,9 +17,11 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -55,46 +57,76 @@ COLUMNS = {
 
 def main() -> int:
     args = parse_arguments()
-    with tempfile.TemporaryDirectory() as prepared:
-        for config in args.configs.values():
-            config.data.data_dir = prepared
-        report = measure_all(args)
-
-    print(", ".join(f"{key} {value}" for key, value in (report["machine"] or {}).items()))
-    if args.reference:
-        print(f"reference: {report['reference_machine']}; ratio = ours / reference")
-    print(table(report["results"]))
-    if args.output:
-        print(f"wrote {args.output}")
-    return int(any("error" in record for record in report["results"]))
-
-
-def measure_all(args: argparse.Namespace) -> dict[str, Any]:
-    """The content of the output file, which is written after every case."""
-    reference = json.loads(args.reference.read_text()) if args.reference else None
-    report = {"machine": None, "results": []}
-    if reference:
-        report["reference_machine"] = reference["machine"]
     planned = [
         (spec, case) for spec, config in args.configs.items() for case in cases(config, args)
     ]
-    for number, (spec, case) in enumerate(planned, 1):
-        print(f"[{number}/{len(planned)}] {spec} {case}", file=sys.stderr, flush=True)
-        record = measure_apart(case, args.configs[spec], args.repeat)
-        report["machine"] = record.pop("machine", report["machine"])
-        record = {"config": spec, "case": str(case), "part": case.part} | record
-        if record.get("flop"):
-            record["tflops"] = record["flop"] / record["median_ms"] / 1e9
-            record["peak_tflops"] = args.peak_tflops or record["peak_tflops"]
-            record["utilization"] = record["tflops"] / record["peak_tflops"]
-        if reference and "median_ms" in record and report["machine"]["platform"] == "cpu":
-            theirs = reference["results"].get(reference_name(case, args.configs[spec]))
-            if theirs:
-                record["reference_ms"] = theirs["median_ms"]
-                record["ratio"] = record["median_ms"] / theirs["median_ms"]
-        report["results"].append(record)
-        if args.output:
-            args.output.write_text(json.dumps(report, indent=2) + "\n")
+    reference = json.loads(args.reference.read_text()) if args.reference else None
+    report = measure_cases(
+        planned, args.configs, args.repeat, args.output, reference, args.peak_tflops
+    )
+    if reference:
+        print(f"reference: {report['reference_machine']}; ratio = ours / reference")
+    print_report(report, args.output)
+    return int(any("error" in record for record in report["results"]))
+
+
+def print_report(report: dict[str, Any], output: Path | None) -> None:
+    """Prints the machine, the table, and where the report lies."""
+    print(", ".join(f"{key} {value}" for key, value in (report["machine"] or {}).items()))
+    print(table(report["results"]))
+    if output:
+        print(f"wrote {output}")
+
+
+def measure_cases(
+    planned: Sequence[tuple[str, Case]],
+    configs: Mapping[str, ConfigDict],
+    repeat: int,
+    output: Path | None,
+    reference: Mapping[str, Any] | None = None,
+    peak_tflops: float | None = None,
+    deadline: float = math.inf,
+) -> dict[str, Any]:
+    """Measures cases one after the other.
+
+    Args:
+        planned: names of configs, and what is measured of them.
+        configs: by name; data is prepared in a folder that is gone afterwards.
+        repeat: how often each case is timed.
+        output: where the report is written after every case, None for nowhere.
+        reference: times of the PyTorch reference.
+        peak_tflops: of the device, None where it is to be measured.
+        deadline: on the monotonic clock; cases that cannot begin before are named only.
+
+    Returns:
+        The report.
+    """
+    report = {"machine": None, "results": []}
+    if reference:
+        report["reference_machine"] = reference["machine"]
+    with tempfile.TemporaryDirectory() as prepared:
+        for config in configs.values():
+            config.data.data_dir = prepared
+        for number, (spec, case) in enumerate(planned, 1):
+            print(f"[{number}/{len(planned)}] {spec} {case}", file=sys.stderr, flush=True)
+            if time.monotonic() < deadline:
+                record = measure_apart(case, configs[spec], repeat)
+            else:
+                record = {"error": "no time was left"}
+            report["machine"] = record.pop("machine", report["machine"])
+            record = {"config": spec, "case": str(case), "part": case.part} | record
+            if record.get("flop"):
+                record["tflops"] = record["flop"] / record["median_ms"] / 1e9
+                record["peak_tflops"] = peak_tflops or record["peak_tflops"]
+                record["utilization"] = record["tflops"] / record["peak_tflops"]
+            if reference and "median_ms" in record and report["machine"]["platform"] == "cpu":
+                theirs = reference["results"].get(reference_name(case, configs[spec]))
+                if theirs:
+                    record["reference_ms"] = theirs["median_ms"]
+                    record["ratio"] = record["median_ms"] / theirs["median_ms"]
+            report["results"].append(record)
+            if output:
+                output.write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
