@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from knet_jax.inference.forward import run_network
-from knet_jax.model import init_variables, make_model
+from knet_jax.model import init_variables, make_model, variable_shapes
 from knet_jax.structs import EMPTY, Batch, InstanceTargets, PanopticTargets, SemanticTargets, Stage
 
 SCENES = ("random", "objects")
@@ -90,8 +90,9 @@ def stage(scene: str, count: int, size: tuple[int, int], config: ConfigDict) -> 
     if scene == "random":
         return _random(count, size, config)
     # As large as the network makes them.
+    model = _model(config)
     shapes = jax.eval_shape(
-        lambda: run_network(_variables(config), batch(1, size, config, 0), model=_model(config))
+        partial(run_network, model=model), variable_shapes(model), batch(1, size, config, 0)
     )
     rngs = [np.random.default_rng(seed) for seed in range(count)]
     masks, logits = zip(*(_objects(rng, shapes.masks.shape[2:], config) for rng in rngs))
