@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Times K-Net on one GPU: benchmarks/gpu.sh [MINUTES]. Wheels that the machine lacks are installed from
-# the folder wheels/ beside this file, where there is one. PYTHON names the interpreter.
+# Times K-Net on one GPU in eight minutes: benchmarks/gpu.sh [flags of gpu.py]. Wheels that the machine
+# lacks are installed from benchmarks/wheels/, where there is one. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -10,4 +10,4 @@ fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || echo "no NVIDIA GPU"
 # Memory is taken as it is needed, so that its peak can be read.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
-"$python" benchmarks/gpu.py --minutes "${1:-8}" --output benchmarks/results/gpu.json
+"$python" benchmarks/gpu.py --output benchmarks/results/gpu.json "$@"
