@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from knet_jax.data import transforms
-from knet_jax.inference.any_size import Framing, resize_into_canvas, size_in_canvas
+from knet_jax.inference.any_size import Framing, may_win, resize_into_canvas, size_in_canvas
 from knet_jax.inference.resampling import Canvas
 from knet_jax.structs import EMPTY, Pass, Sizes, Stage
 from knet_jax.tasks import TASKS
@@ -128,3 +128,15 @@ def test_padding_and_company_change_nothing(task):
         if array.ndim > 2:
             together = together[..., :60, :85]
         np.testing.assert_allclose(np.asarray(array, float), together.astype(float), atol=1e-6)
+
+
+def test_nobody_who_wins_a_pixel_is_left_out():
+    values = np.random.default_rng(0).uniform(0.9, 1, (9, 2, 12, 16)).astype(np.float32)
+    values *= np.linspace(0.8, 1, 9)[:, None, None, None]
+    values[8, :, :, 8:] = 0
+    chosen = np.array(may_win(jnp.asarray(values)))
+    assert chosen.any() and not chosen.all()
+    canvas = jax.image.resize(values, (9, 2, 48, 64), "bilinear")
+    for size in (37, 51), (48, 64), (90, 75):
+        seen = jax.image.resize(canvas, (9, 2, *size), "bilinear", antialias=False)
+        assert chosen[np.unique(seen.argmax(0))].all()
