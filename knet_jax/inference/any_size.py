@@ -150,7 +150,7 @@ def predict_panoptic(
 
     def where_it_may_win(visit):
         """`visit` of a state and a mask, but for the masks that cannot win: nothing is theirs."""
-        nothing = jnp.zeros(len(inside), jnp.int32)
+        nothing = jnp.zeros(inside.shape[0], jnp.int32)
 
         def skip(state, *_):
             return state, nothing

@@ -136,10 +136,23 @@ class BatchNorm(nn.Module):
         return scale_and_shift(x, factor, bias - mean * factor).astype(self.dtype)
 
 
-@jax.checkpoint
+@jax.custom_vjp
 def scale_and_shift(x: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
-    """x * factor + shift, in their type. For the gradient x alone is kept, as it is."""
+    """x * factor + shift by channels, in their type. For the gradient x alone is kept, as it is."""
     return x.astype(factor.dtype) * factor + shift
+
+
+def _scale_and_shift_gradient(residuals, grad):
+    x, factor = residuals
+    x, grad = jax.lax.optimization_barrier((x, grad))  # as in `convolve`
+    pixels = tuple(range(x.ndim - 1))
+    return (grad * factor).astype(x.dtype), (grad * x).sum(pixels), grad.sum(pixels)
+
+
+scale_and_shift.defvjp(
+    lambda x, factor, shift: (scale_and_shift(x, factor, shift), (x, factor)),
+    _scale_and_shift_gradient,
+)
 
 
 def make_norm(norm: str, dtype: str, train: bool) -> Callable[..., nn.Module]:
