@@ -186,8 +186,12 @@ def test_files_run_without_this_project(heading, folders, expected, tmp_path):
 OTHERS = {
     "deformable": ("coco_panoptic.py:tiny,tiny_dcn", {}, 5),
     "swin": ("coco_panoptic.py:tiny,tiny_swin", {}, 1),
-    "coordinates": ("coco_panoptic.py:tiny", {"model.neck.coordinates": True}, 5),
-    "no updates": ("coco_instance.py:tiny", {"model.num_stages": 0}, 5),
+    # Coordinates without updates, which would amplify rounding more than elsewhere.
+    "coordinates": (
+        "coco_instance.py:tiny",
+        {"model.neck.coordinates": True, "model.num_stages": 0},
+        5,
+    ),
     "psp": ("ade20k_semantic.py:psp,tiny", {}, 5),
     "deeplabv3": ("ade20k_semantic.py:deeplabv3,tiny", {}, 5),
     "uper": ("ade20k_semantic.py:uper,tiny", {}, 5),
