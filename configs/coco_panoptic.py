@@ -2,10 +2,6 @@
 
 from ml_collections import ConfigDict
 
-NUM_IMAGES = 118_287  # train2017
-BATCH = 16  # a step is 16 images: 12 x 118 287 / 16 = 88 715 steps
-EPOCH = NUM_IMAGES // BATCH  # 7392 steps
-
 
 def get_config() -> ConfigDict:
     """The 1x recipe."""
@@ -46,10 +42,10 @@ def get_config() -> ConfigDict:
                 ),
             },
             "train": {
-                "batch_size": BATCH,
+                "batch_size": 16,
                 "microbatch": 2,
-                "epochs": 12.0,
-                "eval_every": EPOCH,
+                "epochs": 12.0,  # 12 x 118 287 / 16 = 88 715 steps
+                "eval_every": None,  # every epoch, whatever the batch
             },
         }
     )

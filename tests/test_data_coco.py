@@ -407,6 +407,7 @@ def test_what_is_null_or_a_text_or_absent(tmp_path):
 
 EXPORTS = [  # the JSON, and the folder of its pictures
     ("train/_annotations.coco.json", "train"),
+    ("training/_annotations.coco.json", "training"),  # as `val` finds `valid`
     ("train/annotations/instances_default.json", "train/images"),
     ("train/annotations/instances_default.json", "train/images/default"),
     ("annotations/instances_train.json", "images/train"),

@@ -111,7 +111,6 @@ def test_what_only_a_training_fills_in_is_named():
             {"optim.warmup_steps": 300},
             (
                 "the warm-up takes 300 steps, and the run 228; --config.optim.warmup_steps=None",
-                "config.train.eval_every is 7392, and the run has 228 steps; --config.train.eval_",
                 "pictures of 160x120 are enlarged to 1067x800; --config.data.canvas=None",
                 "stay frozen at random values without config.init_weights; --config.model.backb",
             ),
@@ -125,8 +124,11 @@ def test_what_only_a_training_fills_in_is_named():
         (
             "folder_semantic",
             (480, 640),
-            {"init_weights": "a.pth", "train.steps": 2000, "train.eval_every": 0},
-            ("would fall first at step 60000, and the run has 2000; --config.optim.decay_at=None",),
+            {"init_weights": "a.pth", "train.steps": 2000},
+            (
+                "would fall first at step 60000, and the run has 2000; --config.optim.decay_at=None",
+                "config.train.eval_every is 8000, and the run has 2000 steps; --config.train.eval_",
+            ),
         ),
         ("ade20k_semantic", (512, 683), {"init_weights": "a.pth", "train.steps": 80_000}, None),
     ],

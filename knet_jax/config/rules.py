@@ -80,7 +80,8 @@ def _is_group(row: Any) -> bool:
 
 
 def _are_groups(rows: Any) -> bool:
-    return several(_is_group, 1, 100)(rows) and len({row[0] for row in rows}) == len(rows)
+    trains = several(_is_group, 1, 100)(rows) and any(row[2] for row in rows)
+    return trains and len({row[0] for row in rows}) == len(rows)
 
 
 TEXT = (lambda value: isinstance(value, str), "a text")
@@ -143,5 +144,5 @@ MULTIPLE = (
 )
 GROUPS = (
     _are_groups,
-    "rows of (name, regular expression, factor of lr, factor of weight decay), each name once",
+    "rows of (unique name, regular expression, factor of lr (not all 0), factor of weight decay)",
 )

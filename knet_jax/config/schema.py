@@ -412,6 +412,12 @@ def _check_rules(values: Mapping[str, Any], group: Group) -> None:
             raise UserError(f"config.{name} is {shown}; accepted: {rule[1]}{where}")
 
 
+def decay_steps(optim: ConfigDict, steps_per_epoch: float) -> tuple[int, ...]:
+    """Steps from which `config.optim.decay_at` lowers the learning rate."""
+    scale = steps_per_epoch if optim.unit == "epoch" else 1
+    return tuple(round(at * scale) for at in optim.decay_at)
+
+
 def describe(values: Mapping[str, Any]) -> str:
     """The keys of a config with value, meaning and what is accepted, for `--help`."""
     return "\n".join(

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from knet_jax.config.files import SAVED_NAME, load_saved_config
 from knet_jax.config.rules import STRIDE
+from knet_jax.config.schema import decay_steps
 from knet_jax.data import pipeline, recipes
 from knet_jax.data.prepared_split import Split
 from knet_jax.segmentation.class_lists import class_counts
@@ -82,8 +83,7 @@ def find_doubts(config: ConfigDict, split: Split) -> list[str]:
             f"the warm-up takes {optim.warmup_steps} steps, and the run {total}; "
             "--config.optim.warmup_steps=None makes it a twentieth"
         )
-    scale = epoch if optim.unit == "epoch" else 1
-    first = round(optim.decay_at[0] * scale) if optim.decay_at else 0
+    first = min(decay_steps(optim, epoch), default=0)
     if first >= total:
         doubts.append(
             f"the learning rate would fall first at step {first}, and the run has {total}; "

@@ -296,8 +296,8 @@ def is_due(step: int, every: int) -> bool:
 def check_finite(done: Any, *, split: Split, checkpoints: Checkpoints, start: int) -> None:
     """Stops the run at numbers that are not finite, before anything of them is saved.
 
-    A last checkpoint that had diverged already is set aside. The next step is the first that tells of
-    it; nor can a run go on from one from which it diverged before it came to another.
+    A checkpoint of the step before is set aside: a step tells of the state that it starts from, whatever
+    the learning rate. Earlier ones stay.
 
     Args:
         done: (step, its metrics or its state by name, ids of its pictures), or None before the first.
@@ -311,22 +311,23 @@ def check_finite(done: Any, *, split: Split, checkpoints: Checkpoints, start: in
     if done is None:
         return
     step, values, ids = done
-    judged = {
-        name: values[name] for name in ("loss/total", "grad_norm") if name in values
-    } or values
-    if all(np.isfinite(value).all() for value in judged.values()):
+    # Other scalars of a step may be nan: a share of no things.
+    judged = ("loss/total", "grad_norm") if "loss/total" in values else values
+    if all(np.isfinite(values[name]).all() for name in judged):
         return
     bad = [name for name, value in values.items() if not np.isfinite(value).all()]
     names = ", ".join(split.file_name(i) for i in ids if i != EMPTY)
     checkpoints.wait()
-    last = checkpoints.steps()[-1:]
-    if last and last[0] in (start, step - 1):
-        checkpoints.set_aside(last)
-        print(f"checkpoint {last[0]} led there and is moved to {checkpoints.directory}/damaged")
-    last = checkpoints.steps()[-1:] or ["none"]
+    if step - 1 in checkpoints.steps():
+        checkpoints.set_aside([step - 1])
+        print(f"checkpoint {step - 1} led there and is moved to {checkpoints.directory}/damaged")
+    last = max(checkpoints.steps(), default="none")
+    remedy = "a lower config.optim.lr or a longer config.optim.warmup_steps may help"
+    if last == start:
+        remedy += f"; else remove {checkpoints.directory / str(start)} to begin before it"
     raise UserError(
-        f"step {step}: {', '.join(bad[:5])} is not finite; images: {names}; last checkpoint: {last[0]}; "
-        "a lower config.optim.lr or a longer config.optim.warmup_steps may help"
+        f"step {step}: {', '.join(bad[:5])} is not finite; images: {names}; last checkpoint: {last}; "
+        f"{remedy}"
     )
 
 

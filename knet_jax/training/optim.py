@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from knet_jax.config.schema import decay_steps
 from knet_jax.saved.checkpoint_record import leaf_paths
 from knet_jax.system.errors import UserError
 
@@ -105,12 +106,6 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def base_rate(optim: ConfigDict, batch_size: int) -> float:
     """`config.optim.lr`, in proportion to the batch where `config.optim.scale_lr` asks for it."""
     return optim.lr * (batch_size / optim.reference_batch if optim.scale_lr else 1.0)
-
-
-def decay_steps(optim: ConfigDict, steps_per_epoch: float) -> tuple[int, ...]:
-    """Steps from which `config.optim.decay_at` lowers the learning rate."""
-    scale = steps_per_epoch if optim.unit == "epoch" else 1
-    return tuple(round(at * scale) for at in optim.decay_at)
 
 
 def make_schedule(optim: ConfigDict, steps_per_epoch: float, batch_size: int) -> optax.Schedule:
