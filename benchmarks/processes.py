@@ -1,0 +1,232 @@
+"""Trains and evaluates tiny networks on processes x devices of this CPU, and compares them.
+
+python benchmarks/processes.py --folder /tmp/processes                     # a table of all tasks
+python benchmarks/processes.py --folder /tmp/processes --tasks panoptic --divisions 1x1,2x1
+python benchmarks/processes.py --folder /tmp/processes --kills 10          # killed and resumed
+
+The table: largest differences from one process with one device of the losses (relative), of the
+parameters and of their average, and whether all numbers of the evaluation are the same. Of a run that
+is killed, whether it ends with the same bits as one that is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import devices
+import tiny_training
+
+from knet_jax.saved.checkpoints import Checkpoints
+from knet_jax.training.logs import read_log
+
+CHANGES = {
+    "train.ema_decay": 0.9,
+    "train.checkpoint_every": 2,
+    "data.num_val": 10,
+    "optim.lr": 0.003,
+}
+OF_TASKS = {
+    # Statistics of the whole batch, in a backbone that is trained.
+    "panoptic": {
+        "model.backbone.norm": "batch",
+        "model.backbone.frozen_stages": 0,
+        "optim.groups": (("all", r".*", 1.0, 1.0),),
+    },
+    # Eight pictures a step, one at a time: eight, two and one after the other.
+    "instance": {"train.batch_size": 8, "train.microbatch": 1},
+    # Statistics of the whole batch in the decoder; what is drawn for each device is off.
+    "semantic": {"model.neck.norm": "batch", "model.dropout": 0.0},
+}
+
+
+def arguments(task: str, folder: Path, **changes) -> list[str]:
+    """Flags of a tiny run of a task."""
+    values = tiny_training.overrides_of(task, folder / "data") | CHANGES
+    values |= OF_TASKS[task] | changes
+    return [f"--config.{key}={value}" for key, value in values.items()]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def start(words: list[str], num_processes: int, num_devices: int, log: Path, **variables):
+    """Starts `knet` in so many processes; what they print goes to files beside `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    port, started = free_port(), []
+    for i in range(num_processes):
+        joins = ["--coordinator", f"localhost:{port}", "--num_processes", str(num_processes)]
+        joins += ["--process_id", str(i)]
+        with log.with_name(f"{log.name}.{i}.txt").open("w") as file:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "knet_jax.cli.main", *words]
+                    + (joins if num_processes > 1 else []),
+                    cwd=ROOT,
+                    env=devices.environment(num_devices) | {"PYTHONPATH": str(ROOT)} | variables,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return started
+
+
+def run(*given, **variables) -> None:
+    """`start`, and waits for all to end well."""
+    started = start(*given, **variables)
+    statuses = [process.wait() for process in started]
+    if any(statuses):
+        raise SystemExit(f"failed; see {given[-1]}.*.txt")
+
+
+def arrays_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Parameters, statistics and average of a saved step."""
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        shapes = checkpoints.saved_shapes(step) or checkpoints._read_record(step)["arrays"]
+        names = [name for name in ("params", "batch_stats", "ema") if name in shapes]
+        return checkpoints.restore({name: shapes[name] for name in names}, step)[0]
+
+
+def digests_of(workdir: Path, step: int) -> dict:
+    """The digests of all arrays of a saved step, those of the optimizer too."""
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        return checkpoints._read_record(step)["arrays"]
+
+
+def losses_of(workdir: Path) -> np.ndarray:
+    """The loss of every step."""
+    records = [r for r in read_log(workdir) if "loss/total" in r]
+    return np.array([r["loss/total"] for r in records])
+
+
+def scores_of(workdir: Path) -> list[dict]:
+    """All evaluations of a run."""
+    records = [r for r in read_log(workdir) if any(k.startswith("val") for k in r)]
+    return [{k: v for k, v in r.items() if k.startswith(("val", "step"))} for r in records]
+
+
+def largest(one: dict, other: dict) -> float:
+    """The largest difference of two trees of arrays."""
+    import jax
+
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return max(float(np.abs(a - b).max()) for a, b in pairs if a.size)
+
+
+def compare(task: str, divisions: list[str], folder: Path, steps: int) -> None:
+    """Trains a task on every division and prints a row for each."""
+    first = None
+    for division in divisions:
+        num_processes, num_devices = map(int, division.split("x"))
+        workdir = folder / f"{task}_{division}"
+        shutil.rmtree(workdir, ignore_errors=True)
+        words = ["train", "--config", f"shapes_{task}:tiny", "--workdir", str(workdir)]
+        changes = {"train.steps": steps, "train.eval_every": steps}
+        words += arguments(task, folder, **changes)
+        run(words, num_processes, num_devices, folder / "logs" / workdir.name)
+        # The same variables everywhere: those that the first division has reached.
+        model, output = folder / f"{task}_{divisions[0]}", folder / "eval" / workdir.name
+        words = ["eval", "--workdir", str(model), "--output", str(output), "--results"]
+        run(words, num_processes, num_devices, folder / "logs" / f"eval_{workdir.name}")
+        found = (
+            losses_of(workdir),
+            arrays_of(workdir, steps),
+            scores_of(workdir),
+            {p.relative_to(output): p.read_bytes() for p in output.rglob("*.json")},
+        )
+        first = first or found
+        loss = float(np.abs(found[0] / first[0] - 1).max())
+        difference = {k: largest(found[1][k], first[1][k]) for k in found[1]}
+        cells = [task, division, f"{loss:.1e}"]
+        cells += [f"{difference[k]:.1e}" for k in ("params", "batch_stats", "ema")]
+        cells += [
+            "yes" if found[2] == first[2] else "no",
+            "yes" if found[3] == first[3] else "no",
+        ]
+        print("| " + " | ".join(cells) + " |", flush=True)
+        (folder / f"{task}_{division}.json").write_text(json.dumps(found[2], indent=2))
+
+
+def kill(num_kills: int, folder: Path, steps: int, task: str = "panoptic") -> None:
+    """Kills one of two processes again and again; the same command goes on in the end."""
+    changes = {"train.steps": steps, "train.eval_every": steps // 2}
+
+    def words(workdir):
+        return [
+            *("train", "--config", f"shapes_{task}:tiny", "--workdir", str(workdir)),
+            *("--heartbeat", "100", *arguments(task, folder, **changes)),
+        ]
+
+    whole, killed = folder / "whole", folder / "killed"
+    for workdir in (whole, killed):
+        shutil.rmtree(workdir, ignore_errors=True)
+    began = time.monotonic()
+    run(words(whole), 2, 1, folder / "logs" / "whole")
+    seconds = time.monotonic() - began
+    chance = random.Random(0)
+    for number in range(num_kills):
+        started = start(words(killed), 2, 1, folder / "logs" / f"kill{number}")
+        victim, after = chance.randrange(2), chance.uniform(0.1, 1.0) * seconds
+        began = time.monotonic()
+        while time.monotonic() - began < after and all(p.poll() is None for p in started):
+            time.sleep(0.05)
+        ended = [p.poll() for p in started]
+        started[victim].kill()
+        dead = time.monotonic()
+        statuses = [p.wait() for p in started]
+        where = sorted(int(p.name) for p in (killed / "checkpoints").glob("[0-9]*") if p.is_dir())
+        print(
+            f"kill {number}: process {victim} after {after:.1f} s of {seconds:.1f} s; the other ended "
+            f"{time.monotonic() - dead:.1f} s later; statuses {statuses}"
+            f"{' (done before)' if None not in ended else ''}; on disk {where}",
+            flush=True,
+        )
+    run(words(killed), 2, 1, folder / "logs" / "killed")
+    same = digests_of(whole, steps) == digests_of(killed, steps)
+    print(f"all arrays of step {steps} bit-equal: {'yes' if same else 'no'}")
+    print(f"losses equal: {'yes' if (losses_of(whole) == losses_of(killed)).all() else 'no'}")
+    print(f"evaluations equal: {'yes' if scores_of(whole) == scores_of(killed) else 'no'}")
+
+
+def main() -> None:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--tasks", default="panoptic,instance,semantic")
+    parser.add_argument("--divisions", default="1x1,1x4,2x2,4x1")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--kills", type=int, default=0)
+    args = parser.parse_args()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR", str(args.folder / "programs")
+    )
+    if args.kills:
+        kill(args.kills, args.folder.resolve(), args.steps)
+        return
+    print(
+        "| task | processes x devices | losses | parameters | statistics | average | scores | eval |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for task in args.tasks.split(","):
+        compare(task, args.divisions.split(","), args.folder.resolve(), args.steps)
+
+
+if __name__ == "__main__":
+    main()
