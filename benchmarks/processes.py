@@ -16,12 +16,11 @@ import json
 import os
 import random
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +30,7 @@ import devices
 import tiny_training
 
 from knet_jax.saved.checkpoints import Checkpoints
+from knet_jax.saved.models import open_model
 from knet_jax.training.logs import read_log
 
 CHANGES = {
@@ -60,48 +60,18 @@ def arguments(task: str, folder: Path, **changes) -> list[str]:
     return [f"--config.{key}={value}" for key, value in values.items()]
 
 
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def start(words: list[str], num_processes: int, num_devices: int, log: Path, **variables):
-    """Starts `knet` in so many processes; what they print goes to files beside `log`."""
+def run(words: list[str], num_processes: int, num_devices: int, log: Path) -> None:
+    """Runs `knet` in so many processes, to the end."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    port, started = free_port(), []
-    for i in range(num_processes):
-        joins = ["--coordinator", f"localhost:{port}", "--num_processes", str(num_processes)]
-        joins += ["--process_id", str(i)]
-        with log.with_name(f"{log.name}.{i}.txt").open("w") as file:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "knet_jax.cli.main", *words]
-                    + (joins if num_processes > 1 else []),
-                    cwd=ROOT,
-                    env=devices.environment(num_devices) | {"PYTHONPATH": str(ROOT)} | variables,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    return started
-
-
-def run(*given, **variables) -> None:
-    """`start`, and waits for all to end well."""
-    started = start(*given, **variables)
-    statuses = [process.wait() for process in started]
+    statuses = [p.wait() for p in devices.start(words, num_processes, log, num_devices)]
     if any(statuses):
-        raise SystemExit(f"failed; see {given[-1]}.*.txt")
+        raise SystemExit(f"statuses {statuses}; see {log}.*")
 
 
-def arrays_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
+def arrays_of(workdir: Path, step: int) -> dict[str, dict]:
     """Parameters, statistics and average of a saved step."""
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        shapes = checkpoints.saved_shapes(step) or checkpoints._read_record(step)["arrays"]
-        names = [name for name in ("params", "batch_stats", "ema") if name in shapes]
-        return checkpoints.restore({name: shapes[name] for name in names}, step)[0]
+    variables, average = (open_model(workdir, str(step), ema).variables for ema in (False, True))
+    return variables | {"ema": average["params"]}
 
 
 def digests_of(workdir: Path, step: int) -> dict:
@@ -124,8 +94,6 @@ def scores_of(workdir: Path) -> list[dict]:
 
 def largest(one: dict, other: dict) -> float:
     """The largest difference of two trees of arrays."""
-    import jax
-
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return max(float(np.abs(a - b).max()) for a, b in pairs if a.size)
 
@@ -182,7 +150,7 @@ def kill(num_kills: int, folder: Path, steps: int, task: str = "panoptic") -> No
     seconds = time.monotonic() - began
     chance = random.Random(0)
     for number in range(num_kills):
-        started = start(words(killed), 2, 1, folder / "logs" / f"kill{number}")
+        started = devices.start(words(killed), 2, folder / "logs" / f"kill{number}")
         victim, after = chance.randrange(2), chance.uniform(0.1, 1.0) * seconds
         began = time.monotonic()
         while time.monotonic() - began < after and all(p.poll() is None for p in started):

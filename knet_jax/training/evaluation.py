@@ -30,7 +30,7 @@ from knet_jax.structs import Batch, Pass
 from knet_jax.system import processes
 from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
-from knet_jax.system.output_files import Stems, write_whole
+from knet_jax.system.output_files import Stems, local_path, write_whole
 from knet_jax.system.signals import StopRequest
 from knet_jax.tasks import TASKS
 from knet_jax.training.train_step import replicate
@@ -264,7 +264,9 @@ def _evaluate(
     """`evaluate`; all that several processes do together in it is to exchange what they found."""
     if output is None and isinstance(model, Model):
         raise UserError("output is missing: an opened model does not say where results go")
-    output = Path(output or model)
+    if not isinstance(model, Model):
+        model = local_path("workdir", model)
+    output = local_path("output", output or model)
     if output.is_file():
         raise UserError(f"--output={output} is a file; accepted: a folder for the results")
     if not isinstance(model, Model):

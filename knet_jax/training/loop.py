@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -36,6 +36,7 @@ from knet_jax.system import processes
 from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
 from knet_jax.system.locks import lock
+from knet_jax.system.output_files import local_path
 from knet_jax.system.signals import StopRequest, stop_when_asked
 from knet_jax.tasks import TASKS
 from knet_jax.training import optim, train_step
@@ -83,32 +84,21 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
         processes.check_same(
             {f"config.{k}": v for k, v in flatten(config).items() if k not in OF_A_MACHINE}
         )
-        workdir = Path(workdir)
+        workdir = local_path("workdir", workdir)
         is_new = processes.is_main() and not workdir.exists()
         if is_new and config.init_weights and not Path(config.init_weights).is_dir():
             check_backbone(config.init_weights, config.model)
+        if processes.is_main():
+            check_writable(workdir)
+        taken = f"another run is using {workdir}; accepted: another --workdir"
         try:
-            with claim(workdir), jax.default_matmul_precision(config.precision):
+            claim = lock(workdir, taken) if processes.is_main() else nullcontext()
+            with claim, jax.default_matmul_precision(config.precision):
                 return _run(config, workdir, all_ready)
         except BaseException:
             if is_new and not (workdir / SAVED_NAME).exists():
                 shutil.rmtree(workdir)
             raise
-
-
-@contextmanager
-def claim(workdir: Path) -> Iterator[None]:
-    """Takes a workdir for the main process, and gives it back; the others need none.
-
-    Raises:
-        UserError: it cannot be written to, or another run has it.
-    """
-    if not processes.is_main():
-        yield
-        return
-    check_writable(workdir)
-    with lock(workdir, f"another run is using {workdir}; accepted: another --workdir"):
-        yield
 
 
 def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Run:
@@ -245,12 +235,13 @@ def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Ru
             asked = () if alone else (np.full(len(devices), bool(stop), np.float32),)
             with progress.waiting("compiling the first step") if first else nullcontext():
                 state, metrics = take_step(state, batch, *asked)
+            interval.add(metrics)
+
             # By now the step before is done; to wait for this one would leave the device idle.
             check(unchecked)
-            stops, told = (bool(stop) if alone else told > 0), metrics.pop("stops", 0)
-            interval.add(metrics)
             unchecked = step, metrics, ids
             progress.update(step, interval.last() | {"lr": schedule(step - 1)})
+            stops, told = (bool(stop) if alone else told > 0), metrics.pop("stops", 0)
             evaluates = is_scored(step)
             saves = stops or evaluates or is_due(step, config.train.checkpoint_every)
 
@@ -318,11 +309,11 @@ def find_start(
         if processes.is_main():
             print(f"resuming from step {step} of {checkpoints.directory.parent}")
         return state, progress
-    if config.init_weights:
+    if config.init_weights and processes.is_main():
         loaded, origin = load_init_weights(config.init_weights, variables)
         state = state._replace(**loaded)
         print(origin)
-    else:
+    elif not config.init_weights:
         print("FROM SCRATCH: config.init_weights names no weights of a backbone")
     state = processes.broadcast(state._replace(ema=None))
     if has_average:
