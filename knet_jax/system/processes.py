@@ -80,7 +80,7 @@ def joined(
         if is_shared(error):
             raise
         _say_last(error)
-        os._exit(2 if isinstance(error, UserError) else 1)
+        os._exit({UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
 
 
 def find_cluster(
