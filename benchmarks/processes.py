@@ -4,9 +4,10 @@ python benchmarks/processes.py --folder /tmp/processes                     # a t
 python benchmarks/processes.py --folder /tmp/processes --tasks panoptic --divisions 1x1,2x1
 python benchmarks/processes.py --folder /tmp/processes --kills 10          # killed and resumed
 
-The table: largest differences from one process with one device of the losses (relative), of the
-parameters and of their average, and whether all numbers of the evaluation are the same. Of a run that
-is killed, whether it ends with the same bits as one that is not.
+The table: largest differences from one process with one device of the losses (relative), parameters,
+statistics and average, and whether all scores of the training, and all files of an evaluation of random
+weights that see segments, are the same. Of a run that is killed, whether it ends with the same bits as
+one that is not.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import devices
+import tiny_runs
 import tiny_training
 
 from knet_jax.saved.checkpoints import Checkpoints
 from knet_jax.saved.models import open_model
+from knet_jax.tasks import TASKS
 from knet_jax.training.logs import read_log
 
 CHANGES = {
@@ -40,13 +43,8 @@ CHANGES = {
     "optim.lr": 0.003,
 }
 OF_TASKS = {
-    # Statistics of the whole batch, in a backbone that is trained.
-    "panoptic": {
-        "model.backbone.norm": "batch",
-        "model.backbone.frozen_stages": 0,
-        "optim.groups": (("all", r".*", 1.0, 1.0),),
-    },
-    # Eight pictures a step, one at a time: eight, two and one after the other.
+    "panoptic": {},
+    # Eight pictures a step, one at a time: parts of eight, two, two and two rounds.
     "instance": {"train.batch_size": 8, "train.microbatch": 1},
     # Statistics of the whole batch in the decoder; what is drawn for each device is off.
     "semantic": {"model.neck.norm": "batch", "model.dropout": 0.0},
@@ -99,37 +97,37 @@ def largest(one: dict, other: dict) -> float:
 
 
 def compare(task: str, divisions: list[str], folder: Path, steps: int) -> None:
-    """Trains a task on every division and prints a row for each."""
-    first = None
+    """Trains a task on every division, evaluates a network that sees segments, and prints a row each."""
+    model, first = folder / f"model_{task}", None
+    shutil.rmtree(model, ignore_errors=True)
+    given = {"eval.batch_size": 4, "data.num_val": 12, "data.data_dir": str(folder / "data")}
+    tiny_runs.write(model, task, *(f"--config.{key}={value}" for key, value in given.items()))
     for division in divisions:
         num_processes, num_devices = map(int, division.split("x"))
-        workdir = folder / f"{task}_{division}"
+        workdir, output = folder / f"{task}_{division}", folder / "eval" / f"{task}_{division}"
         shutil.rmtree(workdir, ignore_errors=True)
+        words = ["eval", "--workdir", str(model), "--output", str(output), "--results"]
+        run(words, num_processes, num_devices, folder / "logs" / f"eval_{workdir.name}")
         words = ["train", "--config", f"shapes_{task}:tiny", "--workdir", str(workdir)]
         changes = {"train.steps": steps, "train.eval_every": steps}
         words += arguments(task, folder, **changes)
         run(words, num_processes, num_devices, folder / "logs" / workdir.name)
-        # The same variables everywhere: those that the first division has reached.
-        model, output = folder / f"{task}_{divisions[0]}", folder / "eval" / workdir.name
-        words = ["eval", "--workdir", str(model), "--output", str(output), "--results"]
-        run(words, num_processes, num_devices, folder / "logs" / f"eval_{workdir.name}")
+        files = (path for path in output.rglob("*") if path.is_file())
         found = (
             losses_of(workdir),
             arrays_of(workdir, steps),
             scores_of(workdir),
-            {p.relative_to(output): p.read_bytes() for p in output.rglob("*.json")},
+            {path.relative_to(output): path.read_bytes() for path in files},
         )
         first = first or found
         loss = float(np.abs(found[0] / first[0] - 1).max())
-        difference = {k: largest(found[1][k], first[1][k]) for k in found[1]}
+        parts = ("params", "batch_stats", "ema")
         cells = [task, division, f"{loss:.1e}"]
-        cells += [f"{difference[k]:.1e}" for k in ("params", "batch_stats", "ema")]
-        cells += [
-            "yes" if found[2] == first[2] else "no",
-            "yes" if found[3] == first[3] else "no",
-        ]
-        print("| " + " | ".join(cells) + " |", flush=True)
-        (folder / f"{task}_{division}.json").write_text(json.dumps(found[2], indent=2))
+        cells += [f"{largest(found[1][part], first[1][part]):.1e}" for part in parts]
+        cells += ["yes" if found[i] == first[i] else "no" for i in (2, 3)]
+        metrics = json.loads((output / "metrics.json").read_text())
+        name = next(iter(TASKS[task].metric.HEADLINE))
+        print("| " + " | ".join([*cells, f"{name} {metrics[name]:.4f}"]) + " |", flush=True)
 
 
 def kill(num_kills: int, folder: Path, steps: int, task: str = "panoptic") -> None:
@@ -188,10 +186,9 @@ def main() -> None:
     if args.kills:
         kill(args.kills, args.folder.resolve(), args.steps)
         return
-    print(
-        "| task | processes x devices | losses | parameters | statistics | average | scores | eval |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("task", "processes x devices", "losses", "parameters", "statistics", "average")
+    columns += ("scores of the run", "files of `eval`", "headline of `eval`")
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for task in args.tasks.split(","):
         compare(task, args.divisions.split(","), args.folder.resolve(), args.steps)
 
