@@ -5,8 +5,8 @@ python benchmarks/processes.py --folder /tmp/processes --tasks panoptic --divisi
 python benchmarks/processes.py --folder /tmp/processes --kills 10          # killed and resumed
 
 The table: largest differences from one process with one device of the losses (relative), parameters,
-statistics and average, and whether all scores of the training, and all files of an evaluation of random
-weights that see segments, are the same. Of a run that is killed, whether it ends with the same bits as
+statistics and average; whether all scores of the training are the same; and of an evaluation of random
+weights that see segments, metrics.json and all files (scores of segments are among them). Of a run that is killed, whether it ends with the same bits as
 one that is not.
 """
 
@@ -117,6 +117,7 @@ def compare(task: str, divisions: list[str], folder: Path, steps: int) -> None:
             losses_of(workdir),
             arrays_of(workdir, steps),
             scores_of(workdir),
+            (output / "metrics.json").read_bytes(),
             {path.relative_to(output): path.read_bytes() for path in files},
         )
         first = first or found
@@ -124,7 +125,7 @@ def compare(task: str, divisions: list[str], folder: Path, steps: int) -> None:
         parts = ("params", "batch_stats", "ema")
         cells = [task, division, f"{loss:.1e}"]
         cells += [f"{largest(found[1][part], first[1][part]):.1e}" for part in parts]
-        cells += ["yes" if found[i] == first[i] else "no" for i in (2, 3)]
+        cells += ["yes" if found[i] == first[i] else "no" for i in (2, 3, 4)]
         metrics = json.loads((output / "metrics.json").read_text())
         name = next(iter(TASKS[task].metric.HEADLINE))
         print("| " + " | ".join([*cells, f"{name} {metrics[name]:.4f}"]) + " |", flush=True)
@@ -187,7 +188,7 @@ def main() -> None:
         kill(args.kills, args.folder.resolve(), args.steps)
         return
     columns = ("task", "processes x devices", "losses", "parameters", "statistics", "average")
-    columns += ("scores of the run", "files of `eval`", "headline of `eval`")
+    columns += ("scores", "metrics.json", "all files", "headline")
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for task in args.tasks.split(","):
         compare(task, args.divisions.split(","), args.folder.resolve(), args.steps)

@@ -241,7 +241,7 @@ def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Ru
             check(unchecked)
             unchecked = step, metrics, ids
             progress.update(step, interval.last() | {"lr": schedule(step - 1)})
-            stops, told = (bool(stop) if alone else told > 0), metrics.pop("stops", 0)
+            stops, told = bool(stop) if alone else float(told) > 0, metrics.pop("stops", 0)
             evaluates = is_scored(step)
             saves = stops or evaluates or is_due(step, config.train.checkpoint_every)
 
