@@ -131,6 +131,13 @@ def compare(task: str, divisions: list[str], folder: Path, steps: int) -> None:
         print("| " + " | ".join([*cells, f"{name} {metrics[name]:.4f}"]) + " |", flush=True)
 
 
+def steps_of(workdir: Path) -> list[int]:
+    """The steps on disk."""
+    return sorted(
+        int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdecimal()
+    )
+
+
 def kill(num_kills: int, folder: Path, steps: int, task: str = "panoptic") -> None:
     """Kills one of two processes again and again; the same command goes on in the end."""
     changes = {"train.steps": steps, "train.eval_every": steps // 2}
@@ -150,19 +157,23 @@ def kill(num_kills: int, folder: Path, steps: int, task: str = "panoptic") -> No
     chance = random.Random(0)
     for number in range(num_kills):
         started = devices.start(words(killed), 2, folder / "logs" / f"kill{number}")
-        victim, after = chance.randrange(2), chance.uniform(0.1, 1.0) * seconds
+        # In turn at any moment, start included, and within three seconds of a new checkpoint.
+        victim, before = chance.randrange(2), steps_of(killed)
+        after = chance.uniform(0.1, 1.0) * seconds if number % 2 else chance.uniform(0.0, 3.0)
         began = time.monotonic()
-        while time.monotonic() - began < after and all(p.poll() is None for p in started):
-            time.sleep(0.05)
+        while all(p.poll() is None for p in started) and time.monotonic() - began < after:
+            if number % 2 == 0 and steps_of(killed) == before:
+                began = time.monotonic()
+            time.sleep(0.02)
         ended = [p.poll() for p in started]
         started[victim].kill()
         dead = time.monotonic()
         statuses = [p.wait() for p in started]
-        where = sorted(int(p.name) for p in (killed / "checkpoints").glob("[0-9]*") if p.is_dir())
         print(
-            f"kill {number}: process {victim} after {after:.1f} s of {seconds:.1f} s; the other ended "
+            f"kill {number}: process {victim}, {after:.1f} s after "
+            f"{'the start' if number % 2 else 'a checkpoint'}; the other ended "
             f"{time.monotonic() - dead:.1f} s later; statuses {statuses}"
-            f"{' (done before)' if None not in ended else ''}; on disk {where}",
+            f"{' (done before)' if None not in ended else ''}; on disk {steps_of(killed)}",
             flush=True,
         )
     run(words(killed), 2, 1, folder / "logs" / "killed")

@@ -200,7 +200,7 @@ def describe_model(model: Model) -> str:
     """A text that tells models of other steps or variables apart."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(model.variables):
-        digest.update(np.ascontiguousarray(leaf))
+        digest.update(np.asarray(leaf).tobytes())
     return f"step {model.step}, {digest.hexdigest()[:10]}"
 
 
