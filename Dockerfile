@@ -1,6 +1,6 @@
 # docker build --target cpu -t knet_jax:cpu .
 # docker build --target cuda -t knet_jax:cuda .    # the host needs NVIDIA's driver and container toolkit
-# docker run --init --rm -v "$PWD:/work" knet_jax:cpu train --config shapes_panoptic:tiny
+# docker run --init --rm -v "$PWD:/workspace" knet_jax:cpu train --config shapes_panoptic:tiny
 
 FROM python:3.13-slim AS wheel
 WORKDIR /source
@@ -10,8 +10,8 @@ COPY configs configs
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.13-slim AS base
-RUN useradd --create-home --uid 1000 knet && install -d -o knet /work
-WORKDIR /work
+RUN useradd --create-home --uid 1000 knet && install -d -o knet /workspace
+WORKDIR /workspace
 ENV PYTHONUNBUFFERED=1
 ENTRYPOINT ["knet"]
 CMD ["--help"]
