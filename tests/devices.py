@@ -1,6 +1,7 @@
-"""Runs a function of this folder in a process with several simulated devices."""
+"""Processes with several simulated devices: a function of this folder in one, a command in several."""
 
 import os
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -42,3 +43,34 @@ def call(module: str, function: str, *arguments: object, num_devices: int) -> st
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def start(words, num_processes, log, num_devices=1, before="import jax", **variables):
+    """Starts `knet` in several processes that find each other.
+
+    Args:
+        words: what follows `knet`, or a function of the index of the process that gives it.
+        num_processes: how many there are.
+        log: what each prints goes to this path with .0, .1 and so on after it.
+        num_devices: of each.
+        before: Python that runs before all else; the default leaves out the trial of XLA's flags.
+        variables: of their environment.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    code = f"{before}\nfrom knet_jax.cli.main import main\nmain()"
+    started = []
+    for i in range(num_processes):
+        joins = ["--coordinator", address, "--num_processes", num_processes, "--process_id", i]
+        given = [*(words(i) if callable(words) else words), *(joins if num_processes > 1 else [])]
+        with Path(f"{log}.{i}").open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, *map(str, given)],
+                cwd=FOLDER.parent,
+                env=environment(num_devices) | {"PYTHONPATH": f"{FOLDER.parent}"} | variables,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        started.append(process)
+    return started

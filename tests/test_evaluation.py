@@ -15,6 +15,7 @@ from knet_jax.inference.forward import lookahead
 from knet_jax.inference.fusion import Fused, read_panoptic
 from knet_jax.metrics import panoptic
 from knet_jax.model import make_model
+from knet_jax.segmentation.drawing import panel
 from knet_jax.segmentation.segments import SegmentInfo
 from knet_jax.structs import EMPTY, Stage
 from knet_jax.tasks import TASKS
@@ -105,7 +106,7 @@ def test_perfect_predictions_score_100(data, oracle):
     _, split = data
     evaluator, seen, gallery = oracle(), [], Gallery(split, 2, len(split))
     evaluator.evaluate({}, gallery.add)
-    counts = evaluator.evaluate({}, seen.append)
+    counts = evaluator.evaluate({}, seen.extend)
     summary = panoptic.summarize(counts, split.categories)
     assert {summary[name] for name in ("PQ", "SQ", "RQ", "PQ_things", "PQ_stuff")} == {100.0}
     wanted = [s for i in range(len(split)) for s in split.truth(i).segments if not s.iscrowd]
@@ -115,11 +116,11 @@ def test_perfect_predictions_score_100(data, oracle):
         assert prediction.prediction.ids.shape == tuple(split.sizes[prediction.index])
         np.testing.assert_array_equal(prediction.truth.ids, split.truth(prediction.index).ids)
 
-    assert len(gallery.rows) == 2
-    assert gallery.rows[0].title == split.file_name(seen[0].index)
-    np.testing.assert_array_equal(gallery.rows[0].image, split.image(seen[0].index))
-    panel = gallery.panel()
-    assert panel.dtype == np.uint8 and panel.ndim == 3 and panel.shape[2] == 3
+    rows = gallery.rows()
+    assert [row.title for row in rows] == [split.file_name(i) for i in (0, 7)]
+    np.testing.assert_array_equal(rows[0].image, split.image(0))
+    drawn = panel(rows, split.categories)
+    assert drawn.dtype == np.uint8 and drawn.ndim == 3 and drawn.shape[2] == 3
 
 
 def test_limit_takes_the_first_pictures(oracle):
@@ -163,7 +164,7 @@ def worker(data_dir, out):
     for num_devices in (1, 2):
         evaluator = Evaluator(model, split, config, jax.devices()[:num_devices], 7)
         seen = []
-        counts = evaluator.evaluate(variables, seen.append)
+        counts = evaluator.evaluate(variables, seen.extend)
         for one in seen:
             arrays[f"{num_devices}/{one.index}"] = one.prediction.ids
         arrays[f"{num_devices}/order"] = np.array([one.index for one in seen])

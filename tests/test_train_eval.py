@@ -148,14 +148,14 @@ def stop_in_evaluation(monkeypatch):
 
     def make(*args, **kwargs):
         made = make_evaluator(*args, **kwargs)
-        predictions = made.predictions
+        batches = made.batches
 
         def predict_and_stop(variables):
-            for prediction in predictions(variables):
+            for predictions in batches(variables):
                 os.kill(os.getpid(), signal.SIGTERM)
-                yield prediction
+                yield predictions
 
-        made.predictions = predict_and_stop
+        made.batches = predict_and_stop
         return made
 
     monkeypatch.setattr(loop, "Evaluator", make)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from knet_jax.config import schema
 from knet_jax.config.files import list_configs, load_config, read_file
 from knet_jax.system.errors import UserError, suggest
+from knet_jax.system.processes import HEARTBEAT
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +49,18 @@ class Parser(argparse.ArgumentParser):
         """Adds `--checkpoint` and `--ema`, which say what of a run is taken."""
         self.flag("checkpoint", "best, latest, or the number of a step", "best")
         self.switch("ema", "take the moving average of the parameters")
+
+    def process_flags(self) -> None:
+        """Adds what joins several processes, see `knet_jax.system.processes`."""
+        self.flag("coordinator", "several processes: HOST:PORT of the first one")
+        self.flag("num_processes", "several processes: how many", type=number(int, 1))
+        self.flag("process_id", "several processes: which one this is, from 0", type=number(int, 0))
+        self.flag(
+            "heartbeat",
+            "several processes: seconds until one that is silent is taken for dead",
+            HEARTBEAT,
+            type=number(int, 1),
+        )
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Reads a command line.

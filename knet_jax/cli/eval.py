@@ -14,6 +14,7 @@ from argparse import Namespace
 
 from knet_jax.cli.commandline import Parser, number
 from knet_jax.system.errors import UserError
+from knet_jax.system.processes import joined
 from knet_jax.training.evaluation import evaluate
 
 
@@ -28,20 +29,22 @@ def add_flags(parser: Parser) -> None:
     )
     parser.switch("boundary", "also boundary AP, for the task instance")
     parser.switch("rounds", "also evaluate the masks of every earlier update")
+    parser.process_flags()
 
 
 def main(args: Namespace) -> None:
     """Runs the command."""
     if args.workdir is None:
         raise UserError("--workdir is missing: the folder of a trained run")
-    evaluate(
-        args.workdir,
-        checkpoint=args.checkpoint,
-        ema=args.ema,
-        limit=args.limit,
-        output=args.output,
-        results=args.results,
-        rounds=args.rounds,
-        boundary=args.boundary,
-        overrides=args.overrides,
-    )
+    with joined(args.coordinator, args.num_processes, args.process_id, args.heartbeat):
+        evaluate(
+            args.workdir,
+            checkpoint=args.checkpoint,
+            ema=args.ema,
+            limit=args.limit,
+            output=args.output,
+            results=args.results,
+            rounds=args.rounds,
+            boundary=args.boundary,
+            overrides=args.overrides,
+        )

@@ -85,7 +85,10 @@ def _are_groups(rows: Any) -> bool:
 
 
 TEXT = (lambda value: isinstance(value, str), "a text")
-PATH = (TEXT[0], "a path, or '' for none")
+PATH = (
+    lambda value: isinstance(value, str) and "://" not in value,
+    "a path of this machine (a bucket is mounted first), or '' for none",
+)
 YES_NO = (lambda value: isinstance(value, bool), "True or False")
 NONE = (lambda value: is_whole(value, 0, 0), "0")
 ZERO_STEPS = whole(0, MOST_STEPS)

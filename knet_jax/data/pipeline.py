@@ -29,6 +29,7 @@ from knet_jax.data import batches, prepared_split, recipes, records, sampler
 from knet_jax.data.prepared_split import Split
 from knet_jax.data.sources import by_name
 from knet_jax.structs import EMPTY, Batch
+from knet_jax.system import processes
 from knet_jax.system.errors import UserError
 
 LEAST = 500
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 def load_split(config_data, split: str, task: str, describe: bool = False) -> Split:
     """Opens a split, and converts it to ArrayRecord before if that has not been done.
 
+    Of several processes, the main one does so first; others then find it done, or do it on their disk.
+
     Args:
         config_data: `config.data`.
         split: a name, or a slice of one such as `train[:8]`.
@@ -54,11 +57,14 @@ def load_split(config_data, split: str, task: str, describe: bool = False) -> Sp
         describe: prints what it holds, which otherwise is done only where it is new.
 
     Raises:
-        UserError: the dataset cannot be found, understood or written.
+        UserError: the dataset cannot be found, understood or written, or other processes have another.
     """
-    source = by_name.find(config_data, prepared_split.split_name(split), task)
-    directory, is_new = prepared_split.prepare(source, records.data_dir(config_data))
-    found = Split(directory, split)
+    with processes.main_first():
+        source = by_name.find(config_data, prepared_split.split_name(split), task)
+        directory, is_new = prepared_split.prepare(source, records.data_dir(config_data))
+    with processes.together():
+        found = Split(directory, split)
+    processes.check_same({f"split '{split}'": found.facts()})
     if is_new or describe:
         print(found.description, flush=True)
     return found

@@ -1,14 +1,13 @@
-"""What the counts of all metrics share: means over classes, and gathering from several processes."""
+"""What the counts of all metrics share: means over classes, and those of several processes."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import TypeVar
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from knet_jax.system import processes
 
 State = TypeVar("State", bound=tuple)
 
@@ -24,30 +23,14 @@ def none_if_undefined(value: np.floating) -> float | None:
     return None if np.isnan(value) else value.item()
 
 
-def to_bytes(state: tuple) -> np.ndarray:
-    """Packs a NamedTuple of arrays into uint8 [n], types and shapes included."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **state._asdict())
-    return np.frombuffer(buffer.getvalue(), np.uint8)
-
-
-def from_bytes(data: np.ndarray, kind: type[State]) -> State:
-    """Unpacks what `to_bytes` made of a NamedTuple of type `kind`."""
-    with np.load(io.BytesIO(data.tobytes()), allow_pickle=False) as arrays:
-        return kind(**arrays)
-
-
-def gather(state: State, merge: Callable[..., State]) -> State:
-    """Merges the counts of all processes, each of which must call this.
+def gather(counts: Mapping[int, State]) -> list[State]:
+    """The counts of all pictures in their order, so that sums are the same whoever saw which picture.
 
     Args:
-        state: the counts of this process's pictures; lengths of arrays may differ between processes.
-        merge: the function of that name of the metric.
+        counts: of every picture that this process saw, by the picture's position in the split. Each
+            process must call this.
     """
-    if jax.process_count() == 1:
-        return state
-    # As bytes, because arrays of 64 bits would lose half of theirs on the way through jax.
-    data = to_bytes(state)
-    sizes = multihost_utils.process_allgather(np.array(data.size))
-    rows = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - data.size)))
-    return merge(*(from_bytes(row[:size], type(state)) for row, size in zip(rows, sizes)))
+    everything = {}
+    for part in processes.exchange(dict(counts)):
+        everything |= part
+    return [everything[index] for index in sorted(everything)]

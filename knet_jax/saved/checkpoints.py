@@ -57,7 +57,7 @@ class Checkpoints:
     """The last few steps of a run and the best ones.
 
     Only one thread may call the methods; `save` goes on in a thread of its own. Of several processes
-    the first one writes, and all read.
+    one has this to write, and all may read.
 
     Args:
         directory: where the steps are, a folder each.
@@ -93,14 +93,13 @@ class Checkpoints:
         if not read_only:
             check_writable(self.directory)
             # Orbax would do it in a thread that outlives `close` and fails while Python shuts down.
-            if jax.process_index() == 0:
-                for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                    shutil.rmtree(path, ignore_errors=True)
+            for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path, ignore_errors=True)
         self._empty = set()
         for path in filter(Path.is_dir, self.directory.glob("[0-9]*")):
             if not any(path.iterdir()):
                 print(f"checkpoint {path} is empty", file=sys.stderr, flush=True)
-                if read_only or jax.process_index() != 0:
+                if read_only:
                     self._empty.add(path.name)
                 else:  # Orbax would refuse to save the step
                     path.rmdir()
@@ -159,7 +158,7 @@ class Checkpoints:
         """
         self.wait()
         latest = self._manager.latest_step()
-        if step == latest or jax.process_index() != 0:
+        if step == latest:
             return
         assert latest is None or step > latest, (step, latest)
         fields = {"step": step, "progress": dict(progress), "model": self._model}
@@ -203,9 +202,8 @@ class Checkpoints:
         """
         self.wait()
         self._scores[step] = {name: float(value) for name, value in scores.items()}
-        if jax.process_index() == 0:
-            record = make_record({}, step=step, scores=self._scores[step])
-            write_json(self._scores_path(step), record)
+        record = make_record({}, step=step, scores=self._scores[step])
+        write_json(self._scores_path(step), record)
 
     def _scores_path(self, step: int) -> Path:
         return self.directory / str(step) / SCORES_NAME
@@ -363,15 +361,14 @@ class Checkpoints:
 
     def set_aside(self, steps: Iterable[int]) -> None:
         """Moves steps that are of no use to `damaged/`, since Orbax would refuse to save them again."""
-        if jax.process_index() == 0:
-            self._manager.close()
-            folder = self.directory / "damaged"
-            folder.mkdir(exist_ok=True)
-            for step in steps:
-                self._scores.pop(step, None)
-                place = folder / str(step)
-                shutil.rmtree(place, ignore_errors=True)
-                (self.directory / str(step)).rename(place)
+        self._manager.close()
+        folder = self.directory / "damaged"
+        folder.mkdir(exist_ok=True)
+        for step in steps:
+            self._scores.pop(step, None)
+            place = folder / str(step)
+            shutil.rmtree(place, ignore_errors=True)
+            (self.directory / str(step)).rename(place)
         self._manager = self._open()
 
 

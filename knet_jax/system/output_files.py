@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from typing import Any, Self
 
 import cv2
 import numpy as np
+
+from knet_jax.system.errors import UserError
 
 MAX_NAME = 200
 """Bytes of a name that is made of a picture's: a suffix and `.part` still follow, and systems take 255."""
@@ -76,6 +79,25 @@ class PngFolder:
         name = f"{self._stems.of(file_name)}.png"
         write_whole(self._folder / name, cv2.imencode(".png", pixels)[1].tobytes())
         return name
+
+
+def local_path(name: str, path: str | Path) -> Path:
+    """The path that a user gave, which must lead into this machine's file system.
+
+    `gs://bucket/run` would quietly be a folder `gs:` here.
+
+    Args:
+        name: of the argument, for messages.
+        path: its value.
+
+    Raises:
+        UserError: it is an address.
+    """
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        raise UserError(
+            f"--{name}={path}; accepted: a path of this machine (a bucket is mounted first)"
+        )
+    return Path(path)
 
 
 def draft_of(path: Path) -> Path:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +27,17 @@ from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation.class_lists import check_class_counts, check_trained_classes
 from knet_jax.segmentation.drawing import Row, panel, save_picture
 from knet_jax.structs import Batch, Pass
+from knet_jax.system import processes
 from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
-from knet_jax.system.output_files import Stems, write_whole
+from knet_jax.system.output_files import Stems, local_path, write_whole
 from knet_jax.system.signals import StopRequest
 from knet_jax.tasks import TASKS
 from knet_jax.training.train_step import replicate
+
+LISTENS_EVERY = 16
+"""Batches after which several processes ask each other whether they are to stop: it takes a moment in
+which the devices idle."""
 
 
 class Prediction(NamedTuple):
@@ -51,7 +58,7 @@ class Evaluator:
         model: the network.
         split: what to evaluate on.
         config: of the run; its `task`, `data` and `eval` are read.
-        devices: that share a batch, whose size they divide.
+        devices: of this process. They share its part of a batch, whose size all devices divide.
         limit: only the first so many pictures.
         stage: after how many updates the masks are taken; -1 is the last.
     """
@@ -84,6 +91,10 @@ class Evaluator:
 
     def predictions(self, variables: Any) -> Iterator[Prediction]:
         """The results of this process's pictures, one after the other."""
+        return chain.from_iterable(self.batches(variables))
+
+    def batches(self, variables: Any) -> Iterator[list[Prediction]]:
+        """The results of this process's part of every batch; all processes have as many batches."""
         variables = replicate(variables, self._devices)
         elements = pipeline.eval_batches(
             self.split,
@@ -107,42 +118,55 @@ class Evaluator:
         for batch, truths, result in lookahead((b[0], t, start(b)) for b, t in elements):
             result = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), result)
             rows = {int(index): i for i, index in enumerate(batch.id)}
+            predictions = []
             for index, truth in truths:
                 i = rows[index]
                 prediction = self.task.read(
                     jax.tree.map(lambda x, i=i: x[i], result), batch.original_size[i]
                 )
-                yield Prediction(index, truth, prediction)
+                predictions.append(Prediction(index, truth, prediction))
+            yield predictions
 
     def evaluate(
         self,
         variables: Any,
-        visit: Callable[[Prediction], None] | None = None,
+        visit: Callable[[list[Prediction]], None] | None = None,
         stop: StopRequest | None = None,
     ) -> Any | None:
         """Scores all pictures of all processes, with a progress bar.
 
         Args:
             variables: parameters and running statistics.
-            visit: called with every prediction of this process.
-            stop: ends the evaluation, whose result is then None.
+            visit: called with this process's predictions of every batch.
+            stop: ends the evaluation, of all processes within a few batches, whose result is then None.
 
         Returns:
             Counts, which the metric of the task turns into scores; None where it was stopped.
         """
         metric, num_classes = self.task.metric, len(self.split.categories.names)
-        counts = [metric.no_counts(num_classes)]  # merged at the end: that is much faster
+        counts = {}  # merged at the end: that is much faster
         total = min(len(self.split), self._limit or len(self.split))
-        with tqdm(total=total, desc="evaluating", unit="img", leave=False, delay=1) as bar:
-            for prediction in self.predictions(variables):
-                if stop:
+        hidden = None if processes.is_main() else True
+        bar = tqdm(total=total, desc="evaluating", unit="img", leave=False, delay=1, disable=hidden)
+        alone, stopped = processes.is_alone(), False
+        with bar, processes.together():
+            for number, predictions in enumerate(self.batches(variables)):
+                if alone or number % LISTENS_EVERY == 0:
+                    stopped = processes.any_of(stop)
+                if stopped:
                     return None
-                truth, image_id = prediction.truth, self.split.image_id(prediction.index)
-                counts.append(metric.count(truth, prediction.prediction, num_classes, image_id))
+                for index, truth, prediction in predictions:
+                    image_id = self.split.image_id(index)
+                    counts[index] = metric.count(truth, prediction, num_classes, image_id)
                 if visit:
-                    visit(prediction)
-                bar.update(jax.process_count())
-        return gather(metric.merge(*counts), metric.merge)
+                    visit(predictions)
+                bar.update(len(predictions) * jax.process_count())
+            return merge(metric, num_classes, counts)
+
+
+def merge(metric: Any, num_classes: int, counts: dict[int, Any]) -> Any:
+    """Merges the counts of the pictures of all processes, each by its position in the split."""
+    return metric.merge(metric.no_counts(num_classes), *gather(counts))
 
 
 class Gallery:
@@ -157,18 +181,27 @@ class Gallery:
     def __init__(self, split: Split, size: int, num_images: int):
         self._split = split
         self._wanted = set(np.linspace(0, num_images - 1, size).round().astype(int).tolist())
-        self.rows: list[Row] = []
+        self._kept: list[Prediction] = []
 
-    def add(self, prediction: Prediction) -> None:
-        """Keeps a prediction if it is one of those."""
-        if prediction.index in self._wanted:
-            image = self._split.image(prediction.index)
-            title = self._split.file_name(prediction.index)
-            self.rows.append(Row(title, image, prediction.truth, prediction.prediction))
+    def add(self, predictions: list[Prediction]) -> None:
+        """Keeps those predictions that are among them."""
+        self._kept += [one for one in predictions if one.index in self._wanted]
 
-    def panel(self) -> np.ndarray:
-        """Draws them one under another, image | truth | prediction, as uint8 [H, W, 3]."""
-        return panel(self.rows, self._split.categories)
+    def rows(self) -> list[Row]:
+        """The pictures that all processes have kept, in their order, with truth and prediction."""
+        kept = chain.from_iterable(processes.exchange(self._kept))
+        return [
+            Row(self._split.file_name(i), self._split.image(i), truth, prediction)
+            for i, truth, prediction in sorted(kept, key=lambda one: one.index)
+        ]
+
+
+def describe_model(model: Model) -> str:
+    """A text that tells models of other steps or variables apart."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(model.variables):
+        digest.update(np.asarray(leaf).tobytes())
+    return f"step {model.step}, {digest.hexdigest()[:10]}"
 
 
 def split_over(batch: Any, num_devices: int) -> Any:
@@ -211,14 +244,37 @@ def evaluate(
         UserError: there is no such model or checkpoint, or it does not fit the data or the output.
     """
     start_backend()
+    with processes.main_speaks(), processes.together():
+        return _evaluate(
+            model, checkpoint, ema, limit, output, results, rounds, boundary, overrides
+        )
+
+
+def _evaluate(
+    model: str | Path | Model,
+    checkpoint: str | int,
+    ema: bool,
+    limit: int | None,
+    output: str | Path | None,
+    results: bool,
+    rounds: bool,
+    boundary: bool,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    """`evaluate`; all that several processes do together in it is to exchange what they found."""
     if output is None and isinstance(model, Model):
         raise UserError("output is missing: an opened model does not say where results go")
-    output = Path(output or model)
+    if not isinstance(model, Model):
+        model = local_path("workdir", model)
+    output = local_path("output", output or model)
     if output.is_file():
         raise UserError(f"--output={output} is a file; accepted: a folder for the results")
     if not isinstance(model, Model):
         model = open_model(model, checkpoint, ema, overrides, num_devices=jax.device_count())
-    check_writable(output)
+    if processes.is_main():
+        check_writable(output)
+    if not processes.is_alone():
+        processes.check_same({"the model": describe_model(model)})
     config, devices = model.config, jax.local_devices()
     task = TASKS[config.task]
     metric = task.metric
@@ -231,24 +287,26 @@ def evaluate(
     num_images = min(len(split), limit or len(split))
     print(
         f"evaluating step {model.step} on {num_images} images, "
-        f"{len(devices)} x {devices[0].device_kind}"
+        f"{jax.device_count()} x {devices[0].device_kind}"
     )
 
     gallery = Gallery(split, config.eval.num_pictures, num_images)
-    num_classes, num_scored = len(categories.names), 0
-    boundaries = [metric.no_counts(num_classes)]
-    files = task.results(output / f"{config.task}.json", categories) if results else None
+    num_classes, num_scored, boundaries = len(categories.names), 0, {}
+    files = None
+    if results:
+        files = processes.on_main(lambda: task.results(output / f"{config.task}.json", categories))
 
-    def visit(prediction: Prediction) -> None:
+    def visit(predictions: list[Prediction]) -> None:
         nonlocal num_scored
-        num_scored += 1
-        gallery.add(prediction)
-        index, truth, result = prediction
-        if files:
-            files.add(split.image_id(index), split.file_name(index), result)
-        if boundary:
+        num_scored += len(predictions)
+        gallery.add(predictions)
+        for index, truth, result in predictions if boundary else ():
             image_id, overlap = split.image_id(index), metric.boundary_iou
-            boundaries.append(metric.count(truth, result, num_classes, image_id, overlap))
+            boundaries[index] = metric.count(truth, result, num_classes, image_id, overlap)
+        if files:
+            found = [(one.index, one.prediction) for one in predictions]
+            for index, result in chain.from_iterable(processes.exchange(found)):
+                files.add(split.image_id(index), split.file_name(index), result)
 
     def counts_after(stage: int, visit: Callable[[Prediction], None] | None = None) -> Any:
         evaluator = Evaluator(model.model, split, config, devices, limit, stage)
@@ -260,6 +318,7 @@ def evaluate(
         return {name: None if np.isnan(score) else score for name, score in scores.items()}
 
     counts = counts_after(-1, visit)
+    num_scored = sum(processes.exchange(num_scored))
     if num_scored < num_images:
         num_broken = num_images - num_scored
         print(f"WARNING: {num_broken} of {num_images} images are broken and left out")
@@ -274,7 +333,7 @@ def evaluate(
         "per_class": metric.per_class(counts, categories),
     }
     if boundary:
-        merged = metric.merge(*boundaries)
+        merged = merge(metric, num_classes, boundaries)
         print(f"\nBoundaries\n{metric.table(merged, categories)}")
         metrics["boundary"] = summarize(merged)
     if rounds:
@@ -285,11 +344,13 @@ def evaluate(
             columns = " ".join(f"{row[name]:10.1f}" for name in metric.HEADLINE)
             print(f"{row['updates']:7} {columns}")
 
-    write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    stems = Stems()
-    for row in gallery.rows:
-        path = output / "pictures" / f"{stems.of(row.title)}.png"
-        save_picture(path, panel([row], categories))
+    rows = gallery.rows()
+    if processes.is_main():
+        write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+        stems = Stems()
+        for row in rows:
+            path = output / "pictures" / f"{stems.of(row.title)}.png"
+            save_picture(path, panel([row], categories))
     if files:
         files.close()
     print(f"wrote {output / 'metrics.json'} and {output / 'pictures'}/")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,6 +18,7 @@ import optax
 from ml_collections import ConfigDict
 
 from knet_jax.config.files import SAVED_NAME, check_resume, save_config
+from knet_jax.config.schema import flatten
 from knet_jax.config.validation import validate
 from knet_jax.data import completion, pipeline
 from knet_jax.data.prepared_split import Split
@@ -28,11 +30,13 @@ from knet_jax.saved.checkpoints import Checkpoints, check_writable
 from knet_jax.saved.fitting import check_backbone
 from knet_jax.saved.models import headline_scores, load_init_weights
 from knet_jax.segmentation import class_lists
-from knet_jax.segmentation.drawing import save_picture
+from knet_jax.segmentation.drawing import panel, save_picture
 from knet_jax.structs import EMPTY
+from knet_jax.system import processes
 from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
 from knet_jax.system.locks import lock
+from knet_jax.system.output_files import local_path
 from knet_jax.system.signals import StopRequest, stop_when_asked
 from knet_jax.tasks import TASKS
 from knet_jax.training import optim, train_step
@@ -40,6 +44,9 @@ from knet_jax.training.evaluation import Evaluator, Gallery
 from knet_jax.training.logs import Interval, Log, Progress, plot_curves, read_log
 from knet_jax.training.trackers import open_tracker
 from knet_jax.training.train_step import Parts, TrainState
+
+OF_A_MACHINE = ("init_weights", "data.root", "data.data_dir", "data.num_workers")
+"""Keys that may differ between the processes of a run, each of which may have a disk of its own."""
 
 
 class Run(NamedTuple):
@@ -72,33 +79,41 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
         Preempted: SIGTERM or Ctrl-C came; the step is saved, and the same call goes on.
     """
     start_backend()
-    if jax.process_count() > 1:
-        raise UserError("several processes: a run has one, with all devices of its machine")
-    validate(config, jax.device_count())
-    workdir = Path(workdir)
-    is_new = not workdir.exists()
-    if is_new and config.init_weights and not Path(config.init_weights).is_dir():
-        check_backbone(config.init_weights, config.model)
-    check_writable(workdir)
-    taken = f"another run is using {workdir}; accepted: another --workdir"
-    try:
-        with lock(workdir, taken), jax.default_matmul_precision(config.precision):
-            return _run(config, workdir)
-    except BaseException:
-        if is_new and not (workdir / SAVED_NAME).exists():
-            shutil.rmtree(workdir)
-        raise
+    with processes.main_speaks(), processes.together() as all_ready:
+        validate(config, jax.device_count())
+        processes.check_same(
+            {f"config.{k}": v for k, v in flatten(config).items() if k not in OF_A_MACHINE}
+        )
+        workdir = local_path("workdir", workdir)
+        is_new = processes.is_main() and not workdir.exists()
+        if is_new and config.init_weights and not Path(config.init_weights).is_dir():
+            check_backbone(config.init_weights, config.model)
+        if processes.is_main():
+            check_writable(workdir)
+        taken = f"another run is using {workdir}; accepted: another --workdir"
+        try:
+            claim = lock(workdir, taken) if processes.is_main() else nullcontext()
+            with claim, jax.default_matmul_precision(config.precision):
+                return _run(config, workdir, all_ready)
+        except BaseException:
+            if is_new and not (workdir / SAVED_NAME).exists():
+                shutil.rmtree(workdir)
+            raise
 
 
-def _run(config: ConfigDict, workdir: Path) -> Run:
-    """`train`, alone in a workdir that can be written to."""
+def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Run:
+    """`train`, alone in a workdir that can be written to.
+
+    Several processes share the setup, in which one that fails tells the others (until `all_ready`),
+    and every step; the main one alone has the workdir and decides.
+    """
     # The data.
     split = pipeline.load_split(config.data, config.data.train_split, config.task)
     val_split = pipeline.load_split(config.data, config.data.val_split, config.task)
     class_lists.check_same_classes(split.categories, val_split.categories)
     config = completion.complete(config, split)
     validate(config, jax.device_count())
-    if (workdir / SAVED_NAME).exists():
+    if processes.is_main() and (workdir / SAVED_NAME).exists():
         for difference in check_resume(config, workdir):
             print(difference)
     class_lists.check_class_counts(config, split.categories)
@@ -115,15 +130,15 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
 
     # The network and its optimizer.
     task, devices = TASKS[config.task], jax.local_devices()
-    share = batch_size // len(devices)
-    parts = Parts(len(devices), min(share, config.train.microbatch))
+    share = batch_size // jax.device_count()
+    parts = Parts(jax.device_count(), min(share, config.train.microbatch))
     model = make_model(**config.model)
     variables = init_variables(model, config.seed)
     params = variables["params"]
     optim.check_frozen(config.optim.groups, params, getattr(model.backbone, "frozen", ()))
     optimizer, schedule = optim.make_optimizer(config.optim, params, steps_per_epoch, batch_size)
     take_step = train_step.make_train_step(
-        devices,
+        jax.devices(),
         model=model,
         task=task,
         optimizer=optimizer,
@@ -134,16 +149,18 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
     )
     count = sum(x.size for x in jax.tree.leaves(params))
     summary = (
-        f"{count / 1e6:.1f} M parameters, {len(devices)} x {devices[0].device_kind}, {workdir}\n"
+        f"{count / 1e6:.1f} M parameters, {jax.device_count()} x {devices[0].device_kind}, {workdir}\n"
         + optim.describe(config.optim, params, steps_per_epoch, total_steps, batch_size)
     )
 
     # Where it starts.
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        keep=config.train.keep,
-        metrics=headline_scores(config),
-        model=config.model.to_dict(),
+    checkpoints = processes.on_main(
+        lambda: Checkpoints(
+            workdir / "checkpoints",
+            keep=config.train.keep,
+            metrics=headline_scores(config),
+            model=config.model.to_dict(),
+        )
     )
     state, before = find_start(config, variables, optimizer, checkpoints)
     if before:
@@ -151,15 +168,18 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
         was = Parts(*before.get("parts", parts))
         if warning := train_step.explain_change(model, was, parts):
             print(warning)
-    save_config(config, workdir)
+    if processes.is_main():
+        save_config(config, workdir)
     print(summary)
     start = int(state.step)
     state = train_step.replicate(state, devices)
     del variables, params  # the state has what they held; a large network has no room for it twice
 
     # The loop: step, log, save, evaluate.
-    log = Log(workdir, steps_per_epoch, start, open_tracker(config, workdir))
-    progress = Progress(total_steps)
+    log = processes.on_main(
+        lambda: Log(workdir, steps_per_epoch, start, open_tracker(config, workdir))
+    )
+    progress = Progress(total_steps, stream=None if processes.is_main() else StringIO())
     interval = Interval(batch_size)
     score = partial(
         score_step,
@@ -171,23 +191,33 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
         workdir=workdir,
     )
     batches = pipeline.train_batches(
-        split, config.data, batch_size, config.seed, start * batch_size
+        split,
+        config.data,
+        batch_size,
+        config.seed,
+        start * batch_size,
+        jax.process_index(),
+        jax.process_count(),
     )
     num_parts = share // parts.num_images
     feed = lookahead((b.id, train_step.to_devices(b, devices, num_parts)) for b, _ in batches)
     check = partial(check_finite, split=split, checkpoints=checkpoints, start=start)
-    unchecked = None
+    unchecked, told, alone = None, 0, processes.is_alone()
 
     def is_scored(step: int) -> bool:
         return step >= total_steps or is_due(step, config.train.eval_every)
 
     def is_over(step: int) -> bool:
         patience, name = config.train.patience, headline_scores(config)[0]
-        return step >= total_steps or 0 < patience <= num_worse(workdir, name)
+        return processes.from_main(
+            lambda: step >= total_steps or 0 < patience <= num_worse(workdir, name)
+        )
 
     with checkpoints, closing(log), closing(batches), closing(progress), stop_when_asked() as stop:
-        if before and checkpoints.scores(start):
-            log.scalars(start, checkpoints.scores(start))
+        all_ready()
+        scores = processes.from_main(lambda: checkpoints.scores(start))
+        if before and scores:
+            log.scalars(start, scores)
         elif before and is_scored(start):
             score(start, state, stop)  # what the run was stopped in
         step, is_done = start, is_over(start)
@@ -201,15 +231,18 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
             ids, batch = next(feed)
             interval.waited += time.monotonic() - began
             first = step == start + 1
+            # Several processes tell each other with the metrics, and act on it a step later.
+            asked = () if alone else (np.full(len(devices), bool(stop), np.float32),)
             with progress.waiting("compiling the first step") if first else nullcontext():
-                state, metrics = take_step(state, batch)
+                state, metrics = take_step(state, batch, *asked)
             interval.add(metrics)
 
             # By now the step before is done; to wait for this one would leave the device idle.
             check(unchecked)
             unchecked = step, metrics, ids
             progress.update(step, interval.last() | {"lr": schedule(step - 1)})
-            stops, evaluates = bool(stop), is_scored(step)
+            stops, told = bool(stop) if alone else float(told) > 0, metrics.pop("stops", 0)
+            evaluates = is_scored(step)
             saves = stops or evaluates or is_due(step, config.train.checkpoint_every)
 
             if saves or is_due(step, config.train.log_every):
@@ -233,9 +266,11 @@ def _run(config: ConfigDict, workdir: Path) -> Run:
             elif stops:
                 end_early(step, checkpoints, stop)
 
-        scores = checkpoints.scores(step)
+        scores = processes.from_main(lambda: checkpoints.scores(step))
 
-    plot_curves(workdir)
+    with processes.together():
+        if processes.is_main():
+            plot_curves(workdir)
     print(
         f"done: {describe_scores(scores, 'val', task.metric.HEADLINE)} in {workdir}; "
         f"evaluate it with: knet eval --workdir {workdir}"
@@ -247,7 +282,7 @@ def find_start(
     config: ConfigDict,
     variables: Mapping[str, Any],
     optimizer: optax.GradientTransformation,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | processes.Absent,
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """The state from which a run goes on.
 
@@ -265,18 +300,22 @@ def find_start(
         params if has_average else None,
     )
     restored = checkpoints.restore_latest(state)
-    if restored:
-        state, record = restored
+    found = processes.from_main(lambda: restored and (restored[1]["step"], restored[1]["progress"]))
+    if found:
+        step, progress = found
+        state = processes.broadcast(restored[0] if restored else state)
         if config.init_weights:
             print(f"config.init_weights={config.init_weights} is not used where a run goes on")
-        print(f"resuming from step {record['step']} of {checkpoints.directory.parent}")
-        return state, record["progress"]
-    if config.init_weights:
+        if processes.is_main():
+            print(f"resuming from step {step} of {checkpoints.directory.parent}")
+        return state, progress
+    if config.init_weights and processes.is_main():
         loaded, origin = load_init_weights(config.init_weights, variables)
         state = state._replace(**loaded)
         print(origin)
-    else:
+    elif not config.init_weights:
         print("FROM SCRATCH: config.init_weights names no weights of a backbone")
+    state = processes.broadcast(state._replace(ema=None))
     if has_average:
         state = state._replace(ema=jax.tree.map(jnp.copy, state.params))
     return state, None
@@ -316,19 +355,27 @@ def check_finite(done: Any, *, split: Split, checkpoints: Checkpoints, start: in
     if all(np.isfinite(values[name]).all() for name in judged):
         return
     bad = [name for name, value in values.items() if not np.isfinite(value).all()]
-    names = ", ".join(split.file_name(i) for i in ids if i != EMPTY)
-    checkpoints.wait()
-    if step - 1 in checkpoints.steps():
-        checkpoints.set_aside([step - 1])
-        print(f"checkpoint {step - 1} led there and is moved to {checkpoints.directory}/damaged")
-    last = max(checkpoints.steps(), default="none")
-    remedy = "a lower config.optim.lr or a longer config.optim.warmup_steps may help"
-    if last == start:
-        remedy += f"; else remove {checkpoints.directory / str(start)} to begin before it"
-    raise UserError(
-        f"step {step}: {', '.join(bad[:5])} is not finite; images: {names}; last checkpoint: {last}; "
-        f"{remedy}"
+    shown = [index for each in processes.exchange(np.asarray(ids).tolist()) for index in each]
+    names = ", ".join(split.file_name(i) for i in shown if i != EMPTY)
+
+    def way_back() -> str:
+        checkpoints.wait()
+        if step - 1 in checkpoints.steps():
+            checkpoints.set_aside([step - 1])
+            print(
+                f"checkpoint {step - 1} led there and is moved to {checkpoints.directory}/damaged"
+            )
+        last = max(checkpoints.steps(), default="none")
+        remedy = "a lower config.optim.lr or a longer config.optim.warmup_steps may help"
+        if last == start:
+            remedy += f"; else remove {checkpoints.directory / str(start)} to begin before it"
+        return f"last checkpoint: {last}; {remedy}"
+
+    error = UserError(
+        f"step {step}: {', '.join(bad[:5])} is not finite; images: {names}; "
+        f"{processes.from_main(way_back)}"
     )
+    raise processes.shared(error)
 
 
 def score_step(
@@ -358,7 +405,7 @@ def score_step(
             continue
         variables = {"params": params, "batch_stats": state.batch_stats}
         visit = gallery.add if name == "val" else None
-        counts = None if stop else evaluator.evaluate(variables, visit, stop)
+        counts = None if processes.any_of(stop) else evaluator.evaluate(variables, visit, stop)
         if counts is None:
             end_early(step, checkpoints, stop)
         summary = metric.summarize(counts, categories)
@@ -366,16 +413,17 @@ def score_step(
         line = describe_scores(scores, name, metric.HEADLINE)
         progress.print(f"step {step}: {line}{' (EMA)' if name != 'val' else ''}")
     log.scalars(step, scores)
-    if gallery.rows:
-        panel = gallery.panel()
-        log.images(step, {"val/pictures": panel})
-        save_picture(workdir / "pictures" / f"step_{step:07}.png", panel)
+    if (rows := gallery.rows()) and processes.is_main():
+        drawn = panel(rows, categories)
+        log.images(step, {"val/pictures": drawn})
+        save_picture(workdir / "pictures" / f"step_{step:07}.png", drawn)
     checkpoints.add_scores(step, scores)
 
 
 def end_early(step: int, checkpoints: Checkpoints, stop: StopRequest) -> NoReturn:
     """Ends a run that was asked to stop, once the step is on disk."""
-    checkpoints.wait()
+    with processes.together():
+        checkpoints.wait()
     raise stop.end(f"stopped at step {step}, which is saved; the same command goes on")
 
 

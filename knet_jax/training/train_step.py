@@ -140,6 +140,7 @@ def update(
     grads: Any,
     batch_stats: Any,
     judgements: tuple[Judgement, ...],
+    stops: jax.Array | None = None,
     *,
     optimizer: optax.GradientTransformation,
     trainable: Any,
@@ -152,16 +153,18 @@ def update(
         grads: of this device.
         batch_stats: new ones.
         judgements: of this device, one for each part.
+        stops: 1 where the process of this device was asked to stop, else 0; None for one process.
         optimizer: of the parameters.
         trainable: True for every parameter that is not frozen, a tree like the parameters.
         ema_decay: of the moving average, if the state has one; less during the first steps.
 
     Returns:
         the next state, and scalars: every loss term, their sum, the gradient norm before clipping,
-        and the measures of the task.
+        the measures of the task, and the sum of `stops` if there are any.
     """
     grads = jax.lax.psum(grads, AXIS)
-    terms, measures = jax.lax.psum(jax.tree.map(lambda *parts: sum(parts), *judgements), AXIS)
+    judgement = jax.tree.map(lambda *parts: sum(parts), *judgements)
+    (terms, measures), stops = jax.lax.psum((judgement, stops), AXIS)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = terms | {
@@ -169,6 +172,8 @@ def update(
         "grad_norm": gradient_norm(grads, trainable),
         **measures,
     }
+    if stops is not None:
+        metrics["stops"] = stops
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = jax.tree.map(
         lambda average, new: (average + (1 - decay) * (new - average)).astype(average.dtype),
@@ -178,7 +183,7 @@ def update(
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 
-Step = Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_train_step(
@@ -192,10 +197,10 @@ def make_train_step(
     seed: int,
     ema_decay: float = 0.0,
 ) -> Step:
-    """Makes the function that takes a training step on all devices.
+    """Makes the function that takes a training step on all devices, those of other processes too.
 
-    It maps (state, batch in parts) to (next state, scalars, see `update`); every array of a part has
-    a leading axis over devices. Gradients are sums over parts and devices, divided by the counts of
+    It maps (state, batch in parts, `stops`) to (next state, scalars, see `update`); every array of a
+    part has a leading axis over the devices of this process, and so has `stops`, which may be None. Gradients are sums over parts and devices, divided by the counts of
     the whole batch, so that neither changes the result. Exceptions are `norm: batch`, whose
     statistics are those of a part on all devices, and dropout and drop path, which are drawn for
     each part and device. The parts are a loop on the host: within one compiled program, XLA on the
@@ -212,13 +217,15 @@ def make_train_step(
     )
     update_ = on_devices(
         partial(update, optimizer=optimizer, trainable=trainable, ema_decay=ema_decay),
-        in_axes=(None, 0, None, 0),
+        in_axes=(None, 0, None, 0, 0),
         out_axes=None,
         donate_argnums=0,
     )
     keys = jax.jit(partial(part_key, seed))
 
-    def step(state: TrainState, parts: list[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, parts: list[Batch], stops: np.ndarray | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         counts = jax.tree.map(lambda *each: sum(each), *map(count_, parts))
         grads, batch_stats, judgements = zeros(state.params, parts[0].id), state.batch_stats, []
         for i, part in enumerate(parts):
@@ -226,7 +233,7 @@ def make_train_step(
                 grads, state.params, batch_stats, part, counts, keys(state.step, i)
             )
             judgements.append(judgement)
-        return update_(state, grads, batch_stats, tuple(judgements))
+        return update_(state, grads, batch_stats, tuple(judgements), stops)
 
     return step
 
@@ -243,9 +250,16 @@ def to_devices(batch: Batch, devices: list[jax.Device], num_parts: int) -> list[
 
 
 def replicate(tree: Any, devices: list[jax.Device]) -> Any:
-    """The same arrays on all devices, laid out as the train step returns them.
+    """The same arrays on all devices of this process, laid out as the train step returns them.
 
-    What jax makes of an array of numpy may share its memory, and could not be donated then.
+    What jax makes of an array of numpy may share its memory, and could not be donated then. Of what
+    a train step of several processes returned, this process has a copy on each of its devices.
     """
-    tree = jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, tree)
+
+    def local(x: Any) -> jax.Array:
+        if isinstance(x, np.ndarray):
+            return jnp.array(x)
+        return x if x.is_fully_addressable else x.addressable_data(0)
+
+    tree = jax.tree.map(local, tree)
     return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))
