@@ -200,8 +200,9 @@ def make_train_step(
     """Makes the function that takes a training step on all devices, those of other processes too.
 
     It maps (state, batch in parts, `stops`) to (next state, scalars, see `update`); every array of a
-    part has a leading axis over the devices of this process, and so has `stops`, which may be None. Gradients are sums over parts and devices, divided by the counts of
-    the whole batch, so that neither changes the result. Exceptions are `norm: batch`, whose
+    part has a leading axis over the devices of this process, and so has `stops`, which may be None.
+    Gradients are sums over parts and devices, divided by the counts of the whole batch, so that
+    neither changes the result. Exceptions are `norm: batch`, whose
     statistics are those of a part on all devices, and dropout and drop path, which are drawn for
     each part and device. The parts are a loop on the host: within one compiled program, XLA on the
     CPU runs the gradient of a convolution a hundred times slower.
@@ -257,7 +258,7 @@ def replicate(tree: Any, devices: list[jax.Device]) -> Any:
     """
 
     def local(x: Any) -> jax.Array:
-        if isinstance(x, np.ndarray):
+        if not isinstance(x, jax.Array):
             return jnp.array(x)
         return x if x.is_fully_addressable else x.addressable_data(0)
 
