@@ -6,8 +6,8 @@ python benchmarks/processes.py --folder /tmp/processes --kills 10          # kil
 
 The table: largest differences from one process with one device of the losses (relative), parameters,
 statistics and average; whether all scores of the training are the same; and of an evaluation of random
-weights that see segments, metrics.json and all files (scores of segments are among them). Of a run that is killed, whether it ends with the same bits as
-one that is not.
+weights that see segments, metrics.json and all files (scores of segments are among them). Of a run that
+is killed, whether it ends with the same bits as one that is not.
 """
 
 from __future__ import annotations

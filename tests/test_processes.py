@@ -307,10 +307,7 @@ def test_what_differs_between_processes_is_named(runs):
     # Another picture under the name of the same split.
     runs.run(words(1, **{"data.num_train": 4}), 1)
     shutil.rmtree(workdir)
-    other, same = (
-        next((runs.folder / "disk1" / "shapes").glob(f"panoptic-train-{n}*")) for n in (4, 4)
-    )
-    assert other == same
+    other = next((runs.folder / "disk1" / "shapes").glob("panoptic-train-4*"))
     other.rename(other.with_name(other.name.replace("train-4", "train-8")))
     texts = runs.run(words, 2, wants=2)
     assert "split 'train' is '4 pictures, 9 classes" in texts[1].splitlines()[-1]
