@@ -48,6 +48,11 @@ from knet_jax.training.train_step import Parts, TrainState
 OF_A_MACHINE = ("init_weights", "data.root", "data.data_dir", "data.num_workers")
 """Keys that may differ between the processes of a run, each of which may have a disk of its own."""
 
+LONG_COMPILATION = 10.0
+"""Seconds of a first step on the CPU after which its programs are loaded anew from JAX's cache on disk.
+Compiling leaves thousands of holes between what it keeps in memory; the C library searches them at
+every allocation, and steps of small networks take 1.3 of their time."""
+
 
 class Run(NamedTuple):
     """A run that has come to its end."""
@@ -137,7 +142,8 @@ def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Ru
     params = variables["params"]
     optim.check_frozen(config.optim.groups, params, getattr(model.backbone, "frozen", ()))
     optimizer, schedule = optim.make_optimizer(config.optim, params, steps_per_epoch, batch_size)
-    take_step = train_step.make_train_step(
+    make_step = partial(
+        train_step.make_train_step,
         jax.devices(),
         model=model,
         task=task,
@@ -147,6 +153,7 @@ def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Ru
         seed=config.seed,
         ema_decay=config.train.ema_decay,
     )
+    take_step = make_step()
     count = sum(x.size for x in jax.tree.leaves(params))
     summary = (
         f"{count / 1e6:.1f} M parameters, {jax.device_count()} x {devices[0].device_kind}, {workdir}\n"
@@ -203,6 +210,7 @@ def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Ru
     feed = lookahead((b.id, train_step.to_devices(b, devices, num_parts)) for b, _ in batches)
     check = partial(check_finite, split=split, checkpoints=checkpoints, start=start)
     unchecked, told, alone = None, 0, processes.is_alone()
+    on_cpu = devices[0].platform == "cpu"
 
     def is_scored(step: int) -> bool:
         return step >= total_steps or is_due(step, config.train.eval_every)
@@ -236,6 +244,9 @@ def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Ru
             with progress.waiting("compiling the first step") if first else nullcontext():
                 state, metrics = take_step(state, batch, *asked)
             interval.add(metrics)
+            if first and on_cpu and time.monotonic() - began > LONG_COMPILATION:
+                jax.clear_caches()
+                take_step = make_step()  # finds its programs on disk
 
             # By now the step before is done; to wait for this one would leave the device idle.
             check(unchecked)
