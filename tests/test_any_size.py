@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from knet_jax.data import transforms
-from knet_jax.inference.any_size import Framing, may_win, resize_into_canvas, size_in_canvas
-from knet_jax.inference.resampling import Canvas
+from knet_jax.inference.any_size import (
+    Framing,
+    find_rivals,
+    resize_into_canvas,
+    size_in_canvas,
+)
+from knet_jax.inference.resampling import Canvas, both_to_original
 from knet_jax.structs import EMPTY, Pass, Sizes, Stage
 from knet_jax.tasks import TASKS
 
@@ -130,13 +135,17 @@ def test_padding_and_company_change_nothing(task):
         np.testing.assert_allclose(np.asarray(array, float), together.astype(float), atol=1e-6)
 
 
-def test_nobody_who_wins_a_pixel_is_left_out():
+def test_nobody_who_wins_a_pixel_of_a_tile_is_left_out():
     values = np.random.default_rng(0).uniform(0.9, 1, (9, 2, 12, 16)).astype(np.float32)
     values *= np.linspace(0.8, 1, 9)[:, None, None, None]
     values[8, :, :, 8:] = 0
-    chosen = np.array(may_win(jnp.asarray(values)))
-    assert chosen.any() and not chosen.all()
-    canvas = jax.image.resize(values, (9, 2, 48, 64), "bilinear")
-    for size in (37, 51), (48, 64), (90, 75):
-        seen = jax.image.resize(canvas, (9, 2, *size), "bilinear", antialias=False)
-        assert chosen[np.unique(seen.argmax(0))].all()
+    size = np.int32([(40, 60), (48, 51)])
+    seen = Pass(None, size, np.int32([(48, 64)] * 2), np.array([False, True]))
+    y, x = both_to_original(seen, 2 * size, (12, 16), (96, 120), np.float32)
+    y_tiles, x_tiles = (jnp.stack(jnp.split(w, 4, axis=1)) for w in (y, x))
+    rivals = np.array(find_rivals(jnp.asarray(values), y_tiles, x_tiles.swapaxes(2, 3)))
+    assert rivals.any((0, 1))[8] and rivals.any(2).all() and rivals.mean() < 0.8
+    best = np.einsum("bhi,nbij,bwj->nbhw", y, values, x).argmax(0)
+    for i, row in enumerate(np.split(best, 4, axis=1)):
+        for j, tile in enumerate(np.split(row, 4, axis=2)):
+            assert rivals[i, j, np.unique(tile)].all()

@@ -93,6 +93,7 @@ REDUCTIONS = {
 }
 PRODUCTS = {
     "matrix": lambda x: x @ jnp.arange(12.0).reshape(COLUMNS, 2),
+    "matrices of each": lambda x: x @ x.swapaxes(1, 2),
     "batched": lambda x: jnp.einsum("bij,bkj->bik", x, x),
     "two axes": lambda x: jnp.einsum("bij,cij->bc", x, x),
     "from the left": lambda x: jnp.einsum("ki,bij->bkj", jnp.arange(10.0).reshape(2, ROWS), x),
@@ -121,7 +122,21 @@ def scan(x):
     return total.sum() + sums
 
 
+def rounds(x):
+    def enough(state):
+        return (state[0] < x.shape[0]) & (state[1].max() < limit)
+
+    def take_round(state):
+        i, total = state
+        return i + 1, total + jnp.take(x, i, axis=0, mode="clip") * factor
+
+    limit, factor = x.max() + 100, x.sum()
+    return jax.lax.while_loop(enough, take_round, (jnp.int32(1), x[0]))[1]
+
+
 LOOPS = {
+    "rounds": rounds,
+    "no round": lambda x: jax.lax.fori_loop(0, jnp.int32(x.max() > 1e6), lambda i, x: x + 1, x),
     "scan": scan,
     "map": lambda x: jax.lax.map(lambda row: jax.lax.map(lambda v: 2 * v.max(), row), x),
     "branches": lambda x: jax.lax.cond(
@@ -153,11 +168,15 @@ def test_pictures():
         padding = ((0, 0), (1, 1), (1, 1), (0, 0))
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
 
+    def pool_last(x, kernel):
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 3), (1, 1, 1, 2), "VALID")
+
     functions = {
         "same": partial(convolve, strides=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1)),
         "uneven": partial(convolve, strides=(2, 2), padding=((0, 1), (2, 1)), dilation=(1, 2)),
         "no padding": partial(convolve, strides=(1, 2), padding="VALID", dilation=(1, 1)),
         "pool": pool,
+        "pool of other axes": pool_last,
     }
     kernel = np.random.default_rng(0).normal(0, 1, (3, 3, 3, 4)).astype(np.float32)
     model = compare(functions, "b, 9, 8, 3", weights={"kernel": kernel})

@@ -199,7 +199,9 @@ class Graph:
         nodes, self.nodes = self.nodes, outer
 
         def describe(name: str, aval: Any) -> onnx.ValueInfoProto:
-            return helper.make_tensor_value_info(name, onnx_type(aval.dtype), None)
+            # Runtimes do not see through loops: they are told the sizes that are known.
+            shape = [size if isinstance(size, INTEGER) else None for size in aval.shape]
+            return helper.make_tensor_value_info(name, onnx_type(aval.dtype), shape)
 
         return helper.make_graph(
             nodes,

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, jaxpr_as_fun
 from onnx import helper
 
 from knet_jax.export.onnx_graph import INTEGER, Graph, Operator, Tensor, onnx_type
@@ -55,6 +55,10 @@ def _one(g: Graph, eqn: JaxprEqn) -> str:
 
 def _cast(g: Graph, x: str, dtype: Any) -> str:
     return g.op("Cast", x, to=onnx_type(dtype))
+
+
+def _turn(g: Graph, x: str, axes: list[int]) -> str:
+    return x if axes == sorted(axes) else g.op("Transpose", x, perm=axes)
 
 
 def _round(g: Graph, eqn: JaxprEqn, x: str) -> str:
@@ -177,12 +181,12 @@ def _gather(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     if params["mode"] == modes.CLIP:
         limit = g.op("Sub", g.dim(shape[axes[0]]), g.constant(np.int64([1])))
         places = g.op("Max", g.op("Min", places, limit), g.constant(np.int64([0])))
-    y = g.op("Transpose", g.read(x), perm=[*batch, *axes, *whole])
+    y = _turn(g, g.read(x), [*batch, *axes, *whole])
     y = g.op("GatherND", y, places, batch_dims=len(batch))
     # First the axes of the indices, then those of the slices, for which JAX names other places.
     offsets = list(numbers.offset_dims)
     others = [i for i in range(eqn.outvars[0].aval.ndim) if i not in offsets]
-    return [Tensor(g.op("Transpose", y, perm=np.argsort([*others, *offsets]).tolist()))]
+    return [Tensor(_turn(g, y, np.argsort([*others, *offsets]).tolist()))]
 
 
 # Everything else.
@@ -249,7 +253,9 @@ def _unstack(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
 def _dot(g: Graph, eqn: JaxprEqn, x: str, y: str) -> str:
     contract, batch = eqn.params["dimension_numbers"]
     ranks = [v.aval.ndim for v in eqn.invars]
-    if ranks[1] == 2 and contract == ((ranks[0] - 1,), (0,)) and not batch[0]:
+    stacked = tuple(range(ranks[1] - 2))  # axes over matrices that lie in the same places
+    in_place = contract == ((ranks[0] - 1,), (ranks[1] - 2,)) and batch == (stacked, stacked)
+    if in_place and (not stacked or ranks[0] == ranks[1]):
         return g.op("MatMul", x, y)
     letters = iter(string.ascii_letters)
     names = [[next(letters) for _ in range(rank)] for rank in ranks]
@@ -268,12 +274,16 @@ def _max_pool(g: Graph, eqn: JaxprEqn, x: str) -> str:
     window, strides, padding = (
         params[key] for key in ("window_dimensions", "window_strides", "padding")
     )
-    if dilations != {1} or len(window) != 4 or {window[0], window[3]} != {1}:
+    axes = [i for i, side in enumerate(window) if side > 1]
+    if dilations != {1} or len(window) != 4 or len(axes) > 2:
         raise UserError("a pooling that is not of rows and columns has no translation")
-    low, high = zip(*padding[1:3])
-    x = g.op("Transpose", x, perm=(0, 3, 1, 2))
-    y = g.op("MaxPool", x, kernel_shape=window[1:3], strides=strides[1:3], pads=low + high)
-    return g.op("Transpose", y, perm=(0, 2, 3, 1))
+    # The other axes first.
+    order = sorted(range(4), key=lambda i: (i in axes, i))
+    window, strides, padding = ([each[i] for i in order[2:]] for each in (window, strides, padding))
+    low, high = zip(*padding)
+    x = _turn(g, x, order)
+    y = g.op("MaxPool", x, kernel_shape=window, strides=strides, pads=low + high)
+    return _turn(g, y, np.argsort(order).tolist())
 
 
 def _top_k(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
@@ -326,6 +336,30 @@ def _cond(g: Graph, eqn: JaxprEqn, which: str, *inputs: str) -> list[str]:
     return names
 
 
+def _while(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
+    goes_on, step = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    num_read, num_others = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    num_consts = num_read + num_others
+    consts, state = [Tensor(name) for name in inputs[:num_consts]], inputs[num_consts:]
+    [begins] = g.run(goes_on, [*consts[:num_read], *map(Tensor, state)])
+
+    def take_round(*arguments: jax.Array) -> list[jax.Array]:
+        """The next state, before it whether it is not the last: what a body of ONNX's loops says."""
+        state = jaxpr_as_fun(step)(*arguments[num_read:])
+        return [*jaxpr_as_fun(goes_on)(*arguments[:num_read], *state), *state]
+
+    looped = [Tensor(g.new_name("state")) for _ in state]
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    closed = jax.make_jaxpr(take_round)(*avals)
+    count, going = (Tensor(g.new_name("round")) for _ in range(2))
+    number, truth = (jax.ShapeDtypeStruct((), dtype) for dtype in (np.int64, bool))
+    described = [(count, number), (going, truth), *zip(looped, avals[num_consts:])]
+    graph = g.body("round", closed, [*consts, *looped], described)
+    names = [g.new_name("while") for _ in eqn.outvars]
+    g.nodes.append(helper.make_node("Loop", ["", g.read(begins), *state], names, body=graph))
+    return names
+
+
 def _dim_as_value(g: Graph, eqn: JaxprEqn) -> str:
     scalar = g.op("Reshape", g.dim(eqn.params["dim"]), g.constant(np.array([], np.int64)))
     return _cast(g, scalar, eqn.outvars[0].aval.dtype)
@@ -361,6 +395,7 @@ PLAIN: dict[str, Callable[..., str | list[str]]] = {
     "stack": _stack,
     "top_k": _top_k,
     "unstack": _unstack,
+    "while": _while,
 }
 
 OPERATORS: dict[str, Operator] = {

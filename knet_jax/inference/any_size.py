@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from knet_jax.nn.layers import upsample2x
 from knet_jax.structs import EMPTY, Pass
 
 Results = dict[str, jax.Array]
+
+TILE, COLUMNS = 64, 8
+"""Masks compete in tiles: of so many rows of pixels, and so many beside each other."""
 
 ROUNDING = 1e-5
 """More than what products of probabilities in single precision lose."""
@@ -108,24 +111,18 @@ def inside_pictures(original_size: jax.Array, shape: Sequence[int]) -> jax.Array
     return rows[:, :, None] & columns[:, None, :]
 
 
-def each_mask(
-    masks: jax.Array, seen: Pass, original_size: jax.Array, shape: Sequence[int]
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """Probabilities of masks at stride 4, and a function that brings one of them to the pictures.
+def at_stride_4(masks: jax.Array) -> jax.Array:
+    """Probabilities of mask logits at stride 8, doubled. [b, n, h, w] -> [n, b, 2h, 2w]."""
+    return jax.nn.sigmoid(upsample2x(masks, axes=(2, 3))).swapaxes(0, 1)
 
-    Args:
-        masks: logits [b, n, h, w] at stride 8.
-        seen: the pass that the masks are of.
-        original_size: int32 [b, 2], heights and widths of the pictures.
-        shape: H and W of the result.
 
-    Returns:
-        [n, b, 2h, 2w], and a function [b, 2h, 2w] -> [b, H, W].
+def at_pixels(probs: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """One mask at some rows and columns of pixels, by the weights of both axes.
+
+    [b, h, w], [b, H, h], [b, w, W] -> [b, H, W]: plain products of matrices, which all runtimes have.
     """
-    probs = jax.nn.sigmoid(upsample2x(masks, axes=(2, 3))).swapaxes(0, 1)
-    y, x = both_to_original(seen, original_size, probs.shape[2:], shape, probs.dtype)
-    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    return probs, lambda probs: einsum("bih,bhj->bij", y, einsum("bhw,bjw->bhj", probs, x))
+    matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    return matmul(matmul(y, probs), x)
 
 
 def predict_panoptic(
@@ -137,74 +134,108 @@ def predict_panoptic(
     instance_threshold: float,
     overlap_threshold: float,
 ) -> Results:
-    """The map of `fusion.predict_panoptic`, with every mask that may win a pixel at every pixel.
+    """The map of `fusion.predict_panoptic`: in each tile, of the masks that may win a pixel there.
 
     Returns:
         ids int32 [b, H, W]: 0 = void, 1 + i = segment i; labels int32 [b, n] and scores [b, n] of
         the segments, best first, `EMPTY` and 0 after the last.
     """
-    _, n, k = seen.stage.logits.shape
+    b, n, k = seen.stage.logits.shape
     scores, labels = best_classes(seen.stage.logits, num_things)
-    probs, at_pixels = each_mask(seen.stage.masks, seen, original_size, shape)
-    inside = inside_pictures(original_size, shape)
+    probs = at_stride_4(seen.stage.masks)
+    nothing = jnp.zeros((n, b), jnp.int32)
 
-    def where_it_may_win(visit):
-        """`visit` of a state and a mask, but for the masks that cannot win: nothing is theirs."""
-        nothing = jnp.zeros(inside.shape[0], jnp.int32)
+    # Tiles: weights of their rows [rows, b, TILE, 2h] and columns [columns, b, 2w, side].
+    rows, side = (shape[0] + TILE - 1) // TILE, (shape[1] + COLUMNS - 1) // COLUMNS
+    num_pixels = rows * TILE, COLUMNS * side
+    y, x = both_to_original(seen, original_size, probs.shape[2:], num_pixels, probs.dtype)
+    x, inside = x.swapaxes(1, 2), inside_pictures(original_size, num_pixels)
+    y_tiles = y.reshape(b, rows, TILE, -1).swapaxes(0, 1)
+    x_tiles = x.reshape(b, -1, COLUMNS, side).transpose(2, 0, 1, 3)
+    inside_tiles = inside.reshape(b, rows, TILE, COLUMNS, side).transpose(1, 3, 0, 2, 4)
+    rivals = find_rivals(scores.T[:, :, None, None] * probs, y_tiles, x_tiles)
 
-        def skip(state, *_):
-            return state, nothing
+    def fuse(y: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        """The owner of each pixel of a tile [b, TILE, side], n for nobody; what each owns [n, b]."""
+        x, inside, rivals = tile
 
-        return lambda state, mask: jax.lax.cond(mask[0], visit, skip, state, *mask[1:])
+        def compete(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            best, owner = state
+            value = choose(scores.T, i)[:, None, None] * at_pixels(choose(probs, i), y, x)
+            return jnp.maximum(value, best), jnp.where(value > best, i, owner)
 
-    def compete(state, number, probs, score):
-        best, owner = state
-        probs = at_pixels(probs)
-        value = score[:, None, None] * probs
-        wins = inside & (value > best)
-        state = jnp.where(wins, value, best), jnp.where(wins, number, owner)
-        return state, ((probs >= 0.5) & inside).sum((1, 2))
+        def count(i: jax.Array, owned: jax.Array) -> jax.Array:
+            return put(owned, i, (owner == i).sum((1, 2)))
 
-    def count(owner, number):
-        return owner, (owner == number).sum((1, 2))
+        nobody = jnp.where(inside, -1, jnp.inf), jnp.full(inside.shape, n, jnp.int32)
+        _, owner = for_each(rivals, compete, nobody)
+        return owner, for_each(rivals, count, nothing)
 
-    chosen = may_win(scores.T[:, :, None, None] * probs)
-    numbers = jnp.arange(n, dtype=jnp.int32)
-    nobody = jnp.full(inside.shape, -1, probs.dtype), jnp.full(inside.shape, n, jnp.int32)
-    masks = chosen, numbers, probs, scores.T
-    (_, owner), area = jax.lax.scan(where_it_may_win(compete), nobody, masks)
-    _, owned = jax.lax.scan(where_it_may_win(count), owner, (chosen, numbers))
-    eligible = find_eligible(owned.T, scores, n - (k - num_things), instance_threshold)
-    ids, labels, scores = rank_segments(
-        eligible, owned.T, area.T, labels, scores, overlap_threshold
-    )
+    def fuse_row(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        y, *tiles = row
+        return jax.lax.map(partial(fuse, y), (x_tiles, *tiles))
+
+    def measure(i: jax.Array, area: jax.Array) -> jax.Array:
+        mask = (at_pixels(choose(probs, i), y, x) >= 0.5) & inside
+        return put(area, i, mask.sum((1, 2)))
+
+    owner, owned = jax.lax.map(fuse_row, (y_tiles, inside_tiles, rivals))
+    owner = owner.transpose(2, 0, 3, 1, 4).reshape(b, *num_pixels)[:, : shape[0], : shape[1]]
+    owned = owned.sum((0, 1)).T
+    eligible = find_eligible(owned, scores, n - (k - num_things), instance_threshold)
+    area = for_each(eligible.sum(0) > 0, measure, nothing).T
+    ids, labels, scores = rank_segments(eligible, owned, area, labels, scores, overlap_threshold)
     ids = jax.vmap(partial(jnp.take, mode="clip"))(ids, owner)
     return {"ids": ids.astype(jnp.int32), "labels": labels, "scores": scores}
 
 
-def may_win(values: jax.Array) -> jax.Array:
-    """Which masks may be the highest at a pixel of one of the pictures.
+def choose(arrays: jax.Array, i: jax.Array) -> jax.Array:
+    """The i-th of some arrays [n, …]."""
+    return jnp.take(arrays, i, axis=0, mode="clip")
+
+
+def put(numbers: jax.Array, i: jax.Array, new: jax.Array) -> jax.Array:
+    """Numbers [n, b], with new ones [b] in row i."""
+    return jnp.where(jnp.arange(numbers.shape[0])[:, None] == i, new, numbers)
+
+
+def for_each(chosen: jax.Array, visit: Callable[[jax.Array, Any], Any], state: Any) -> Any:
+    """The last state of `visit(i, state) -> state` for every i that is chosen, bool [n], in order."""
+    numbers = jnp.arange(len(chosen), dtype=jnp.int32)
+    order = jnp.argsort(jnp.where(chosen, numbers, len(chosen)))
+    count = chosen.sum(dtype=jnp.int32)
+    return jax.lax.fori_loop(0, count, lambda i, s: visit(choose(order, i), s), state)
+
+
+def find_rivals(values: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """Which masks may be the highest at a pixel of each tile.
 
     A pixel is a mean of at most three neighbours at stride 4, in both directions. So none of a mask's
     is higher than the highest of nine, and the winner is no lower than the lowest of another's nine.
 
     Args:
         values: [n, b, h, w] at stride 4, not negative.
+        y: weights of the rows of tiles, [r, b, H, h].
+        x: weights of their columns, [c, b, w, W].
 
     Returns:
-        bool [n].
+        bool [r, c, n].
     """
 
-    def of_nine(choose: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-        x = values
-        for axis in (2, 3):
-            size = x.shape[axis] - 2
-            parts = [jax.lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(3)]
-            x = choose(choose(*parts[:2]), parts[2])
-        return x
+    def highest(x: jax.Array, *window: int) -> jax.Array:
+        window = (1, 1, *window)
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, (1,) * 4, "VALID")
 
-    least = of_nine(jnp.minimum).max(0)
-    return (of_nine(jnp.maximum) - (1 - ROUNDING) * least).max((1, 2, 3)) >= 0
+    def read(weights: jax.Array) -> jax.Array:
+        """Which threes have a part in tiles, by the largest weights. [t, b, h] -> [t, b, h - 2]"""
+        return (highest(weights[:, :, None], 1, 3)[:, :, 0] > 0).astype(weights.dtype)
+
+    lowest = -highest(-values, 3, 3)
+    may_win = (highest(values, 3, 3) >= (1 - ROUNDING) * lowest.max(0)).swapaxes(0, 1)
+    b, n, h, w = may_win.shape
+    may_win = may_win.astype(y.dtype).reshape(b, n * h, w)  # one product of matrices a picture
+    may_win = jnp.matmul(may_win, read(x.max(3)).transpose(1, 2, 0)).reshape(b, n, h, -1) > 0
+    return jnp.einsum("bnhc,rbh->rcn", may_win.astype(y.dtype), read(y.max(2))) > 0
 
 
 def predict_instances(
@@ -217,9 +248,10 @@ def predict_instances(
     """
     scores, kernels, labels = best_pairs(seen.stage.logits, num_results)
     masks = jax.vmap(partial(jnp.take, axis=0, mode="clip"))(seen.stage.masks, kernels)
-    probs, at_pixels = each_mask(masks, seen, original_size, shape)
-    inside = inside_pictures(original_size, shape)
-    masks = jax.lax.map(lambda probs: (at_pixels(probs) > 0.5) & inside, probs)
+    probs = at_stride_4(masks)
+    y, x = both_to_original(seen, original_size, probs.shape[2:], shape, probs.dtype)
+    x, inside = x.swapaxes(1, 2), inside_pictures(original_size, shape)
+    masks = jax.lax.map(lambda probs: (at_pixels(probs, y, x) > 0.5) & inside, probs)
     return {"masks": masks.swapaxes(0, 1), "labels": labels, "scores": scores}
 
 
