@@ -131,7 +131,7 @@ def rounds(x):
         return i + 1, total + jnp.take(x, i, axis=0, mode="clip") * factor
 
     limit, factor = x.max() + 100, x.sum()
-    return jax.lax.while_loop(enough, take_round, (jnp.int32(1), x[0]))[1]
+    return jax.lax.while_loop(enough, take_round, (jnp.int32(1), x.max(0)))[1]
 
 
 LOOPS = {
