@@ -17,10 +17,11 @@ def read(
     path: Path,
     kind: str,
     read_categories: Callable[[Mapping], Categories],
-) -> tuple[Categories, dict[int, Mapping], dict[int | None, list[Any]]]:
+) -> tuple[Categories, dict[int, Mapping], dict[int | None, list[Any]], list[str]]:
     """Reads an annotation file.
 
-    What is null counts as absent, and an id may be written as a text.
+    What is null counts as absent, and an id may be written as a text. An image without an id is left
+    out, since nothing can be its annotation.
 
     Args:
         path: of the JSON.
@@ -28,8 +29,8 @@ def read(
         read_categories: makes the classes of the file's content.
 
     Returns:
-        the classes, the images by id, and the annotations by the id of their image, None where
-        they name none.
+        the classes, the images by id, the annotations by the id of their image, None where they
+        name none, and a line for each image that has no id, or annotations but no entry.
 
     Raises:
         UserError: the file is not what it should be.
@@ -39,9 +40,12 @@ def read(
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"config.data.root: {path} is not readable JSON: {error}") from error
     try:
-        images, annotations = {}, {}
+        images, annotations, problems = {}, {}, []
         for image in content["images"]:
-            id = image["id"]
+            id = image.get("id")
+            if id is None:
+                problems.append(f"{image.get('file_name')}: it has no id, left out")
+                continue
             if not isinstance(id, int) or id.bit_length() > 63 or id in images:
                 raise UserError(
                     f"image id {id!r:.40}; accepted: whole numbers of 64 bits, each once"
@@ -50,7 +54,12 @@ def read(
         for annotation in content["annotations"]:
             id = annotation.get("image_id") if isinstance(annotation, Mapping) else None
             annotations.setdefault(id if isinstance(id, int) else None, []).append(annotation)
-        return read_categories(content), images, annotations
+        problems += [
+            f"image {id}: annotated but not among the file's images, left out"
+            for id in annotations
+            if id not in images
+        ]
+        return read_categories(content), images, annotations, problems
     except UserError as error:
         raise UserError(f"config.data.root: {path}: {error}") from error
     except Exception as error:  # whatever another form of file leads to
@@ -60,11 +69,13 @@ def read(
 
 
 def _tidy(entry: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _as_number(value) if key in IDS else value
-        for key, value in entry.items()
-        if value is not None
-    }
+    tidy = {}
+    for key, value in entry.items():
+        if isinstance(value, list):
+            tidy[key] = [one for one in value if one is not None]
+        elif value is not None:
+            tidy[key] = _as_number(value) if key in IDS else value
+    return tidy
 
 
 def _as_number(id: Any) -> Any:
@@ -73,15 +84,6 @@ def _as_number(id: Any) -> Any:
         return int(id) if isinstance(id, str) or int(id) == id else id
     except (TypeError, ValueError, OverflowError):
         return id
-
-
-def strays(images: Mapping, annotations: Mapping) -> list[str]:
-    """A line for every image that is annotated but not listed."""
-    return [
-        f"image {id}: annotated but not among the file's images, left out"
-        for id in annotations
-        if id not in images
-    ]
 
 
 def find_file(folders: Sequence[Path], entry: Mapping) -> Path:
