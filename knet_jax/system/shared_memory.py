@@ -6,12 +6,13 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import multiprocessing
 import secrets
 from multiprocessing import shared_memory
 from pathlib import Path
 
 FOLDER = Path("/dev/shm")
-"""Where Linux keeps segments of shared memory, as files."""
+"""Where Linux keeps segments of shared memory and semaphores, as files."""
 PREFIX = "knet_"
 LENGTH = len(PREFIX) + 16
 """Letters of a claim."""
@@ -21,21 +22,22 @@ _held = []
 
 @functools.cache
 def claim() -> str:
-    """Begins names that segments of this process, and of its workers, can have.
+    """Gives segments and semaphores of this process names by which others know that it lives.
 
-    A file of that name is locked as long as this process lives, so that others can tell what is left
-    of dead ones, in other containers with the same memory too. What there is of those is removed.
+    A file of that name is locked for as long, so that what dead processes have left can be told, in
+    other containers with the same memory too. It is removed here.
 
     Returns:
-        The beginning, or "" where segments are no files.
+        How the names begin, for `name_segments`; "" where segments are no files.
     """
     if not FOLDER.is_dir():
         return ""
-    for owner in {FOLDER / path.name[:LENGTH] for path in FOLDER.glob(f"{PREFIX}*")}:
+    found = [*FOLDER.glob(f"{PREFIX}*"), *FOLDER.glob(f"sem.{PREFIX}*")]
+    for name in {path.name.removeprefix("sem.")[:LENGTH] for path in found}:
         # It fails where the owner lives, and for what belongs to other users.
-        with contextlib.suppress(OSError), owner.open("a") as file:
+        with contextlib.suppress(OSError), (FOLDER / name).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in (*FOLDER.glob(f"{owner.name}_*"), owner):
+            for left in (*FOLDER.glob(f"sem.{name}-*"), *FOLDER.glob(f"{name}*")):
                 left.unlink(missing_ok=True)
     name = PREFIX + secrets.token_hex((LENGTH - len(PREFIX)) // 2)
     unlocked = FOLDER / f".{name}"
@@ -44,13 +46,15 @@ def claim() -> str:
     unlocked.rename(FOLDER / name)
     _held.append(file)
     atexit.register((FOLDER / name).unlink, missing_ok=True)
+    name_segments(name)
     return name
 
 
 def name_segments(beginning: str) -> None:
-    """Lets the names of all segments that this process makes begin as `claim` said.
+    """Lets names of segments and semaphores that this process makes begin as `claim` said.
 
     Python offers nothing for that, and Grain, which makes them, neither.
     """
     if beginning:
         shared_memory._make_filename = lambda: f"/{beginning}_{secrets.token_hex(8)}"
+        multiprocessing.current_process()._config["semprefix"] = f"/{beginning}"
