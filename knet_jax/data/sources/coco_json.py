@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from knet_jax.segmentation import coco_files
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
-
-IDS = ("id", "image_id", "category_id")
 
 
 def read(
@@ -20,8 +18,7 @@ def read(
 ) -> tuple[Categories, dict[int, Mapping], dict[int | None, list[Any]], list[str]]:
     """Reads an annotation file.
 
-    What is null counts as absent, and an id may be written as a text. An image without an id is left
-    out, since nothing can be its annotation.
+    An image without an id is left out, since nothing can be its annotation.
 
     Args:
         path: of the JSON.
@@ -36,7 +33,7 @@ def read(
         UserError: the file is not what it should be.
     """
     try:
-        content = json.loads(path.read_bytes(), object_hook=_tidy)
+        content = coco_files.load(path)
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"config.data.root: {path} is not readable JSON: {error}") from error
     try:
@@ -66,24 +63,6 @@ def read(
         raise UserError(
             f"config.data.root: {path} is not COCO {kind} JSON: {error!r:.200}"
         ) from error
-
-
-def _tidy(entry: dict[str, Any]) -> dict[str, Any]:
-    tidy = {}
-    for key, value in entry.items():
-        if isinstance(value, list):
-            tidy[key] = [one for one in value if one is not None]
-        elif value is not None:
-            tidy[key] = _as_number(value) if key in IDS else value
-    return tidy
-
-
-def _as_number(id: Any) -> Any:
-    """An id that is a whole number written as a text or with a point; others as they are."""
-    try:
-        return int(id) if isinstance(id, str) or int(id) == id else id
-    except (TypeError, ValueError, OverflowError):
-        return id
 
 
 def find_file(folders: Sequence[Path], entry: Mapping) -> Path:
