@@ -10,8 +10,8 @@ segmenter = knet_jax.load("runs/r101")
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as typing's, whose import takes as long as all others here
 if TYPE_CHECKING:
     from knet_jax.app.predict import predict_files
     from knet_jax.app.segmenter import Segmenter, load
@@ -48,7 +48,7 @@ MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports a name of the library from the module that defines it."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,6 +36,10 @@ def test_where_names_of_classes_come_from(tmp_path):
     small = load_config(TINY, ("--config.model.num_things=1", "--config.model.num_stuff=1"))
     categories, origin = find_categories(small, own, path)
     assert categories == (("cat", "sky"), (4, 9), 1) and origin == str(path)
+    # As exports write it.
+    exported = [None, *({**one, "id": str(one["id"]), "supercategory": None} for one in listed)]
+    path.write_text(json.dumps({"categories": exported}), "utf-16")
+    assert find_categories(small, own, path)[0] == categories
     unknown, origin = find_categories(small, (), None)
     assert unknown.names == ("class 1", "class 2") and origin == "nowhere"
     with pytest.raises(UserError, match=r"--categories=.*num_things is 80, but the data lists 1;"):

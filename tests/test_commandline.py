@@ -217,6 +217,18 @@ def test_an_environment_that_jax_does_not_know(tmp_path, variable, value, words)
     assert not (tmp_path / "run").exists()
 
 
+def test_signals_have_an_answer_before_anything_else_is_imported():
+    code = (
+        "import sys; old = {*sys.modules}; import knet_jax.cli.main; print(*{*sys.modules} - old)"
+    )
+    new = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    assert {name for name in new if name.startswith("knet_jax.")} == {
+        *("knet_jax.cli", "knet_jax.cli.main"),
+        *("knet_jax.system", "knet_jax.system.ended_by_signals"),
+    }
+    assert not {"typing", "subprocess", "re", "pathlib"}.intersection(new)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_the_imports_is_one_line(signum):

@@ -198,7 +198,7 @@ BROKEN = {
             for text in ("{", "", "[]", "{}", "null", '{"images": 3}', "\xff", "[" * 100_000)
         ),
         ('{"categories": [], "annotations": [], "images": [{"id": Infinity}]}', "image id inf;"),
-        (remove("id", "images", 0), "is not COCO panoptic JSON: KeyError"),
+        (remove("images"), "is not COCO panoptic JSON: KeyError"),
         (replace("annotations", 5), "is not COCO panoptic JSON: TypeError"),
         (remove("isthing", "categories", 0), "category 'grass' does not say isthing"),
         (replace("isthing", None, "categories", 0), "does not say isthing"),
@@ -392,13 +392,17 @@ def test_what_is_null_or_a_text_or_absent(tmp_path):
             annotation[key] = str(annotation[key])
         annotation |= {"area": None, "id": None, "iscrowd": annotation["iscrowd"] or None}
     del content["annotations"][0]["segmentation"]
-    content["annotations"].append(None)
+    for key in ("annotations", "images", "categories"):
+        content[key].append(None)
+    content["images"].append({"file_name": "lost.jpg"})
     for encoding in ("utf-8-sig", "utf-16"):
         path.write_text(json.dumps(content), encoding)
         examples = scan(root, "instance")
         assert examples.categories == (("dog", "cat"), (3, 12), 2)
-        assert examples.problems[0].endswith("it has no mask ('segmentation'), dropped")
-        assert len(examples.problems) == 2
+        assert examples.problems == [
+            "train_0.jpg: annotation without id: it has no mask ('segmentation'), dropped",
+            "lost.jpg: it has no id, left out",
+        ]
         records = list(examples.records)
         assert [len(record.annotation) for record in records] == [2, 3, 3, 3, 3]
         assert [one.iscrowd for one in records[0].annotation] == [False, True]

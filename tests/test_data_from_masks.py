@@ -160,3 +160,32 @@ def test_mistakes_in_polygons_are_named(masks):
     (masks / "photos/deep/b.txt").write_text("9 0 0 1 0 1 1")
     [problem] = write_instance_dataset(*folders, masks / "classes.txt")
     assert problem == "deep/b.png: a class's number is beyond the 4 of --names"
+    # Numbers are those of the file, whatever there are of them.
+    (masks / "data.yaml").write_text("names: {3: cell, '9': bud}")
+    (masks / "photos/a.txt").write_text("-1 0 0 1 0 1 1\n")
+    [problem] = write_instance_dataset(*folders, masks / "data.yaml")
+    assert problem == "a.jpg: a class's number is beyond the 2 of --names"
+    written = json.loads((masks / "DATA/annotations/instances_train.json").read_text())
+    assert [one["category_id"] for one in written["annotations"]] == [2]
+
+
+def test_bad_shapes_of_labelme_are_dropped(masks):
+    shapes = [
+        {"label": "cell\r", "points": SQUARE},
+        {"label": 7, "points": SQUARE},
+        {"label": None, "points": SQUARE},
+        {"label": " ", "points": SQUARE},
+        {"label": "cell", "points": None},
+        {"label": "cell", "points": SQUARE, "shape_type": "rectangle"},
+        {"label": "cell", "points": [[0, 0], [0, None], [1, 1]]},
+        None,
+    ]
+    for name in ("a", "deep/b"):
+        (masks / f"photos/{name}.json").write_text(json.dumps({"shapes": shapes}), "utf-16")
+    problems = write_instance_dataset(masks / "photos", masks / "photos", masks / "DATA", "train")
+    assert [line.split(":")[:2] for line in problems[:6]] == [
+        ["a.jpg", f" annotation {number}"] for number in range(3, 9)
+    ]
+    written = json.loads((masks / "DATA/annotations/instances_train.json").read_text())
+    assert [one["name"] for one in written["categories"]] == ["7", "cell"]
+    assert [one["category_id"] for one in written["annotations"]] == [2, 1, 2, 1]

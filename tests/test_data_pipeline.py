@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import logging
 import multiprocessing
 import os
@@ -128,6 +129,15 @@ def test_records_are_written_in_order_to_several_files(tmp_path, monkeypatch):
             except UserError as error:
                 assert f"in {folder} is damaged; remove that folder" in str(error)
             path.write_bytes(content)
+    # What leaves metadata in order is noticed too; older ones have no digest.
+    path = folder / "metadata.json"
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps({**metadata, "things": metadata["things"][::-1]}))
+    with pytest.raises(UserError, match="is damaged; remove that folder"):
+        pipeline.load_split(config, "train", "panoptic")
+    del metadata["digest"]
+    path.write_text(json.dumps(metadata))
+    assert len(pipeline.load_split(config, "train", "panoptic")) == 24
 
 
 def test_names_and_features_of_what_is_prepared(splits):

@@ -37,3 +37,18 @@ def test_only_an_event_loop_that_has_ended_is_hidden(monkeypatch):
     for error in (closed.value, RuntimeError("another"), ValueError("Event loop is closed")):
         sys.unraisablehook(SimpleNamespace(exc_value=error))
     assert [str(one.exc_value) for one in shown] == ["another", "Event loop is closed"]
+
+
+def test_tracebacks_of_orbax_are_hidden(caplog, monkeypatch):
+    logger = logging.getLogger("absl")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(sys, "unraisablehook", print)
+    logger.addHandler(caplog.handler)
+    hide_closed_loops()
+    path, error = "/site-packages/orbax/checkpoint/file.py", OSError("No space left on device")
+    for pathname, info in ((path, error), (path, None), ("/site-packages/other.py", error)):
+        info = info and (type(info), info, None)
+        logger.handle(logging.LogRecord("absl", logging.ERROR, pathname, 1, pathname, None, info))
+    logger.removeHandler(caplog.handler)
+    seen = {(one.pathname, bool(one.exc_info)) for one in caplog.records}
+    assert seen == {(path, False), ("/site-packages/other.py", True)}

@@ -417,6 +417,7 @@ def test_a_picture_of_any_size_is_skipped(tmp_path, capsys):
     claims_to_be(tmp_path / "2.jpg", 13_000, 13_000)
     claims_to_be(tmp_path / "3.bmp", 1, 60_000_000)
     claims_to_be(tmp_path / "4.jpg", 2000, 2000)
+    claims_to_be(tmp_path / "4.png", 1, 2_000_000)
     write_pictures(tmp_path, ("5.jpg",))
     write_video(tmp_path / "6.avi", 1, (1200, 1000), code="MJPG")
     *pictures, video = sources(tmp_path)
@@ -428,8 +429,9 @@ def test_a_picture_of_any_size_is_skipped(tmp_path, capsys):
         f"{tmp_path / '2.jpg'}: 169.0 {limit}",
         f"{tmp_path / '3.bmp'}: 60.0 {limit}",
         f"{tmp_path / '4.jpg'}: the picture is truncated",
+        f"{tmp_path / '4.png'}: with a side of 1 as costly as 256.0 {limit}",
     ]
-    assert capsys.readouterr().err.count("skipped ") == 4
+    assert capsys.readouterr().err.count("skipped ") == 5
     assert [*files(tmp_path / "out" / "overlays")] == ["5.jpg"]
     problem = predict_video(Seer(), video, tmp_path, max_megapixels=1)
     assert problem == f"{tmp_path / '6.avi'}: 1.2 megapixels; accepted: up to 1 (--max_megapixels)"

@@ -148,7 +148,7 @@ def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], in
     """
     listed: dict[str, int] = {}
     with naming_file(f"--image_info={file}"):
-        for image in json.loads(file.read_bytes().decode("utf-8-sig"))["images"]:
+        for image in json.loads(file.read_bytes())["images"]:
             name, id = image["file_name"], image["id"]
             if type(name) is not str or type(id) is not int or id.bit_length() > 63:
                 raise UserError(f"the id of {name!r:.100} is {id!r:.100}; accepted: a whole number")

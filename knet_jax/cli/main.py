@@ -5,19 +5,12 @@ knet COMMAND --help tells more of each:
 
 from __future__ import annotations
 
-import io
-import os
-import re
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
-from knet_jax.system.errors import UserError, suggest
-from knet_jax.system.exit_status import ended_by_signals, exit_statuses
-from knet_jax.system.library_logs import hide_closed_loops
+# Nothing else is imported before signals have an answer.
+from knet_jax.system.ended_by_signals import ended_by_signals
 
 COMMANDS = {
     "train": "trains a network, or goes on with a run that was stopped",
@@ -43,10 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = [f"  {command:{width}}  {text}" for command, text in COMMANDS.items()]
         print("\n".join([(__doc__ or "").strip(), *lines]))
         return
-    with exit_statuses("knet"):
-        if name not in COMMANDS:
-            raise UserError(f"there is no command {name!r}; {suggest(name, COMMANDS)}")
-    run(name, f"knet {name}", rest)
+    run(name, f"knet {name}" if name in COMMANDS else "knet", rest)
 
 
 def run(name: str, program: str | None = None, arguments: Sequence[str] | None = None) -> None:
@@ -57,13 +47,19 @@ def run(name: str, program: str | None = None, arguments: Sequence[str] | None =
         program: how it was called; default: the name of the script.
         arguments: default: those of the process.
     """
-    program = program or Path(sys.argv[0]).name
+    program = program or sys.argv[0].rpartition("/")[2]
+    with ended_by_signals(program):
+        from knet_jax.system.errors import UserError, suggest
+        from knet_jax.system.exit_status import exit_statuses
+        from knet_jax.system.library_logs import hide_closed_loops
+        from knet_jax.system.xla_flags import known_xla_flags
     hide_closed_loops()
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have all letters
     with exit_statuses(program):
+        if name not in COMMANDS:
+            raise UserError(f"there is no command {name!r}; {suggest(name, COMMANDS)}")
         with ended_by_signals(program), known_xla_flags():
-            # Which takes seconds, and is done only now that signals have an answer.
             commandline = import_module("knet_jax.cli.commandline")
             command = import_module(f"knet_jax.cli.{name.replace('-', '_')}")
         parser = commandline.Parser(program, command.__doc__)
@@ -74,30 +70,6 @@ def run(name: str, program: str | None = None, arguments: Sequence[str] | None =
             print(parser.format_help())
         elif status := command.main(args):
             sys.exit(status)
-
-
-@contextmanager
-def known_xla_flags() -> Iterator[None]:
-    """Tries $XLA_FLAGS in another process meanwhile: XLA aborts the one in which it does not know one.
-
-    Raises:
-        UserError: it does not know one.
-    """
-    if "XLA_FLAGS" not in os.environ or "jax" in sys.modules:
-        yield
-        return
-    trial = subprocess.Popen(
-        [sys.executable, "-c", "import jax; jax.devices()"],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-    yield
-    _, said = trial.communicate()
-    reason = re.search(r"^[EF]\d+ .*?\] (.*)", said, re.MULTILINE)
-    if trial.returncode and reason:
-        raise UserError(f"XLA_FLAGS={os.environ['XLA_FLAGS']}: {reason[1]}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import yaml
 from knet_jax.data.from_masks import check_split, describe_thing, link, write_instances
 from knet_jax.data.sources import examine, index_maps
 from knet_jax.segmentation import class_lists, rle
+from knet_jax.segmentation.segments import printable
 from knet_jax.system.errors import UserError
 
 CIRCLE = np.exp(2j * np.pi * np.arange(64) / 64)
@@ -53,7 +54,7 @@ def write_instance_dataset(
     for flag, folder in (("images", images), ("labels", labels)):
         if not folder.is_dir():
             raise UserError(f"--{flag}: there is no folder {folder}")
-    listed = read_names(names) if names else []
+    listed = read_names(names) if names else {}
     found, problems = [], []
     for path in tqdm.tqdm(index_maps.find_pictures(images), "Converting", unit="img"):
         name = path.relative_to(images)
@@ -61,14 +62,15 @@ def write_instance_dataset(
             size = examine.decoded_size(path)
             things, remarks = read_things(labels / name, size)
             things = [(listed[t.name] if isinstance(t.name, int) else t.name, t) for t in things]
-        except IndexError:
+        except KeyError:
             problems.append(f"{name}: a class's number is beyond the {len(listed)} of --names")
         except Exception as error:  # noqa: BLE001 - whatever files of others lead to
             problems.append(f"{name}: {error}, left out")
         else:
             found.append((path, name.as_posix(), size, things))
             problems += [f"{name}: {remark}, dropped" for remark in remarks]
-    categories = listed or sorted({name for *_, things in found for name, _ in things})
+    used = {name for *_, things in found for name, _ in things}
+    categories = [*listed.values()] or sorted(used)
     if not (found and categories):
         raise UserError(f"no picture of {images} can be used; {(problems or ['there is none'])[0]}")
     pictures, annotations = [], []
@@ -86,14 +88,15 @@ def write_instance_dataset(
     return problems
 
 
-def read_names(path: Path) -> list[str]:
-    """The classes of a text file, or of the `names` of a YAML. Raises UserError for others."""
+def read_names(path: Path) -> dict[int, str]:
+    """The classes of a text file, or of the `names` of a YAML, by number. Raises UserError for others."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix not in (".yaml", ".yml"):
-            return [*class_lists.parse_class_list(text, f"--names: {path}").values()]
+            return class_lists.parse_class_list(text, f"--names: {path}")
         names = yaml.safe_load(text)["names"]
-        return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
+        rows = names.items() if isinstance(names, dict) else enumerate(names)
+        return {int(number): str(name) for number, name in rows}
     except Exception as error:
         raise UserError(f"--names: {path} is no list of classes: {error!r:.100}") from error
 
@@ -109,24 +112,21 @@ def read_things(place: Path, size: tuple[int, int]) -> tuple[list[Thing], list[s
         any error where the file is missing or of another form.
     """
     by_labelme, by_yolo = place.with_suffix(".json"), place.with_suffix(".txt")
-    remarks: list[str] = []
-    things: dict[object, Thing] = {}
     if by_labelme.is_file():
-        shapes = json.loads(by_labelme.read_bytes())["shapes"]
-        found = [(s["label"], _outline(s), s.get("group_id")) for s in shapes]
+        rows, read = json.loads(by_labelme.read_bytes())["shapes"], _read_labelme
     else:
         lines = examine.read_file(by_yolo).decode("utf-8-sig").split("\n")
-        rows = [line.split() for line in lines if line.strip()]
-        scale = size[::-1]
-        found = [
-            (int(row[0]), np.array(row[1:], float).reshape(-1, 2) * scale, None) for row in rows
-        ]
-    for number, (name, points, group) in enumerate(found, 1):
-        polygon = np.ravel(points).tolist()
+        rows, read = [line.split() for line in lines if line.strip()], _read_yolo
+    remarks: list[str] = []
+    things: dict[object, Thing] = {}
+    for number, row in enumerate(rows, 1):
         try:
+            name, points, group = read(row, size)
+            polygon = np.ravel(points).tolist()
             rle.from_annotation([polygon], size)
-        except UserError as error:
-            remarks.append(f"annotation {number}: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever annotations of others lead to
+            said = error if isinstance(error, UserError) else repr(error)
+            remarks.append(f"annotation {number}: {said}")
             continue
         # Polygons of one group are parts of one thing.
         key = number if group is None else (name, group)
@@ -134,13 +134,23 @@ def read_things(place: Path, size: tuple[int, int]) -> tuple[list[Thing], list[s
     return list(things.values()), remarks
 
 
-def _outline(shape: dict) -> Sequence[Sequence[float]]:
-    """Corners of a shape of LabelMe; of one without an area its points."""
-    points, kind = shape["points"], shape.get("shape_type", "polygon")
+def _read_yolo(row: Sequence[str], size: tuple[int, int]) -> tuple[int, np.ndarray, None]:
+    """The number of the class and the corners of a line of YOLO."""
+    return int(row[0]), np.array(row[1:], float).reshape(-1, 2) * size[::-1], None
+
+
+def _read_labelme(shape: dict, size: tuple[int, int]) -> tuple[str, Sequence, object]:
+    """The class, the corners (of a shape without an area its points), and the group of a shape."""
+    name, kind, points = shape["label"], shape.get("shape_type", "polygon"), shape["points"]
+    name = printable(str(name)) if isinstance(name, str | int) else ""
+    if not name:
+        raise UserError(f"label is {shape['label']!r:.40}; accepted: the name of a class")
     if kind == "rectangle":
         (left, top), (right, bottom) = points
-        return [(left, top), (right, top), (right, bottom), (left, bottom)]
-    if kind == "circle":
+        points = [(left, top), (right, top), (right, bottom), (left, bottom)]
+    elif kind == "circle":
         middle, edge = (complex(*point) for point in points)
-        return [(z.real, z.imag) for z in middle + abs(edge - middle) * CIRCLE]
-    return points if kind == "polygon" else []
+        points = [(z.real, z.imag) for z in middle + abs(edge - middle) * CIRCLE]
+    elif kind != "polygon":
+        points = []
+    return name, points, shape.get("group_id")

@@ -29,7 +29,7 @@ from knet_jax.data import batches, prepared_split, recipes, records, sampler
 from knet_jax.data.prepared_split import Split
 from knet_jax.data.sources import by_name
 from knet_jax.structs import EMPTY, Batch
-from knet_jax.system import processes
+from knet_jax.system import processes, shared_memory
 from knet_jax.system.errors import UserError
 
 LEAST = 500
@@ -223,7 +223,8 @@ def _run_workers(
     ahead = 0 if recipe.num_workers else 1
     elements = dataset.to_iter_dataset(grain.ReadOptions(ahead, prefetch_buffer_size=ahead))
     workers = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
-    iterator = iter(elements.mp_prefetch(workers, worker_init_fn=_start_worker))
+    start = functools.partial(_start_worker, shared_memory.claim() if recipe.num_workers else "")
+    iterator = iter(elements.mp_prefetch(workers, worker_init_fn=start))
     broken = set()
     try:
         with _group_signals_blocked() if recipe.num_workers else contextlib.nullcontext():
@@ -268,8 +269,9 @@ def _group_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(*_: int) -> None:
-    """What Grain calls first in a worker."""
+def _start_worker(segments: str, *_: int) -> None:
+    """What Grain calls first in a worker. Names of shared memory begin with `segments`."""
+    shared_memory.name_segments(segments)
     cv2.setNumThreads(0)  # the workers are the parallelism
     for signum in GROUP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

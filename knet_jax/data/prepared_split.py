@@ -93,6 +93,8 @@ class Split:
         with self._damage_named():
             builder = tfds.builder_from_directory(directory)
             splits, metadata = builder.info.splits, builder.info.metadata
+            if metadata.get("digest", proof := records.digest(metadata)) != proof:
+                raise ValueError("metadata.json is not as it was written")
             self.task = metadata["task"]
             self.categories = Categories.of(metadata["categories"])
             self.kind = by_task.KINDS[self.task](self.categories)

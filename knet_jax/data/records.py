@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -131,16 +132,21 @@ class RecordBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 },
             )
         # Small, and readable as JSON.
-        self.info.metadata.update(
-            {
-                "task": self._source.task,
-                "categories": examples.categories._asdict(),
-                "sizes": sizes,
-                "things": things,
-                "columns": {name: values.tolist() for name, values in columns.items()},
-                "problems": list(examples.problems),
-            }
-        )
+        metadata = {
+            "task": self._source.task,
+            "categories": examples.categories._asdict(),
+            "sizes": sizes,
+            "things": things,
+            "columns": {name: values.tolist() for name, values in columns.items()},
+            "problems": list(examples.problems),
+        }
+        self.info.metadata.update(metadata | {"digest": digest(metadata)})
+
+
+def digest(metadata: Mapping[str, Any]) -> str:
+    """A digest of the metadata of a prepared split, but for the one that they hold themselves."""
+    content = {key: value for key, value in metadata.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def describe(metadata: Mapping[str, Any]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from knet_jax.segmentation import class_lists, published_classes
+from knet_jax.segmentation import class_lists, coco_files, published_classes
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError, naming_file
 
@@ -58,13 +57,12 @@ def _read_categories(config: ConfigDict, file: Path) -> Categories:
     if not file.is_file():
         raise UserError(f"{called}: there is no such file")
     with naming_file(called):
-        text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".json":
             is_instance = config.task == "instance"
             read = class_lists.read_coco_things if is_instance else class_lists.read_coco_categories
-            categories = read(json.loads(text)["categories"])
+            categories = read(coco_files.load(file)["categories"])
         else:
-            names = class_lists.parse_class_list(text, "it")
+            names = class_lists.parse_class_list(file.read_text(encoding="utf-8-sig"), "it")
             categories = _number([*names.values()], config.model.num_things)
         if config.task == "semantic":
             categories = categories._replace(num_things=0)

@@ -1,4 +1,4 @@
-"""Writing results in COCO's formats (https://cocodataset.org/#format-data).
+"""COCO's formats, and results written in them (https://cocodataset.org/#format-data).
 
 Panoptic: a JSON, and beside it a folder of the same name with a PNG for each picture, whose pixels
 hold the id R + 256 G + 65536 B of their segment, 0 for void. The JSON says which category each id is.
@@ -8,8 +8,10 @@ Instance: one JSON, a list of annotations with scores.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +21,37 @@ from knet_jax.segmentation.image_files import NUM_IDS, segment_colors
 from knet_jax.segmentation.segments import Categories, Instance, PanopticMap, segment_index
 from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import JsonList, PngFolder, write_json
+
+IDS = ("id", "image_id", "category_id")
+
+
+def load(path: Path) -> Any:
+    """Reads a JSON in COCO's form, in any of Unicode's encodings.
+
+    What is null counts as absent, and an id may be written as a text.
+
+    Raises:
+        OSError, ValueError or RecursionError: there is no such file, or it is no JSON.
+    """
+    return json.loads(path.read_bytes(), object_hook=_tidy)
+
+
+def _tidy(entry: dict[str, Any]) -> dict[str, Any]:
+    tidy = {}
+    for key, value in entry.items():
+        if isinstance(value, list):
+            tidy[key] = [one for one in value if one is not None]
+        elif value is not None:
+            tidy[key] = _as_number(value) if key in IDS else value
+    return tidy
+
+
+def _as_number(id: Any) -> Any:
+    """An id that is a whole number written as a text or with a point; others as they are."""
+    try:
+        return int(id) if isinstance(id, str) or int(id) == id else id
+    except (TypeError, ValueError, OverflowError):
+        return id
 
 
 class PanopticResults:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ KINDS |= dict.fromkeys((b"II*\0", b"MM\0*"), "a TIFF")
 """What files are that begin with some bytes."""
 MAX_MEGAPIXELS = 50
 """Pictures of more are not decoded unless asked for: a few hundred bytes can claim gigabytes."""
+LEAST_SIDE = 128
+"""Results have at least so many pixels a side: narrow pictures cost as much as such ones."""
 NUM_IDS = 1 << 24
 """How many segment ids three bytes can tell apart, void (0) included."""
 
@@ -69,6 +72,8 @@ def read_image(path: str | Path) -> np.ndarray:
 def check_megapixels(path: str | Path, most: float, formats: Sequence[str] | None = None) -> None:
     """Reads the head of a file, before anything of the picture's size is in memory.
 
+    A side of fewer than `LEAST_SIDE` pixels counts as one of so many.
+
     Args:
         path: of the file.
         most: megapixels that are accepted.
@@ -81,16 +86,19 @@ def check_megapixels(path: str | Path, most: float, formats: Sequence[str] | Non
     try:
         # Pillow has a limit of its own, and warns of half of it.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats) as head:
-            found = head.width * head.height / 1e6
+            sides = head.size
     except Image.DecompressionBombError:
-        found = float("inf")
+        sides = (math.inf, math.inf)
     except Exception as error:
         if formats is None or isinstance(error, FileNotFoundError):
             return  # who reads it tells what is wrong
         raise UserError(f"no picture that can be read; accepted: {', '.join(PICTURES)}") from error
-    if found > most:
-        shown = "far too many" if found == float("inf") else f"{found:.1f}"
-        raise UserError(f"{shown} megapixels; accepted: up to {most:g} (--max_megapixels)")
+    found, cost = (math.prod(max(side, least) for side in sides) / 1e6 for least in (1, LEAST_SIDE))
+    if cost > most:
+        shown = f"{found:.1f} megapixels" if found < math.inf else "far too many megapixels"
+        if found <= most:
+            shown = f"with a side of {min(sides)} as costly as {cost:.1f} megapixels"
+        raise UserError(f"{shown}; accepted: up to {most:g} (--max_megapixels)")
 
 
 def load_image(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:

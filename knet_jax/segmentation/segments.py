@@ -13,6 +13,8 @@ MIN_SCORE = 0.3
 """Default of the least score of a thing that is shown; networks predict many more things."""
 MAX_NAME = 200
 """The most letters that the name of a class may have."""
+MAX_CLASSES = 65535
+"""Of a dataset: a map of labels has two bytes a pixel, and 0 stands for none."""
 
 
 class Categories(NamedTuple):
@@ -36,14 +38,15 @@ class Categories(NamedTuple):
         """
         try:
             names, ids, num_things = (given[field] for field in Categories._fields)
-            agree = 0 < len(names) == len(ids) and num_things in range(len(names) + 1)
+            agree = len(names) == len(ids) and num_things in range(len(names) + 1)
+            agree &= 0 < len(names) <= MAX_CLASSES
             whole = {id for id in ids if isinstance(id, int) and not isinstance(id, bool)}
         except (TypeError, KeyError) as error:
             raise UserError(f"it lists no classes: {error!r:.100}") from error
         if not agree:
             raise UserError(
                 f"it lists {len(names)} names and {len(ids)} ids of classes, {num_things!r:.20} of them "
-                "things; accepted: as many names as ids, one or more"
+                f"things; accepted: as many names as ids, 1 to {MAX_CLASSES}"
             )
         if len(whole) != len(ids):
             raise UserError(f"category ids are {ids!r:.80}; accepted: whole numbers, each once")

@@ -33,7 +33,7 @@ def examine_file(
     Raises:
         UserError: the file is not what it should be, or nothing can be used.
     """
-    categories, images, by_image = coco_json.read(
+    categories, images, by_image, problems = coco_json.read(
         annotations, "instance", functools.partial(_read_classes, supercategories)
     )
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
@@ -41,8 +41,7 @@ def examine_file(
         (str(image.get("file_name")), (image, by_image.get(id, ()))) for id, image in images.items()
     ]
     check = functools.partial(_check_picture, pictures, labels)
-    strays = coco_json.strays(images, by_image)
-    return examine.check_pictures(check, items, categories, annotations, strays)
+    return examine.check_pictures(check, items, categories, annotations, problems)
 
 
 def _read_classes(supercategories: bool, content: Mapping) -> Categories:

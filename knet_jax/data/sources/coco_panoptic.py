@@ -55,9 +55,8 @@ def examine_file_as_labels(annotations: Path, pictures: Sequence[Path]) -> recor
 
 
 def _examine(annotations: Path, pictures: Sequence[Path]) -> records.Examples:
-    categories, images, by_image = coco_json.read(annotations, "panoptic", _read_classes)
+    categories, images, by_image, remarks = coco_json.read(annotations, "panoptic", _read_classes)
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
-    remarks = coco_json.strays(images, by_image)
     remarks += [
         f"image {id}: annotated more than once, the first one counts"
         for id, listed in by_image.items()
