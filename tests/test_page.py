@@ -336,42 +336,6 @@ def test_the_page_offers_what_the_model_does(segmenters, tmp_path, monkeypatch):
         assert f"{task} segmentation · model &lt;i&gt;, step 1 · float32 on cpu" in head
 
 
-def test_connections_that_ask_nothing_end(monkeypatch):
-    uvicorn = pytest.importorskip("uvicorn", reason="needs gradio: pip install -e '.[demo]'")
-    from knet_jax.app.page import connections
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body"})
-
-    async def run():
-        config = uvicorn.Config(app, lifespan="off", log_level="critical")
-        config.http = connections.Connection
-        server = uvicorn.Server(config)
-        with demo.listen("127.0.0.1", 0) as listener:
-            running = asyncio.create_task(server.serve([listener]))
-            opened = [await asyncio.open_connection(*listener.getsockname()) for _ in range(4)]
-            # More than are kept, half a request among them: all but the last end at once.
-            opened[1][1].write(b"GET / HTTP/1.1\r\nHost: x\r\n")
-            monkeypatch.setattr(connections, "MOST", 4)
-            opened.append(await asyncio.open_connection(*listener.getsockname()))
-            ends = [await asyncio.wait_for(reader.read(), 5) for reader, _ in opened[:4]]
-            opened[4][1].write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            answer = await asyncio.wait_for(opened[4][0].readline(), 5)
-            # One alone ends after a while.
-            monkeypatch.setattr(connections, "PATIENCE", 0.1)
-            late, writer = await asyncio.open_connection(*listener.getsockname())
-            ends.append(await asyncio.wait_for(late.read(), 5))
-            for _, one in [*opened, (late, writer)]:
-                one.close()
-            server.should_exit = True
-            await running
-        return ends, answer
-
-    ends, answer = asyncio.run(run())
-    assert ends == [b""] * 5 and answer.startswith(b"HTTP/1.1 204")
-
-
 @pytest.fixture(scope="module")
 def url(tiny_models, tmp_path_factory):
     """Of a server, which ends by Ctrl-C, leaves no file, and never asks the network."""
