@@ -92,8 +92,6 @@ def main(args: Namespace) -> None:
         try:
             import gradio  # noqa: F401
             import uvicorn
-
-            from knet_jax.app.page.connections import BACKLOG, Connection
         except ImportError as error:
             raise UserError("the page needs gradio: pip install -e '.[demo]'") from error
         with listen(args.host, args.port) as listener:
@@ -104,13 +102,7 @@ def main(args: Namespace) -> None:
             print(f"{name} ({segmenter.task}, step {segmenter.step}): {address(listener)}")
             print("Ctrl-C ends it", flush=True)
             server = uvicorn.Server(
-                uvicorn.Config(
-                    app,
-                    http=Connection,
-                    backlog=BACKLOG,
-                    log_level="warning",
-                    timeout_graceful_shutdown=1,
-                )
+                uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
             )
             # Connections that are cut off at the end are no errors.
             logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
