@@ -222,3 +222,16 @@ def test_conv_norm_relu_keeps_its_type_and_its_parameters_wide():
 def test_wide_is_at_least_float32():
     assert layers.wide(jnp.bfloat16) == layers.wide("float32") == jnp.float32
     assert layers.wide("float64") == np.float64
+
+
+@pytest.mark.parametrize("norm", ["group", "frozen_batch"])
+def test_for_its_gradient_a_block_keeps_what_it_reads_and_what_its_convolution_makes(norm):
+    block = layers.ConvNormRelu(8, 3, norm=layers.make_norm(norm, "float32", train=True))
+    x = jnp.ones((2, 16, 16, 8))
+    variables = block.init(jax.random.key(0), x)
+
+    def gradient(variables):
+        return jax.vjp(lambda v: block.apply(v, x * 2), variables)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(gradient, variables))
+    assert sum(array.ndim == 4 and array.shape[1] == 16 for array in kept) == 2

@@ -28,7 +28,7 @@ INTEGER = (int, np.integer)
 WIDE = {"int8": "int32", "int16": "int32", "uint16": "int32"}
 """Types that runtimes have few kernels for, and what they are computed in."""
 
-CALLS = ("jit", "custom_jvp_call", "custom_vjp_call")
+CALLS = ("jit", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 """Primitives that are programs of their own."""
 
 

@@ -45,6 +45,7 @@ ELEMENTWISE: dict[str, Any] = {
     "rem": lambda g, eqn, x, y: g.op("Mod", x, y, fmod=1),
     "rsqrt": lambda g, eqn, x: g.op("Reciprocal", g.op("Sqrt", x)),
     "square": lambda g, eqn, x: g.op("Mul", x, x),
+    "name": lambda g, eqn, x: x,
     "stop_gradient": lambda g, eqn, x: x,
 }
 

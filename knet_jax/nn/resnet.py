@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from knet_jax.nn.deformable import DeformConv
-from knet_jax.nn.layers import conv, he_init, make_norm
+from knet_jax.nn.layers import conv, he_init, make_norm, sparing
 from knet_jax.system.errors import UserError
 
 EXPANSION = 4
@@ -84,8 +84,6 @@ class ResNet(nn.Module):
         conv_ = partial(conv, use_bias=False, kernel_init=he_init, dtype=self.dtype)
         deform_conv = partial(DeformConv, kernel_init=he_init, dtype=self.dtype)
 
-        block = nn.remat(Bottleneck) if self.remat else Bottleneck
-
         half = self.width // 2
         stem = {"": (self.width, 7, 2)}
         if self.deep_stem:
@@ -101,6 +99,14 @@ class ResNet(nn.Module):
         for i, depth in enumerate(self.depths):
             width = self.width * 2**i
             deformable = i >= len(self.depths) - self.num_deformable
+            # What a deformable convolution has sampled is too costly to be made anew unasked.
+            block = (
+                nn.remat(Bottleneck)
+                if self.remat
+                else Bottleneck
+                if deformable
+                else sparing(Bottleneck)
+            )
             stride = 2 if i > 0 and reached < self.output_stride else 1
             # Without its stride a stage sees what it would have seen by twice the dilation, but for
             # the 3x3 convolution that had the stride.
