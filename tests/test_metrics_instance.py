@@ -153,20 +153,6 @@ def test_boundaries_of_large_masks_are_compared():
     np.testing.assert_allclose(boundary_iou(*crowd), [[1]])
 
 
-def test_crowds_neither_count_nor_punish():
-    def numbers(*predictions):
-        truth = Instance(strip(0, 4), CAT), Instance(strip(10, 20), CAT, iscrowd=True)
-        found = tuple(Instance(strip(*place), CAT, 0.5) for place in ((0, 4), *predictions))
-        return count(truth, found, 3)
-
-    counts = numbers((10, 14), (13, 19), (10, 20))
-    assert counts.objects[CAT, 0] == 1
-    assert summarize(counts, CATEGORIES)["AP"] == pytest.approx(100)
-    assert (counts.outcome[:, 0] == -1).all(1).tolist() == [False, True, True, True]
-    # Half of it must lie on the crowd.
-    assert (numbers((5, 12)).outcome[1, 0] == 0).all()
-
-
 def test_sizes_are_as_annotated_or_else_as_drawn():
     mask = box(0, 0, 40, 40)
     for area, found in {

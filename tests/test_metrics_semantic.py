@@ -36,12 +36,6 @@ def test_equals_sets_of_pixels():
         )
 
 
-def test_unlabelled_pixels_count_for_nobody():
-    with_void, without = counted("110022", "123311"), counted("1122", "1211")
-    for a, b in zip(with_void, without):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_a_pixel_without_prediction_is_wrong():
     counts = counted("1122", "1022")
     assert [column.tolist() for column in counts] == [[1, 2, 0], [2, 2, 0], [1, 2, 0]]
