@@ -45,6 +45,13 @@ def call(module: str, function: str, *arguments: object, num_devices: int) -> st
     return done.stdout
 
 
+def free_address():
+    """An address of this machine that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
 def start(words, num_processes, log, num_devices=1, before="import jax", **variables):
     """Starts `knet` in several processes that find each other.
 
@@ -56,9 +63,7 @@ def start(words, num_processes, log, num_devices=1, before="import jax", **varia
         before: Python that runs before all else; the default leaves out the trial of XLA's flags.
         variables: of their environment.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     code = f"{before}\nfrom knet_jax.cli.main import main\nmain()"
     started = []
     for i in range(num_processes):

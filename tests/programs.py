@@ -1,16 +1,9 @@
-"""Commands, called in the process of a test or started in one of their own."""
+"""Commands in the process of a test, and a disk that is full."""
+
+import resource
+from contextlib import contextmanager
 
 from knet_jax.cli.main import run
-
-INTERRUPTIBLE = """
-import runpy, signal, sys
-
-# What a shell starts in the background would ignore it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-"""Runs a program, `python -c INTERRUPTIBLE predict.py …`, that a Ctrl-C ends."""
 
 
 def status_of(name, *arguments):
@@ -20,3 +13,14 @@ def status_of(name, *arguments):
     except SystemExit as error:
         return error.code
     return 0
+
+
+@contextmanager
+def largest_file(size):
+    """No file may grow beyond so many bytes: in place of a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,11 +1,9 @@
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from programs import largest_file
 
 from knet_jax.saved.checkpoint_record import (
     DamagedError,
@@ -219,23 +218,9 @@ def test_a_flipped_bit_anywhere_is_seen_or_harmless(tmp_path, checkpoints):
     assert seen > 6
 
 
-def remove_all(folder):
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-
-
 def copy_the_step_before(folder):
     shutil.rmtree(folder)
     shutil.copytree(folder.parent / "1", folder)
-
-
-def remove_arrays(folder):
-    shutil.rmtree(folder / "state" / "d")
-
-
-def remove_record(folder):
-    shutil.rmtree(folder / "record")
 
 
 def remove_marks(folder):
@@ -248,14 +233,20 @@ def truncate_all(folder):
         path.write_bytes(b"")
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [remove_all, remove_arrays, remove_record, remove_marks, truncate_all, copy_the_step_before],
-)
+DAMAGES = {
+    "without arrays": lambda folder: shutil.rmtree(folder / "state" / "d"),
+    "without a record": lambda folder: shutil.rmtree(folder / "record"),
+    "without marks": remove_marks,
+    "truncated": truncate_all,
+    "a copy": copy_the_step_before,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_step_gives_way_to_the_one_before(tmp_path, capfd, damage):
     with Checkpoints(tmp_path) as writer:
         save_all(writer, [1, 2], {2: 30.0})
-    damage(tmp_path / "2")
+    DAMAGES[damage](tmp_path / "2")
     for read_only in (True, False):
         with Checkpoints(tmp_path, read_only=read_only) as checkpoints:
             state, record = checkpoints.restore_latest(make_state())
@@ -269,7 +260,7 @@ def test_a_damaged_step_gives_way_to_the_one_before(tmp_path, capfd, damage):
                 save_all(checkpoints, [step + 1])
                 assert checkpoints.scores(step + 1) is None
                 assert checkpoints.restore_latest(make_state())[1]["step"] == step + 1
-    assert damage is remove_marks or step == 1
+    assert damage == "without marks" or step == 1
 
 
 def test_an_empty_folder_of_a_step_hides_none(tmp_path, capfd):
@@ -288,7 +279,7 @@ def test_an_empty_folder_of_a_step_hides_none(tmp_path, capfd):
 def test_no_whole_step_is_one_clear_line(tmp_path, checkpoints):
     save_all(checkpoints, [1, 2])
     for step in "12":
-        remove_record(tmp_path / "checkpoints" / step)
+        DAMAGES["without a record"](tmp_path / "checkpoints" / step)
     with pytest.raises(UserError, match="no checkpoint in .* is whole: ") as caught:
         checkpoints.restore_latest(make_state())
     assert "\n" not in str(caught.value)
@@ -333,16 +324,6 @@ def test_kill_9_during_a_save_keeps_the_step_before(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(map(str, checkpoints.steps()))
 
 
-@contextmanager
-def file_size_limit(num_bytes):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads
 def test_a_disk_that_takes_no_more_is_one_clear_line(tmp_path, capsys):
     """An error of the loop loses no save, and is told beside that of the save."""
@@ -353,12 +334,12 @@ def test_a_disk_that_takes_no_more_is_one_clear_line(tmp_path, capsys):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        with file_size_limit(1 << 20), pytest.raises(UserError) as caught:
+        with largest_file(1 << 20), pytest.raises(UserError) as caught:
             checkpoints.save(2, state, {})
             checkpoints.wait()
         assert str(caught.value) == line
     with (
-        file_size_limit(1 << 20),
+        largest_file(1 << 20),
         pytest.raises(ValueError, match="a broken picture"),
         Checkpoints(tmp_path) as checkpoints,
     ):

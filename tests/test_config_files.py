@@ -9,8 +9,6 @@ from knet_jax.config import files
 from knet_jax.config.files import load_config
 from knet_jax.system.errors import UserError
 
-ROOT = Path(__file__).parents[1]
-
 FILE = """
 from knet_jax.config.files import base
 
@@ -89,14 +87,10 @@ def test_configs_are_found_by_name_from_anywhere(monkeypatch, tmp_path, spec):
     for name, text, message in (
         ("empty.py", "", "empty.py: there is no function get_config"),
         ("text.py", "no Python at all", "text.py, cannot be read: SyntaxError: invalid syntax"),
-        ("nul.py", "x = 1\0", "nul.py, cannot be read: SyntaxError"),
         ("zero.py", "a = 1\n1/0", "zero.py, line 2, cannot be read: ZeroDivisionError: "),
-        ("os.py", "raise OSError('x')", "os.py, line 1, cannot be read: OSError: x"),
-        ("group.py", "raise ExceptionGroup('x', [ValueError()])", "line 1, .* ExceptionGroup: x"),
         ("import.py", "import nothing", "import.py, line 1, cannot be read: ModuleNotFoundError"),
         ("exit.py", "import sys; sys.exit(5)", "exit.py, line 1, cannot be read: SystemExit: 5"),
         ("none.py", "get_config = lambda: None", "none.py, cannot be read: AssertionError"),
-        ("five.py", "get_config = 5", "five.py, cannot be read: TypeError: 'int' object is not ca"),
         ("deep.py", "def get_config(): return get_config()", "line 1, .* RecursionError: "),
         (
             "more.py",
@@ -129,17 +123,10 @@ def test_overrides(spec):
         (["--config.optim.decay_at=9,10"], "optim.decay_at", (9, 10)),
         (["--config.optim.decay_at=9"], "optim.decay_at", (9,)),
         (["--config.optim.scale_lr"], "optim.scale_lr", True),
-        (["--config.optim.scale_lr=true"], "optim.scale_lr", True),
         (["--noconfig.model.neck.sine"], "model.neck.sine", False),
-        (["--config.seed=1", "--config.seed=2"], "seed", 2),
         (["--config.optim.decay_at=1,2", "--config.optim.decay_at=3"], "optim.decay_at", (3,)),
-        (
-            ['--config.optim.groups=(("b", "x", 0.0, 1.0),)'],
-            "optim.groups",
-            (("b", "x", 0.0, 1.0),),
-        ),
         (["--config.model.backbone.window=5", "--config.model.backbone.name=swin"], "seed", None),
-        ({"optim.lr": 1, "data.root": Path("a")}, "optim.lr", 1.0),
+        ({"optim.lr": 1}, "optim.lr", 1.0),
         ({"data.root": Path("a")}, "data.root", "a"),
         ({"data.canvas": [32, 64]}, "data.canvas", (32, 64)),
     ):
@@ -167,16 +154,13 @@ def test_what_does_not_exist_is_one_line_with_what_does(spec):
         ("", {"optim.lr": 10**400}, "accepted: a value like 0.0001"),
         ("", ["--config.optim=3"], "there is no key config.optim;"),
         ("", ["--config.train.batch_size=1.5"], "batch_size=1.5: accepted: a value like 16"),
-        ("", ["--config.train.batch_size=True"], "batch_size=True: accepted: a value like 16"),
         ("", ["--config.train.batch_size"], "batch_size=True: accepted: a value like 16"),
-        ("", ["--config.optim.lr=fast"], "lr=fast: accepted: a value like 0.0001"),
         ("", ["--config.optim.lr=nan"], "lr=nan: accepted: a value like 0.0001"),
         ("", ["--config.optim.scale_lr=maybe"], "maybe: accepted: a value like False"),
         ("", ["--config.seed=1", "x"], "'x' belongs to no flag"),
         ("", ["--config.task=instances"], "config.task is 'instances'; accepted: panoptic, inst"),
         ("", ["--config.model.neck.name=fpn"], "neck.name is 'fpn'; accepted: semantic_fpn, fcn"),
         ("", {"data.dataset": "voc"}, "config.data.dataset is 'voc'; accepted: ade20k, city"),
-        ("", {"optim.lrr": 1.0}, "no key config.optim.lrr; did you mean optim.lr"),
     ):
         refuse(message, load_config, spec + variant, arguments)
 
@@ -228,9 +212,9 @@ def test_a_config_of_an_older_version_has_todays_keys(spec, tmp_path):
 def test_a_workdir_without_a_readable_config_is_named(tmp_path):
     refuse("no run has been started here", files.load_saved_config, tmp_path)
     for text in (
-        '{"seed": ', "[1]", "5", "null", '"x"', "[" * 10**5, b"\xff", b"\0", '{"data": 5}', '{"a.b": 1}',
-        '{"task": null}', '{"task": "panoptic", "__class__": 1, "items": 2, "_locked": 3}',
-        '{"a": {"' * 10**4, '{"model": null}', '{"task": {"items": {"a": 1}}}',
+        '{"seed": ', "[1]", "null", "[" * 10**5, b"\xff", '{"data": 5}', '{"a.b": 1}', '{"task": null}',
+        '{"task": "panoptic", "__class__": 1, "items": 2, "_locked": 3}', '{"a": {"' * 10**4,
+        '{"model": null}', '{"task": {"items": {"a": 1}}}',
     ):  # fmt: skip
         content = text if isinstance(text, bytes) else text.encode()
         (tmp_path / "config.json").write_bytes(content)

@@ -114,26 +114,6 @@ def test_instances_as_they_are_written(tmp_path):
     np.testing.assert_array_equal(decode(other, other.annotation[0]), dog)
 
 
-def test_coco_itself(coco_mini):
-    """Its list, things first, is the standard order of 80 and 53 classes; areas are its own."""
-    examples = scan(coco_mini, split="val")
-    assert examples.count == 60 and examples.problems == []
-    names, ids, num_things = examples.categories
-    assert (len(names), num_things, names[0], names[80]) == (133, 80, "person", "banner")
-    assert (ids[0], ids[79], ids[80], ids[132]) == (1, 90, 92, 200) and list(ids) == sorted(ids)
-    listed = json.loads((coco_mini / "annotations" / "panoptic_val2017.json").read_text())
-    areas = {
-        (annotation["image_id"], segment["id"]): segment["area"]
-        for annotation in listed["annotations"]
-        for segment in annotation["segments_info"]
-    }
-    assert areas == {
-        (record.image_id, segment.id): segment.area
-        for record in examples.records
-        for segment in record.annotation.segments
-    }
-
-
 def test_where_the_file_of_a_split_is_looked_for(tmp_path):
     root = write(tmp_path / "coco")
     for wrong in ("", tmp_path / "nowhere"):
@@ -195,24 +175,18 @@ BROKEN = {
     "panoptic": [
         *(
             (text, r"config\.data\.root: .*train2017\.json is not .*JSON")
-            for text in ("{", "", "[]", "{}", "null", '{"images": 3}', "\xff", "[" * 100_000)
+            for text in ("{", "[]", "{}", "null", "\xff", "[" * 100_000)
         ),
         ('{"categories": [], "annotations": [], "images": [{"id": Infinity}]}', "image id inf;"),
-        (remove("images"), "is not COCO panoptic JSON: KeyError"),
         (replace("annotations", 5), "is not COCO panoptic JSON: TypeError"),
         (remove("isthing", "categories", 0), "category 'grass' does not say isthing"),
-        (replace("isthing", None, "categories", 0), "does not say isthing"),
         (replace("id", 7, "categories", 1), r"category ids are \[.*\]; accepted: .* each once"),
         (replace("id", "grass", "categories", 0), r"category ids are \[.*\]; accepted: whole"),
-        (replace("name", None, "categories", 0), "a class is called None; accepted: texts of 1"),
         (replace("name", "x" * 5000, "categories", 0), "a class is called 'xxx.*; accepted: texts"),
         (replace("name", "\x00\n", "categories", 0), "a class is called .*; accepted: texts of 1"),
         (replace("id", 101, "images", 2), r"2017\.json: image id 101; accepted: .*, each once"),
         (replace("id", 2**70, "images", 2), f"image id {2**70}; accepted: whole numbers of 64"),
-        *(
-            (replace("isthing", value, "categories", 0), f"isthing is {value!r}; accepted: 0 and 1")
-            for value in ("0", 2)
-        ),
+        (replace("isthing", 2, "categories", 0), "isthing is 2; accepted: 0 and 1"),
         (replace("categories", []), "it lists 0 names"),
         *(
             (change, rf"can be used, the first of . problems: .*{message}.*, left out")
@@ -226,11 +200,6 @@ BROKEN = {
         (of_all("categories", replace, "isthing", 0), "lists no thing .*--config coco_semantic"),
     ],
     "instance": [
-        *(
-            (text, r"config\.data\.root: .*instances_train2017\.json")
-            for text in ("{", "[]", "{}", '{"images": [], "categories": []}')
-        ),
-        (of_all("annotations", remove, "segmentation"), "boxes only; accepted: masks"),
         (of_all("annotations", replace, "segmentation", []), "boxes only; accepted: masks"),
         (replace("annotations", []), "no picture of .* can be used.*nothing is annotated"),
     ],
@@ -270,8 +239,8 @@ def truncate(keep):
     return lambda root: png(root).write_bytes(png(root).read_bytes()[:keep])
 
 
-def edit(change, task="panoptic"):
-    return lambda root: tiny_coco.edit(root, change, prefix=PREFIXES[task])
+def edit(change):
+    return lambda root: tiny_coco.edit(root, change)
 
 
 def list_twice(content):
@@ -291,7 +260,7 @@ PANOPTIC_PROBLEMS = [
         "train_1.jpg: is 60x80 where 80x60 is expected, left out",
         WITHOUT_1,
     ),
-    *((truncate(keep), r"train_1\.jpg: .*train_1\.png", WITHOUT_1) for keep in (0, 20, 150)),
+    (truncate(150), r"train_1\.jpg: .*train_1\.png", WITHOUT_1),
     (
         lambda root: Image.open(png(root)).save(png(root), "JPEG"),
         r"train_1\.png is a JPEG; accepted: PNG, .*, left out",
@@ -345,17 +314,10 @@ def test_problems_of_panoptic_files(tmp_path):
 BAD_VALUES = [
     ({"segmentation": [[1, 2, 30, 40]]}, "a polygon has 2 points, it must have three or more"),
     ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "a polygon must be a list of numbers"),
-    ({"segmentation": None}, "it has no mask"),
-    ({"segmentation": []}, "it has no mask"),
     ({"segmentation": 5}, "neither polygons nor RLE"),
-    ({"category_id": [1]}, "unhashable"),
     ({"segmentation": [[900, 900, 950, 900, 950, 950]]}, "its mask is empty"),
-    ({"segmentation": {"size": [60, 80], "counts": [4800]}}, "its mask is empty"),
-    (
-        {"segmentation": {"size": [80, 60], "counts": [4800]}},
-        r"RLE has size \[80, 60\], .* \[60, 80\]",
-    ),
     ({"segmentation": {"size": [60, 80], "counts": "P"}}, "RLE is cut off"),
+    ({"category_id": [1]}, "unhashable"),
     ({"category_id": 55}, "category id 55 is not"),
     ({"area": "big"}, "area 'big' is no number"),
     ({"iscrowd": "0"}, "iscrowd is '0'; accepted: 0 and 1"),
@@ -376,6 +338,14 @@ def test_bad_instances_are_named_and_dropped(tmp_path):
     for number, (problem, (_, message)) in enumerate(zip(examples.problems, BAD_VALUES), 100):
         assert re.search(rf"train_0\.jpg: annotation {number}: .*{message}.*, dropped", problem)
     assert [len(record.annotation) for record in examples.records] == [3] * 5
+
+
+def test_a_picture_of_another_size_than_the_file_says_is_left_out(tmp_path):
+    root = write(tmp_path / "coco", "instance")
+    tiny_coco.edit(root, replace("height", 81, "images", 1), prefix="instances_")
+    examples = scan(root, "instance")
+    assert examples.problems == ["train_1.jpg: is 60x80 where 60x81 is expected, left out"]
+    assert examples.count == 4
 
 
 def test_what_is_null_or_a_text_or_absent(tmp_path):
@@ -451,33 +421,6 @@ def test_names_of_files_lead_nowhere_else(tmp_path):
     tiny_coco.edit(root, replace("file_name", "\ud800", "images", 1), prefix="instances_")
     [problem] = scan(root, "instance").problems
     assert problem == r"'\ud800': its name is not in UTF-8, left out"
-
-
-INSTANCE_PROBLEMS = [
-    (
-        lambda root: picture(root).write_bytes(picture(root).read_bytes()[:-300]),
-        "train_1.jpg: the picture is truncated, left out",
-    ),
-    (
-        edit(replace("height", 81, "images", 1), "instance"),
-        "train_1.jpg: is 60x80 where 60x81 is expected",
-    ),
-    (lambda root: picture(root).unlink(), r"train_1\.jpg: .*train_1\.jpg is missing, left out"),
-    (
-        edit(remove(1, "images"), "instance"),
-        "image 101: annotated but not among the file's images",
-    ),
-]
-
-
-def test_problems_of_instance_files(tmp_path):
-    sound = write(tmp_path / "sound", "instance")
-    for number, (change, message) in enumerate(INSTANCE_PROBLEMS):
-        root = shutil.copytree(sound, tmp_path / str(number))
-        change(root)
-        examples = scan(root, "instance")
-        assert len(examples.problems) == 1 and re.search(message, examples.problems[0]), message
-        assert [len(record.annotation) for record in examples.records] == [3] * 4
 
 
 def test_picture_turned_by_exif(tmp_path):

@@ -1,13 +1,12 @@
 """COCO's layout from maps of classes and of instances, and from polygons."""
 
 import json
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import tiny_coco
+from programs import status_of
 from pycocotools.coco import COCO
 
 from knet_jax.data.from_masks import write_panoptic_dataset
@@ -106,15 +105,13 @@ def test_mistakes_are_named(masks, tmp_path):
         write_panoptic_dataset(**arguments(masks, void=7))
 
 
-def test_the_command_says_what_is_left_out(masks):
+def test_the_command_says_what_is_left_out(masks, capsys):
     (masks / "classes/a.png").unlink()
     values = arguments(masks, things="fiber,cell")
-    flags = [f"--{name}={value}" for name, value in values.items()]
-    command = [sys.executable, "-m", "knet_jax.data.from_masks", *flags]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert result.returncode == 3
-    assert "a.jpg: " in result.stdout and "a.png is missing, left out" in result.stdout
-    assert "wrote 1 pictures" in result.stdout
+    assert status_of("from-masks", *(f"--{name}={value}" for name, value in values.items())) == 3
+    said = capsys.readouterr().out
+    assert "a.jpg: " in said and "a.png is missing, left out" in said
+    assert "wrote 1 pictures" in said
 
 
 SQUARE, CORNERS = [[5, 5], [15, 5], [15, 15], [5, 15]], [[5, 5], [15, 15]]

@@ -69,8 +69,6 @@ def test_indices_of_every_depth():
         read = index_maps.read_indices(grey_png(indices, bits), "x.png")
         np.testing.assert_array_equal(read, indices)
     indices = indices_of((0, 3, 255)).astype(np.uint16)
-    data = encoded(Image.fromarray(indices.astype(np.uint8)))
-    np.testing.assert_array_equal(index_maps.read_indices(data, "x.png"), indices)
     data = cv2.imencode(".png", indices * 257)[1].tobytes()
     assert data[24] == 16
     np.testing.assert_array_equal(index_maps.read_indices(data, "x.png"), indices * 257)
@@ -81,10 +79,8 @@ def test_what_holds_no_indices():
     color = encoded(Image.fromarray(np.zeros((4, 5, 3), np.uint8)))
     for data, message in (
         (encoded(image, "JPEG"), "is a JPEG; accepted: PNG"),
-        (encoded(image, "BMP"), "is a BMP; accepted: PNG"),
         (encoded(image)[:12], "cannot be decoded"),
         (color, "has pixels of mode RGB, expected one index"),
-        (color[:30], "cannot be decoded"),
     ):
         with pytest.raises(UserError, match=f"x.png {message}"):
             index_maps.read_indices(data, "x.png")
@@ -109,20 +105,9 @@ def examine(pairs, remedy=""):
 STRANGE = tiny_maps.draw(1, tiny_maps.SIZES[1], (0, 1, 9))[1].astype(np.uint8)
 PROBLEMS = [
     (lambda pair: pair.png.unlink(), "1.png is missing, left out", 2),
-    (lambda pair: pair.path.unlink(), "1.jpg is missing, left out", 2),
     (
         lambda pair: shutil.copy(pair.png.with_name("0.png"), pair.png),
         "is 60x80 where 80x60 is expected, left out",
-        2,
-    ),
-    (
-        lambda pair: pair.png.write_bytes(pair.png.read_bytes()[:60]),
-        "1.png cannot be decoded, left out",
-        2,
-    ),
-    (
-        lambda pair: cv2.imwrite(str(pair.png), np.zeros((80, 60, 3), np.uint8)),
-        "1.png has pixels of mode RGB",
         2,
     ),
     (

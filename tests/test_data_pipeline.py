@@ -59,13 +59,6 @@ def assert_equal(a, b):
 # Datasets and splits.
 
 
-def test_tasks_are_prepared_side_by_side(splits):
-    _, found = splits
-    assert len({split.file_name(3) for split in found.values()}) == 1
-    counts = {task: (len(s.categories.names), s.categories.num_things) for task, s in found.items()}
-    assert counts == {"panoptic": (9, 5), "instance": (5, 5), "semantic": (9, 0)}
-
-
 def test_classes_of_two_splits_are_compared():
     a = Categories(("dog", "sky"), (1, 2), 1)
     class_lists.check_same_classes(a, a)
@@ -146,6 +139,8 @@ def test_names_and_features_of_what_is_prepared(splits):
     directories = {task: split.directory for task, split in found.items()}
     for task, directory in directories.items():
         assert directory == Path(config.data_dir) / f"shapes/{task}-train-24-64-96/1.0.0"
+    counts = {task: (len(s.categories.names), s.categories.num_things) for task, s in found.items()}
+    assert counts == {"panoptic": (9, 5), "instance": (5, 5), "semantic": (9, 0)}
     assert records.config_name("panoptic", "val", ("/a", 3, 5)) == "panoptic-val-ce640e27e2"
 
 
@@ -261,18 +256,6 @@ def test_evaluation_shows_everything_once(shapes):
     check_evaluation(split, pipeline.eval_batches(split, config, 5))
     config.num_workers = 1
     check_evaluation(split, pipeline.eval_batches(split, config, 5))
-
-
-@pytest.mark.slow
-def test_truths_of_workers_are_kept(splits):
-    config = splits[0].copy_and_resolve_references()
-    config.num_workers = 1
-    for task in ("instance", "semantic"):
-        split = splits[1][task]
-        kept = [pair for _, truths in pipeline.eval_batches(split, config, 4) for pair in truths]
-        assert sorted(id for id, _ in kept) == list(range(len(split)))
-        for id, truth in kept:
-            jax.tree.map(np.testing.assert_array_equal, truth, split.truth(id))
 
 
 def test_parts_of_an_evaluation(splits):

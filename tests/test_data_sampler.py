@@ -39,13 +39,6 @@ def test_batches_of_the_groups_are_mixed():
     assert order != sorted(order) and sum(order[:25]) not in (0, 25)
 
 
-def test_random_access_equals_walking():
-    walked, jumped = (sampler.EpochSampler(GROUPS, 2, seed=7) for _ in range(2))
-    expected = [walked.batch(i)[1].tolist() for i in range(20)]
-    for i in (19, 0, 7, 6, 13):
-        assert jumped.batch(i)[1].tolist() == expected[i]
-
-
 def test_one_group_is_enough():
     epochs = sampler.EpochSampler((np.arange(5), np.array([], int)), 2, seed=0)
     assert epochs.batches_per_epoch == 3

@@ -1,7 +1,6 @@
 """Pixels on the host: pictures decoded, resized and distorted, annotations sampled."""
 
 import io
-import json
 
 import cv2
 import numpy as np
@@ -119,11 +118,7 @@ def test_ids_and_colors_are_inverse():
 # Resizing.
 
 
-def test_resized_size(fixtures):
-    cases = json.loads((fixtures / "transforms_resize.json").read_text())["det_1333x800"]
-    for case in cases:
-        size = transforms.resized_size((case["h"], case["w"]), 800, 1333)
-        assert size == (case["out_h"], case["out_w"])
+def test_a_side_of_a_long_picture_is_never_nothing():
     assert transforms.resized_size((1, 3000), 800, 1333) == (1, 1333)
 
 

@@ -73,7 +73,7 @@ def lab(colors: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "num_things, num_classes, bound",
-    [(5, 9, 45), (8, 19, 30), (80, 80, 17), (80, 133, 14), (0, 150, 14)],
+    [(5, 9, 45), (80, 133, 14), (0, 150, 14)],
 )
 def test_classes_differ_in_color(num_things, num_classes, bound):
     colors = class_colors(num_things, num_classes)
@@ -114,12 +114,6 @@ def test_outlines_are_wider_in_large_pictures(side, width):
     line = overlay(image, halves(None, SegmentInfo(1, SKY), (60, side)), CATEGORIES)[3]
     middle = slice(side // 2 - 10, side // 2 + 10)
     assert (~np.isin(line[middle, 0], [line[0, 0], line[-1, 0]])).sum() == width
-
-
-def test_void_is_gray_and_dark():
-    void, grass = corner_colors(halves(None, SegmentInfo(1, GRASS)))
-    assert void[0] == void[1] == void[2] < 60
-    assert max(grass) - min(grass) > 20
 
 
 def test_a_crowd_is_hatched():

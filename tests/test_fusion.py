@@ -135,6 +135,7 @@ SIZES = [
     ((64, 96), (65, 97)),
     ((47, 71), (639, 9)),  # no picture is resized like this; the code must not mind
     ((64, 96), (5, 700)),
+    ((0, 0), (0, 0)),  # an empty place of a batch
 ]
 
 
@@ -148,7 +149,7 @@ def test_equals_the_reference_at_any_size():
 
 
 @pytest.mark.parametrize(
-    "shrink", [1 / 8, *(pytest.param(s, marks=pytest.mark.slow) for s in (1 / 2, 2, 8))]
+    "shrink", [1 / 8, *(pytest.param(s, marks=pytest.mark.slow) for s in (1 / 2, 8))]
 )
 def test_tiles_read_all_the_logits_that_they_need(shrink):
     """A map much larger than a tile, at the largest ratios that a canvas is made for."""
@@ -163,49 +164,13 @@ def test_tiles_read_all_the_logits_that_they_need(shrink):
     check(masks, logits, size, original_size, low=0.0, share=0.0)
 
 
-@pytest.mark.slow
-def test_random_sizes_on_one_canvas():
-    rng, b = np.random.default_rng(0), 16
-    size = np.stack([rng.integers(1, 65, b), rng.integers(1, 97, b)], 1)
-    original_size = np.stack([rng.integers(1, 257, b), rng.integers(1, 257, b)], 1)
-    fused = check(
-        *case(0, b), size, original_size, canvas=Canvas(256, 256, 128), low=0.2, share=0.4
-    )
-    assert (fused.labels != EMPTY).sum() > 2 * b  # or nothing has been tested
-
-
 @pytest.mark.parametrize("n", [1, 2 * GROUP + 5])
 def test_any_number_of_masks(n):
-    masks, logits = case(n, 2, n, num_stuff=min(STUFF, n - 1))
-    check(masks, logits, [(64, 96), (50, 80)], [(100, 150), (40, 64)], low=0.1, share=0.1)
-
-
-@pytest.mark.slow
-def test_many_masks_that_all_reach_far():
-    """Every mask can win every tile: nothing may be skipped that wins."""
-    rng = np.random.default_rng(0)
-    masks = rng.normal(0, 4, (1, 40, 8, 12)).astype(np.float32)
-    logits = rng.normal(0, 0.1, (1, 40, THINGS + STUFF)).astype(np.float32)
-    fused = check(masks, logits, [(64, 96)], [(128, 192)], low=0.0, share=0.0)
-    assert (fused.labels != EMPTY).sum() > 30
-
-
-@pytest.mark.slow
-def test_a_batch_of_mixed_sizes_and_an_empty_picture():
-    masks, logits = case(3, 4)
-    size = [(64, 96), (0, 0), (40, 96), (64, 30)]
-    original_size = [(100, 150), (0, 0), (20, 48), (200, 94)]
-    together = check(masks, logits, size, original_size, share=0.2)
-    assert not together.ids[1].any()
-    for i in (0, 2, 3):
-        row = slice(i, i + 1)
-        alone = run(masks[row], logits[row], size[row], original_size[row], share=0.2)
-        height, width = original_size[i]
-        np.testing.assert_array_equal(
-            alone.ids[0, :height, :width], together.ids[i, :height, :width]
-        )
-        np.testing.assert_array_equal(alone.labels[0], together.labels[i])
-        np.testing.assert_array_equal(alone.scores[0], together.scores[i])
+    """No two neighbors alike, so that nearly every mask can win every tile: none may be skipped."""
+    masks = np.random.default_rng(n).normal(0, 4, (2, n, 8, 12)).astype(np.float32)
+    _, logits = case(n, 2, n, num_stuff=min(STUFF, n - 1), level=0.1)
+    fused = check(masks, logits, [(64, 96), (50, 80)], [(100, 150), (40, 64)], low=0.0, share=0.0)
+    assert (fused.labels != EMPTY).sum() > 1.5 * n
 
 
 def test_the_canvas_changes_nothing():

@@ -99,22 +99,13 @@ def test_group_norm_has_as_many_groups_as_the_width_allows(channels, groups):
         assert np.abs(np.asarray(y).reshape(2, 9, channels).mean(1)).max() > 0.01
 
 
-def test_gradients_that_are_written_out_are_those_of_the_formulas():
+def test_the_gradient_that_is_written_out_is_that_of_the_formula():
     def plain(x, factor, shift):
         return x * factor + shift
 
-    def resized(x):
-        return layers.resize(x, (6, 8), (1, 2))
-
-    x, weights = random(2, 3, 4, 5), random(2, 6, 8, 5, seed=1)
-    given = x, random(5, seed=2), random(5, seed=3)
-    pairs = (
-        (layers.scale_and_shift, plain, given, x + 1),
-        (lambda x: layers.upsample2x(x, (1, 2)), resized, (x,), weights),
-    )
-    for ours, theirs, arguments, grad in pairs:
-        grads = (jax.vjp(function, *arguments)[1](grad) for function in (ours, theirs))
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *grads)
+    given = x, _, _ = random(2, 3, 4, 5), random(5, seed=2), random(5, seed=3)
+    grads = (jax.vjp(function, *given)[1](x + 1) for function in (layers.scale_and_shift, plain))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *grads)
 
 
 BATCHES = random(3, 4, 5, 6, 2) * 3 + 1  # of three steps, or of three devices

@@ -1,13 +1,12 @@
-"""Panoptic quality: COCO's numbers, rules one by one, and the files."""
+"""Panoptic quality: rules one by one, and the files."""
 
 import json
 
 import cv2
 import numpy as np
 import pytest
-from coco_readers import PanopticFile, score_files
 
-from knet_jax.metrics.panoptic import count, merge, no_counts, per_class, summarize, table
+from knet_jax.metrics.panoptic import count, no_counts, summarize, table
 from knet_jax.segmentation.coco_files import PanopticResults
 from knet_jax.segmentation.segments import Categories, PanopticMap, SegmentInfo
 
@@ -26,38 +25,6 @@ def counted(truth: PanopticMap, prediction: PanopticMap) -> dict:
     counts = count(truth, prediction, len(CATEGORIES.names))
     rows = zip(*(column.tolist() for column in counts))
     return {label: row for label, row in enumerate(rows) if any(row)}
-
-
-def random_map(seed: int, height: int = 40, width: int = 50, num_segments: int = 9) -> PanopticMap:
-    rng = np.random.default_rng(seed)
-    ids = np.zeros((height, width), np.int32)
-    segments = []
-    for id in rng.choice(2**24 - 1, num_segments, replace=False) + 1:
-        top, left = rng.integers(0, height - 8), rng.integers(0, width - 8)
-        ids[top : top + 20, left : left + 20] = id
-        segments.append(SegmentInfo(int(id), int(rng.integers(3)), bool(rng.random() < 0.2)))
-    visible = set(np.unique(ids).tolist())
-    return PanopticMap(ids, tuple(s for s in segments if s.id in visible))
-
-
-def test_equals_the_reference_on_its_files(fixtures):
-    folder = fixtures / "pq"
-    expected = json.loads((folder / "expected.json").read_text())
-    counts, categories = score_files(folder / "gt.json", folder / "pred.json")
-
-    summary = summarize(counts, categories)
-    for group, suffix in (("All", ""), ("Things", "_things"), ("Stuff", "_stuff")):
-        for name in ("PQ", "SQ", "RQ"):
-            want = 100 * expected[group][name.lower()]
-            assert summary[name + suffix] == pytest.approx(want, rel=0, abs=1e-9)
-    rows = per_class(counts, categories)
-    assert {str(row["id"]) for row in rows} == set(expected["per_class"])
-    for row in rows:
-        want = expected["per_class"][str(row["id"])]
-        for name in ("PQ", "SQ", "RQ"):
-            assert row[name] == pytest.approx(100 * want[name.lower()], rel=0, abs=1e-9)
-        assert row["iou_sum"] == pytest.approx(want["iou_sum"], rel=0, abs=1e-9)
-        assert all(row[name] == want[name] for name in ("tp", "fp", "fn"))
 
 
 def test_match_needs_more_than_half_and_the_same_label():
@@ -103,18 +70,6 @@ def test_empty_maps_and_segments_without_pixels():
     assert counted(panoptic("0000", (1, CAT)), panoptic("0011", (1, CAT))) == {CAT: (0, 0, 0, 1)}
 
 
-def test_counts_of_a_dataset_do_not_depend_on_the_order():
-    pairs = [(random_map(seed), random_map(seed + 100)) for seed in range(6)]
-    total = no_counts(3)
-    for truth, prediction in pairs:
-        total = merge(total, count(truth, prediction, 3))
-    reverse = no_counts(3)
-    for truth, prediction in reversed(pairs):
-        reverse = merge(count(truth, prediction, 3), reverse)
-    assert all(np.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(total, reverse))
-    assert total.fp.sum() > 0 and total.fn.sum() > 0
-
-
 def test_means_skip_classes_that_do_not_occur():
     counts = count(panoptic("1133", (1, CAT), (3, SKY)), panoptic("1110", (1, CAT)), 3)
     summary = summarize(counts, CATEGORIES)
@@ -144,23 +99,18 @@ def write(path, maps: dict[int, PanopticMap]) -> None:
     results.close()
 
 
-def test_files_round_trip(tmp_path):
-    maps = {seed: random_map(seed) for seed in (3, 1, 2)}
-    write(tmp_path / "out" / "panoptic.json", maps)
-    read = PanopticFile(tmp_path / "out" / "panoptic.json")
-    assert read.categories == CATEGORIES
-    assert list(read) == [3, 1, 2]
-    for image_id, result in maps.items():
-        np.testing.assert_array_equal(read[image_id].ids, result.ids)
-        assert read[image_id].segments == result.segments
-
-
 def test_files_are_what_the_test_server_takes(tmp_path):
     id = 7 + 256 * 8 + 65536 * 9
     result = PanopticMap(np.array([[id, id, 0], [id, 5, 5]]), (SegmentInfo(id, CAT, score=0.9),))
     result = result._replace(segments=(*result.segments, SegmentInfo(5, SKY)))
     write(tmp_path / "panoptic.json", {139: result})
-    assert json.loads((tmp_path / "panoptic.json").read_text())["annotations"] == [
+    content = json.loads((tmp_path / "panoptic.json").read_text())
+    assert content["categories"] == [
+        {"id": 17, "name": "cat", "isthing": 1},
+        {"id": 18, "name": "dog", "isthing": 1},
+        {"id": 187, "name": "sky", "isthing": 0},
+    ]
+    assert content["annotations"] == [
         {
             "image_id": 139,
             "file_name": "000000000139.png",

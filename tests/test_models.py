@@ -130,7 +130,6 @@ def test_what_cannot_be_is_named(workdir, tmp_path):
         (workdir, {"checkpoint": None}, "^checkpoint=None; accepted: best, latest"),
         (workdir, {"checkpoint": 7}, "no checkpoint of step 7"),
         (workdir, {"checkpoint": 0, "ema": True}, "^ema=True: step 0 of .* has no ema"),
-        (workdir, {"dtype": "float16"}, "dtype is 'float16'; accepted: float32, bfloat16"),
         (workdir, {"dtype": np.float16}, "dtype is .*; accepted: float32, bfloat16"),
         (workdir, {"overrides": "--config.model.channels=8"}, "^overrides is '--conf.*a list"),
         (tmp_path, {}, "is no model"),
@@ -158,21 +157,16 @@ def test_a_model_of_a_stranger_is_refused_in_one_line(workdir, tmp_path):
 
     for content in (
         sound | {"config": {key: value for key, value in config.items() if key != "eval"}},
-        {}, [1], "words", "[" * 10**5, 5, None, sound | {"step": "x"}, sound | {"config": None},
-        sound | {"config": [1]}, sound | {"config": {}}, with_config(data=5), with_config(model=None),
-        with_config(**{"a.b": 1}), with_config(items=3, update=2), with_config(__class__="x"),
+        {}, [1], "words", "[" * 10**5, None, sound | {"step": "x"}, sound | {"config": [1]},
+        with_config(data=5), with_config(**{"a.b": 1}), with_config(items=3), with_config(__class__="x"),
         with_config(model=config["model"] | {"num_stages": 10**5}),
-        with_config(model=config["model"] | {"num_stages": 10**30}),
         with_config(model=config["model"] | {"channels": 10**30}),
         with_config(model=config["model"] | {"backbone": {"name": "os.system"}}),
         with_config(data=config["data"] | {"canvas": [10**9, 10**9]}),
-        with_config(data=config["data"] | {"canvas": [2**40, 2**40], "long_side": 2**40}),
         sound | {"categories": None}, with_classes(names=["a"] * 8), with_classes(names=[5] * 9),
-        with_classes(names=[None] * 9), with_classes(names=[["a"]] * 9), with_classes(names="abcdefghij"),
-        with_classes(names=[long] * 9), with_classes(dataset_ids=["1"] * 9),
-        with_classes(dataset_ids=[1] * 9), with_classes(dataset_ids=[None] * 9),
-        with_classes(num_things=-1), with_classes(num_things=99), with_classes(num_things="5"),
-        with_classes(num_things=4),
+        with_classes(names="abcdefghij"), with_classes(names=[long] * 9),
+        with_classes(dataset_ids=["1"] * 9), with_classes(dataset_ids=[1] * 9),
+        with_classes(num_things=-1), with_classes(num_things="5"), with_classes(num_things=4),
     ):  # fmt: skip
         text = content if isinstance(content, str) else json.dumps(content)
         save_file({"a": np.zeros(3, np.float32)}, tmp_path / "a.safetensors", {MODEL_KEY: text})

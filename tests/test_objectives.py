@@ -14,7 +14,9 @@ from tiny_model import (
     random,
 )
 
+from knet_jax import losses
 from knet_jax.matching import match, matching_cost
+from knet_jax.nn.layers import upsample2x
 from knet_jax.objectives import (
     count_labels,
     count_segments,
@@ -55,31 +57,6 @@ def test_masks_are_the_mean_of_the_sampled_pixels():
             pixels = segment_map[i, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
             assert masks[i, s, y, x] == (pixels == 1 + s).mean()
         assert set(np.unique(masks)) > {0, 0.25, 0.5, 1}
-
-
-def sample(masks):
-    """The pixels that targets average, as `PanopticTargets` says. [H, W, …] -> [H/2, W/2, …]."""
-    height, width = masks.shape[:2]
-    sampled = np.zeros((height // 2, width // 2, *masks.shape[2:]), masks.dtype)
-    for i, a, j, e in np.ndindex(height // 4, 2, width // 4, 2):
-        sampled[2 * i + a, 2 * j + e] = masks[4 * i + 1 + a, 4 * j + 1 + e]
-    return sampled
-
-
-def quarter(mask):
-    """A mask at stride 4 as an image library resizes it."""
-    h, w = mask.shape[0] // 4, mask.shape[1] // 4
-    return jax.image.resize(jnp.asarray(mask, jnp.float32), (h, w), "bilinear", antialias=False)
-
-
-def test_segments_read_rows_and_columns_as_the_targets_say():
-    """Row 2i + a of the map is the image's row 4i + 1 + a: built from an image-sized mask."""
-    owner = np.random.default_rng(0).integers(0, 4, (32, 64))
-    segment_map = sample(owner)[None].astype(np.uint8)
-    targets = PanopticTargets(segment_map, np.array([[0, 1]]), np.array([[2]]))
-    things, stuff = unpack_panoptic(targets)
-    for s, mask in enumerate([*things.masks[0], *stuff.masks[0]]):
-        np.testing.assert_allclose(mask, quarter(owner == 1 + s), atol=1e-6)
 
 
 # Segments from bits.
@@ -164,6 +141,24 @@ def test_a_stage_is_matched_by_the_stage_before(batch):
     changed = output.stages[-1]._replace(masks=-output.stages[-1].masks)
     same = slots_of(output._replace(stages=(*output.stages[:-1], changed)), batch)
     np.testing.assert_array_equal(same, slots)
+
+
+def test_a_stage_learns_what_it_was_matched_to(batch):
+    output, targets = make_output(2), TASKS["panoptic"].unpack(batch.targets)
+    terms, counts = loss_of(output, batch).terms, count_segments(targets)
+    slots = slots_of(output, batch)
+    for s, slot in ((0, 0), (1, 0), (2, 1)):
+        wanted = losses.kernel_targets(*targets, slots[slot])
+        masks, total = upsample2x(output.stages[s].masks, axes=(2, 3)), counts.segments
+        if s == 0:  # proposals alone
+            masks, wanted = part((masks, wanted), 0, NUM_PROPOSALS, axis=1)
+            total = counts.things
+        else:
+            label = losses.label_loss(output.stages[s].logits, wanted.labels, NUM_THINGS, total)
+            np.testing.assert_allclose(terms[f"loss/stage{s}/label"], 2 * label, rtol=1e-5)
+        mask = losses.mask_loss(masks, wanted, total)
+        name = f"stage{s}" if s else "initial"
+        np.testing.assert_allclose(terms[f"loss/{name}/mask"], mask, rtol=1e-5)
 
 
 def test_gradients_reach_every_prediction_that_is_judged(batch):

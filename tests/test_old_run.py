@@ -5,17 +5,14 @@
 """
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from knet_jax import train
 from knet_jax.config.files import load_config
 from knet_jax.saved.models import open_model
 
@@ -85,13 +82,7 @@ def test_it_goes_on_to_the_same_losses_and_scores(workdir, tmp_path):
         "--config.train.steps=6",
         f"--config.data.data_dir={tmp_path / 'data'}",
     ]
-    if find_spec("knet_jax.training.loop"):
-        from knet_jax.training.loop import train
-
-        train(load_config(SPEC, overrides), workdir)
-    else:
-        command = [sys.executable, "train.py", "--config", SPEC, "--workdir", workdir, *overrides]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    train(load_config(SPEC, overrides), workdir)
     records = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
     losses = {record["step"]: record["loss/total"] for record in records if "loss/total" in record}
     assert losses == pytest.approx(LOSSES, rel=1e-4)

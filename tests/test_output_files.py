@@ -2,17 +2,16 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from programs import largest_file
 
 from knet_jax.segmentation.drawing import save_picture
 from knet_jax.system.output_files import JsonList, PngFolder, Stems, write_json
@@ -43,17 +42,6 @@ def test_a_json_list_appears_when_it_is_whole(tmp_path):
     with JsonList(path):
         pass
     assert json.loads(path.read_text()) == [] and [*path.parent.iterdir()] == [path]
-
-
-@contextmanager
-def largest_file(size):
-    """No file may grow beyond so many bytes: in place of a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_no_file_is_half_written(tmp_path):

@@ -27,21 +27,6 @@ def post(fixtures, tmp_path):
     return tmp_path / "det_panoptic_post.npz"
 
 
-@pytest.mark.slow
-def test_maps_and_quality_equal_the_references(fixtures, monkeypatch, capsys):
-    names = ("det_panoptic_post.npz", "dcn_op.json", "pq", "ap", "miou")
-    paths = [fixtures / name for name in names]
-    status, lines = run(monkeypatch, capsys, *paths)
-    assert status == 0
-    assert lines[-1].endswith(" passed, 0 failed, 0 skipped")
-    assert int(lines[-1].split()[0]) > 500
-    assert any("pan_cfg_0" in line and line.endswith("pass") for line in lines)
-    names = {line.split()[0] for line in lines}
-    assert {"All/pq", "AP", "ARl", "90/AP", "plain/mIoU", "reduce_zero_label/200/Acc"} <= names
-    assert any("All/pq" in line for line in lines)
-    assert sum(line.split()[0] in ("op0_out", "op1_out", "op2_out") for line in lines) == 3
-
-
 def test_one_changed_array_fails(post, monkeypatch, capsys):
     arrays = dict(np.load(post))
     height, width = arrays["pan_cfg_0"].shape
@@ -52,38 +37,12 @@ def test_one_changed_array_fails(post, monkeypatch, capsys):
     failed = [line.split()[0] for line in lines if line.endswith("FAIL")]
     assert failed == ["pan_cfg_0"]
     assert " 1 failed" in lines[-1]
-    status, lines = run(monkeypatch, capsys, post, "--quiet")
-    assert status == 1
-    assert [line.split()[0] for line in lines] == [
-        "det_panoptic_post",
-        "pan_cfg_0",
-        lines[-1].split()[0],
-    ]
 
 
-def test_an_array_of_another_shape_fails(post, monkeypatch, capsys):
+def test_an_array_of_another_shape_fails():
     assert parity.relative(np.zeros(3), np.zeros(4)) == np.inf
     assert parity.relative(np.ones(3), np.ones(3) * 1.5) == pytest.approx(1 / 3)
     assert not parity.Row("name", float("nan"), 1.0).passed
-
-
-def test_another_size_or_an_unknown_network_fails(fixtures, tmp_path, monkeypatch, capsys):
-    manifest = json.loads((fixtures / "model_sizes.json").read_text())
-    name = "knet_s3_fcn_r50-d8_80k_adamw_ade20k"
-    sizes = manifest["models"][name]
-    sizes["params_without_aux"] += 1
-    path = tmp_path / "model_sizes.json"
-    path.write_text(json.dumps({"models": {name: sizes, "new": sizes}}))
-    status, lines = run(monkeypatch, capsys, path, "--quiet")
-    assert status == 1 and lines[-1] == "2 passed, 2 failed, 0 skipped"
-    failed = [line.split()[0] for line in lines if "FAIL" in line]
-    assert failed == [f"{name}/params_without_aux", "new"]
-
-
-def test_times_are_nothing_to_compare(fixtures, monkeypatch, capsys):
-    status, lines = run(monkeypatch, capsys, fixtures / "perf_reference_cpu.json")
-    assert status == 0 and len(lines) == 2 and "nothing to compare" in lines[0]
-    assert lines[1] == "0 passed, 0 failed, 0 skipped"
 
 
 def test_unknown_kinds_are_skipped_by_name(tmp_path, monkeypatch, capsys):
@@ -102,7 +61,6 @@ def test_unknown_kinds_are_skipped_by_name(tmp_path, monkeypatch, capsys):
     [
         ("pq", ("Things", "pq"), "Things/pq"),
         ("ap", ("stats", 3), "APs"),
-        ("ap", ("per_class_AP", "4"), "4/AP"),
         ("miou", ("expected", "plain", "IoU", 2), "plain/3/IoU"),
     ],
 )
@@ -120,22 +78,6 @@ def test_wrong_quality_fails(fixtures, tmp_path, monkeypatch, capsys, name, keys
     assert status == 1 and [line.split()[0] for line in lines[1:-1]] == [failed]
 
 
-def test_weights_follow_the_rule():
-    """Properties that the rule states, for each kind of tensor."""
-    kernel = parity.rule_weight("a.weight", [8, 4, 3, 3], 1)
-    assert kernel.dtype == np.float32
-    np.testing.assert_allclose(kernel.mean((1, 2, 3)), 0, atol=1e-7)
-    np.testing.assert_allclose(kernel.std(), 1 / np.sqrt(36), rtol=0.1)
-    assert (kernel != parity.rule_weight("a.weight", [8, 4, 3, 3], 2)).any()
-    assert (kernel != parity.rule_weight("b.weight", [8, 4, 3, 3], 1)).any()
-    assert abs(parity.rule_weight("bn.weight", [900], 1).mean() - 1) < 0.02
-    assert abs(parity.rule_weight("head.fc_cls.bias", [900], 1).mean() + 2) < 0.02
-    table = parity.rule_weight("attn.relative_position_bias_table", [169, 6], 1)
-    np.testing.assert_allclose(table.std(), 0.02, rtol=0.1)
-    assert abs(parity.rule_weight("bias", [900], 1).mean()) < 0.02
-    assert (parity.rule_weight("bn.running_var", [900], 1) >= 1).all()
-
-
 def test_segments_are_compared_as_a_partition():
     """Other numbers for the same segments agree; a label or a border that differs does not."""
     fused = parity.Fused(None, np.array([[7, 7, 90]]), None)
@@ -147,11 +89,6 @@ def test_segments_are_compared_as_a_partition():
     assert parity.disagreement(ids, fused, 0, merged) == 0.25
     theirs[0, 1] = 1007
     assert parity.disagreement(ids, fused, 0, theirs) == 0.125
-
-
-def test_a_path_that_does_not_exist_ends_in_one_line(monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="^/nowhere does not exist$"):
-        run(monkeypatch, capsys, "/nowhere")
 
 
 def test_tolerances_follow_where_the_precisions_of_the_reference_part():

@@ -94,14 +94,6 @@ def test_overlapping_windows_are_averaged():
     np.testing.assert_array_equal(masks, np.broadcast_to(wanted, masks.shape))
 
 
-@pytest.mark.parametrize("window, step", [((64, 96), (64, 96)), ((32, 64), (32, 32))])
-def test_windows_joined_are_the_whole(window, step):
-    batch = make_batch()
-    stages = [Stage(None, means(part.image), None) for part in cut(batch, window, step)]
-    joined = join(stages, canvas=(64, 96), window=window, step=step)
-    np.testing.assert_allclose(joined.masks, means(batch.image), rtol=1e-6)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A config and eight pictures whose sides are multiples of eight."""

@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import FOLDER, environment, start
+from devices import FOLDER, environment, free_address, start
+from programs import status_of
 from tiny_training import overrides_of
 
 from knet_jax import evaluate, load_config
@@ -159,26 +158,44 @@ def fail_in_main(index):
     processes.from_main(find)
 
 
-def test_two_processes_tell_each_other(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    code = "import sys, test_processes; test_processes.tell(*sys.argv[1:])"
-    variables = {"PYTHONPATH": f"{FOLDER}:{FOLDER.parent}", "NOTES": str(tmp_path / "notes")}
-    started = [
+def start_two(function, **variables):
+    """Starts two processes that call a function of this file with their index and an address."""
+    address = free_address()
+    code = f"import sys, test_processes; test_processes.{function}(*sys.argv[1:])"
+    return [
         subprocess.Popen(
             [sys.executable, "-c", code, str(index), address],
-            env=environment(1) | variables,
+            env=environment(1) | {"PYTHONPATH": f"{FOLDER}:{FOLDER.parent}"} | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for index in range(2)
     ]
+
+
+def test_two_processes_tell_each_other(tmp_path):
+    started = start_two("tell", NOTES=str(tmp_path / "notes"))
     texts = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], texts
     assert "heard of the main" in texts[0] and "heard of the main" not in texts[1]
     assert "process 0: 1 x cpu on " in texts[0] and "process 1: 1 x cpu on " in texts[0]
+
+
+def die(index, address):
+    """The second process dies where the first waits for it."""
+    with processes.joined(address, 2, int(index), 10):
+        processes.exchange(None)
+        if index == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        processes.exchange(None)
+
+
+def test_a_process_that_dies_ends_the_other():
+    first, second = start_two("die")
+    said, _ = first.communicate(timeout=120)
+    assert second.wait() == -signal.SIGKILL and first.returncode != 0
+    assert "the same command goes on" in said, said
 
 
 # Training and evaluation.
@@ -228,10 +245,9 @@ def scores_of(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_so_many_processes_train_what_one_does(runs, alone, num_processes):
-    workdir = runs.folder / f"by_{num_processes}"
-    texts = runs.run(runs.words(workdir), num_processes)
+def test_two_processes_train_what_one_does(runs, alone):
+    workdir = runs.folder / "by_two"
+    texts = runs.run(runs.words(workdir), 2)
     assert "done: " in texts[0] and "step 6" not in texts[1]
     np.testing.assert_allclose(losses_of(workdir), losses_of(alone), rtol=1e-4)
     assert scores_of(workdir) == scores_of(alone)
@@ -277,20 +293,6 @@ def test_a_signal_to_one_ends_all_and_another_number_goes_on(runs, alone):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_and_the_same_command_goes_on(runs, alone):
-    workdir, log = runs.folder / "killed", runs.folder / "killed_log"
-    started = start(runs.words(workdir), 2, log)
-    while not (workdir / "checkpoints" / "2").exists():
-        assert all(process.poll() is None for process in started), Path(f"{log}.0").read_text()
-        time.sleep(0.02)
-    started[1].kill()
-    assert started[1].wait() == -signal.SIGKILL and started[0].wait(timeout=150) != 0
-    runs.run(runs.words(workdir), 2)
-    np.testing.assert_allclose(losses_of(workdir), losses_of(alone), rtol=1e-4)
-    assert scores_of(workdir) == scores_of(alone)
-
-
-@pytest.mark.slow
 def test_what_differs_between_processes_is_named(runs):
     """Disks of their own: each prepares its data; what one alone has otherwise ends all."""
     workdir = runs.folder / "differs"
@@ -298,15 +300,13 @@ def test_what_differs_between_processes_is_named(runs):
     def words(i, **changes):
         return runs.words(workdir, **{"data.data_dir": runs.folder / f"disk{i}"} | changes)
 
-    for changes, line in (
-        ({"data.num_val": 3}, "config.data.num_val is 3 in process 1 of 2, and 6 in process 0"),
-        ({"optim.lr": 0.5}, "config.optim.lr is 0.5 in process 1 of 2, and 0.01 in process 0"),
-    ):
-        texts = runs.run(lambda i, changes=changes: words(i, **(changes if i else {})), 2, wants=2)
-        assert all(text.splitlines()[-1].startswith(f"knet train: {line}") for text in texts)
+    texts = runs.run(lambda i: words(i, **({"data.num_val": 3} if i else {})), 2, wants=2)
+    line = "knet train: config.data.num_val is 3 in process 1 of 2, and 6 in process 0"
+    assert all(text.splitlines()[-1].startswith(line) for text in texts)
     # Another picture under the name of the same split.
-    runs.run(words(1, **{"data.num_train": 4}), 1)
-    shutil.rmtree(workdir)
+    given = words(1, **{"data.num_train": 4})
+    flags = [word for word in given if word.startswith("--config.")]
+    assert status_of("prepare", "--config", "shapes_panoptic:tiny", *flags) == 0
     other = next((runs.folder / "disk1" / "shapes").glob("panoptic-train-4*"))
     other.rename(other.with_name(other.name.replace("train-4", "train-8")))
     texts = runs.run(words, 2, wants=2)

@@ -1,15 +1,12 @@
 """Training and evaluation from end to end, in this process: a tiny run of every task."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -17,10 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_coco
-from devices import environment
 from PIL import Image
-from programs import INTERRUPTIBLE
-from tiny_training import config_of, overrides_of, share_programs
+from tiny_training import config_of, share_programs
 
 from knet_jax import evaluate, load_config, train
 from knet_jax.config.files import save_config
@@ -31,10 +26,10 @@ from knet_jax.system.errors import UserError
 from knet_jax.system.signals import Preempted
 from knet_jax.tasks import TASKS
 from knet_jax.training import evaluation, logs, loop, train_step
+from knet_jax.training.evaluation import Evaluator
 from knet_jax.training.logs import read_log
 from knet_jax.training.train_step import Parts, TrainState
 
-ROOT = Path(__file__).parents[1]
 STEPS = 6
 SCORED = (3, 6)
 
@@ -69,14 +64,9 @@ def train_and_listen(config, workdir):
         return train(config, workdir), out.getvalue()
 
 
-# A quick run trains and evaluates every task; what it does not depend on is tried with one of them.
-OF_EVERY_TASK = pytest.mark.parametrize("whole", TASKS, indirect=True, scope="module")
-OF_ONE_TASK = pytest.mark.parametrize(
-    "whole",
-    ["panoptic", *(pytest.param(t, marks=pytest.mark.slow) for t in ("instance", "semantic"))],
-    indirect=True,
-    scope="module",
-)
+def of(*tasks):
+    """Lets a test have a run of each task."""
+    return pytest.mark.parametrize("whole", tasks, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +98,7 @@ def scored(workdir):
 # Training.
 
 
-@OF_EVERY_TASK
+@of(*TASKS)
 def test_a_run_leaves_what_it_promises(whole):
     task, run, printed = whole
     for text in ("FROM SCRATCH", "parameters", "learning rate 0.01", "frozen: frozen", "done: "):
@@ -130,44 +120,26 @@ def test_a_run_leaves_what_it_promises(whole):
     assert {f"val/{headline}", f"val_ema/{headline}"} <= run.scores.keys()
 
 
-def stop_at(monkeypatch, step):
-    """Sends SIGTERM when a step is done."""
-    update = logs.Progress.update
+def stop_before(monkeypatch, owner, name, turn=1):
+    """Sends SIGTERM when a method is called for the nth time."""
+    method, turns = getattr(owner, name), itertools.count(1)
 
-    def update_and_stop(self, done, values=None):
-        update(self, done, values)
-        if done == step:
+    def stop(*args, **kwargs):
+        if next(turns) == turn:
             os.kill(os.getpid(), signal.SIGTERM)
+        return method(*args, **kwargs)
 
-    monkeypatch.setattr(logs.Progress, "update", update_and_stop)
-
-
-def stop_in_evaluation(monkeypatch):
-    """Sends SIGTERM before the first picture is scored."""
-    make_evaluator = loop.Evaluator
-
-    def make(*args, **kwargs):
-        made = make_evaluator(*args, **kwargs)
-        batches = made.batches
-
-        def predict_and_stop(variables):
-            for predictions in batches(variables):
-                os.kill(os.getpid(), signal.SIGTERM)
-                yield predictions
-
-        made.batches = predict_and_stop
-        return made
-
-    monkeypatch.setattr(loop, "Evaluator", make)
+    monkeypatch.setattr(owner, name, stop)
 
 
-@OF_ONE_TASK
+@of("semantic")
 def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path, monkeypatch):
-    """Stopped in step 2 and in the evaluation of step 3: the same in every bit."""
+    """Stopped in step 2 and in the evaluation of step 3: the same in every bit. Of a network with
+    running statistics, dropout and an average, each of which must go on where it was."""
     config, steps = config_of(whole.task, data_dir), []
-    for stop in (lambda patch: stop_at(patch, 2), stop_in_evaluation):
+    for where in ((logs.Progress, "update", 2), (Evaluator, "batches")):
         with monkeypatch.context() as patch, pytest.raises(Preempted, match="stopped at") as error:
-            stop(patch)
+            stop_before(patch, *where)
             train(config, tmp_path)
         steps.append(int(str(error.value).split("step ")[1].split(",")[0]))
         assert error.value.signum == signal.SIGTERM
@@ -180,50 +152,7 @@ def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path, mon
     assert logged(tmp_path) == logged(whole.workdir)
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_a_process_that_the_same_command_goes_on_with(data_dir, tmp_path):
-    """And which compiles nothing anew."""
-    workdir, programs = tmp_path / "run", tmp_path / "programs"
-    overrides = overrides_of("panoptic", data_dir, **{"train.steps": 30, "train.eval_every": 5})
-    flags = [f"--config.{key}={value}" for key, value in overrides.items()]
-    command = ["train.py", "--config", "shapes_panoptic:tiny", "--workdir", str(workdir), *flags]
-    variables = environment(1) | {"JAX_COMPILATION_CACHE_DIR": str(programs)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTIBLE, *command],
-        cwd=ROOT,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = workdir / "log.jsonl"
-    deadline = time.monotonic() + 300
-    while not (log.exists() and "val/PQ" in log.read_text()) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 130, said
-    assert "Ctrl-C again stops at once" in said
-    stopped = int(said.splitlines()[-1].removeprefix("train.py: stopped at step ").split(",")[0])
-    assert 5 <= stopped < 30
-    kept = {path.name for path in programs.glob("*-cache")}
-    assert len(kept) >= 4  # weights, gradient, update, evaluation
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert f"resuming from step {stopped}" in done.stdout
-    steps = [record["step"] for record in logged(workdir) if "loss/total" in record]
-    assert steps == list(range(1, 31))
-    assert {path.name for path in programs.glob("*-cache")} == kept
-
-
-@OF_ONE_TASK
+@of("panoptic")
 def test_a_run_that_is_done_says_so_again(whole, data_dir, tmp_path, monkeypatch):
     """When its last evaluation is made up. One that goes on with other parts is told of it."""
     changes = []
@@ -326,7 +255,7 @@ def test_a_failed_run_leaves_nothing_and_no_traceback(data_dir, tmp_path, capsys
 # Evaluation.
 
 
-@OF_EVERY_TASK
+@of(*TASKS)
 def test_evaluation_gives_the_numbers_of_the_training_run(whole, tmp_path):
     for ema, prefix in ((False, "val"), (True, "val_ema")):
         metrics = evaluate(whole.workdir, checkpoint="latest", ema=ema, output=tmp_path)
@@ -352,7 +281,7 @@ def sizes_of_results(task, output):
     return {id: Image.open(output / task / name).size[::-1] for id, name in files.items()}
 
 
-@OF_EVERY_TASK
+@of(*TASKS)
 def test_results_rounds_and_boundaries(whole, tmp_path, monkeypatch, capsys):
     """What is first seen of a picture is taken for its truth: the last round is right, others not."""
     task = whole.task
@@ -382,7 +311,7 @@ def test_results_rounds_and_boundaries(whole, tmp_path, monkeypatch, capsys):
         assert metrics["boundary"]["AP"] <= metrics["AP"]
 
 
-@OF_ONE_TASK
+@of("panoptic")
 def test_broken_pictures_are_not_counted(whole, tmp_path, monkeypatch, capsys):
     load = batches._load
 
@@ -465,10 +394,8 @@ def test_what_training_cannot_use_is_named(data_dir, tmp_path):
     says(["config.train.microbatch"], train, config, tmp_path / "new")
 
 
-@OF_ONE_TASK
+@of("panoptic")
 def test_what_does_not_fit_a_run_is_named(whole, data_dir, tmp_path):
-    if whole.task != "panoptic":
-        return
     config = config_of("panoptic", data_dir, **{"model.num_things": 7})
     says(["config.model.num_things was 5, now 7"], train, config, whole.workdir)
     for given, words in (

@@ -133,14 +133,13 @@ def test_the_average_follows_its_recurrence(trainer):
 # Devices and parts. Statistics of the whole batch need a single part.
 
 DIVISIONS = {
-    ("panoptic", "group"): [(1, 1), (1, 2), (4, 1)],
-    ("instance", "frozen_batch"): [(1, 1), (2, 2)],
-    ("semantic", "batch"): [(1, 1), (4, 1)],
+    ("panoptic", "frozen_batch"): [(1, 1), (2, 2)],
+    ("semantic", "batch"): [(1, 1), (2, 1)],
 }
 
 
 def worker(task, norm, folder):
-    """A step on some divisions of a batch of four, in a process with four devices."""
+    """A step on some divisions of a batch of four, in a process with two devices."""
     model, batch, optimizer = model_of(norm, task), make_batch(4, task=task), optax.sgd(1.0)
     variables = variables_of(model)
     for num_devices, num_parts in DIVISIONS[task, norm]:
@@ -165,7 +164,7 @@ def worker(task, norm, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("task, norm", DIVISIONS)
 def test_devices_and_parts_do_not_change_a_step(task, norm, tmp_path):
-    call("test_training", "worker", task, norm, tmp_path, num_devices=4)
+    call("test_training", "worker", task, norm, tmp_path, num_devices=2)
     results = {path.stem: dict(np.load(path)) for path in tmp_path.glob("*.npz")}
     assert len(results) == len(DIVISIONS[task, norm])
     alone = results.pop("1x1")
@@ -174,7 +173,7 @@ def test_devices_and_parts_do_not_change_a_step(task, norm, tmp_path):
     gradients = {k: abs(alone[k] - start[k]).max() for k in alone if k.startswith("params")}
     assert max(gradients.values()) > 1e-2
     statistics = [k for k in alone if k.startswith("batch_stats")]
-    assert bool(statistics) == (norm != "group")
+    assert statistics
     for name in statistics:
         assert (alone[name] != start[name]).any() == (norm == "batch"), name
     for division, result in results.items():

@@ -20,7 +20,6 @@ _DECODER = _values(schema.DECODER, schema.POOLING, schema.DILATED) | {"channels"
 
 ResNet = partial(_make, resnet.ResNet, _values(schema.RESNET))
 Swin = partial(_make, swin.Swin, _values(schema.SWIN))
-FPN = partial(_make, necks.FPN, {})
 SemanticFPN = partial(_make, necks.SemanticFPN, _values(schema.SEMANTIC_FPN))
 FCN = partial(_make, necks.FCN, _DECODER)
 PSP = partial(_make, necks.PSP, _DECODER)

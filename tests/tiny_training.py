@@ -48,6 +48,7 @@ OF_TASKS = {
         "data.eval_multiple": 64,
         "model.auxiliary_channels": 0,
         "model.dropout": 0.5,
+        "model.neck.norm": "batch",  # running statistics, which a run must keep
     },
 }
 
