@@ -203,8 +203,9 @@ def make_train_step(
     part has a leading axis over the devices of this process, and so has `stops`, which may be None.
     Gradients are sums over parts and devices, divided by the counts of the whole batch, so that
     neither changes the result. Exceptions are `norm: batch`, whose statistics are those of a part on
-    all devices, and dropout and drop path, which are drawn for each part and device. The parts are a loop on the host: within one compiled program, XLA on the
-    CPU runs the gradient of a convolution a hundred times slower.
+    all devices, and dropout and drop path, which are drawn for each part and device. The parts are a
+    loop on the host: within one compiled program, XLA on the CPU runs the gradient of a convolution a
+    hundred times slower.
     """
     on_devices = partial(jax.pmap, axis_name=AXIS, devices=devices)
     count_ = on_devices(partial(count_targets, task=task), out_axes=None)
