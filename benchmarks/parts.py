@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import io
 import os
 import platform
@@ -65,10 +67,16 @@ class Case(NamedTuple):
     """Of a fusion or a segmenter, one of `scenes.SCENES`."""
     workers: int | None = None
     """Of the loader."""
+    things: int = scenes.THINGS
+    """In a picture of a train step or of the scene `objects`."""
+    devices: int = 1
+    """That share the batch of a train step; on a CPU they are simulated."""
 
     def __str__(self) -> str:
         words = [self.part, self.scene, self.size, self.original and f"-> {self.original}"]
         words += [self.precision if self.workers is None else f"{self.workers} workers"]
+        words += [f"{self.things} things"] if self.things != scenes.THINGS else []
+        words += [f"{self.devices} devices"] if self.devices > 1 else []
         return " ".join(str(word) for word in [*words, f"b{self.batch}"] if word)
 
 
@@ -97,7 +105,9 @@ def measure_with_peak(run: Callable[[], Any], repeat: int, precision: str) -> di
 def in_turn(repeat: int, *functions: Callable[[], Any]) -> list[list[float]]:
     """Times of each function in milliseconds, of which the first two are not to count."""
     times = [[] for _ in functions]
-    for _ in range(2 + repeat):
+    for i in range(2 + repeat):
+        if i == 2:
+            forget_peak()
         for own, function in zip(times, functions):
             began = time.perf_counter()
             jax.block_until_ready(function())
@@ -121,11 +131,22 @@ def flops(jitted: Any, *args: Any) -> float | None:
     return (jitted.lower(*args).cost_analysis() or {}).get("flops")
 
 
+def forget_peak() -> None:
+    """Lets the peak of this process's memory begin anew, where Linux is."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)  # what compiling has left behind
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def memory(device: jax.Device) -> dict[str, float]:
-    """Peaks of this process in MiB; on the host that includes compilation."""
+    """Peaks of this process in MiB: on Linux since `forget_peak`, else with compilation."""
+    line = _find("/proc/self/status", "VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peaks = {"host_peak_mib": peak * unit / 2**20}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peaks = {"host_peak_mib": (int(line.split()[0]) * 1024 if line else peak) / 2**20}
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         peaks["device_peak_mib"] = stats["peak_bytes_in_use"] / 2**20
@@ -173,7 +194,8 @@ def network(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
 def fusion(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """Logits on the device -> results of the task at the size of the pictures, on the host."""
     task = TASKS[config.task]
-    stage = jax.device_put(scenes.stage(case.scene, case.batch, case.size, config))
+    stage = scenes.stage(case.scene, case.batch, case.size, config, case.things)
+    stage = jax.device_put(stage)
     sizes, originals = (
         np.array([size] * case.batch, np.int32) for size in (case.size, case.original)
     )
@@ -286,8 +308,8 @@ def segmenter(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
 
 
 def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
-    """Forward, matching, losses, gradients and AdamW on one device, as train.py does it."""
-    devices, task = jax.local_devices()[:1], TASKS[config.task]
+    """Forward, matching, losses, gradients and AdamW, as train.py does it."""
+    devices, task = jax.local_devices()[: case.devices], TASKS[config.task]
     model = make_model(**config.model)
     variables = init_variables(model, config.seed)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
@@ -302,8 +324,9 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
         weights=weights,
         seed=config.seed,
     )
-    num_parts = case.batch // min(case.batch, config.train.microbatch)
-    batch = scenes.batch(case.batch, case.size, config, seed=0)
+    share = case.batch // case.devices
+    num_parts = share // min(share, config.train.microbatch)
+    batch = scenes.batch(case.batch, case.size, config, 0, case.things)
     parts = train_step.to_devices(batch, devices, num_parts)
 
     # The optimizer's operations are few: they are not counted.
@@ -331,7 +354,7 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
         return state, metrics
 
     return measure_with_peak(run, repeat, case.precision) | {
-        "microbatch": case.batch // num_parts,
+        "microbatch": share // num_parts,
         "flop": flop and num_parts * flop,
     }
 

@@ -18,6 +18,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -158,6 +159,8 @@ def cases(config: ConfigDict, args: argparse.Namespace) -> Iterator[Case]:
 
 def measure_apart(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """The record of a case, or {"error": ...} where it fails, be it by the end of its process."""
+    if case.devices > 1:
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={case.devices}"
     # Not a fork: it would share threads and devices with this process.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         try:

@@ -34,20 +34,22 @@ NO = -6.0
 """A logit that nobody believes."""
 
 
-def batch(count: int, size: tuple[int, int], config: ConfigDict, seed: int) -> Batch:
+def batch(
+    count: int, size: tuple[int, int], config: ConfigDict, seed: int, things: int = THINGS
+) -> Batch:
     """`count` pictures that fill the canvas, with discs as things on regions of stuff."""
     rng = np.random.default_rng(seed)
     images, targets = [], []
     for _ in range(count):
         image = 128 + 40 * np.moveaxis(_fields(rng, 3, *size), 0, -1)
         images.append(np.clip(image, 0, 255).astype(np.uint8))
-        targets.append(TARGETS[config.task](rng, size, config))
+        targets.append(TARGETS[config.task](rng, size, config, things))
     targets = jax.tree.map(lambda *each: np.stack(each), *targets)
     sizes = np.array([size] * count, np.int32)
     return Batch(np.stack(images), targets, sizes, sizes, np.arange(count, dtype=np.int32))
 
 
-def _panoptic(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict):
+def _panoptic(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict, things: int):
     """Of one picture, as the two that follow."""
     num_stuff, max_things = config.model.num_stuff, config.data.max_things
     height, width = size[0] // 2, size[1] // 2
@@ -56,16 +58,16 @@ def _panoptic(rng: np.random.Generator, size: tuple[int, int], config: ConfigDic
     stuff_labels[kinds] = config.model.num_things + kinds
     regions = _fields(rng, len(kinds), height, width).argmax(0)
     segments = 1 + max_things + kinds[regions]
-    for thing, disc in enumerate(_discs(rng, min(THINGS, max_things), height, width)):
+    for thing, disc in enumerate(_discs(rng, min(things, max_things), height, width)):
         segments[disc > 0] = 1 + thing
         labels[thing] = rng.integers(config.model.num_things)
     dtype = np.uint8 if max_things + num_stuff < 256 else np.uint16
     return PanopticTargets(segments.astype(dtype), labels, stuff_labels)
 
 
-def _instances(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict):
+def _instances(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict, things: int):
     max_things = config.data.max_things
-    discs = _discs(rng, min(THINGS, max_things), size[0] // 2, size[1] // 2)
+    discs = _discs(rng, min(things, max_things), size[0] // 2, size[1] // 2)
     masks = np.zeros((max_things, *discs.shape[1:]), bool)
     masks[: len(discs)] = discs > 0
     labels = np.full(max_things, EMPTY, np.int32)
@@ -73,11 +75,11 @@ def _instances(rng: np.random.Generator, size: tuple[int, int], config: ConfigDi
     return InstanceTargets(np.packbits(masks, axis=2), labels)
 
 
-def _labels(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict):
+def _labels(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict, things: int):
     num_classes = config.model.num_stuff
     kinds = rng.choice(num_classes, min(STUFF, num_classes), replace=False)
     label_map = 1 + kinds[_fields(rng, len(kinds), *size).argmax(0)]
-    for disc in _discs(rng, THINGS, *size):
+    for disc in _discs(rng, things, *size):
         label_map[disc > 0] = 1 + rng.integers(num_classes)
     return SemanticTargets(label_map.astype(np.uint8 if num_classes < 255 else np.uint16))
 
@@ -85,7 +87,9 @@ def _labels(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict)
 TARGETS = {"panoptic": _panoptic, "instance": _instances, "semantic": _labels}
 
 
-def stage(scene: str, count: int, size: tuple[int, int], config: ConfigDict) -> Stage:
+def stage(
+    scene: str, count: int, size: tuple[int, int], config: ConfigDict, things: int = THINGS
+) -> Stage:
     """Masks [count, n, h, w] and class logits [count, n, k] (if any) of one of `SCENES`."""
     if scene == "random":
         return _random(count, size, config)
@@ -95,7 +99,7 @@ def stage(scene: str, count: int, size: tuple[int, int], config: ConfigDict) -> 
         partial(run_network, model=model), variable_shapes(model), batch(1, size, config, 0)
     )
     rngs = [np.random.default_rng(seed) for seed in range(count)]
-    masks, logits = zip(*(_objects(rng, shapes.masks.shape[2:], config) for rng in rngs))
+    masks, logits = zip(*(_objects(rng, shapes.masks.shape[2:], config, things) for rng in rngs))
     return Stage(None, np.stack(masks), None if shapes.logits is None else np.stack(logits))
 
 
@@ -120,7 +124,7 @@ def _random(count: int, size: tuple[int, int], config: ConfigDict) -> Stage:
     return Stage(None, masks, logits)
 
 
-def _objects(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict):
+def _objects(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict, things: int):
     """One picture as a trained network sees it; `size` is that of the masks."""
     num_proposals, num_things, num_stuff = (
         config.model[key] for key in ("num_proposals", "num_things", "num_stuff")
@@ -130,7 +134,7 @@ def _objects(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict
     masks = 3 * _fields(rng, n, *size) + NO
     labels = rng.normal(NO, 1, (n, num_things + num_stuff))
 
-    discs = np.clip(_discs(rng, min(THINGS, num_proposals // 3), *size), -12, 12)
+    discs = np.clip(_discs(rng, min(things, num_proposals // 3), *size), -12, 12)
     for i, disc in enumerate(discs):
         label = rng.integers(num_things)
         for copy in range(3):  # a thing, and two proposals that see it less clearly
