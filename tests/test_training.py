@@ -9,6 +9,7 @@ import optax
 import pytest
 from devices import call
 from flax import traverse_util
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 from tiny_model import MODELS, WEIGHTS, make_batch
@@ -50,8 +51,8 @@ def first_state(variables, optimizer, step=0):
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    """A tiny run's config, its step, its first state, and a batch of it."""
+def untried(tmp_path_factory):
+    """A tiny run's config, what makes its step, its first state, and a batch of it."""
     config = config_of("panoptic", tmp_path_factory.mktemp("data"))
     split = pipeline.load_split(config.data, "train", "panoptic")
     batch, _ = next(pipeline.train_batches(split, config.data, 4, 0, 0))
@@ -59,21 +60,53 @@ def trainer(tmp_path_factory):
     variables = variables_of(model)
     params = variables["params"]
     optimizer, _ = optim.make_optimizer(config.optim, params, 1, 4)
+    make_step = partial(
+        train_step.make_train_step,
+        DEVICE,
+        model=model,
+        task=TASKS["panoptic"],
+        optimizer=optimizer,
+        trainable=optim.trainable(config.optim.groups, params),
+        weights=LossWeights(**config.loss),
+        seed=config.seed,
+        ema_decay=config.train.ema_decay,
+    )
+    state = first_state(variables, optimizer)._replace(ema=params)
+    return config, make_step, jax.device_get(state), batch
+
+
+@pytest.fixture(scope="module")
+def trainer(untried):
+    """The same with the step itself."""
+    config, make_step, state, batch = untried
     with pytest.MonkeyPatch.context() as monkeypatch:
         share_programs(monkeypatch)
-        step = train_step.make_train_step(
-            DEVICE,
-            model=model,
-            task=TASKS["panoptic"],
-            optimizer=optimizer,
-            trainable=optim.trainable(config.optim.groups, params),
-            weights=LossWeights(**config.loss),
-            seed=config.seed,
-            ema_decay=config.train.ema_decay,
-        )
-        state = first_state(variables, optimizer)._replace(ema=params)
+        step = train_step.make_train_step(*make_step.args, **make_step.keywords)
         run_step(step, state, batch)  # compiles with the patches in place
-    return config, step, jax.device_get(state), batch
+    return config, step, state, batch
+
+
+def test_a_step_is_kept_on_disk(untried, tmp_path):
+    """So a run that goes on compiles nothing anew."""
+    _, make_step, state, batch = untried
+    places = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in places}
+    kept = []
+    try:
+        for name, value in places.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        for _ in range(2):
+            run_step(make_step(), state, batch)
+            kept.append({path.name for path in tmp_path.glob("*-cache")})
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert kept[0] == kept[1] and len(kept[0]) >= 5  # counts, zeros, keys, gradient, update
 
 
 def test_a_step_moves_what_is_not_frozen_and_reports_its_terms(trainer):
