@@ -2,7 +2,7 @@
 
 Evaluation resizes pictures on the host, and compiles its results for the sizes of a batch. A program
 that leaves the project has neither: here everything from the pixels on disk to the pixels of the
-result is computed by matrices and loops of a fixed number of rounds, whose sizes may be symbols.
+result is computed by matrices and plain loops, whose sizes may be symbols.
 """
 
 from __future__ import annotations
@@ -167,7 +167,10 @@ def predict_panoptic(
         def count(i: jax.Array, owned: jax.Array) -> jax.Array:
             return put(owned, i, (owner == i).sum((1, 2)))
 
-        nobody = jnp.where(inside, -1, jnp.inf), jnp.full(inside.shape, n, jnp.int32)
+        nobody = (
+            jnp.where(inside, -1, jnp.inf).astype(probs.dtype),
+            jnp.full(inside.shape, n, jnp.int32),
+        )
         _, owner = for_each(rivals, compete, nobody)
         return owner, for_each(rivals, count, nothing)
 
