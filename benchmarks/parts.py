@@ -68,7 +68,7 @@ class Case(NamedTuple):
     workers: int | None = None
     """Of the loader."""
     things: int = scenes.THINGS
-    """In a picture of a train step or of the scene `objects`."""
+    """In a picture of a train step, or of the scene `objects` of a fusion."""
     devices: int = 1
     """That share the batch of a train step; on a CPU they are simulated."""
 
@@ -310,6 +310,8 @@ def segmenter(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
 def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """Forward, matching, losses, gradients and AdamW, as train.py does it."""
     devices, task = jax.local_devices()[: case.devices], TASKS[config.task]
+    if len(devices) < case.devices:
+        raise ValueError(f"there are {len(devices)} devices, not {case.devices}")
     model = make_model(**config.model)
     variables = init_variables(model, config.seed)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
@@ -355,7 +357,7 @@ def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
 
     return measure_with_peak(run, repeat, case.precision) | {
         "microbatch": share // num_parts,
-        "flop": flop and num_parts * flop,
+        "flop": flop and case.devices * num_parts * flop,
     }
 
 

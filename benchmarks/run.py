@@ -159,8 +159,9 @@ def cases(config: ConfigDict, args: argparse.Namespace) -> Iterator[Case]:
 
 def measure_apart(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """The record of a case, or {"error": ...} where it fails, be it by the end of its process."""
+    flags = os.environ.get("XLA_FLAGS", "")
     if case.devices > 1:
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={case.devices}"
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={case.devices}"
     # Not a fork: it would share threads and devices with this process.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         try:
@@ -169,6 +170,8 @@ def measure_apart(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]
         except (ImportError, MemoryError, RuntimeError, ValueError) as error:
             first_line = (str(error).splitlines() or [""])[0]
             return {"error": f"{type(error).__name__}: {first_line[:200]}"}
+        finally:
+            os.environ["XLA_FLAGS"] = flags
 
 
 def reference_name(case: Case, config: ConfigDict) -> str | None:

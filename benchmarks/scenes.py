@@ -94,7 +94,7 @@ def stage(
     if scene == "random":
         return _random(count, size, config)
     # As large as the network makes them.
-    model = _model(config)
+    model = make_model(**config.model)
     shapes = jax.eval_shape(
         partial(run_network, model=model), variable_shapes(model), batch(1, size, config, 0)
     )
@@ -103,17 +103,10 @@ def stage(
     return Stage(None, np.stack(masks), None if shapes.logits is None else np.stack(logits))
 
 
-def _model(config: ConfigDict):
-    return make_model(**config.model)
-
-
-def _variables(config: ConfigDict):
-    return init_variables(_model(config), config.seed)
-
-
 def _random(count: int, size: tuple[int, int], config: ConfigDict) -> Stage:
-    run = jax.jit(partial(run_network, model=_model(config)))
-    variables = _variables(config)
+    model = make_model(**config.model)
+    run = jax.jit(partial(run_network, model=model))
+    variables = init_variables(model, config.seed)
     stages = [run(variables, batch(1, size, config, seed)) for seed in range(count)]
     _, masks, logits = jax.tree.map(
         lambda *each: np.concatenate(each).astype(np.float32), *jax.device_get(stages)

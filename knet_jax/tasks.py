@@ -37,10 +37,11 @@ class Task(NamedTuple):
     """(one `Pass`, original_size, *, shape, options by name) -> results of a batch as named arrays,
     at the pixels of pictures of any size: what an exported model computes."""
     options: tuple[str, ...]
-    """Names of the keyword arguments of `predict` and `predict_any_size`; their values come from
-    `config.eval`, or from the `Sizes` of the network."""
+    """Names of the keyword arguments that `predict` and `predict_any_size` take, but for `thresholds`;
+    their values come from `config.eval`, or from the `Sizes` of the network."""
     thresholds: tuple[str, ...]
-    """Options of `predict` that may change from call to call without compiling it anew."""
+    """Names of further ones that `predict` takes, which may change from call to call without compiling
+    it anew."""
     read: Callable[..., Any]
     """(results of one picture, original_size) -> the same as people and metrics take it."""
     metric: ModuleType

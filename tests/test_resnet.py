@@ -7,8 +7,6 @@ import pytest
 from tiny_model import made_up
 from tiny_parts import ResNet
 
-from knet_jax.system.errors import UserError
-
 TINY = partial(ResNet, depths=(1, 1, 1, 1), width=8)
 
 
@@ -44,15 +42,6 @@ def test_there_are_as_many_blocks_as_asked_for_and_the_last_stages_are_deformabl
     for name in blocks:
         assert ("conv_offset" in params[name]["conv2"]) == (not name.startswith("layer1")), name
     assert "batch_stats" not in shapes(TINY(norm="group"))[1]
-
-
-def test_what_a_resnet_cannot_be_is_named(image):
-    for keywords, message in (
-        ({"output_stride": 12}, "output_stride is 12; accepted: 8, 16, 32"),
-        ({"num_deformable": 5}, "num_deformable is 5; accepted: 0 to 4"),
-    ):
-        with pytest.raises(UserError, match=f"config.model.backbone.{message}"):
-            TINY(**keywords).init(jax.random.key(0), image, False)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ def test_what_dead_processes_left_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_memory, "name_segments", lambda name: None)
     dead, lost, live = (f"{shared_memory.PREFIX}{letter * 16}" for letter in "abc")
     files = [dead, f"{dead}_1", f"sem.{dead}-2", f"{lost}_1", f"sem.{lost}-3"]
-    files += [live, f"{live}_1", f"sem.{live}-a", "psm_0123", "sem.mp-x"]
+    files += [live, f"{live}_1", f"sem.{live}-a", "psm_0123", "sem.mp-x", "knet_a", "knet_coco.tar"]
     for name in files:
         (tmp_path / name).touch()
     with (tmp_path / live).open() as owner:

@@ -13,7 +13,6 @@ from knet_jax.data.recipes import RECIPES
 from knet_jax.data.sources import by_name
 from knet_jax.matching import LossWeights
 from knet_jax.model import BACKBONES, NECKS, make_model
-from knet_jax.nn.layers import NORMS
 from knet_jax.system.errors import UserError
 from knet_jax.tasks import TASKS
 
@@ -44,7 +43,6 @@ def test_the_table_knows_what_there_is():
     assert {*schema.TASKS} == TASKS.keys() == by_task.KINDS.keys()
     assert {*schema.DATASETS} == by_name.DATASETS.keys()
     assert {*schema.BACKBONES} == BACKBONES.keys() and {*schema.NECKS} == NECKS.keys()
-    assert schema.NORMS == NORMS
     weights = {name.removeprefix("loss.") for name in schema.EVERY if name.startswith("loss.")}
     assert weights == {*LossWeights._fields}
     for part, modules in ("backbone", BACKBONES), ("neck", NECKS):

@@ -18,7 +18,7 @@ STRIDE = 32
 """Sides of a canvas are multiples of the greatest stride of a backbone."""
 
 MOST_STEPS = 2**31 - 1
-"""What a step counts in is an int32."""
+"""Most steps: the counter is an int32."""
 MOST_SIDE = 2**14
 """The longest side of a picture or a canvas, in pixels."""
 

@@ -33,7 +33,7 @@ class EvalPlan(NamedTuple):
     positions: np.ndarray
     """int [b]: of the pictures in the split; `EMPTY` where the batch has no picture."""
     canvases: tuple[tuple[int, int], ...]
-    """Height and width that all the pictures fit, for every recipe."""
+    """For every recipe, the height and width of a canvas that holds each of the pictures."""
 
 
 class Prepared(NamedTuple):

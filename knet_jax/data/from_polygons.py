@@ -18,16 +18,16 @@ from knet_jax.segmentation.segments import printable
 from knet_jax.system.errors import UserError
 
 CIRCLE = np.exp(2j * np.pi * np.arange(64) / 64)
-"""Corners of what stands for a circle, in the complex plane."""
+"""Corners of the polygon that stands for a circle: 64 complex numbers of length 1."""
 
 
 class Thing(NamedTuple):
     """One thing of a picture."""
 
     name: str | int
-    """Of its class, or the number of the class."""
+    """Of its class; with YOLO the number of the class."""
     polygons: list[list[float]]
-    """Of [x0, y0, x1, y1, …] each, in pixels."""
+    """Each [x0, y0, x1, y1, …], in pixels."""
 
 
 def write_instance_dataset(

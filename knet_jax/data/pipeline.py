@@ -35,7 +35,7 @@ from knet_jax.system.errors import UserError
 LEAST = 500
 """A share of broken pictures is judged as if there were at least so many pictures."""
 ENDLESS = 1 << 48
-"""More batches than any training takes."""
+"""Batches of the dataset that a training reads: more than any will take."""
 NO_LEAK_WARNING = "ignore:resource_tracker:UserWarning"
 """Python's filter for a warning of its cleaner of shared memory."""
 

@@ -275,7 +275,7 @@ def _max_pool(g: Graph, eqn: JaxprEqn, x: str) -> str:
     window, strides, padding = (
         params[key] for key in ("window_dimensions", "window_strides", "padding")
     )
-    axes = [i for i, side in enumerate(window) if side > 1]
+    axes = [i for i in range(len(window)) if (window[i], strides[i], padding[i]) != (1, 1, (0, 0))]
     if dilations != {1} or len(window) != 4 or len(axes) > 2:
         raise UserError("a pooling that is not of rows and columns has no translation")
     # The other axes first.
@@ -345,7 +345,7 @@ def _while(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
     [begins] = g.run(goes_on, [*consts[:num_read], *map(Tensor, state)])
 
     def take_round(*arguments: jax.Array) -> list[jax.Array]:
-        """The next state, before it whether it is not the last: what a body of ONNX's loops says."""
+        """Whether the loop goes on, and the next state: what the body of an ONNX Loop returns."""
         state = jaxpr_as_fun(step)(*arguments[num_read:])
         return [*jaxpr_as_fun(goes_on)(*arguments[:num_read], *state), *state]
 

@@ -24,10 +24,10 @@ from knet_jax.structs import EMPTY, Pass
 Results = dict[str, jax.Array]
 
 TILE, COLUMNS = 64, 8
-"""Masks compete in tiles: of so many rows of pixels, and so many beside each other."""
+"""Masks compete in tiles of 64 rows of pixels, of which 8 share the width of a picture."""
 
 ROUNDING = 1e-5
-"""More than what products of probabilities in single precision lose."""
+"""Relative slack of the bounds, far above the rounding of float32."""
 
 
 class Framing(NamedTuple):
@@ -80,7 +80,7 @@ def resize_into_canvas(
 
     def one(image: jax.Array, size: jax.Array, shown: jax.Array) -> jax.Array:
         def pairs(x: jax.Array, axis: int) -> list[tuple[jax.Array, jax.Array]]:
-            """What the rows (or columns) of the canvas read of x, and the weights."""
+            """For the rows (or columns) of the canvas the two that they read of x, and their weights."""
             scale = size[axis] / shown[axis].astype(jnp.float32)
             lower, share = taps(jnp.arange(framing.canvas[axis]), scale, size[axis])
             share = jnp.where(lower < size[axis] - 1, share, 0)

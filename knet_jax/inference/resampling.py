@@ -62,7 +62,7 @@ WASTE = 8
 """How many times as large as its picture a shared canvas may be."""
 
 LEAST_SHRINK = 1 / 8
-"""Below it tiles of a panoptic map need no fewer logits."""
+"""Least value of `Canvas.shrink`: below it the part of a mask that a tile reads gets no smaller."""
 
 
 def _round_up(side: int) -> int:

@@ -38,8 +38,6 @@ def wide(dtype) -> jnp.dtype:
 
 he_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-NORMS = ("frozen_batch", "batch", "group")
-
 KEPT = "kept"
 
 
@@ -49,8 +47,8 @@ def keep(x: jax.Array) -> jax.Array:
 
 
 sparing = partial(nn.remat, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
-"""Makes a module of convolutions that keeps their results and statistics for its gradient, and makes
-norms and activations anew: as fast, in two thirds of the memory."""
+"""`nn.remat` that saves for the gradient only what `keep` has marked, the results of convolutions and the
+statistics of norms. Norms and activations are computed anew: a step takes as long, in less memory."""
 
 
 class GroupNorm(nn.Module):
@@ -73,7 +71,7 @@ class GroupNorm(nn.Module):
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> jax.Array:
     """Normalizes groups of channels of each image, then scales and shifts channels.
 
-    For the gradient x alone is kept, and read twice.
+    For the gradient x and the statistics of its groups are kept.
 
     Args:
         x: [b, h, w, c].
@@ -152,7 +150,7 @@ class BatchNorm(nn.Module):
 
 @jax.custom_vjp
 def scale_and_shift(x: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
-    """x * factor + shift by channels, in their type. For the gradient x alone is kept, as it is."""
+    """x * factor + shift by channels, in their type. For the gradient x is kept as it is, and factor."""
     return x.astype(factor.dtype) * factor + shift
 
 
@@ -170,7 +168,7 @@ scale_and_shift.defvjp(
 
 
 def make_norm(norm: str, dtype: str, train: bool) -> Callable[..., nn.Module]:
-    """A norm of `NORMS`, called with the number of channels and a name.
+    """A norm by its name in configs, called with the number of channels and a name.
 
     `frozen_batch` uses the running statistics in training too (scale and bias are trained);
     `batch` uses those of the global batch in training; `group` has none.

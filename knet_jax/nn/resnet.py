@@ -10,11 +10,8 @@ import jax
 
 from knet_jax.nn.deformable import DeformConv
 from knet_jax.nn.layers import conv, he_init, make_norm, sparing
-from knet_jax.system.errors import UserError
 
 EXPANSION = 4
-
-OUTPUT_STRIDES = (8, 16, 32)
 
 
 class Bottleneck(nn.Module):
@@ -52,9 +49,6 @@ class ResNet(nn.Module):
 
     `depths` and `width` of (3, 4, 6, 3) and 64 are ResNet-50, (3, 4, 23, 3) ResNet-101. The first
     `frozen_stages` stages, and the stem if there are any, get no gradient.
-
-    Raises:
-        UserError: there is no such output stride, or there are fewer stages than are deformable.
     """
 
     depths: tuple[int, ...]
@@ -79,7 +73,6 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool) -> tuple[jax.Array, ...]:
-        self._check()
         norm = make_norm(self.norm, self.dtype, train)
         conv_ = partial(conv, use_bias=False, kernel_init=he_init, dtype=self.dtype)
         deform_conv = partial(DeformConv, kernel_init=he_init, dtype=self.dtype)
@@ -128,16 +121,3 @@ class ResNet(nn.Module):
                 x = jax.lax.stop_gradient(x)
             levels.append(x)
         return tuple(levels)
-
-    def _check(self) -> None:
-        where = "config.model.backbone"
-        if self.output_stride not in OUTPUT_STRIDES:
-            raise UserError(
-                f"{where}.output_stride is {self.output_stride}; "
-                f"accepted: {', '.join(map(str, OUTPUT_STRIDES))}"
-            )
-        if not 0 <= self.num_deformable <= len(self.depths):
-            raise UserError(
-                f"{where}.num_deformable is {self.num_deformable}; "
-                f"accepted: 0 to {len(self.depths)}, the number of stages"
-            )

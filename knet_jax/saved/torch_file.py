@@ -142,7 +142,7 @@ class _StorageType(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """The memory of tensors. No name makes one: a view of a view could leave the memory."""
+    """The memory of tensors. A pickle cannot construct one, so no view of it leaves the memory."""
 
     array: np.ndarray
     """[numel]."""

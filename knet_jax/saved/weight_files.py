@@ -29,7 +29,7 @@ ENTRIES = ("state_dict", "model", "model_state_dict", "", "model_ema", "state_di
 """Entries in which the network of a checkpoint may be, "" for the top; others come last."""
 
 LEAST_SHARE = 0.25
-"""Of the kernels of the largest entry: one with fewer holds something beside the network."""
+"""An entry with fewer kernels than this share of the largest entry's is not taken for a network."""
 
 BUFFERS = "ema_buffers"
 """Name for the second set of weights that MMCV keeps among the first: buffers such as

@@ -19,11 +19,11 @@ PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """The endings of file names that are taken for pictures."""
 KINDS = {b"\xff\xd8": "a JPEG", b"BM": "a BMP", b"GIF": "a GIF", b"RIFF": "a WebP"}
 KINDS |= dict.fromkeys((b"II*\0", b"MM\0*"), "a TIFF")
-"""What files are that begin with some bytes."""
+"""Formats by the first bytes of a file."""
 MAX_MEGAPIXELS = 50
 """Pictures of more are not decoded unless asked for: a few hundred bytes can claim gigabytes."""
 LEAST_SIDE = 128
-"""Results have at least so many pixels a side: narrow pictures cost as much as such ones."""
+"""A picture costs as if each side had at least so many pixels, and the limit counts them so."""
 NUM_IDS = 1 << 24
 """How many segment ids three bytes can tell apart, void (0) included."""
 

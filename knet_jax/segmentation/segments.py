@@ -14,7 +14,7 @@ MIN_SCORE = 0.3
 MAX_NAME = 200
 """The most letters that the name of a class may have."""
 MAX_CLASSES = 65535
-"""Of a dataset: a map of labels has two bytes a pixel, and 0 stands for none."""
+"""The most classes of a dataset: label maps are uint16, and 0 stands for none."""
 
 
 class Categories(NamedTuple):

@@ -296,7 +296,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether one of the processes says so."""
+    """Whether `flag` is true in any process. All processes must call it."""
     return any(exchange(bool(flag)))
 
 

@@ -7,39 +7,45 @@ import contextlib
 import fcntl
 import functools
 import multiprocessing
+import re
 import secrets
+from collections import defaultdict
 from multiprocessing import shared_memory
 from pathlib import Path
 
 FOLDER = Path("/dev/shm")
 """Where Linux keeps segments of shared memory and semaphores, as files."""
 PREFIX = "knet_"
-LENGTH = len(PREFIX) + 16
-"""Letters of a claim."""
+CLAIMED = re.compile(rf"(?:sem\.)?({PREFIX}[0-9a-f]{{16}})(?:[_-].*)?")
+"""A claim, or the name of a segment or semaphore that begins with one."""
 _held = []
 """The file of the claim of this process, which stays open."""
 
 
 @functools.cache
 def claim() -> str:
-    """Gives segments and semaphores of this process names by which others know that it lives.
+    """Creates and locks /dev/shm/knet_<16 hex digits> for the life of this process: its claim.
 
-    A file of that name is locked for as long, so that what dead processes have left can be told, in
-    other containers with the same memory too. It is removed here.
+    Names of its segments and semaphores begin with that name, so what dead processes have left can be
+    told from what is in use, by other containers with the same memory, too. It is removed here, with
+    the claims that nobody locks any more.
 
     Returns:
-        How the names begin, for `name_segments`; "" where segments are no files.
+        The name, for `name_segments`; "" where segments are no files.
     """
     if not FOLDER.is_dir():
         return ""
-    found = [*FOLDER.glob(f"{PREFIX}*"), *FOLDER.glob(f"sem.{PREFIX}*")]
-    for name in {path.name.removeprefix("sem.")[:LENGTH] for path in found}:
+    found = defaultdict(list)
+    for path in FOLDER.iterdir():
+        if match := CLAIMED.fullmatch(path.name):
+            found[match[1]].append(path)
+    for name, paths in found.items():
         # It fails where the owner lives, and for what belongs to other users.
         with contextlib.suppress(OSError), (FOLDER / name).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in (*FOLDER.glob(f"sem.{name}-*"), *FOLDER.glob(f"{name}*")):
+            for left in (*paths, FOLDER / name):
                 left.unlink(missing_ok=True)
-    name = PREFIX + secrets.token_hex((LENGTH - len(PREFIX)) // 2)
+    name = PREFIX + secrets.token_hex(8)
     unlocked = FOLDER / f".{name}"
     file = unlocked.open("w")
     fcntl.flock(file, fcntl.LOCK_EX)

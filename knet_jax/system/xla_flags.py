@@ -1,4 +1,4 @@
-"""XLA's own flags, which it judges by ending the process."""
+"""A check of $XLA_FLAGS, since XLA aborts a process with a flag that it does not know."""
 
 from __future__ import annotations
 

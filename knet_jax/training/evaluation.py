@@ -184,7 +184,7 @@ class Gallery:
         self._kept: list[Prediction] = []
 
     def add(self, predictions: list[Prediction]) -> None:
-        """Keeps those predictions that are among them."""
+        """Keeps those predictions whose pictures were chosen."""
         self._kept += [one for one in predictions if one.index in self._wanted]
 
     def rows(self) -> list[Row]:

@@ -19,7 +19,7 @@ from knet_jax.config.schema import flatten
 from knet_jax.system.errors import UserError, one_line
 
 PROJECT = "knet_jax"
-"""What runs are filed under."""
+"""The project of runs in Weights & Biases and MLflow."""
 
 
 class WandbTracker:

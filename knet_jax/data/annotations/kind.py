@@ -25,7 +25,7 @@ class Record(NamedTuple):
     size: tuple[int, int]
     """Height and width."""
     annotation: Any
-    """What the task's `Kind` stores."""
+    """A `PanopticAnnotation`, a list of `StoredInstance`, or the bytes of a PNG of 1 + class, by task."""
 
 
 class Kind(abc.ABC):
