@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_costs_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scaling = importlib.import_module("scaling")
+    records = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())["results"]
+    planned = [f"{p.axis}={p.value}" for p in scaling.points((256, 512, 768), 512)]
+    assert [record["config"] for record in records] == planned
+    assert {spec.partition("=")[0] for spec in planned} == scaling.AXES.keys()
+    scaling.draw(records, tmp_path / "costs.png")
+    assert (tmp_path / "costs.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
