@@ -153,6 +153,16 @@ def test_stopped_and_resumed_equals_never_stopped(whole, data_dir, tmp_path, mon
 
 
 @of("panoptic")
+def test_programs_that_took_long_to_compile_are_made_anew(whole, data_dir, tmp_path, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(loop, "LONG_COMPILATION", 0.0)
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(True))
+    run, _ = train_and_listen(config_of("panoptic", data_dir), tmp_path / "run")
+    assert cleared == [True] and run.scores == whole.run.scores
+    assert arrays_of(run.workdir) == arrays_of(whole.workdir)
+
+
+@of("panoptic")
 def test_a_run_that_is_done_says_so_again(whole, data_dir, tmp_path, monkeypatch):
     """When its last evaluation is made up. One that goes on with other parts is told of it."""
     changes = []

@@ -84,11 +84,11 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> 
 
 def _group_norm(x, scale, bias, groups):
     values = x.astype(wide(x.dtype))
-    mean = _group_mean(values.mean((1, 2)), groups)
+    mean = keep(_group_mean(values.mean((1, 2)), groups))
     deviation = values - mean
-    factor = jax.lax.rsqrt(_group_mean((deviation * deviation).mean((1, 2)), groups) + EPSILON)
-    mean, factor = keep(mean), keep(factor)
-    return (values - mean) * (factor * scale) + bias, (x, mean, factor, scale)
+    variance = _group_mean((deviation * deviation).mean((1, 2)), groups)
+    factor = keep(jax.lax.rsqrt(variance + EPSILON))
+    return deviation * (factor * scale) + bias, (x, mean, factor, scale)
 
 
 def _group_norm_gradient(groups, residuals, grad):
@@ -181,19 +181,19 @@ def make_norm(norm: str, dtype: str, train: bool) -> Callable[..., nn.Module]:
 
 def conv(channels: int, size: int, stride: int = 1, dilation: int = 1, **keywords) -> nn.Conv:
     """A square convolution padded symmetrically, as PyTorch pads to keep the size at stride 1."""
-
-    def convolve_and_keep(*args, **kwargs) -> jax.Array:
-        return keep(convolve(*args, **kwargs))
-
     return nn.Conv(
         channels,
         (size, size),
         (stride, stride),
         padding=dilation * (size - 1) // 2,
         kernel_dilation=dilation,
-        conv_general_dilated=convolve_and_keep,
+        conv_general_dilated=_convolve_and_keep,
         **keywords,
     )
+
+
+def _convolve_and_keep(*args, **keywords) -> jax.Array:
+    return keep(convolve(*args, **keywords))
 
 
 @sparing

@@ -93,13 +93,9 @@ class ResNet(nn.Module):
             width = self.width * 2**i
             deformable = i >= len(self.depths) - self.num_deformable
             # What a deformable convolution has sampled is too costly to be made anew unasked.
-            block = (
-                nn.remat(Bottleneck)
-                if self.remat
-                else Bottleneck
-                if deformable
-                else sparing(Bottleneck)
-            )
+            block = Bottleneck if deformable else sparing(Bottleneck)
+            if self.remat:
+                block = nn.remat(Bottleneck)
             stride = 2 if i > 0 and reached < self.output_stride else 1
             # Without its stride a stage sees what it would have seen by twice the dilation, but for
             # the 3x3 convolution that had the stride.
