@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from knet_jax.app.segmenter import Segmenter
 from knet_jax.data import pipeline, recipes
 from knet_jax.inference.forward import run_network
-from knet_jax.inference.resampling import Canvas
+from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.knet import KNet
 from knet_jax.matching import LossWeights
 from knet_jax.model import init_variables, make_model
@@ -203,7 +203,7 @@ def fusion(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     run = jax.jit(
         partial(
             task.predict,
-            canvas=Canvas.of(sizes, originals),
+            canvas=ResultCanvas.of(sizes, originals),
             **task.choose_options(
                 Sizes(*(config.model[name] for name in Sizes._fields)), config.eval
             ),

@@ -46,7 +46,7 @@ class Task(NamedTuple):
     """(results of one picture, original_size) -> the same as people and metrics take it."""
     metric: ModuleType
     """Counts pictures and summarizes the counts."""
-    results: Callable[..., Any]
+    result_files: Callable[..., Any]
     """(path, categories) -> a writer of the files that the test servers take."""
 
     def choose_options(self, sizes: Sizes, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ TASKS = {
         thresholds=("instance_threshold", "overlap_threshold"),
         read=fusion.read_panoptic,
         metric=panoptic,
-        results=PanopticResults,
+        result_files=PanopticResults,
     ),
     "instance": Task(
         unpack=objectives.unpack_instances,
@@ -78,7 +78,7 @@ TASKS = {
         thresholds=("instance_threshold",),
         read=postprocess.read_instances,
         metric=instance,
-        results=InstanceResults,
+        result_files=InstanceResults,
     ),
     "semantic": Task(
         unpack=objectives.unpack_semantic,
@@ -90,6 +90,6 @@ TASKS = {
         thresholds=(),
         read=postprocess.read_labels,
         metric=semantic,
-        results=SemanticResults,
+        result_files=SemanticResults,
     ),
 }

@@ -36,7 +36,7 @@ from knet_jax.config.files import load_config
 from knet_jax.data.transforms import resized_size
 from knet_jax.inference.fusion import Fused, predict_panoptic
 from knet_jax.inference.postprocess import predict_instances, predict_labels
-from knet_jax.inference.resampling import Canvas
+from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.knet import KNet
 from knet_jax.matching import LossWeights
 from knet_jax.metrics import instance, semantic
@@ -267,7 +267,7 @@ def instances(fixture: Fixture, output: Output, tolerance: float) -> Iterator[Ro
     """The hundred best instances: scores, whose they are, and some masks at original size."""
     size = np.array(fixture.manifest["img_shapes"], np.int32)
     original_size = np.array(fixture.manifest["ori_shapes"], np.int32)
-    last, canvas = output.stages[-1], Canvas.of(size, original_size)
+    last, canvas = output.stages[-1], ResultCanvas.of(size, original_size)
     predict = partial(predict_instances, canvas=canvas, num_results=100)
     best = jax.jit(predict)([pass_of(last, size)], original_size)
     for i, (height, width) in enumerate(original_size):
@@ -332,7 +332,7 @@ def maps(
             [pass_of(last, size)],
             original_size,
             num_things=80,
-            canvas=Canvas.of(size, original_size),
+            canvas=ResultCanvas.of(size, original_size),
             instance_threshold=thresholds["instance_score_thr"],
             overlap_threshold=thresholds["overlap_thr"],
         )
@@ -397,7 +397,7 @@ def segmentation_forward(fixture: Fixture) -> Iterator[Row]:
         [fixture.arrays["pred_labels"].shape[1:]] * len(fixture.arrays["image"]), np.int32
     )
     once = [Pass(output.stages[-1], size, size, np.zeros(len(size), bool))]
-    maps = predict_labels(once, size, canvas=Canvas.of(size, size))
+    maps = predict_labels(once, size, canvas=ResultCanvas.of(size, size))
     maps = maps[:, : size[0, 0], : size[0, 1]]
     wrong = np.asarray(maps) != fixture.arrays["pred_labels"] + 1
     yield Row("pred_labels", float(wrong.mean()), 1e-3)

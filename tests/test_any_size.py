@@ -14,7 +14,7 @@ from knet_jax.inference.any_size import (
     resize_into_canvas,
     size_in_canvas,
 )
-from knet_jax.inference.resampling import Canvas, both_to_original
+from knet_jax.inference.resampling import ResultCanvas, both_to_original
 from knet_jax.structs import EMPTY, Pass, Sizes, Stage
 from knet_jax.tasks import TASKS
 
@@ -87,7 +87,7 @@ def test_results_are_those_of_evaluation(task):
     seen, original_size, sizes = scene(task)
     row = TASKS[task]
     options = row.choose_options(sizes, OPTIONS)
-    canvas = Canvas.of(seen.size, original_size)
+    canvas = ResultCanvas.of(seen.size, original_size)
     predict = jax.jit(partial(row.predict, canvas=canvas, **options))
     expected = jax.tree.map(np.asarray, predict((seen,), original_size))
     shape = (160, 181)

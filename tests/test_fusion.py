@@ -7,7 +7,7 @@ import pytest
 from plain import plain_probabilities
 
 from knet_jax.inference.fusion import GROUP, predict_panoptic
-from knet_jax.inference.resampling import Canvas
+from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.structs import EMPTY, Pass, Stage
 
 THINGS, STUFF = 3, 2
@@ -58,7 +58,7 @@ def ours_fuse(masks, logits, size, original_size, low, share, *, num_things, can
 
 def run(masks, logits, size, original_size, low=0.3, share=0.6, num_things=THINGS, canvas=None):
     size, original_size = np.asarray(size, np.int32), np.asarray(original_size, np.int32)
-    canvas = canvas or Canvas.of(size, original_size)
+    canvas = canvas or ResultCanvas.of(size, original_size)
     masks, logits = jnp.asarray(masks, jnp.float32), jnp.asarray(logits, jnp.float32)
     thresholds = float(low), float(share)
     fused = ours_fuse(
@@ -142,8 +142,8 @@ SIZES = [
 def test_equals_the_reference_at_any_size():
     sizes, original_sizes = zip(*SIZES)
     masks, logits = case(0, len(SIZES))
-    canvas = Canvas(640, 1024, 128)
-    assert Canvas.of(np.array(sizes), np.array(original_sizes)) == canvas
+    canvas = ResultCanvas(640, 1024, 128)
+    assert ResultCanvas.of(np.array(sizes), np.array(original_sizes)) == canvas
     check(masks, logits, sizes, original_sizes, share=0.3)
     check(masks, logits, sizes, original_sizes, low=0.0, share=0.0)
 
@@ -160,7 +160,7 @@ def test_tiles_read_all_the_logits_that_they_need(shrink):
     _, logits = case(seed, 3, 4)
     size = np.array([(320, 448), (301, 430), (319, 447)]) // parts
     original_size = np.ceil(size / np.array([1.0, 0.99, 0.7])[:, None] / shrink).astype(int)
-    assert Canvas.of(size, original_size).shrink == shrink
+    assert ResultCanvas.of(size, original_size).shrink == shrink
     check(masks, logits, size, original_size, low=0.0, share=0.0)
 
 
@@ -174,7 +174,7 @@ def test_any_number_of_masks(n):
 
 
 def test_the_canvas_changes_nothing():
-    canvas = Canvas(128, 384, 32)
+    canvas = ResultCanvas(128, 384, 32)
     masks, logits = case(4, 2)
     size, original_size = [(64, 96), (51, 96)], [(100, 150), (80, 151)]
     small = run(masks, logits, size, original_size, share=0.2)

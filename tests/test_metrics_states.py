@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from knet_jax.metrics import instance, panoptic, semantic
-from knet_jax.metrics.counts import gather
+from knet_jax.metrics.counts import collect
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Instance
 from knet_jax.system import processes
@@ -29,11 +29,11 @@ def counts_of(picture: int) -> dict:
 def test_counts_do_not_depend_on_who_saw_which_picture(metric, monkeypatch):
     """Sums of floats depend on their order; that of the pictures is the same whatever came first."""
     pictures = {i: counts_of(i)[metric] for i in range(7)}
-    alone = metric.merge(*gather(pictures))
+    alone = metric.merge(*collect(pictures))
     for shares in (((3, 1, 0, 6, 2, 5, 4),), ((4, 2, 0, 6), (5, 3, 1)), ((), tuple(range(7)))):
         told = [{i: pictures[i] for i in share} for share in shares]
         monkeypatch.setattr(processes, "exchange", lambda _, told=told: told)
-        merged = metric.merge(*gather(told[0]))
+        merged = metric.merge(*collect(told[0]))
         for a, b in zip(merged, alone, strict=True):
             np.testing.assert_array_equal(a, b)
             assert a.dtype == b.dtype and a.shape == b.shape

@@ -12,7 +12,7 @@ from knet_jax.inference.postprocess import (
     predict_labels,
     read_instances,
 )
-from knet_jax.inference.resampling import Canvas
+from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.segmentation import rle
 from knet_jax.structs import EMPTY, Pass, Stage
 
@@ -38,7 +38,7 @@ def make_pass(masks, logits, size, inside, mirrored=None):
 
 def run(predict, passes, original_size, canvas=None, **options):
     original_size = np.asarray(original_size, np.int32)
-    canvas = canvas or Canvas.of(np.max([seen.size for seen in passes], 0), original_size)
+    canvas = canvas or ResultCanvas.of(np.max([seen.size for seen in passes], 0), original_size)
     predict = jax.jit(partial(predict, canvas=canvas, **options))
     return jax.device_get(predict(passes, original_size))
 
@@ -93,7 +93,7 @@ def test_instances_equal_the_reference_at_any_size():
     """All in one batch, so on the canvas of the largest."""
     sizes, original_sizes = zip(*SIZES)
     masks, logits = case(0, len(SIZES), 6, 3)
-    assert Canvas.of(np.array(sizes), np.array(original_sizes))[:2] == (384, 256)
+    assert ResultCanvas.of(np.array(sizes), np.array(original_sizes))[:2] == (384, 256)
     best = check_instances(masks, logits, sizes, original_sizes)
     assert best.bits.shape == (len(SIZES), 18, 256, 384 // 8)
     assert best.labels.dtype == best.kernels.dtype == np.int32

@@ -5,7 +5,7 @@ import pytest
 from plain import to_picture
 
 from knet_jax.data.recipes import WholePicture
-from knet_jax.inference.resampling import Canvas, to_original
+from knet_jax.inference.resampling import ResultCanvas, to_original
 
 # The matrix of one axis.
 
@@ -45,13 +45,23 @@ def test_both_resizings_are_one_matrix(stride):
 def test_canvas_holds_all_pictures_and_there_are_few():
     size = np.array([[800, 1216], [0, 0], [800, 1067]])
     original_size = np.array([[427, 640], [0, 0], [480, 640]])
-    assert Canvas.of(size, original_size) == Canvas(512, 640, 2)
-    assert Canvas.of(size[:1], original_size[:1]) == Canvas(512, 640, 2)
-    assert Canvas.of(np.array([[100, 100]]), np.array([[128, 129]])) == Canvas(128, 256, 1)
-    assert Canvas.of(np.array([[256, 256]]), np.array([[128, 128]])) == Canvas(128, 128, 2)
-    assert Canvas.of(np.array([[257, 257]]), np.array([[128, 128]])) == Canvas(128, 128, 4)
-    assert Canvas.of(np.array([[300, 100]]), np.array([[600, 200]])) == Canvas(640, 256, 1 / 2)
-    assert Canvas.of(np.array([[8, 8]]), np.array([[900, 800]])) == Canvas(1024, 896, 1 / 8)
+    assert ResultCanvas.of(size, original_size) == ResultCanvas(512, 640, 2)
+    assert ResultCanvas.of(size[:1], original_size[:1]) == ResultCanvas(512, 640, 2)
+    assert ResultCanvas.of(np.array([[100, 100]]), np.array([[128, 129]])) == ResultCanvas(
+        128, 256, 1
+    )
+    assert ResultCanvas.of(np.array([[256, 256]]), np.array([[128, 128]])) == ResultCanvas(
+        128, 128, 2
+    )
+    assert ResultCanvas.of(np.array([[257, 257]]), np.array([[128, 128]])) == ResultCanvas(
+        128, 128, 4
+    )
+    assert ResultCanvas.of(np.array([[300, 100]]), np.array([[600, 200]])) == ResultCanvas(
+        640, 256, 1 / 2
+    )
+    assert ResultCanvas.of(np.array([[8, 8]]), np.array([[900, 800]])) == ResultCanvas(
+        1024, 896, 1 / 8
+    )
 
 
 RECIPE = WholePicture((800, 1344), (800, 800), 1333, 0.0, 100, 0, 0.0, 0, 0)
@@ -59,7 +69,7 @@ RECIPE = WholePicture((800, 1344), (800, 800), 1333, 0.0, 100, 0, 0.0, 0, 0)
 
 def scaled(original_size):
     size, inside = RECIPE.eval_size(original_size), RECIPE.eval_canvas(original_size)
-    return Canvas.scaled(inside, size, original_size), size
+    return ResultCanvas.scaled(inside, size, original_size), size
 
 
 @pytest.mark.parametrize("limit, count", [(1000, 16), (10_000, 40)])
@@ -92,6 +102,6 @@ def test_a_canvas_holds_any_picture_and_wastes_little(original_size):
 
 def test_pictures_of_one_camera_share_a_canvas():
     """By hand: 4032 / 1067 = 3.78, up to 4; 640 / 1067 = 0.6, up to 1."""
-    assert scaled((3024, 4032))[0] == Canvas(3200, 5376, 1 / 2)
+    assert scaled((3024, 4032))[0] == ResultCanvas(3200, 5376, 1 / 2)
     assert scaled((2268, 4032))[0] == scaled((3024, 4032))[0] != scaled((4032, 3024))[0]
     assert scaled((480, 640))[0] == scaled((427, 640))[0] == scaled((500, 500))[0]

@@ -57,7 +57,7 @@ def test_the_table_knows_what_there_is():
 
 
 def test_every_default_is_accepted():
-    for group in schema.GROUPS:
+    for group in schema.KEY_GROUPS:
         for name, (default, (test, _), _) in group.keys.items():
             has_none = default == schema.REQUIRED or isinstance(default, schema.Follows)
             assert has_none or test(default), name
@@ -155,7 +155,7 @@ def test_rules():
         (rules.WINDOW, ((), (64, 96)), ((500, 512), (64,))),
         (rules.MULTIPLE, (0, 64), (-32, 16, 33, 32.0, 2**15)),
         (
-            rules.GROUPS,
+            rules.PARAMETER_GROUPS,
             ((("a", "x", 0.0, 1.0), ("b", ".*", 1.0, 1)),),
             (
                 (),

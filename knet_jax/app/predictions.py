@@ -217,7 +217,7 @@ class Predictions:
     @cached_property
     def _results(self) -> Any:
         """The writer of the task's own format."""
-        return TASKS[self._task].results(self.folder / f"{self._task}.json", self._categories)
+        return TASKS[self._task].result_files(self.folder / f"{self._task}.json", self._categories)
 
     def __enter__(self) -> Self:
         return self

@@ -24,7 +24,7 @@ from knet_jax.data import recipes, transforms
 from knet_jax.data.canvas import empty_batch, fill
 from knet_jax.inference.forward import lookahead, predict
 from knet_jax.inference.multiscale import both_ways
-from knet_jax.inference.resampling import Canvas
+from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.result import Result
@@ -154,13 +154,13 @@ class Segmenter:
                     results[i] = Result(self.task, self.categories, chunk[i], read)
             yield from (results[i] for i in range(len(chunk)))
 
-    def _layout(self, image: np.ndarray) -> tuple[tuple[tuple[int, int], ...], Canvas]:
+    def _layout(self, image: np.ndarray) -> tuple[tuple[tuple[int, int], ...], ResultCanvas]:
         """Chooses the canvases of a picture: of the input at every scale, and of the result."""
         size = image.shape[:2]
         shown = tuple(tuple(recipe.eval_canvas(size)) for recipe in self._recipes)
         largest = int(np.argmax([np.prod(canvas) for canvas in shown]))
         resized = self._recipes[largest].eval_size(size)
-        return shown, Canvas.scaled(shown[largest], resized, size)
+        return shown, ResultCanvas.scaled(shown[largest], resized, size)
 
     def _start(
         self, images: Sequence[np.ndarray], thresholds: dict[str, float]

@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         for argument in unknown:
             if argument.startswith("-"):
                 name = argument.lstrip("-").partition("=")[0]
-                keys = {f"config.{key}" for group in schema.GROUPS for key in group.keys}
+                keys = {f"config.{key}" for group in schema.KEY_GROUPS for key in group.keys}
                 meant = [key for key in keys if key.endswith(f".{name}")]
                 raise UserError(f"there is no flag --{name}; {suggest(name, meant or vars(args))}")
             raise UserError(f"{argument!r} belongs to no flag (--help lists the flags)")

@@ -165,9 +165,9 @@ def apply_overrides(
             values[key] = _convert(key, given[key], "")
     keys = schema.find_keys(values)
     schema.check_names([*values, *given], keys)
-    likes = schema.complete(values, keys) | schema.complete({}, keys)
+    likes = schema.with_defaults(values, keys) | schema.with_defaults({}, keys)
     values |= {key: _convert(key, value, likes.get(key)) for key, value in given.items()}
-    return ConfigDict(unflatten_dict(schema.complete(values, keys), sep=".")).lock()
+    return ConfigDict(unflatten_dict(schema.with_defaults(values, keys), sep=".")).lock()
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, str]:

@@ -145,7 +145,7 @@ MULTIPLE = (
     lambda value: is_whole(value, 0, MOST_SIDE) and value % STRIDE == 0,
     f"a multiple of {STRIDE} of at most {MOST_SIDE}, or 0 for the canvas of training",
 )
-GROUPS = (
+PARAMETER_GROUPS = (
     _are_groups,
     "rows of (unique name, regular expression, factor of lr (not all 0), factor of weight decay)",
 )

@@ -1,6 +1,6 @@
 """Every key of a config, said once: its default, what is accepted, and what it means.
 
-`GROUPS` is the table. The first group holds the keys of every config, the others those that exist
+`KEY_GROUPS` is the table. The first group holds the keys of every config, the others those that exist
 for one task, dataset, backbone or neck only. Validation, defaults, `--help` and the tables of
 docs/training.md are read from it.
 """
@@ -143,7 +143,9 @@ EVERY = {
     ),
     "optim.decay_factor": Key(10.0, rules.DIVISOR, "by which it is divided then"),
     "optim.unit": Key("epoch", one_of("epoch", "step"), "of `optim.decay_at`"),
-    "optim.groups": Key(ALL, rules.GROUPS, "the first whose expression matches a path counts"),
+    "optim.groups": Key(
+        ALL, rules.PARAMETER_GROUPS, "the first whose expression matches a path counts"
+    ),
     # The run's length, and what it keeps.
     "train.batch_size": Key(16, ONE, "images of a step, over all devices"),
     "train.microbatch": Key(2, ONE, "images on a device at a time; gradients are summed"),
@@ -292,7 +294,7 @@ DILATED = {
 }
 SEMANTIC_ONLY = {"task": Key(REQUIRED, one_of("semantic"), "what they are annotated for")}
 
-GROUPS = (
+KEY_GROUPS = (
     Group("", (), EVERY),
     Group("task", ("panoptic", "instance"), WITH_THINGS),
     Group("task", ("panoptic",), PANOPTIC),
@@ -338,9 +340,9 @@ def find_groups(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> 
         UserError: one of them is missing or has a value that is not accepted.
     """
     keys = {name: EVERY[name] for name in choices}
-    chosen = complete(values, keys)
+    chosen = with_defaults(values, keys)
     _check_rules(chosen, Group("", (), keys))
-    return [g for g in GROUPS if not g.choice or chosen.get(g.choice) in g.values]
+    return [g for g in KEY_GROUPS if not g.choice or chosen.get(g.choice) in g.values]
 
 
 def find_keys(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> dict[str, Key]:
@@ -349,7 +351,7 @@ def find_keys(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> di
     return {name: key for group in groups for name, key in group.keys.items()}
 
 
-def complete(values: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
+def with_defaults(values: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
     """The values of keys, flat, with the defaults of those that are not stated."""
     known = {name: values.get(name, key.default) for name, key in keys.items()}
     for name, value in known.items():
@@ -368,7 +370,7 @@ def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
     keys = find_keys(values, MODEL_CHOICES)
     keys = {name: key for name, key in keys.items() if name.startswith("model.")}
     check_names(values, keys)
-    completed = complete(values, keys)
+    completed = with_defaults(values, keys)
     if missing := sorted(name for name in keys if completed.get(name) is None):
         accepted = keys[missing[0]].rule[1].removesuffix(", or None")
         raise UserError(f"config.{missing[0]} is missing; accepted: {accepted}")
@@ -429,7 +431,7 @@ def describe(values: Mapping[str, Any]) -> str:
 def to_markdown() -> str:
     """The whole table for the documentation, a Markdown table for each group."""
     parts = []
-    for group in GROUPS:
+    for group in KEY_GROUPS:
         values = " or ".join(f"`{value}`" for value in group.values)
         title = f"Where `{group.choice}` is {values}:" if group.choice else "Every config:"
         parts += [title, "", "| key | default | accepted | meaning |", "|---|---|---|---|"]

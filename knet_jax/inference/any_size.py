@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from knet_jax.inference import postprocess
 from knet_jax.inference.postprocess import ROWS, best_pairs
-from knet_jax.inference.resampling import Canvas, both_to_original, taps
+from knet_jax.inference.resampling import ResultCanvas, both_to_original, taps
 from knet_jax.inference.segment_ranking import best_classes, find_eligible, rank_segments
 from knet_jax.nn.layers import upsample2x
 from knet_jax.structs import EMPTY, Pass
@@ -265,7 +265,7 @@ def predict_labels(seen: Pass, original_size: jax.Array, *, shape: Sequence[int]
         labels int32 [b, H, W], `EMPTY` beyond the pictures.
     """
     height, width = shape
-    canvas = Canvas((height + ROWS - 1) // ROWS * ROWS, width, shrink=1)
+    canvas = ResultCanvas((height + ROWS - 1) // ROWS * ROWS, width, shrink=1)
     maps = postprocess.predict_labels([seen], original_size, canvas=canvas)
     labels = maps[:, :height].astype(jnp.int32) - 1
     return {"labels": jnp.where(inside_pictures(original_size, shape), labels, EMPTY)}

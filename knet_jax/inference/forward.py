@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax.inference.multiscale import Pair, canvas_of, cut, join
-from knet_jax.inference.resampling import Canvas
+from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.kernels import claim_hard
 from knet_jax.knet import KNet, normalize
 from knet_jax.structs import Batch, Output, Pass, Sizes, Stage
@@ -64,7 +64,7 @@ def predict(
     *,
     model: KNet,
     results: Callable[..., Any],
-    canvas: Canvas,
+    canvas: ResultCanvas,
     window: Pair | tuple[()] = (),
     step: Pair | tuple[()] = (),
 ) -> Any:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from knet_jax.inference.resampling import Canvas, Reads, matrix, taps
+from knet_jax.inference.resampling import Reads, ResultCanvas, matrix, taps
 from knet_jax.inference.segment_ranking import best_classes, find_eligible, rank_segments
 from knet_jax.segmentation.segments import PanopticMap, SegmentInfo
 from knet_jax.structs import EMPTY, Pass
@@ -110,7 +110,7 @@ class _Tiles(NamedTuple):
         return einsum("pigf,pjf->pigj", probs, x.resample)
 
 
-def _cut(masks, size, original_size, canvas: Canvas) -> _Tiles:
+def _cut(masks, size, original_size, canvas: ResultCanvas) -> _Tiles:
     b, n, h, w = masks.shape
     ty, tx = canvas.height // TILE, canvas.width // TILE
 
@@ -240,7 +240,7 @@ def predict_panoptic(
     passes: Sequence[Pass],
     original_size: jax.Array,
     *,
-    canvas: Canvas,
+    canvas: ResultCanvas,
     num_things: int,
     instance_threshold: jax.Array | float,
     overlap_threshold: jax.Array | float,
@@ -254,7 +254,7 @@ def predict_panoptic(
     Args:
         passes: one pass, with masks at stride 8 and class logits, proposals before stuff.
         original_size: int32 [b, 2], height and width of the maps, at most those of the canvas.
-        canvas: static, from `Canvas.of`.
+        canvas: static, from `ResultCanvas.of`.
         num_things: how many classes are things; they come first.
         instance_threshold: least score of a thing.
         overlap_threshold: least share of a mask that must remain.

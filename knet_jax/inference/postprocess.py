@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from knet_jax.inference.resampling import Canvas, both_to_original
+from knet_jax.inference.resampling import ResultCanvas, both_to_original
 from knet_jax.nn.layers import upsample2x
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Instance
@@ -43,7 +43,7 @@ def predict_instances(
     passes: Sequence[Pass],
     original_size: jax.Array,
     *,
-    canvas: Canvas,
+    canvas: ResultCanvas,
     num_results: int,
     instance_threshold: jax.Array | float = 0.0,
 ) -> Instances:
@@ -55,7 +55,7 @@ def predict_instances(
     Args:
         passes: one pass, with masks at stride 8 and class logits.
         original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
-        canvas: static, from `Canvas.of`.
+        canvas: static, from `ResultCanvas.of`.
         num_results: r, at most n·k.
         instance_threshold: least score; pairs below it have the label `EMPTY`, and no mask that
             may be read.
@@ -99,14 +99,14 @@ def best_pairs(logits: jax.Array, num_results: int) -> tuple[jax.Array, jax.Arra
 
 
 def predict_labels(
-    passes: Sequence[Pass], original_size: jax.Array, *, canvas: Canvas
+    passes: Sequence[Pass], original_size: jax.Array, *, canvas: ResultCanvas
 ) -> jax.Array:
     """The class of every pixel: the most probable one by the mean of all passes, 1 + k for class k.
 
     Args:
         passes: of the same pictures; masks are logits [b, k, h, w].
         original_size: int32 [b, 2], height and width of the picture, at most those of the canvas.
-        canvas: static, from `Canvas.of`.
+        canvas: static, from `ResultCanvas.of`.
 
     Returns:
         uint8 (uint16 above 255 classes) [b, H, W]; beyond the picture it has no meaning.

@@ -18,7 +18,7 @@ import numpy as np
 from knet_jax.structs import Pass
 
 
-class Canvas(NamedTuple):
+class ResultCanvas(NamedTuple):
     """Size of the arrays that hold the results of a batch; a program is compiled for each."""
 
     height: int
@@ -27,7 +27,7 @@ class Canvas(NamedTuple):
     """Upper bound of resized over original side, a power of two."""
 
     @classmethod
-    def of(cls, sizes, original_sizes) -> Canvas:
+    def of(cls, sizes, original_sizes) -> ResultCanvas:
         """The smallest canvas that holds all of these pictures, from a coarse grid of canvases.
 
         Args:
@@ -39,7 +39,7 @@ class Canvas(NamedTuple):
         return cls(height, width, _shrink(sizes, original_sizes))
 
     @classmethod
-    def scaled(cls, inside: tuple[int, int], size, original_size) -> Canvas:
+    def scaled(cls, inside: tuple[int, int], size, original_size) -> ResultCanvas:
         """One of few canvases that hold a picture: that of the network's input, enlarged or reduced.
 
         Pictures of all aspects share it where they are resized by about the same factor; only one
@@ -62,7 +62,7 @@ WASTE = 8
 """How many times as large as its picture a shared canvas may be."""
 
 LEAST_SHRINK = 1 / 8
-"""Least value of `Canvas.shrink`: below it the part of a mask that a tile reads gets no smaller."""
+"""Least value of `ResultCanvas.shrink`: below it the part of a mask that a tile reads gets no smaller."""
 
 
 def _round_up(side: int) -> int:
@@ -77,7 +77,7 @@ def _coarse(scale: float) -> float:
 
 
 def _shrink(sizes, original_sizes) -> float:
-    """`Canvas.shrink` of a canvas for these pictures."""
+    """`ResultCanvas.shrink` of a canvas for these pictures."""
     ratio = max(LEAST_SHRINK, float((sizes / original_sizes).max()))
     return 2.0 ** math.ceil(math.log2(ratio))
 

@@ -23,7 +23,7 @@ def none_if_undefined(value: np.floating) -> float | None:
     return None if np.isnan(value) else value.item()
 
 
-def gather(counts: Mapping[int, State]) -> list[State]:
+def collect(counts: Mapping[int, State]) -> list[State]:
     """The counts of all pictures in their order, so that sums are the same whoever saw which picture.
 
     Args:

@@ -24,7 +24,7 @@ from knet_jax.config.validation import validate
 from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
 from knet_jax.saved.class_names import find_categories
-from knet_jax.saved.fitting import complete, fit_network
+from knet_jax.saved.fitting import fill_missing, fit_network
 from knet_jax.saved.models import open_model
 from knet_jax.saved.parameter_names import Fit, Variables, to_reference
 from knet_jax.saved.weight_files import (
@@ -99,7 +99,7 @@ def import_weights(
         "categories": categories._asdict(),
         "categories_from": origin,
     }
-    _write_model(output, config, complete(found, template, config), categories, report)
+    _write_model(output, config, fill_missing(found, template, config), categories, report)
     return report
 
 

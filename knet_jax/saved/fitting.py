@@ -87,7 +87,7 @@ def fit_network(
     return found
 
 
-def complete(found: Fit, template: Variables, config: ConfigDict) -> Variables:
+def fill_missing(found: Fit, template: Variables, config: ConfigDict) -> Variables:
     """Adds to the weights of a file, where they lack something, what a new network has there.
 
     Args:

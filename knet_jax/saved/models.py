@@ -23,7 +23,7 @@ from knet_jax.knet import KNet
 from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints
 from knet_jax.saved.class_names import find_categories
-from knet_jax.saved.fitting import complete, fit_network, load_backbone
+from knet_jax.saved.fitting import fill_missing, fit_network, load_backbone
 from knet_jax.saved.parameter_names import Variables
 from knet_jax.saved.weight_files import READERS, read_weights
 from knet_jax.segmentation.class_lists import check_class_counts
@@ -165,7 +165,7 @@ def _open_file(
                 "it holds a backbone only; knet convert makes a model of it, with "
                 "the rest as initialized"
             )
-    variables = jax.tree.map(jnp.asarray, complete(found, template, config))
+    variables = jax.tree.map(jnp.asarray, fill_missing(found, template, config))
     if spec:
         return Model(config, network, variables, find_categories(config, weights.classes)[0], 0)
     return Model(config, network, variables, about.categories, about.step)

@@ -19,9 +19,9 @@ from knet_jax.data import pipeline
 from knet_jax.data.prepared_split import Split
 from knet_jax.inference.forward import lookahead, run_windows
 from knet_jax.inference.multiscale import both_ways, canvas_of
-from knet_jax.inference.resampling import Canvas
+from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.knet import KNet
-from knet_jax.metrics.counts import gather
+from knet_jax.metrics.counts import collect
 from knet_jax.saved.checkpoints import check_writable
 from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation.class_lists import check_class_counts, check_trained_classes
@@ -112,7 +112,9 @@ class Evaluator:
             for batch, mirrored in both_ways(scales, self._flip):
                 stage = self._look(variables, split(batch))
                 seen.append(Pass(stage, *split((batch.size, canvas_of(batch), mirrored))))
-            canvas = Canvas.of(np.max([batch.size for batch in scales], 0), batch.original_size)
+            canvas = ResultCanvas.of(
+                np.max([batch.size for batch in scales], 0), batch.original_size
+            )
             return self._predict(canvas)(tuple(seen), split(batch.original_size))
 
         for batch, truths, result in lookahead((b[0], t, start(b)) for b, t in elements):
@@ -166,7 +168,7 @@ class Evaluator:
 
 def merge(metric: Any, num_classes: int, counts: dict[int, Any]) -> Any:
     """Merges the counts of the pictures of all processes, each by its position in the split."""
-    return metric.merge(metric.no_counts(num_classes), *gather(counts))
+    return metric.merge(metric.no_counts(num_classes), *collect(counts))
 
 
 class Gallery:
@@ -294,7 +296,9 @@ def _evaluate(
     num_classes, num_scored, boundaries = len(categories.names), 0, {}
     files = None
     if results:
-        files = processes.on_main(lambda: task.results(output / f"{config.task}.json", categories))
+        files = processes.on_main(
+            lambda: task.result_files(output / f"{config.task}.json", categories)
+        )
 
     def visit(predictions: list[Prediction]) -> None:
         nonlocal num_scored

@@ -4,46 +4,44 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from knet_jax.config.files import SAVED_NAME, check_resume, save_config
 from knet_jax.config.schema import flatten
 from knet_jax.config.validation import validate
 from knet_jax.data import completion, pipeline
-from knet_jax.data.prepared_split import Split
 from knet_jax.inference.forward import lookahead
 from knet_jax.matching import LossWeights
 from knet_jax.model import init_variables, make_model
 from knet_jax.saved.checkpoint_record import leaf_paths
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
 from knet_jax.saved.fitting import check_backbone
-from knet_jax.saved.models import headline_scores, load_init_weights
+from knet_jax.saved.models import headline_scores
 from knet_jax.segmentation import class_lists
-from knet_jax.segmentation.drawing import panel, save_picture
-from knet_jax.structs import EMPTY
 from knet_jax.system import processes
 from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
 from knet_jax.system.locks import lock
 from knet_jax.system.output_files import local_path
-from knet_jax.system.signals import StopRequest, stop_when_asked
+from knet_jax.system.signals import stop_when_asked
 from knet_jax.tasks import TASKS
 from knet_jax.training import optim, train_step
-from knet_jax.training.evaluation import Evaluator, Gallery
-from knet_jax.training.logs import Interval, Log, Progress, plot_curves, read_log
+from knet_jax.training.ending import check_finite, end_early, num_worse
+from knet_jax.training.evaluation import Evaluator
+from knet_jax.training.logs import Interval, Log, Progress, plot_curves
+from knet_jax.training.scoring import describe_scores, score_step
+from knet_jax.training.start import find_start
 from knet_jax.training.trackers import open_tracker
-from knet_jax.training.train_step import Parts, TrainState
+from knet_jax.training.train_step import Parts
 
 OF_A_MACHINE = ("init_weights", "data.root", "data.data_dir", "data.num_workers")
 """Keys that may differ between the processes of a run, each of which may have a disk of its own."""
@@ -290,155 +288,6 @@ def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Ru
     return Run(workdir, step, scores)
 
 
-def find_start(
-    config: ConfigDict,
-    variables: Mapping[str, Any],
-    optimizer: optax.GradientTransformation,
-    checkpoints: Checkpoints | processes.Absent,
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """The state from which a run goes on.
-
-    That is the last checkpoint, else the initial weights that the config names, else new variables.
-
-    Returns:
-        The state, and what was noted at the checkpoint, None where there is none.
-    """
-    params, has_average = variables["params"], bool(config.train.ema_decay)
-    state = TrainState(
-        jnp.zeros((), jnp.int32),
-        params,
-        variables.get("batch_stats", {}),
-        jax.jit(optimizer.init)(params),
-        params if has_average else None,
-    )
-    restored = checkpoints.restore_latest(state)
-    found = processes.from_main(lambda: restored and (restored[1]["step"], restored[1]["progress"]))
-    if found:
-        step, progress = found
-        state = processes.broadcast(restored[0] if restored else state)
-        if config.init_weights:
-            print(f"config.init_weights={config.init_weights} is not used where a run goes on")
-        if processes.is_main():
-            print(f"resuming from step {step} of {checkpoints.directory.parent}")
-        return state, progress
-    if config.init_weights and processes.is_main():
-        loaded, origin = load_init_weights(config.init_weights, variables)
-        state = state._replace(**loaded)
-        print(origin)
-    elif not config.init_weights:
-        print("FROM SCRATCH: config.init_weights names no weights of a backbone")
-    state = processes.broadcast(state._replace(ema=None))
-    if has_average:
-        state = state._replace(ema=jax.tree.map(jnp.copy, state.params))
-    return state, None
-
-
-def num_worse(workdir: Path, name: str) -> int:
-    """How many of the evaluations that a run has logged followed the best one of a score."""
-    scores = [record[name] for record in read_log(workdir) if record.get(name) is not None]
-    return len(scores) - 1 - int(np.argmax(scores)) if scores else 0
-
-
 def is_due(step: int, every: int) -> bool:
     """Whether something happens at a step; 0 is never."""
     return every > 0 and step % every == 0
-
-
-def check_finite(done: Any, *, split: Split, checkpoints: Checkpoints, start: int) -> None:
-    """Stops the run at numbers that are not finite, before anything of them is saved.
-
-    A checkpoint of the step before is set aside: a step tells of the state that it starts from, whatever
-    the learning rate. Earlier ones stay.
-
-    Args:
-        done: (step, its metrics or its state by name, ids of its pictures), or None before the first.
-        split: that the pictures come from.
-        checkpoints: of the run.
-        start: the step from which the run has started.
-
-    Raises:
-        UserError: the loss, the gradient or the state is not finite.
-    """
-    if done is None:
-        return
-    step, values, ids = done
-    # Other scalars of a step may be nan: a share of no things.
-    judged = ("loss/total", "grad_norm") if "loss/total" in values else values
-    if all(np.isfinite(values[name]).all() for name in judged):
-        return
-    bad = [name for name, value in values.items() if not np.isfinite(value).all()]
-    shown = [index for each in processes.exchange(np.asarray(ids).tolist()) for index in each]
-    names = ", ".join(split.file_name(i) for i in shown if i != EMPTY)
-
-    def way_back() -> str:
-        checkpoints.wait()
-        if step - 1 in checkpoints.steps():
-            checkpoints.set_aside([step - 1])
-            print(
-                f"checkpoint {step - 1} led there and is moved to {checkpoints.directory}/damaged"
-            )
-        last = max(checkpoints.steps(), default="none")
-        remedy = "a lower config.optim.lr or a longer config.optim.warmup_steps may help"
-        if last == start:
-            remedy += f"; else remove {checkpoints.directory / str(start)} to begin before it"
-        return f"last checkpoint: {last}; {remedy}"
-
-    error = UserError(
-        f"step {step}: {', '.join(bad[:5])} is not finite; images: {names}; "
-        f"{processes.from_main(way_back)}"
-    )
-    raise processes.shared(error)
-
-
-def score_step(
-    step: int,
-    state: TrainState,
-    stop: StopRequest,
-    *,
-    evaluator: Evaluator,
-    checkpoints: Checkpoints,
-    num_pictures: int,
-    log: Log,
-    progress: Progress,
-    workdir: Path,
-) -> None:
-    """Scores a step that has been saved, and its moving average if there is one.
-
-    Only when all is done, the scores are logged and attached to the checkpoint.
-
-    Raises:
-        Preempted: the run was asked to stop; the evaluation will be made up when it goes on.
-    """
-    metric, categories = evaluator.task.metric, evaluator.split.categories
-    gallery = Gallery(evaluator.split, num_pictures, len(evaluator.split))
-    scores = {}
-    for name, params in {"val": state.params, "val_ema": state.ema}.items():
-        if params is None:
-            continue
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        visit = gallery.add if name == "val" else None
-        counts = None if processes.any_of(stop) else evaluator.evaluate(variables, visit, stop)
-        if counts is None:
-            end_early(step, checkpoints, stop)
-        summary = metric.summarize(counts, categories)
-        scores |= {f"{name}/{k}": score for k, score in summary.items() if not np.isnan(score)}
-        line = describe_scores(scores, name, metric.HEADLINE)
-        progress.print(f"step {step}: {line}{' (EMA)' if name != 'val' else ''}")
-    log.scalars(step, scores)
-    if (rows := gallery.rows()) and processes.is_main():
-        drawn = panel(rows, categories)
-        log.images(step, {"val/pictures": drawn})
-        save_picture(workdir / "pictures" / f"step_{step:07}.png", drawn)
-    checkpoints.add_scores(step, scores)
-
-
-def end_early(step: int, checkpoints: Checkpoints, stop: StopRequest) -> NoReturn:
-    """Ends a run that was asked to stop, once the step is on disk."""
-    with processes.together():
-        checkpoints.wait()
-    raise stop.end(f"stopped at step {step}, which is saved; the same command goes on")
-
-
-def describe_scores(scores: Mapping[str, float], prefix: str, names: Sequence[str]) -> str:
-    """Some numbers of an evaluation in a line."""
-    return ", ".join(f"{name} {scores[f'{prefix}/{name}']:.1f}" for name in names)
