@@ -53,10 +53,20 @@ def kernel_targets(things: Segments, stuff: Segments, slots: jax.Array) -> Segme
     )
 
 
+@jax.custom_jvp
+def softplus(x: jax.Array) -> jax.Array:
+    """log(1 + exp(x)), whose gradient is the sigmoid that the other terms compute as well: that of
+    `jax.nn.softplus` keeps two arrays of its own."""
+    return jax.nn.softplus(x)
+
+
+softplus.defjvps(lambda tangent, _, x: tangent * jax.nn.sigmoid(x))
+
+
 def focal(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Sigmoid focal loss (Lin et al., 2017), element by element; targets are 0 or 1."""
     p = jax.nn.sigmoid(logits)
-    cross_entropy = jax.nn.softplus(logits) - logits * targets
+    cross_entropy = softplus(logits) - logits * targets
     wrong = jnp.where(targets, 1 - p, p)
     return jnp.where(targets, FOCAL_ALPHA, 1 - FOCAL_ALPHA) * wrong**FOCAL_GAMMA * cross_entropy
 
@@ -66,14 +76,14 @@ def mask_loss(masks: jax.Array, targets: Segments, total: jax.Array) -> jax.Arra
 
     Logits [b, n, h, w] and one target for each.
     """
-    each = (jax.nn.softplus(masks) - masks * targets.masks).mean((2, 3))
+    each = (softplus(masks) - masks * targets.masks).mean((2, 3))
     return (each * (targets.labels != EMPTY)).sum() / jnp.maximum(total, 1)
 
 
 def dice_loss(masks: jax.Array, targets: Segments, total: jax.Array) -> jax.Array:
     """One minus the dice coefficient with squared areas, mean over the `total` kernels that have
     a target (Milletari et al., 2016)."""
-    p, t = jax.nn.sigmoid(masks), targets.masks
+    p, t = jax.nn.sigmoid(masks), targets.masks.astype(masks.dtype)
     overlap = 2 * (p * t).sum((2, 3))
     each = 1 - overlap / ((p**2).sum((2, 3)) + (t**2).sum((2, 3)) + 2 * DICE_EPSILON)
     return (each * (targets.labels != EMPTY)).sum() / jnp.maximum(total, 1)

@@ -55,7 +55,7 @@ def matching_cost(
     """
     b, n, h, w = masks.shape
     p = jax.nn.sigmoid(masks).reshape(b, n, h * w)
-    t = targets.masks.reshape(b, -1, h * w)
+    t = targets.masks.reshape(b, -1, h * w).astype(p.dtype)
     overlap = jnp.einsum("bnp,bmp->bnm", p, t)
     p_area, t_area = p.sum(-1)[:, :, None], t.sum(-1)[:, None, :]
     # sum of p·t + (1 - p)·(1 - t): the share of pixels on which the two agree

@@ -34,6 +34,9 @@ class Judgement(NamedTuple):
 
 # Things and stuff: instance and panoptic segmentation.
 
+SHARE = jnp.bfloat16
+"""Holds the quarters of which masks of targets consist exactly, in half of the memory."""
+
 
 class KernelTargets(NamedTuple):
     """Segments of a batch, unpacked on the device."""
@@ -51,7 +54,7 @@ def unpack_panoptic(targets: PanopticTargets) -> KernelTargets:
     index = jnp.arange(1, m + num_stuff + 1, dtype=targets.segment_map.dtype)
     sampled = targets.segment_map.reshape(b, 1, rows // 2, 2, columns // 2, 2)
     own = [sampled[:, :, :, i, :, j] == index[:, None, None] for i in (0, 1) for j in (0, 1)]
-    masks = sum(x.astype(float) for x in own) / 4
+    masks = sum(x.astype(SHARE) for x in own) / 4
     return KernelTargets(
         Segments(masks[:, :m], targets.labels), Segments(masks[:, m:], targets.stuff_labels)
     )
@@ -61,7 +64,7 @@ def unpack_instances(targets: InstanceTargets) -> KernelTargets:
     """Makes the masks of things from the bits of the sampled pixels; there is no stuff."""
     b, m, rows, _ = targets.masks.shape
     bits = jnp.unpackbits(targets.masks, axis=3)
-    masks = bits.reshape(b, m, rows // 2, 2, -1, 2).mean((3, 5))
+    masks = bits.reshape(b, m, rows // 2, 2, -1, 2).mean((3, 5)).astype(SHARE)
     nothing = Segments(masks[:, :0], targets.labels[:, :0])
     return KernelTargets(Segments(masks, targets.labels), nothing)
 
@@ -131,17 +134,21 @@ def kernel_loss(
     num_proposals, num_things, _ = sizes_of(output, targets)
     slots = match_stages(output, targets, weights)
 
-    def initial_terms(masks: jax.Array, slots: jax.Array) -> dict[str, jax.Array]:
-        wanted = losses.kernel_targets(things, stuff, slots)
-        wanted = jax.tree.map(lambda x: x[:, :num_proposals], wanted)
-        masks = upsample2x(masks[:, :num_proposals], axes=(2, 3))
+    def mask_terms(masks: jax.Array, wanted: Segments, total: jax.Array) -> dict[str, jax.Array]:
+        masks = in_turn(upsample2x(masks, axes=(2, 3)))  # one array for all terms
         terms = {
-            "mask": losses.mask_loss(masks, wanted, counts.things),
-            "dice": losses.dice_loss(masks, wanted, counts.things),
+            "mask": losses.mask_loss(masks, wanted, total),
+            "dice": losses.dice_loss(masks, wanted, total),
         }
         if weights.rank:
+            masks, terms = in_turn((masks, terms))
             terms["rank"] = losses.rank_loss(masks, wanted, counts.images)
         return terms
+
+    def initial_terms(masks: jax.Array, slots: jax.Array) -> dict[str, jax.Array]:
+        wanted = losses.kernel_targets(things, stuff, slots)
+        masks, wanted = jax.tree.map(lambda x: x[:, :num_proposals], (masks, wanted))
+        return mask_terms(masks, wanted, counts.things)
 
     def dense_terms(dense: jax.Array, slots: jax.Array) -> dict[str, jax.Array]:
         wanted = losses.kernel_targets(things, stuff, slots)
@@ -150,15 +157,8 @@ def kernel_loss(
 
     def stage_terms(stage: Stage, slots: jax.Array) -> dict[str, jax.Array]:
         wanted = losses.kernel_targets(things, stuff, slots)
-        masks, labels = upsample2x(stage.masks, axes=(2, 3)), wanted.labels
-        terms = {
-            "label": losses.label_loss(stage.logits, labels, num_things, counts.segments),
-            "mask": losses.mask_loss(masks, wanted, counts.segments),
-            "dice": losses.dice_loss(masks, wanted, counts.segments),
-        }
-        if weights.rank:
-            terms["rank"] = losses.rank_loss(masks, wanted, counts.images)
-        return terms
+        label = losses.label_loss(stage.logits, wanted.labels, num_things, counts.segments)
+        return {"label": label} | mask_terms(stage.masks, wanted, counts.segments)
 
     first, *updated = output.stages
     judged = [

@@ -84,7 +84,7 @@ class Segments(NamedTuple):
     """Ground-truth segments of a batch at stride 4."""
 
     masks: Array
-    """float [b, m, h, w] in [0, 1]: the share of a pixel that the segment covers."""
+    """[b, m, h, w] in [0, 1]: the share of a pixel that the segment covers, in quarters."""
     labels: Array
     """int32 [b, m]: class, `EMPTY` for an empty slot."""
 

@@ -52,7 +52,7 @@ def test_masks_are_the_mean_of_the_sampled_pixels():
         np.testing.assert_array_equal(things.labels, targets.labels)
         np.testing.assert_array_equal(stuff.labels, targets.stuff_labels)
         masks = np.concatenate([things.masks, stuff.masks], axis=1)
-        assert masks.dtype == np.float32 and masks.shape == (4, 4 + NUM_STUFF, 16, 16)
+        assert masks.dtype == jnp.bfloat16 and masks.shape == (4, 4 + NUM_STUFF, 16, 16)
         for i, s, y, x in np.ndindex(masks.shape):
             pixels = segment_map[i, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
             assert masks[i, s, y, x] == (pixels == 1 + s).mean()
@@ -66,7 +66,7 @@ def test_bits_are_unpacked_one_by_one():
     packed = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 4)).astype(np.uint8)
     labels = np.array([[2, 0, EMPTY], [1, EMPTY, EMPTY]], np.int32)
     things, stuff = jax.jit(unpack_instances)(InstanceTargets(packed, labels))
-    assert things.masks.shape == (2, 3, 4, 16) and things.masks.dtype == jnp.float32
+    assert things.masks.shape == (2, 3, 4, 16) and things.masks.dtype == jnp.bfloat16
     np.testing.assert_array_equal(things.labels, labels)
     for i, m, y, x in np.ndindex(2, 3, 4, 16):
         count = 0
