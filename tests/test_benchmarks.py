@@ -1,3 +1,4 @@
+import argparse
 import importlib
 import json
 import os
@@ -19,6 +20,20 @@ def test_costs_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
     assert {spec.partition("=")[0] for spec in planned} == scaling.AXES.keys()
     scaling.draw(records, tmp_path / "costs.png")
     assert (tmp_path / "costs.png").stat().st_size > 10_000
+
+
+def test_a_step_on_paper(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    efficiency = importlib.import_module("efficiency")
+    speeds = {"tflops": 2.0, "memory": 500.0, "nvlink": 10.0, "nic": 1.0, "share": 0.5}
+    args = argparse.Namespace(**speeds, pictures=3, latency=0.0, matching=4.0)
+    needs = efficiency.Needs(flop=1e12, bytes_moved=1e9, work_space=0, exchanged=1e9)
+    alone = efficiency.seconds_of_step(needs, 1, args)
+    # AdamW moves 7 GB at 250 GB/s.
+    assert alone == pytest.approx({"gradients": 3.0, "exchange": 0.0, "rest": 0.028 + 0.004})
+    # 7/8 of 1 GB there and back within a node, then each GPU's eighth, of which half leaves it twice.
+    found = efficiency.seconds_of_step(needs, 16, args)["exchange"]
+    assert found == pytest.approx(2 * 7 / 8 / 5 + 2 * 1 / 2 / 8 / 0.5)
 
 
 @pytest.mark.slow
