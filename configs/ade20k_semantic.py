@@ -57,20 +57,15 @@ def get_config() -> ConfigDict:
     )
 
 
-# Norms and position biases; norms of the heads and of the decoder are decayed, as in the reference.
-UNDECAYED = r"backbone/.*(norm|position_bias).*|stage\d+/(update|interaction)/.*norm/.*"
+# Norms, position biases and scales; norms of the heads and of the decoder are decayed, as in the
+# reference.
+UNDECAYED = r"backbone/.*(norm|position_bias|layer_scale).*|stage\d+/(update|interaction)/.*norm/.*"
 
 
-def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...], drop_path: float):
-    """UPerNet on a Swin Transformer: no weight decay of norms and position biases."""
+def uper_on(**backbone) -> dict:
+    """UPerNet on a backbone that was trained with AdamW: no weight decay of norms and the like."""
     return {
-        "model.backbone": {
-            "name": "swin",
-            "channels": channels,
-            "depths": depths,
-            "num_heads": num_heads,
-            "drop_path": drop_path,
-        },
+        "model.backbone": backbone,
         "model.neck.name": "uper",
         "model.channels": 256,
         "optim.lr": 6e-5,
@@ -79,6 +74,18 @@ def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...], dro
             ("all", r".*", 1.0, 1.0),
         ),
     }
+
+
+def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...], drop_path: float):
+    """UPerNet on a Swin Transformer."""
+    return uper_on(
+        name="swin", channels=channels, depths=depths, num_heads=num_heads, drop_path=drop_path
+    )
+
+
+def convnext(channels: int, depths: tuple[int, ...]) -> dict:
+    """UPerNet on a ConvNeXt."""
+    return uper_on(name="convnext", channels=channels, depths=depths, drop_path=0.4)
 
 
 SWIN_T = swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.3)
@@ -118,6 +125,9 @@ VARIANTS = {
         "data.scale": (2048, 640),
         "data.crop": (640, 640),
     },
+    # The paper has no such rows.
+    "convnext_t": convnext(96, (3, 3, 9, 3)),
+    "convnext_b": convnext(128, (3, 3, 27, 3)),
     # After `uper`, `swin_t` or `swin_l`: as in OpenMMLab's published models. The authors' repository
     # has 256 channels there.
     "wide": {"model.channels": 512},
@@ -141,6 +151,7 @@ VARIANTS = {
         "train.eval_every": 10,
         "train.checkpoint_every": 10,
     },
-    # After `tiny`: another backbone of its size.
+    # After `tiny`: other backbones of its size.
     "tiny_swin": {"model.backbone": swin(16, (1, 1, 1, 1), (1, 2, 4, 8), 0.2)["model.backbone"]},
+    "tiny_convnext": {"model.backbone": convnext(16, (1, 1, 1, 1))["model.backbone"]},
 }

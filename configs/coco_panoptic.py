@@ -62,6 +62,11 @@ def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...]) -> 
     }
 
 
+def convnext(channels: int, depths: tuple[int, ...]) -> dict:
+    """A ConvNeXt, all of which is trained."""
+    return {"name": "convnext", "channels": channels, "depths": depths, "drop_path": 0.2}
+
+
 R101 = (3, 4, 23, 3)
 UNFROZEN = (("backbone", r"backbone/.*", 0.25, 1.0), ("head", r".*", 1.0, 1.0))
 TINY = {"depths": (1, 1, 1, 1), "width": 16, "norm": "group", "frozen_stages": 0}
@@ -108,6 +113,9 @@ VARIANTS = {
         "model.backbone": swin(96, (2, 2, 6, 2), (3, 6, 12, 24)),
         "optim.groups": UNFROZEN,
     },
+    # Nor these; weights of timm or torchvision.
+    "convnext_t": {"model.backbone": convnext(96, (3, 3, 9, 3)), "optim.groups": UNFROZEN},
+    "convnext_b": {"model.backbone": convnext(128, (3, 3, 27, 3)), "optim.groups": UNFROZEN},
     "bf16": {"model.dtype": "bfloat16"},  # feature maps; parameters stay float32
     # Twenty steps of everything on a laptop. 1 / 4 of the picture's side, 1 / 4 of the channels.
     "tiny": {
@@ -134,6 +142,10 @@ VARIANTS = {
     },
     "tiny_swin": {
         "model.backbone": swin(16, (1, 1, 1, 1), (1, 2, 4, 8)),
+        "optim.groups": FROM_SCRATCH,
+    },
+    "tiny_convnext": {
+        "model.backbone": convnext(16, (1, 1, 1, 1)),
         "optim.groups": FROM_SCRATCH,
     },
 }

@@ -20,6 +20,7 @@ from knet_jax.kernels import (
     sum_update,
 )
 from knet_jax.knet import KNet
+from knet_jax.nn.convnext import ConvNeXt
 from knet_jax.nn.necks import ASPP, FCN, PSP, AuxiliaryHead, SemanticFPN, UPer
 from knet_jax.nn.resnet import ResNet
 from knet_jax.nn.swin import Swin
@@ -30,7 +31,7 @@ UPDATE_CHANNELS = 256
 """Channels that the adaptive update works on. Kernels of a multiple of it are updated in parts, as the
 published networks do, others as a whole."""
 
-BACKBONES = {"resnet": ResNet, "swin": Swin}
+BACKBONES = {"resnet": ResNet, "swin": Swin, "convnext": ConvNeXt}
 NECKS = {"semantic_fpn": SemanticFPN, "fcn": FCN, "psp": PSP, "aspp": ASPP, "uper": UPer}
 
 

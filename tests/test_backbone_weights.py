@@ -18,6 +18,10 @@ FILES = {
         RESNET,
         {"model.backbone.depths": (3, 4, 6, 3), "model.backbone.deep_stem": True},
     ),
+    "convnext_t": (
+        "coco_panoptic:small,convnext_t",
+        {"model.num_things": 1, "model.num_stuff": 1},
+    ),
     "swin_t": ("coco_panoptic:small,swin_t", {"model.num_things": 1, "model.num_stuff": 1}),
 }
 
@@ -46,6 +50,9 @@ def weights(tmp_path_factory):
         ("coco_panoptic", "resnet50_v1c", '"--config.model.backbone.deep_stem=True"'),
         ("coco_panoptic:r101", "resnet50", '"--config.model.backbone.depths=(3, 4, 6, 3)"'),
         ("coco_panoptic:swin_l", "swin_t", '(2, 2, 6, 2)" "--config.model.backbone.channels=96"'),
+        ("folder_semantic:convnext_t", "convnext_t", ""),
+        ("coco_panoptic:convnext_b", "convnext_t", '--config.model.backbone.channels=96"'),
+        ("coco_panoptic:swin_t", "convnext_t", '"--config.model.backbone.name=convnext"'),
         ("folder_semantic:swin_t", "resnet50", '"--config.model.backbone.name=resnet"'),
     ],
 )

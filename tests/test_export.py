@@ -173,6 +173,7 @@ def test_files_run_without_this_project(heading, tasks, folders, expected, tmp_p
 OTHERS = {
     "deformable": ("coco_panoptic.py:tiny,tiny_dcn", {}),
     "swin": ("coco_panoptic.py:tiny,tiny_swin", {}),
+    "convnext": ("coco_panoptic.py:tiny,tiny_convnext", {}),
     "coordinates": ("coco_instance.py:tiny", {"model.neck.coordinates": True}),
     "deeplabv3": ("ade20k_semantic.py:deeplabv3,tiny", {}),
     "uper": ("ade20k_semantic.py:uper,tiny", {}),

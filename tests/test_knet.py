@@ -93,6 +93,7 @@ def test_maps_are_bfloat16_and_all_else_is_wide(task):
     assert {x.dtype for x in jax.tree.leaves((output, state))} == {jnp.dtype("float32")}
 
 
+CONVNEXT = {"name": "convnext", "channels": 8, "depths": (2, 1, 1, 1)}
 SWIN = {"name": "swin", "channels": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
 
 
@@ -110,7 +111,7 @@ def test_remat_computes_every_block_anew_for_the_gradient():
         trace = str(jax.make_jaxpr(jax.grad(loss))(variables["params"], image))
         return trace.count("policy=None")  # of `sparing` blocks a policy says what is kept
 
-    for backbone in MODEL["backbone"], SWIN:
+    for backbone in MODEL["backbone"], SWIN, CONVNEXT:
         assert num_blocks(backbone, False) == 0
         assert num_blocks(backbone, True) == sum(backbone["depths"])
 

@@ -151,7 +151,7 @@ def test_every_operator():
     compare(SHAPES | PRODUCTS | LOOPS)
 
 
-def convolve(x, kernel, strides, padding, dilation):
+def convolve(x, kernel, strides, padding, dilation, groups=1):
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -159,6 +159,7 @@ def convolve(x, kernel, strides, padding, dilation):
         padding,
         rhs_dilation=dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 
@@ -171,6 +172,11 @@ def test_pictures():
     def pool_last(x, kernel):
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 3), (1, 1, 1, 2), "VALID")
 
+    def each_channel(x, kernel):
+        plain = partial(convolve, strides=(1, 1), padding="SAME", dilation=(1, 1), groups=3)
+        # A file takes the form for platforms without one of their own.
+        return jax.lax.platform_dependent(x, kernel, cpu=plain, default=plain)
+
     functions = {
         "same": partial(convolve, strides=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1)),
         "uneven": partial(convolve, strides=(2, 2), padding=((0, 1), (2, 1)), dilation=(1, 2)),
@@ -182,6 +188,7 @@ def test_pictures():
     model = compare(functions, "b, 9, 8, 3", weights={"kernel": kernel})
     # Turned once, when it is written, and kept once.
     assert [c.name for c in model.graph.initializer if len(c.dims) == 4] == ["kernel:oihw"]
+    compare({"each channel": each_channel}, "b, 9, 8, 3", weights={"kernel": kernel[:, :, :1, :3]})
     mean = {"mean": lambda x: x.astype(jnp.float32).mean(2) + x.shape[2]}
     compare(mean, "b, H, W", np.uint8)
 

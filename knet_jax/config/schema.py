@@ -35,7 +35,7 @@ from knet_jax.system.errors import UserError, suggest
 
 TASKS = ("panoptic", "instance", "semantic")
 DATASETS = ("ade20k", "cityscapes", "coco", "folder", "scene_parse150", "shapes")
-BACKBONES = ("resnet", "swin")
+BACKBONES = ("resnet", "swin", "convnext")
 NECKS = ("semantic_fpn", "fcn", "psp", "aspp", "uper")
 NORMS = ("frozen_batch", "batch", "group")
 DTYPES = ("float32", "bfloat16")
@@ -273,14 +273,18 @@ RESNET = {
         0, rules.STAGES, "last stages with deformable convolutions; 3 in R101-DCN"
     ),
 }
+DROP_PATH = Key(0.0, BELOW_1, "probability at the last block; it grows from 0 at the first")
 SWIN = {
     "model.backbone.channels": Key(96, ONE, "of the first level; 192 in Swin-L"),
     "model.backbone.depths": Key((2, 2, 6, 2), FOUR, "blocks; (2, 2, 18, 2) is Swin-L"),
     "model.backbone.num_heads": Key((3, 6, 12, 24), FOUR, "of each stage"),
     "model.backbone.window": Key(7, ONE, "side of the windows of attention"),
-    "model.backbone.drop_path": Key(
-        0.0, BELOW_1, "probability at the last block; it grows from 0 at the first"
-    ),
+    "model.backbone.drop_path": DROP_PATH,
+}
+CONVNEXT = {
+    "model.backbone.channels": Key(96, ONE, "of the first level; 128 in ConvNeXt-B, 192 in -L"),
+    "model.backbone.depths": Key((3, 3, 9, 3), FOUR, "blocks; (3, 3, 27, 3) from ConvNeXt-S on"),
+    "model.backbone.drop_path": DROP_PATH,
 }
 
 SEMANTIC_FPN = {
@@ -305,6 +309,7 @@ KEY_GROUPS = (
     Group("data.dataset", ("shapes",), SHAPES),
     Group("model.backbone.name", ("resnet",), RESNET),
     Group("model.backbone.name", ("swin",), SWIN),
+    Group("model.backbone.name", ("convnext",), CONVNEXT),
     Group("model.neck.name", ("semantic_fpn",), SEMANTIC_FPN),
     Group("model.neck.name", ("fcn", "psp", "aspp", "uper"), DECODER),
     Group("model.neck.name", ("psp", "uper"), POOLING),

@@ -123,8 +123,8 @@ def _transpose(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
 def _conv(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     params = eqn.params
     layout = params["dimension_numbers"]
-    if {*params["lhs_dilation"], params["feature_group_count"]} != {1}:
-        raise UserError("a convolution of groups, or with dilated inputs, has no translation")
+    if {*params["lhs_dilation"]} != {1}:
+        raise UserError("a convolution with dilated inputs has no translation")
     x, kernel = (g.fill(t, v.aval.shape) for t, v in zip(inputs, eqn.invars))
     if kernel.array is not None:  # turned here: to runtimes it is a constant then
         oihw = kernel.array.transpose(layout.rhs_spec)
@@ -139,6 +139,7 @@ def _conv(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
         strides=params["window_strides"],
         pads=low + high,
         dilations=params["rhs_dilation"],
+        group=params["feature_group_count"],
     )
     return [Tensor(g.op("Transpose", y, perm=np.argsort(layout.out_spec).tolist()))]
 
@@ -325,6 +326,18 @@ def _scan(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
     return names
 
 
+def _platform_index(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+    """What is computed on platforms of no form of their own."""
+    return [Tensor("", np.int32(eqn.params["platforms"].index(None)))]
+
+
+def _branch(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+    which, *arguments = inputs
+    if which.array is not None:
+        return g.run(eqn.params["branches"][which.array], arguments)
+    return _plain(_cond)(g, eqn, inputs)
+
+
 def _cond(g: Graph, eqn: JaxprEqn, which: str, *inputs: str) -> list[str]:
     branches = eqn.params["branches"]
     if len(branches) != 2:
@@ -380,7 +393,6 @@ def _plain(translate: Callable[..., str | list[str]]) -> Operator:
 PLAIN: dict[str, Callable[..., str | list[str]]] = {
     "argmax": _argmax,
     "concatenate": _concatenate,
-    "cond": _cond,
     "dim_as_value": _dim_as_value,
     "dot_general": _dot,
     "pad": _pad,
@@ -403,9 +415,11 @@ OPERATORS: dict[str, Operator] = {
     **{name: _plain(translate) for name, translate in PLAIN.items()},
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     "broadcast_in_dim": _broadcast,
+    "cond": _branch,
     "conv_general_dilated": _conv,
     "gather": _gather,
     "iota": _iota,
+    "platform_index": _platform_index,
     "transpose": _transpose,
 }
 """By the name of the primitive. Most need axes of their full length; those at the end do not, or look

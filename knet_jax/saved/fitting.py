@@ -117,7 +117,7 @@ def check_backbone(path: str | Path, model: Mapping[str, Any]) -> None:
         UserError: it is another backbone; the message has the flags that fit it.
     """
     stated = {key: 1 if value is None else value for key, value in model.items()}
-    if model["backbone"]["name"] not in ("resnet", "swin"):
+    if model["backbone"]["name"] not in ("resnet", "swin", "convnext"):
         return  # `load_backbone` tells what does not fit, once there is a network
     for part in ("backbone", "neck"):
         stated[part] = {key: value for key, value in model[part].items() if value is not None}
@@ -141,9 +141,12 @@ def _describe_backbone(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         raise UserError("it holds no backbone that is known here")
     stages = sorted({stage for stage, _ in blocks})
     depths = tuple(1 + max(int(block) for s, block in blocks if s == stage) for stage in stages)
-    patches = tensors.get("backbone.patch_embed.projection.weight")
-    if patches is not None:
-        return {"name": "swin", "depths": depths, "channels": len(patches)}
+    for name, first in {
+        "swin": "patch_embed.projection",
+        "convnext": "downsample_layers.0.0",
+    }.items():
+        if (patches := tensors.get(f"backbone.{first}.weight")) is not None:
+            return {"name": name, "depths": depths, "channels": len(patches)}
     return {"name": "resnet", "depths": depths, "deep_stem": "backbone.stem.0.weight" in tensors}
 
 

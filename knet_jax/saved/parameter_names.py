@@ -1,7 +1,7 @@
 """Parameters under the names of the reference, in both directions.
 
 The reference is the authors' PyTorch code on MMDetection 2 (instance, panoptic) and MMSegmentation
-(semantic); its ResNets have torchvision's names, its Swin those of OpenMMLab. Each of its tensors
+(semantic); its ResNets have torchvision's names, Swin and ConvNeXt those of OpenMMLab. Each of its tensors
 belongs to one array here, or to three: attention packs its query, key and value matrices in one.
 """
 
@@ -51,6 +51,15 @@ backbone/stage(\d)_block(\d+)/attention/output backbone.stages.\1.blocks.\2.attn
 backbone/stage(\d)_block(\d+)/ffn_hidden     backbone.stages.\1.blocks.\2.ffn.layers.0.0
 backbone/stage(\d)_block(\d+)/ffn_output     backbone.stages.\1.blocks.\2.ffn.layers.1
 backbone/stage(\d)_merge/(norm|reduction)    backbone.stages.\1.downsample.\2
+backbone/downsample0_conv                    backbone.downsample_layers.0.0
+backbone/downsample0_norm                    backbone.downsample_layers.0.1
+backbone/downsample(\d)_norm                 backbone.downsample_layers.\1.0
+backbone/downsample(\d)_conv                 backbone.downsample_layers.\1.1
+backbone/stage(\d)_block(\d+)                backbone.stages.\1.\2
+backbone/stage(\d)_block(\d+)/depthwise      backbone.stages.\1.\2.depthwise_conv
+backbone/stage(\d)_block(\d+)/norm           backbone.stages.\1.\2.norm
+backbone/stage(\d)_block(\d+)/pixel_hidden   backbone.stages.\1.\2.pointwise_conv1
+backbone/stage(\d)_block(\d+)/pixel_output   backbone.stages.\1.\2.pointwise_conv2
 backbone/norm(\d)                            backbone.norm\1
 neck/fpn/lateral(\d)                         neck.lateral_convs.\1.conv
 neck/fpn/output(\d)                          neck.fpn_convs.\1.conv
@@ -107,6 +116,7 @@ LEAVES = {
     "kernels": "weight",
     "proposals": "weight",
     "position_bias": "relative_position_bias_table",
+    "layer_scale": "gamma",
 }
 
 DERIVED = ("num_batches_tracked", "relative_position_index")

@@ -57,7 +57,7 @@ CLASSIFIER = re.compile(r"(fc|head|classifier|norm)\..*")
 """Tensors of an ImageNet model after its backbone, which segmentation does not need."""
 
 NEW = re.compile(r"backbone\.(.*\.conv_offset\..*|norm\d\..*)")
-"""Tensors of a backbone that no classifier has: offsets, and the norms of Swin's levels."""
+"""Tensors of a backbone that no classifier has: offsets, and the norms of levels."""
 
 # (pattern in the names of the authors of Swin, which timm shares, the reference's).
 SWIN_NAMES = (
@@ -66,6 +66,22 @@ SWIN_NAMES = (
     (r"\.attn\.", ".attn.w_msa."),
     (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
     (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+)
+
+# The first convolution of a ConvNeXt's blocks to its authors, timm and torchvision.
+CONVNEXT = ("stages.0.0.dwconv", "stages.0.blocks.0.conv_dw", "features.1.0.block.0")
+# (pattern in their names, the reference's).
+CONVNEXT_NAMES = (
+    (r"^backbone\.(stem|features\.0)\.", "backbone.downsample_layers.0."),
+    *((rf"^backbone\.features\.{2 * i}\.", f"backbone.downsample_layers.{i}.") for i in (1, 2, 3)),
+    *((rf"^backbone\.features\.{2 * i + 1}\.", f"backbone.stages.{i}.") for i in range(4)),
+    (r"^backbone\.stages\.(\d)\.downsample\.", r"backbone.downsample_layers.\1."),
+    (r"^backbone\.stages\.(\d)\.blocks\.", r"backbone.stages.\1."),
+    (r"\.(dwconv|conv_dw|block\.0)\.", ".depthwise_conv."),
+    (r"\.block\.2\.", ".norm."),
+    (r"\.(pwconv1|mlp\.fc1|block\.3)\.", ".pointwise_conv1."),
+    (r"\.(pwconv2|mlp\.fc2|block\.5)\.", ".pointwise_conv2."),
+    (r"\.layer_scale$", ".gamma"),
 )
 
 # (pattern in timm's names of a stem of three convolutions, OpenMMLab's).
@@ -252,6 +268,12 @@ def bring_to_reference(
         named = {f"backbone.{name}": pair for name, pair in named.items() if name not in head}
     if any(name.startswith("backbone.layers.") for name in named):
         named = _from_swin_authors(named)
+    if any(f"backbone.{block}.weight" in named for block in CONVNEXT):
+        # torchvision's scales have axes for the map.
+        named = {
+            _rename(name, CONVNEXT_NAMES): (old, x.reshape(-1) if "layer_scale" in name else x)
+            for name, (old, x) in named.items()
+        }
     if "backbone.conv1.0.weight" in named:
         named = {_rename(name, STEM_NAMES): pair for name, pair in named.items()}
     found = {name: x for name, (_, x) in named.items()}
