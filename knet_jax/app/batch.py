@@ -117,10 +117,10 @@ def predict_batch(
             with _cluster(address, (actors or 1) * cpus_per_actor) as resources:
                 num_gpus = int(resources.get("GPU", 0))
                 most = actors or num_gpus or int(resources["CPU"]) // cpus_per_actor or 1
+                drawings = output if overlays else None
                 make = _actors(
-                    cpus_per_actor,
-                    min(num_gpus, 1),
-                    (model, opening, output if overlays else None, max_megapixels),
+                    *(cpus_per_actor, min(num_gpus, 1)),
+                    *(model, opening, cpus_per_actor, drawings, max_megapixels),
                 )
                 with stop_when_asked() as stop:
                     _segment(missing, chunk, make, most, rows, stop)
@@ -134,9 +134,11 @@ class Predictor:
         self,
         model: str | os.PathLike,
         opening: Mapping[str, Any],
+        num_threads: int,
         overlays: Path | None,
         max_megapixels: float,
     ):
+        os.environ["NPROC"] = str(num_threads)  # XLA would take all CPUs of the machine
         self._model = model
         self._opening = opening
         self._overlays = overlays
@@ -193,7 +195,7 @@ def _cluster(address: str | None, num_cpus: int) -> Iterator[Mapping[str, float]
         ray.shutdown()
 
 
-def _actors(num_cpus: int, num_gpus: int, how: Sequence[Any]) -> Callable[[], Any]:
+def _actors(num_cpus: int, num_gpus: int, *how: Any) -> Callable[[], Any]:
     """A function that starts an actor."""
     import ray
 
