@@ -11,6 +11,8 @@ of them and without end, where a single one may be the cause.
 from __future__ import annotations
 
 import os
+import re
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,7 +118,7 @@ def predict_batch(
             print(f"{len(pictures)} pictures, {len(missing)} of them without a row", flush=True)
             with _cluster(address, (actors or 1) * cpus_per_actor) as resources:
                 num_gpus = int(resources.get("GPU", 0))
-                most = actors or num_gpus or int(resources["CPU"]) // cpus_per_actor or 1
+                most = actors or num_gpus or int(resources.get("CPU", 0)) // cpus_per_actor or 1
                 drawings = output if overlays else None
                 make = _actors(
                     *(cpus_per_actor, min(num_gpus, 1)),
@@ -180,6 +182,9 @@ def _cluster(address: str | None, num_cpus: int) -> Iterator[Mapping[str, float]
     here = {"num_cpus": max(num_cpus, os.cpu_count() or 1), "include_dashboard": False}
     address = address or os.environ.get("RAY_ADDRESS")
     try:
+        if place := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address or ""):
+            # Ray tries for minutes, and may end the process.
+            socket.create_connection((place[1], int(place[2])), timeout=10).close()
         # "local", since without an address Ray would join any cluster that it finds here.
         ray.init(
             address or "local",
@@ -187,7 +192,7 @@ def _cluster(address: str | None, num_cpus: int) -> Iterator[Mapping[str, float]
             logging_level="ERROR",
             **({} if address else here),
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"--address={address}: {one_line(error):.300}") from error
     try:
         yield ray.cluster_resources()
@@ -228,7 +233,7 @@ def _segment(
     todo = deque((pictures[i : i + chunk], 1) for i in range(0, len(pictures), chunk))
     busy: dict[Any, tuple[Any, Sequence[Picture], int]] = {}
     idle: list[Any] = []
-    opened = False
+    opened, working = False, 0
     failed_starts = 0
 
     def start() -> None:
@@ -245,7 +250,7 @@ def _segment(
         start()
     with tqdm(total=len(rows.ids), desc="segmenting", unit="img", initial=len(rows.done)) as bar:
         # An actor that no machine has room for is never waited for: work goes to those that are open.
-        while todo or not opened or any(given for _, given, _ in busy.values()):
+        while todo or working or not opened:
             for done in ray.wait([*busy], timeout=1)[0]:
                 actor, given, tries = busy.pop(done)
                 try:
@@ -254,9 +259,8 @@ def _segment(
                     if not given:
                         raise error.cause from error
                     idle.append(actor)
-                    fail(
-                        given, tries, f"{type(error.cause).__name__}: {one_line(error.cause):.300}"
-                    )
+                    cause = f"{type(error.cause).__name__}: {one_line(error.cause):.300}"
+                    fail(given, tries, cause)
                 except ray.exceptions.RayActorError as error:
                     failed_starts += not given
                     if failed_starts == FAILED_STARTS:
@@ -277,7 +281,8 @@ def _segment(
                 actor, (given, tries) = idle.pop(), todo.popleft()
                 busy[actor.predict.remote(given)] = actor, given, tries
             bar.update(len(rows.done) - bar.n)
-            bar.set_postfix(bad=rows.reasons.total(), actors=opened and len(busy))
+            working = sum(1 for _, given, _ in busy.values() if given)
+            bar.set_postfix(bad=rows.reasons.total(), actors=working)
             rows.check_share()
             end_if_asked(stop)
 

@@ -74,6 +74,7 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
         UserError: there is no such file, nothing in a folder, or predictions would overwrite it.
     """
     found: dict[Path, str] = {}
+    predicted = output.resolve()
     if not all(map(str, paths)):
         raise UserError("'' names no file or folder")
     for given in map(Path, paths):
@@ -85,7 +86,7 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
             raise UserError(f"{given} is neither a file nor a folder")
         else:
             raise UserError(f"there is no file or folder {given}")
-        inside = [path for path in there if not _is_prediction(path, output.resolve())]
+        inside = [path for path in there if not _is_prediction(path, predicted)]
         if not inside:
             raise UserError(
                 f"predictions in {output} would overwrite {given}; accepted: another --output"
@@ -130,9 +131,8 @@ def _walk(folder: Path) -> list[Path]:
 
 def _is_prediction(path: Path, output: Path) -> bool:
     """Tells whether a file lies where predictions go; both paths are resolved."""
-    return any(
-        path.is_relative_to(output / name) for name in (OVERLAYS, SHEET, VIDEO_RESULTS, *TASKS)
-    )
+    first = path.relative_to(output).parts[:1] if path.is_relative_to(output) else ()
+    return first in ((name,) for name in (OVERLAYS, SHEET, VIDEO_RESULTS, *TASKS))
 
 
 def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], int]:
