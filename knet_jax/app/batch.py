@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,20 +48,19 @@ FAILED_STARTS = 3
 
 
 class Summary(NamedTuple):
-    """What the output holds in the end, counted in its files."""
+    """What the output holds in the end, counted in its files.
+
+    Of the pictures that were asked for so many are good and bad, the latter for so many reasons each, by
+    the model of a digest; and how many rows are new, after how many seconds.
+    """
 
     pictures: int
-    """That were asked for; as many as the good and the bad ones."""
     good: int
     bad: int
     reasons: dict[str, int]
-    """How many pictures are bad for each reason, the most frequent first."""
     model: str
-    """The digest of the model."""
     new: int
-    """How many rows were made by this call."""
     seconds: float
-    """How long this call took."""
 
 
 def predict_batch(
@@ -107,7 +107,7 @@ def predict_batch(
     model = os.path.abspath(model) if os.path.exists(model) else model
     try:
         import pyarrow  # noqa: F401
-        import ray  # noqa: F401
+        import ray
     except ImportError as error:
         raise UserError(f"{error}: pip install 'knet-jax[ray]'") from error
     pictures = find_pictures(images, output)
@@ -119,10 +119,14 @@ def predict_batch(
             with _cluster(address, (actors or 1) * cpus_per_actor) as resources:
                 num_gpus = int(resources.get("GPU", 0))
                 most = actors or num_gpus or int(resources.get("CPU", 0)) // cpus_per_actor or 1
+                actor = ray.remote(Predictor).options(
+                    num_cpus=cpus_per_actor,
+                    num_gpus=min(num_gpus, 1),
+                    scheduling_strategy="SPREAD",
+                )
                 drawings = output if overlays else None
-                make = _actors(
-                    *(cpus_per_actor, min(num_gpus, 1)),
-                    *(model, opening, cpus_per_actor, drawings, max_megapixels),
+                make = partial(
+                    actor.remote, model, opening, cpus_per_actor, drawings, max_megapixels
                 )
                 with stop_when_asked() as stop:
                     _segment(missing, chunk, make, most, rows, stop)
@@ -144,16 +148,12 @@ class Predictor:
         self._model = model
         self._opening = opening
         self._overlays = overlays
-        self._max_megapixels = max_megapixels
+        self._read = partial(read_picture, max_megapixels=max_megapixels)
 
     def open(self) -> str:
         """Opens the model. Returns its digest."""
         self._segmenter = load(self._model, **self._opening)
         return self._segmenter.digest
-
-    def read(self, picture: Picture) -> Any:
-        """Reads a picture, see `read_picture`."""
-        return read_picture(picture, self._max_megapixels)
 
     def predict(self, pictures: Sequence[Picture]) -> list[Row]:
         """Makes the rows of some pictures."""
@@ -162,7 +162,7 @@ class Predictor:
         def skip(picture: Picture, error: UserError) -> None:
             rows.append(bad_row(picture, one_line(error)))
 
-        for picture, result in segment_sources(self._segmenter, pictures, self.read, skip):
+        for picture, result in segment_sources(self._segmenter, pictures, self._read, skip):
             rows.append(good_row(picture, result))
             if self._overlays:
                 save_overlay(self._overlays, picture.stem, result)
@@ -198,16 +198,6 @@ def _cluster(address: str | None, num_cpus: int) -> Iterator[Mapping[str, float]
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
-
-
-def _actors(num_cpus: int, num_gpus: int, *how: Any) -> Callable[[], Any]:
-    """A function that starts an actor."""
-    import ray
-
-    remote = ray.remote(Predictor).options(
-        num_cpus=num_cpus, num_gpus=num_gpus, scheduling_strategy="SPREAD"
-    )
-    return lambda: remote.remote(*how)
 
 
 def _segment(

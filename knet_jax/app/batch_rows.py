@@ -75,7 +75,7 @@ class Rows:
             self.reasons[reason] += 1
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Takes rows, and writes them when there are enough. Raises UserError of too many bad ones."""
+        """Takes rows, and writes them when there are enough."""
         self._waiting += rows
         for row in rows:
             self._count(row["id"], row["reason"])
