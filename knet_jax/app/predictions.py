@@ -6,10 +6,11 @@ import json
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -35,6 +36,8 @@ from knet_jax.system.errors import UserError, naming_file, one_line
 from knet_jax.system.output_files import Stems, write_json
 from knet_jax.system.signals import StopRequest
 from knet_jax.tasks import TASKS
+
+T = TypeVar("T")
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 """Suffixes of the names of videos."""
@@ -71,6 +74,7 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
         UserError: there is no such file, nothing in a folder, or predictions would overwrite it.
     """
     found: dict[Path, str] = {}
+    predicted = output.resolve()
     if not all(map(str, paths)):
         raise UserError("'' names no file or folder")
     for given in map(Path, paths):
@@ -82,7 +86,7 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
             raise UserError(f"{given} is neither a file nor a folder")
         else:
             raise UserError(f"there is no file or folder {given}")
-        inside = [path for path in there if not _is_prediction(path, output.resolve())]
+        inside = [path for path in there if not _is_prediction(path, predicted)]
         if not inside:
             raise UserError(
                 f"predictions in {output} would overwrite {given}; accepted: another --output"
@@ -127,9 +131,8 @@ def _walk(folder: Path) -> list[Path]:
 
 def _is_prediction(path: Path, output: Path) -> bool:
     """Tells whether a file lies where predictions go; both paths are resolved."""
-    return any(
-        path.is_relative_to(output / name) for name in (OVERLAYS, SHEET, VIDEO_RESULTS, *TASKS)
-    )
+    first = path.relative_to(output).parts[:1] if path.is_relative_to(output) else ()
+    return first in ((name,) for name in (OVERLAYS, SHEET, VIDEO_RESULTS, *TASKS))
 
 
 def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], int]:
@@ -164,7 +167,7 @@ def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], in
     return ids, len(listed)
 
 
-def until(stop: StopRequest | None, results: Iterable[Result]) -> Iterator[Result]:
+def until(stop: StopRequest | None, results: Iterable[T]) -> Iterator[T]:
     """Yields results until the process is asked to stop.
 
     Raises:
@@ -180,6 +183,13 @@ def end_if_asked(stop: StopRequest | None) -> None:
     """Raises Preempted if the process was asked to stop."""
     if stop:
         raise stop.end("stopped; what was done is kept")
+
+
+def save_overlay(folder: Path, stem: str, result: Result) -> None:
+    """Draws a result as `overlays/STEM.jpg` of a folder."""
+    path = folder / OVERLAYS / f"{stem}.jpg"
+    side = min(readable_side(result.size), MAX_SIDES[path.suffix])
+    save_picture(path, result.draw(side))
 
 
 class Predictions:
@@ -239,9 +249,7 @@ class Predictions:
         image_id = self._ids[source.name] if self._ids else len(self._images) + 1
         # The task's own files are named in the same way, so that names agree.
         stem = self._stems.of(source.name)
-        overlay = self.folder / OVERLAYS / f"{stem}.jpg"
-        side = min(readable_side(result.size), MAX_SIDES[overlay.suffix])
-        save_picture(overlay, result.draw(side))
+        save_overlay(self.folder, stem, result)
         self._results.add(image_id, source.name, result.prediction)
         height, width = result.size
         self._images.append(
@@ -291,26 +299,56 @@ def predict_pictures(
         Preempted: it was asked to stop.
     """
     problems: list[str] = []
-    waiting: deque[Source] = deque()
     with tqdm(total=len(sources), desc="segmenting", unit="img") as bar:
 
-        def read() -> Iterator[np.ndarray]:
-            for source in sources:
-                if stop:
-                    return
-                try:
-                    with naming_file(source.path):
-                        check_megapixels(source.path, max_megapixels)
-                    image = read_image(source.path)
-                except UserError as error:
-                    problems.append(one_line(error))
-                    tqdm.write(f"skipped {problems[-1]}", file=sys.stderr)
-                    bar.update()
-                    continue
-                waiting.append(source)
-                yield image
+        def read(source: Source) -> np.ndarray:
+            with naming_file(source.path):
+                check_megapixels(source.path, max_megapixels)
+            return read_image(source.path)
 
-        for result in until(stop, segmenter.stream(read(), threshold)):
-            predictions.add(waiting.popleft(), result)
+        def skip(source: Source, error: UserError) -> None:
+            problems.append(one_line(error))
+            tqdm.write(f"skipped {problems[-1]}", file=sys.stderr)
+            bar.update()
+
+        asked = takewhile(lambda _: not stop, sources)
+        results = segment_sources(segmenter, asked, read, skip, threshold)
+        for source, result in until(stop, results):
+            predictions.add(source, result)
             bar.update()
     return problems
+
+
+def segment_sources(
+    segmenter: Segmenter,
+    sources: Iterable[T],
+    read: Callable[[T], np.ndarray],
+    skip: Callable[[T, UserError], None],
+    threshold: float | None = None,
+) -> Iterator[tuple[T, Result]]:
+    """Segments pictures one after the other, and goes on where one cannot be read.
+
+    Args:
+        segmenter: of the model.
+        sources: what stands for the pictures.
+        read: makes a picture, uint8 [H, W, 3], of one of them, or raises a UserError.
+        skip: is called with those that could not be read, and the error.
+        threshold: least score of a thing; default: that of the segmenter.
+
+    Returns:
+        The others with their results, in their order.
+    """
+    waiting: deque[T] = deque()
+
+    def images() -> Iterator[np.ndarray]:
+        for source in sources:
+            try:
+                image = read(source)
+            except UserError as error:
+                skip(source, error)
+                continue
+            waiting.append(source)
+            yield image
+
+    for result in segmenter.stream(images(), threshold):
+        yield waiting.popleft(), result

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from numbers import Integral, Real
 from typing import Any
@@ -25,6 +25,7 @@ from knet_jax.data.canvas import empty_batch, fill
 from knet_jax.inference.forward import lookahead, predict
 from knet_jax.inference.multiscale import both_ways
 from knet_jax.inference.resampling import ResultCanvas
+from knet_jax.saved.checkpoint_record import leaf_paths, make_record
 from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.result import Result
@@ -84,6 +85,13 @@ class Segmenter:
             ),
             static_argnames="canvas",
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """Names what decides its results: weights, config (with the type of feature maps), classes."""
+        arrays = map(np.asarray, jax.tree.leaves(self._variables))
+        about = {"config": self.config.to_dict(), "categories": self.categories}
+        return make_record(dict(zip(leaf_paths(self._variables), arrays)), **about)["digest"]
 
     def __call__(
         self,

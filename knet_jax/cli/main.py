@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "trains a network, or goes on with a run that was stopped",
     "eval": "scores a trained network on the validation split",
     "predict": "segments pictures and videos",
+    "batch": "segments any number of pictures on a Ray cluster",
     "prepare": "converts a dataset for training, and examines it",
     "convert": "turns PyTorch's checkpoints into models and back",
     "export": "writes a model as one StableHLO or ONNX file",

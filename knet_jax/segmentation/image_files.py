@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
@@ -69,13 +70,15 @@ def read_image(path: str | Path) -> np.ndarray:
         raise UserError(f"{path}: {error}") from error
 
 
-def check_megapixels(path: str | Path, most: float, formats: Sequence[str] | None = None) -> None:
+def check_megapixels(
+    file: str | Path | IO[bytes], most: float, formats: Sequence[str] | None = None
+) -> None:
     """Reads the head of a file, before anything of the picture's size is in memory.
 
     A side of fewer than `LEAST_SIDE` pixels counts as one of so many.
 
     Args:
-        path: of the file.
+        file: an open file, or its path.
         most: megapixels that are accepted.
         formats: the only ones that are accepted, by Pillow's names; default: what Pillow does not
             know passes.
@@ -85,7 +88,7 @@ def check_megapixels(path: str | Path, most: float, formats: Sequence[str] | Non
     """
     try:
         # Pillow has a limit of its own, and warns of half of it.
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats) as head:
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=formats) as head:
             sides = head.size
     except Image.DecompressionBombError:
         sides = (math.inf, math.inf)
