@@ -16,7 +16,10 @@ DICE_EPSILON = 1e-3
 
 
 class LossWeights(NamedTuple):
-    """Weights of the loss terms, `config.loss`; the first three also weigh the matching cost."""
+    """Weights of the loss terms, `config.loss`; the first three also weigh the matching cost.
+
+    A new term's has the default 0.0.
+    """
 
     mask: float
     dice: float

@@ -112,10 +112,11 @@ def match_stages(output: Output, targets: KernelTargets, weights: LossWeights) -
 
 
 in_turn = jax.lax.optimization_barrier
-"""Lets nothing begin with the first of (next input, results so far) before the results are there.
+"""Puts computations in order. (next input, results so far) -> the same, where whatever uses the next
+input is computed after the results; their gradients are in the opposite order.
 
-The same holds for their gradients, the other way round. Without it a compiler may begin with all
-stages at once, whose upsampled masks and targets take more memory than the network.
+Without it a compiler may compute all stages at once, whose upsampled masks and targets take more
+memory than the network.
 """
 
 

@@ -44,7 +44,8 @@ def test_where_names_of_classes_come_from(tmp_path):
     assert unknown.names == ("class 1", "class 2") and origin == "nowhere"
     with pytest.raises(UserError, match=r"--categories=.*num_things is 80, but the data lists 1;"):
         find_categories(config, (), path)
-    for text in ("[1]", "{", '{"categories": [{"id": 1}]}'):
+    huge = json.dumps({"categories": [{**listed[0], "id": 2**63}, listed[1]]})
+    for text in ("[1]", "{", '{"categories": [{"id": 1}]}', huge):
         path.write_text(text)
         with pytest.raises(UserError, match="--categories=.*c.json"):
             find_categories(small, (), path)

@@ -122,7 +122,7 @@ def test_what_a_command_lacks_is_named(capsys):
         (["convert", "a.pth"], "accepted: CHECKPOINT"),
         (["export"], "name one model"),
         (["demo"], "--model is missing"),
-        (["from-masks", "--images", "a"], "--class_maps, --names, --things, --root, --split"),
+        (["from-masks", "--images", "a"], "; --split is missing: what it is: train, val"),
         (["logs"], "accepted: WORKDIR"),
         (["shapes"], "accepted: FOLDER"),
     ):

@@ -68,7 +68,7 @@ def picture():
 def test_it_opens_and_predicts_the_same_numbers(workdir):
     run = open_model(workdir)
     assert run.step == 4 and run.categories.names[:2] == ("circle", "square")
-    apply = jax.jit(run.model.apply)
+    apply = jax.jit(run.network.apply)
     for ema, wanted in PREDICTIONS.items():
         last = apply(open_model(workdir, ema=ema).variables, picture()).stages[-1]
         found = np.asarray(last.masks[0]).mean((1, 2)), np.asarray(last.logits[0]).max(1)

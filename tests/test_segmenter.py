@@ -44,7 +44,7 @@ def test_it_sees_what_an_evaluation_sees(tiny_models, tmp_path, task, overrides)
     overrides = [f"--config.data.data_dir={tmp_path}", "--config.data.num_val=3", *overrides]
     run = open_model(tiny_models[task], overrides=overrides)
     split = pipeline.load_split(run.config.data, "val", task)
-    evaluator = Evaluator(run.model, split, run.config, jax.devices()[:1])
+    evaluator = Evaluator(run.network, split, run.config, jax.devices()[:1])
     sees = Segmenter(run)
     for prediction in evaluator.predictions(run.variables):
         ours = sees(split.image(prediction.index), threshold=0.2).prediction

@@ -48,19 +48,20 @@ FAILED_STARTS = 3
 
 
 class Summary(NamedTuple):
-    """What the output holds in the end, counted in its files.
-
-    Of the pictures that were asked for so many are good and bad, the latter for so many reasons each, by
-    the model of a digest; and how many rows are new, after how many seconds.
-    """
+    """What the output holds in the end, counted in its files."""
 
     pictures: int
+    """How many were asked for; each is good or bad."""
     good: int
     bad: int
     reasons: dict[str, int]
+    """How many pictures are bad for each reason."""
     model: str
+    """Digest of the model that made the rows."""
     new: int
+    """How many rows this call added."""
     seconds: float
+    """How long this call took."""
 
 
 def predict_batch(

@@ -14,7 +14,8 @@ from knet_jax.system.errors import UserError, naming_file
 from knet_jax.system.output_files import write_whole
 
 LEAST_SEEN = 1000
-"""The share is one of at least as many pictures: a few bad ones at the start prove nothing."""
+"""The share of bad pictures is judged as if at least so many had been seen: a few bad ones at the start
+prove nothing."""
 
 Row = dict[str, Any]
 

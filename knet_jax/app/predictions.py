@@ -49,7 +49,7 @@ MAX_THUMBNAILS = 60
 """How many pictures the contact sheet shows."""
 
 
-class Source(NamedTuple):
+class InputFile(NamedTuple):
     """A picture or a video that was asked for."""
 
     path: Path
@@ -59,7 +59,7 @@ class Source(NamedTuple):
     """What results are named after it, without a suffix; no two sources of a kind share one."""
 
 
-def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list[Source]]:
+def find_sources(paths: Sequence[str], output: Path) -> tuple[list[InputFile], list[InputFile]]:
     """Finds the pictures and the videos that some paths stand for, each once.
 
     Args:
@@ -98,11 +98,11 @@ def find_sources(paths: Sequence[str], output: Path) -> tuple[list[Source], list
         root = Path(os.path.commonpath(found))
         found = {path: path.relative_to(root).as_posix() for path in found}
 
-    sources: tuple[list[Source], list[Source]] = ([], [])
+    sources: tuple[list[InputFile], list[InputFile]] = ([], [])
     stems = (Stems(), Stems())
     for path, name in found.items():
         kind = path.suffix.lower() in VIDEOS
-        sources[kind].append(Source(path, name, stems[kind].of(name)))
+        sources[kind].append(InputFile(path, name, stems[kind].of(name)))
     return sources
 
 
@@ -135,7 +135,7 @@ def _is_prediction(path: Path, output: Path) -> bool:
     return first in ((name,) for name in (OVERLAYS, SHEET, VIDEO_RESULTS, *TASKS))
 
 
-def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], int]:
+def find_ids(file: Path, pictures: Sequence[InputFile]) -> tuple[dict[str, int], int]:
     """Looks up the ids that a list of a test set, a JSON in COCO's form, gives to pictures.
 
     Args:
@@ -144,7 +144,7 @@ def find_ids(file: Path, pictures: Sequence[Source]) -> tuple[dict[str, int], in
         pictures: that were asked for.
 
     Returns:
-        The ids of the pictures that are listed, by `Source.name`, and how many are listed in all.
+        The ids of the pictures that are listed, by `InputFile.name`, and how many are listed in all.
 
     Raises:
         UserError: the file makes no sense, lists none of them, or gives two the same id.
@@ -204,7 +204,7 @@ class Predictions:
         folder: created if need be.
         task: of the network.
         categories: its classes.
-        ids: of the pictures by `Source.name`; default: 1, 2, 3 …
+        ids: of the pictures by `InputFile.name`; default: 1, 2, 3 …
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class Predictions:
         write_json(self.folder / "images.json", {"images": self._images, "categories": categories})
         save_picture(self.folder / SHEET, contact_sheet(self._thumbnails))
 
-    def add(self, source: Source, result: Result) -> None:
+    def add(self, source: InputFile, result: Result) -> None:
         """Writes the result of a picture."""
         image_id = self._ids[source.name] if self._ids else len(self._images) + 1
         # The task's own files are named in the same way, so that names agree.
@@ -276,7 +276,7 @@ class Predictions:
 
 def predict_pictures(
     segmenter: Segmenter,
-    sources: Sequence[Source],
+    sources: Sequence[InputFile],
     predictions: Predictions,
     threshold: float | None = None,
     stop: StopRequest | None = None,
@@ -301,12 +301,12 @@ def predict_pictures(
     problems: list[str] = []
     with tqdm(total=len(sources), desc="segmenting", unit="img") as bar:
 
-        def read(source: Source) -> np.ndarray:
+        def read(source: InputFile) -> np.ndarray:
             with naming_file(source.path):
                 check_megapixels(source.path, max_megapixels)
             return read_image(source.path)
 
-        def skip(source: Source, error: UserError) -> None:
+        def skip(source: InputFile, error: UserError) -> None:
             problems.append(one_line(error))
             tqdm.write(f"skipped {problems[-1]}", file=sys.stderr)
             bar.update()

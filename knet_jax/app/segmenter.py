@@ -76,9 +76,9 @@ class Segmenter:
         self._predict = jax.jit(
             partial(
                 predict,
-                model=model.model,
+                model=model.network,
                 results=partial(
-                    self._task.predict, **self._task.choose_options(model.model.sizes, options)
+                    self._task.predict, **self._task.choose_options(model.network.sizes, options)
                 ),
                 window=options.get("window", ()),
                 step=options.get("window_step", ()),

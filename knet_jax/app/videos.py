@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from knet_jax.app.predictions import VIDEO_RESULTS, Source, end_if_asked, until
+from knet_jax.app.predictions import VIDEO_RESULTS, InputFile, end_if_asked, until
 from knet_jax.app.segmenter import Segmenter
 from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
 from knet_jax.system.output_files import JsonList
@@ -22,7 +22,7 @@ FRAMES_PER_SECOND = 25.0
 
 def predict_video(
     segmenter: Segmenter,
-    source: Source,
+    source: InputFile,
     folder: Path,
     threshold: float | None = None,
     stop: StopRequest | None = None,

@@ -21,8 +21,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from knet_jax.app.batch import CHUNK, CPUS_PER_ACTOR, MAX_BAD, SUMMARY, predict_batch
-from knet_jax.cli.commandline import Parser, number
-from knet_jax.cli.predict import SOME_SKIPPED
+from knet_jax.cli.commandline import SOME_SKIPPED, Parser, number
 from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
 from knet_jax.system.errors import UserError
 
@@ -33,7 +32,7 @@ MOST_REASONS = 10
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     parser.add_argument("images", nargs="*", metavar="IMAGES", help="what to segment")
-    parser.flag("model", "folder of a run, or file or folder of a conversion")
+    parser.flag("model", "folder of a run, or file or folder of a conversion", required=True)
     parser.flag("output", "folder where results go", "predictions")
     parser.flag("address", "of a Ray cluster; default: $RAY_ADDRESS, else Ray is started here")
     parser.flag(
@@ -61,8 +60,6 @@ def add_flags(parser: Parser) -> None:
 
 def main(args: Namespace) -> int:
     """Runs the command. Returns its exit status."""
-    if args.model is None:
-        raise UserError("--model is missing: the folder of a trained run")
     if len(args.images) != 1:
         raise UserError("accepted: one IMAGES, a folder, a .txt or a .parquet")
     summary = predict_batch(

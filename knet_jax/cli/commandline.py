@@ -12,6 +12,9 @@ from knet_jax.config.files import list_configs, load_config, read_file
 from knet_jax.system.errors import UserError, suggest
 from knet_jax.system.processes import HEARTBEAT
 
+SOME_SKIPPED = 3
+"""Exit status where some files could not be used; they are named."""
+
 
 class Parser(argparse.ArgumentParser):
     """The flags of a command, whose values are attributes of the `argparse.Namespace` that it reads.
@@ -31,19 +34,25 @@ class Parser(argparse.ArgumentParser):
         )
         self.reads_config = True
         """Whether `--config.x.y=value` arguments are taken, as the list `overrides`."""
+        self._required: dict[str, str] = {}
         self.add_argument("-h", "--help", action="store_true", help="show this text")
 
-    def flag(self, name: str, help: str, default: Any = None, **how: Any) -> None:
+    def flag(
+        self, name: str, help: str, default: Any = None, required: bool = False, **how: Any
+    ) -> None:
         """Adds a flag with a value, `how` as of `argparse.ArgumentParser.add_argument`."""
+        if required:  # argparse's own would be asked for beside --help, too
+            self._required[name] = help
         self.add_argument(f"--{name}", help=help, default=default, **how)
 
     def switch(self, name: str, help: str) -> None:
         """Adds a flag that is off unless given."""
         self.add_argument(f"--{name}", action="store_true", help=help)
 
-    def config_flag(self) -> None:
+    def config_flag(self, required: bool = False) -> None:
         """Adds `--config`."""
-        self.flag("config", "a config's name or file, and variants: coco_panoptic:r101,ms3x")
+        text = "a config's name or file, and variants: coco_panoptic:r101,ms3x"
+        self.flag("config", text, required=required)
 
     def checkpoint_flags(self) -> None:
         """Adds `--checkpoint` and `--ema`, which say what of a run is taken."""
@@ -66,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         """Reads a command line.
 
         Raises:
-            UserError: an unknown flag, or a value that is not accepted.
+            UserError: an unknown flag, one that is missing, or a value that is not accepted.
         """
         overrides, rest = split_overrides(arguments) if self.reads_config else ([], arguments)
         args, unknown = self.parse_known_intermixed_args(rest)
@@ -80,6 +89,10 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if value == "" != self.get_default(name) or (isinstance(value, list) and "" in value):
                 raise UserError(f"{name} is empty; accepted: a value, or to leave it away")
+        missing = [name for name in self._required if not (getattr(args, name) or args.help)]
+        if missing:
+            lines = (f"--{name} is missing: {self._required[name]}" for name in missing)
+            raise UserError("; ".join(lines))
         args.overrides = overrides
         return args
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 from argparse import Namespace
 
 from knet_jax.cli.commandline import Parser, number
-from knet_jax.system.errors import UserError
 from knet_jax.system.processes import joined
 from knet_jax.training.evaluation import evaluate
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
-    parser.flag("workdir", "of the run")
+    parser.flag("workdir", "the folder of a trained run", required=True)
     parser.checkpoint_flags()
     parser.flag("limit", "evaluate only the first so many pictures", type=number(int, 1))
     parser.flag("output", "where results go; default: the workdir")
@@ -34,8 +33,6 @@ def add_flags(parser: Parser) -> None:
 
 def main(args: Namespace) -> None:
     """Runs the command."""
-    if args.workdir is None:
-        raise UserError("--workdir is missing: the folder of a trained run")
     with joined(args.coordinator, args.num_processes, args.process_id, args.heartbeat):
         evaluate(
             args.workdir,

@@ -19,34 +19,25 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from knet_jax.cli.commandline import Parser, number
+from knet_jax.cli.commandline import SOME_SKIPPED, Parser, number
 from knet_jax.data.from_masks import write_panoptic_dataset
-from knet_jax.system.errors import UserError
-
-SOME_LEFT_OUT = 3
-"""Exit status where pictures could not be used."""
-
-REQUIRED = ("images", "class_maps", "names", "things", "root", "split")
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     parser.reads_config = False
-    parser.flag("images", "folder of pictures")
-    parser.flag("class_maps", "folder of PNG files: the class of each pixel")
+    parser.flag("images", "folder of pictures", required=True)
+    parser.flag("class_maps", "folder of PNG files: the class of each pixel", required=True)
     parser.flag("instance_maps", "folder of PNG files: the thing of each pixel; default: regions")
-    parser.flag("names", "text file with the name of a class on every line")
-    parser.flag("things", "the classes whose things are told apart: NAME,NAME")
+    parser.flag("names", "text file with the name of a class on every line", required=True)
+    parser.flag("things", "the classes whose things are told apart: NAME,NAME", required=True)
     parser.flag("void", "the index of pixels of unknown class", 255, type=number(int))
-    parser.flag("root", "the dataset to write, config.data.root of the training")
-    parser.flag("split", "what it is: train, val")
+    parser.flag("root", "the dataset to write, config.data.root of the training", required=True)
+    parser.flag("split", "what it is: train, val", required=True)
 
 
 def main(args: Namespace) -> int:
     """Runs the command. Returns its exit status."""
-    missing = [f"--{name}" for name in REQUIRED if not getattr(args, name)]
-    if missing:
-        raise UserError(f"{', '.join(missing)} missing (--help shows an example)")
     problems = write_panoptic_dataset(
         images=Path(args.images),
         class_maps=Path(args.class_maps),
@@ -59,4 +50,4 @@ def main(args: Namespace) -> int:
     )
     for problem in problems:
         print(problem)
-    return SOME_LEFT_OUT if problems else 0
+    return SOME_SKIPPED if problems else 0

@@ -17,33 +17,25 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from knet_jax.cli.commandline import Parser
+from knet_jax.cli.commandline import SOME_SKIPPED, Parser
 from knet_jax.data.from_polygons import write_instance_dataset
-from knet_jax.system.errors import UserError
-
-SOME_LEFT_OUT = 3
-"""Exit status where something could not be used."""
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     parser.reads_config = False
-    parser.flag("images", "folder of pictures")
-    parser.flag("labels", "folder of their annotations")
+    parser.flag("images", "folder of pictures", required=True)
+    parser.flag("labels", "folder of their annotations", required=True)
     parser.flag("names", "data.yaml, or a text file with the name of a class on every line")
-    parser.flag("root", "the dataset to write, config.data.root of the training")
-    parser.flag("split", "what it is: train, val")
+    parser.flag("root", "the dataset to write, config.data.root of the training", required=True)
+    parser.flag("split", "what it is: train, val", required=True)
 
 
 def main(args: Namespace) -> int:
     """Runs the command. Returns its exit status."""
-    required = ("images", "labels", "root", "split")
-    missing = [f"--{name}" for name in required if not getattr(args, name)]
-    if missing:
-        raise UserError(f"{', '.join(missing)} missing (--help shows an example)")
-    images, labels, root = (Path(getattr(args, name)) for name in required[:3])
+    images, labels, root = map(Path, (args.images, args.labels, args.root))
     names = Path(args.names) if args.names else None
     problems = write_instance_dataset(images, labels, root, args.split, names)
     for problem in problems:
         print(problem)
-    return SOME_LEFT_OUT if problems else 0
+    return SOME_SKIPPED if problems else 0

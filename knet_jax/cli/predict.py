@@ -19,18 +19,15 @@ from __future__ import annotations
 from argparse import Namespace
 
 from knet_jax.app.predict import predict_files
-from knet_jax.cli.commandline import Parser, number
+from knet_jax.cli.commandline import SOME_SKIPPED, Parser, number
 from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
 from knet_jax.system.errors import UserError
-
-SOME_SKIPPED = 3
-"""Exit status where files could not be read or videos not be written."""
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     parser.add_argument("paths", nargs="*", metavar="PICTURE|FOLDER|VIDEO", help="what to segment")
-    parser.flag("model", "folder of a run, or file or folder of a conversion")
+    parser.flag("model", "folder of a run, or file or folder of a conversion", required=True)
     parser.flag("output", "folder where results go", "predictions")
     parser.flag(
         "threshold",
@@ -55,8 +52,6 @@ def add_flags(parser: Parser) -> None:
 
 def main(args: Namespace) -> int:
     """Runs the command. Returns its exit status."""
-    if args.model is None:
-        raise UserError("--model is missing: the folder of a trained run")
     if not args.paths:
         raise UserError("no picture is named: PICTURE|FOLDER|VIDEO … --model DIR")
     problems = predict_files(

@@ -13,22 +13,19 @@ from argparse import Namespace
 
 from knet_jax.cli.commandline import Parser
 from knet_jax.config.files import default_workdir, load_config
-from knet_jax.system.errors import UserError
 from knet_jax.system.processes import joined
 from knet_jax.training.loop import train
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
-    parser.config_flag()
+    parser.config_flag(required=True)
     parser.flag("workdir", "where the run lives; default: runs/NAME_VARIANT")
     parser.process_flags()
 
 
 def main(args: Namespace) -> None:
     """Runs the command."""
-    if args.config is None:
-        raise UserError("--config is missing, such as --config configs/coco_panoptic.py")
     with joined(args.coordinator, args.num_processes, args.process_id, args.heartbeat):
         config = load_config(args.config, args.overrides)
         train(config, args.workdir or default_workdir(args.config))

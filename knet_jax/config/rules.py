@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ MOST_SIDE = 2**14
 def is_number(value: Any, least: float = -math.inf) -> bool:
     """Whether a value is a finite number of at least `least`."""
     kind = isinstance(value, int | float) and not isinstance(value, bool)
-    return kind and math.isfinite(value) and value >= least
+    return kind and least <= value and abs(value) <= sys.float_info.max
 
 
 def is_whole(value: Any, least: int, most: int) -> bool:

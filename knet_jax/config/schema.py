@@ -58,7 +58,7 @@ class Key(NamedTuple):
     text: str
 
 
-class Group(NamedTuple):
+class KeyGroup(NamedTuple):
     """Keys that exist where the config's value of `choice` is one of `values`."""
 
     choice: str
@@ -299,21 +299,21 @@ DILATED = {
 SEMANTIC_ONLY = {"task": Key(REQUIRED, one_of("semantic"), "what they are annotated for")}
 
 KEY_GROUPS = (
-    Group("", (), EVERY),
-    Group("task", ("panoptic", "instance"), WITH_THINGS),
-    Group("task", ("panoptic",), PANOPTIC),
-    Group("task", ("instance",), INSTANCE),
-    Group("task", ("semantic",), SEMANTIC),
-    Group("data.dataset", ("ade20k", "cityscapes", "folder", "scene_parse150"), SEMANTIC_ONLY),
-    Group("data.dataset", ("folder",), FOLDER),
-    Group("data.dataset", ("shapes",), SHAPES),
-    Group("model.backbone.name", ("resnet",), RESNET),
-    Group("model.backbone.name", ("swin",), SWIN),
-    Group("model.backbone.name", ("convnext",), CONVNEXT),
-    Group("model.neck.name", ("semantic_fpn",), SEMANTIC_FPN),
-    Group("model.neck.name", ("fcn", "psp", "aspp", "uper"), DECODER),
-    Group("model.neck.name", ("psp", "uper"), POOLING),
-    Group("model.neck.name", ("aspp",), DILATED),
+    KeyGroup("", (), EVERY),
+    KeyGroup("task", ("panoptic", "instance"), WITH_THINGS),
+    KeyGroup("task", ("panoptic",), PANOPTIC),
+    KeyGroup("task", ("instance",), INSTANCE),
+    KeyGroup("task", ("semantic",), SEMANTIC),
+    KeyGroup("data.dataset", ("ade20k", "cityscapes", "folder", "scene_parse150"), SEMANTIC_ONLY),
+    KeyGroup("data.dataset", ("folder",), FOLDER),
+    KeyGroup("data.dataset", ("shapes",), SHAPES),
+    KeyGroup("model.backbone.name", ("resnet",), RESNET),
+    KeyGroup("model.backbone.name", ("swin",), SWIN),
+    KeyGroup("model.backbone.name", ("convnext",), CONVNEXT),
+    KeyGroup("model.neck.name", ("semantic_fpn",), SEMANTIC_FPN),
+    KeyGroup("model.neck.name", ("fcn", "psp", "aspp", "uper"), DECODER),
+    KeyGroup("model.neck.name", ("psp", "uper"), POOLING),
+    KeyGroup("model.neck.name", ("aspp",), DILATED),
 )
 """All keys. Where two groups have one key, a value must pass the rules of both."""
 
@@ -334,7 +334,7 @@ def flatten(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     return flatten_dict(to_tuples(config), sep=".")
 
 
-def find_groups(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> list[Group]:
+def find_groups(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> list[KeyGroup]:
     """The groups whose keys a config has.
 
     Args:
@@ -346,7 +346,7 @@ def find_groups(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> 
     """
     keys = {name: EVERY[name] for name in choices}
     chosen = with_defaults(values, keys)
-    _check_rules(chosen, Group("", (), keys))
+    _check_rules(chosen, KeyGroup("", (), keys))
     return [g for g in KEY_GROUPS if not g.choice or chosen.get(g.choice) in g.values]
 
 
@@ -409,7 +409,7 @@ def passes(rule: rules.Rule, value: Any) -> bool:
     return False
 
 
-def _check_rules(values: Mapping[str, Any], group: Group) -> None:
+def _check_rules(values: Mapping[str, Any], group: KeyGroup) -> None:
     where = f" where config.{group.choice} is {values[group.choice]!r}" if group.choice else ""
     for name, (_, rule, _) in group.keys.items():
         if name not in values:

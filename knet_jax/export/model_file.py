@@ -109,7 +109,7 @@ def _write_and_try(
     variables = flatten_dict(model.variables, sep="/")
     weights = {name: np.asarray(array) for name, array in variables.items()}
     framings = program.make_framings(model.config, size)
-    function = program.make_program(model.config, model.model, framings)
+    function = program.make_program(model.config, model.network, framings)
     with tqdm(total=3, desc="translating", unit="step", leave=False, delay=1) as bar:
         form.write(path, function, weights, program.input_shapes(size, batch), model)
         bar.set_description("trying the file")

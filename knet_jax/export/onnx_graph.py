@@ -237,4 +237,5 @@ def _fold(eqn: JaxprEqn, inputs: Sequence[Tensor]) -> list[Tensor] | None:
 
 
 def is_static(shape: Sequence[Any]) -> bool:
+    """Whether all sizes of a shape are known."""
     return all(isinstance(size, INTEGER) for size in shape)

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from knet_jax.metrics.counts import mean_of_defined, none_if_undefined
+from knet_jax.metrics.counts import mean_of_defined, none_if_undefined, rows_of_classes
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Categories, Instance
 
@@ -176,14 +176,9 @@ def per_class(counts: InstanceCounts, categories: Categories) -> list[dict]:
     A number is None where the class has no instance; `objects` counts true instances except crowds,
     `predictions` those that were taken into account.
     """
-    quality = _quality(counts)
     predictions = np.bincount(counts.label, minlength=len(counts.objects))
-    rows = []
-    for i, (name, id) in enumerate(zip(categories.names, categories.dataset_ids, strict=True)):
-        values = {key: none_if_undefined(column[i]) for key, column in quality.items()}
-        sizes = {"objects": counts.objects[i, 0].item(), "predictions": predictions[i].item()}
-        rows.append({"name": name, "id": id} | values | sizes)
-    return rows
+    sizes = {"objects": counts.objects[:, 0], "predictions": predictions}
+    return rows_of_classes(categories, _quality(counts) | sizes)
 
 
 def table(counts: InstanceCounts, categories: Categories) -> str:

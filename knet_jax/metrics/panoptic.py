@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from knet_jax.metrics.counts import rows_of_classes
 from knet_jax.segmentation.segments import Categories, PanopticMap, segment_index
 
 HEADLINE = ("PQ", "PQ_things", "PQ_stuff")
@@ -102,11 +103,7 @@ def summarize(counts: PQCounts, categories: Categories) -> dict[str, float]:
 
 def per_class(counts: PQCounts, categories: Categories) -> list[dict]:
     """Lists every class: name, the dataset's id, PQ, SQ and RQ in percent, and its counts."""
-    columns = _quality(counts) | counts._asdict()
-    return [
-        {"name": name, "id": id} | {key: column[i].item() for key, column in columns.items()}
-        for i, (name, id) in enumerate(zip(categories.names, categories.dataset_ids, strict=True))
-    ]
+    return rows_of_classes(categories, _quality(counts) | counts._asdict())
 
 
 def table(counts: PQCounts, categories: Categories) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from knet_jax.metrics.counts import mean_of_defined, none_if_undefined
+from knet_jax.metrics.counts import mean_of_defined, rows_of_classes
 from knet_jax.segmentation.segments import Categories
 
 HEADLINE = ("mIoU", "mAcc", "aAcc")
@@ -84,13 +84,7 @@ def per_class(counts: PixelCounts, categories: Categories) -> list[dict]:
 
     IoU and Acc are None where they are not defined.
     """
-    quality = _quality(counts)
-    rows = []
-    for i, (name, id) in enumerate(zip(categories.names, categories.dataset_ids, strict=True)):
-        values = {key: none_if_undefined(column[i]) for key, column in quality.items()}
-        pixels = {key: column[i].item() for key, column in counts._asdict().items()}
-        rows.append({"name": name, "id": id} | values | pixels)
-    return rows
+    return rows_of_classes(categories, _quality(counts) | counts._asdict())
 
 
 def table(counts: PixelCounts, categories: Categories) -> str:

@@ -117,8 +117,6 @@ def check_backbone(path: str | Path, model: Mapping[str, Any]) -> None:
         UserError: it is another backbone; the message has the flags that fit it.
     """
     stated = {key: 1 if value is None else value for key, value in model.items()}
-    if model["backbone"]["name"] not in ("resnet", "swin", "convnext"):
-        return  # `load_backbone` tells what does not fit, once there is a network
     for part in ("backbone", "neck"):
         stated[part] = {key: value for key, value in model[part].items() if value is not None}
     shapes = variable_shapes(make_model(**stated))["params"]["backbone"]

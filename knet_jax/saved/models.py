@@ -37,7 +37,7 @@ class Model:
     """A trained network and what belongs to it."""
 
     config: ConfigDict
-    model: KNet
+    network: KNet
     variables: Variables
     """The parameters and, if the network has any, running statistics."""
     categories: Categories

@@ -147,8 +147,9 @@ def read_class_list(
         }
         if len(colors) < len(rows):
             raise UserError(f"{called} must give every class another color")
+    names = parse_class_list(text, called, ignore_index)
     with naming_file(called):
-        return stuff_categories(parse_class_list(text, called, ignore_index)), colors
+        return stuff_categories(names), colors
 
 
 def _colored(line: str) -> re.Match | None:

@@ -6,15 +6,14 @@ without unpacking it (https://cocodataset.org/#format-data).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from knet_jax.config.rules import is_number
 from knet_jax.system.errors import UserError
 
 FAR = 100
@@ -137,11 +136,3 @@ def _runs(data: bytes) -> list[int]:
     if shift:
         raise UserError("its RLE is cut off")
     return runs
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a finite number."""
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return False

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from knet_jax.config.rules import is_whole
 from knet_jax.system.errors import UserError
 
 MIN_SCORE = 0.3
@@ -34,13 +35,13 @@ class Categories(NamedTuple):
 
         Raises:
             UserError: a name is no text, empty or longer than `MAX_NAME`, an id is no whole number
-                or occurs twice, or their numbers do not agree.
+                of 64 bits or occurs twice, or their numbers do not agree.
         """
         try:
             names, ids, num_things = (given[field] for field in Categories._fields)
             agree = len(names) == len(ids) and num_things in range(len(names) + 1)
             agree &= 0 < len(names) <= MAX_CLASSES
-            whole = {id for id in ids if isinstance(id, int) and not isinstance(id, bool)}
+            whole = {id for id in ids if is_whole(id, -(2**63), 2**63 - 1)}
         except (TypeError, KeyError) as error:
             raise UserError(f"it lists no classes: {error!r:.100}") from error
         if not agree:
@@ -49,7 +50,9 @@ class Categories(NamedTuple):
                 f"things; accepted: as many names as ids, 1 to {MAX_CLASSES}"
             )
         if len(whole) != len(ids):
-            raise UserError(f"category ids are {ids!r:.80}; accepted: whole numbers, each once")
+            raise UserError(
+                f"category ids are {ids!r:.80}; accepted: whole numbers of 64 bits, each once"
+            )
         cleaned = [printable(name) if isinstance(name, str) else "" for name in names]
         for name, clean in zip(names, cleaned):
             if not 0 < len(clean) <= MAX_NAME:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 PATIENCE = 5.0
-"""Seconds in which a second Ctrl-C may be answered in order: files closed, what there is kept."""
+"""Seconds that a second Ctrl-C leaves the process to close its files, before it is ended at once."""
 
 
 class Preempted(Exception):

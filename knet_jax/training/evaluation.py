@@ -313,7 +313,7 @@ def _evaluate(
                 files.add(split.image_id(index), split.file_name(index), result)
 
     def counts_after(stage: int, visit: Callable[[Prediction], None] | None = None) -> Any:
-        evaluator = Evaluator(model.model, split, config, devices, limit, stage)
+        evaluator = Evaluator(model.network, split, config, devices, limit, stage)
         with jax.default_matmul_precision(config.precision):
             return evaluator.evaluate(model.variables, visit)
 
