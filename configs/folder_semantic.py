@@ -13,10 +13,6 @@ def get_config() -> ConfigDict:
     config.model.num_stuff = None  # as many as the list has
     config.data.dataset = "folder"
     config.data.root = "data/folder"
-    config.data.images = "images/{split}"
-    config.data.labels = "labels/{split}"
-    config.data.classes = "classes.txt"
-    config.data.ignore_index = 255
     config.data.train_split = "train"
     config.data.val_split = "val"
     return config

@@ -71,9 +71,9 @@ def test_only_a_network_of_another_config_is_traced(workdir, monkeypatch):
         open_model(workdir, overrides=["--config.model.ffn_channels=12"])
     monkeypatch.delattr(knet_jax.saved.models, "variable_shapes")
     run = open_model(workdir, dtype="bfloat16", overrides=["--config.eval.overlap_threshold=0.1"])
-    assert run.model.backbone.dtype == run.config.model.dtype == "bfloat16"
+    assert run.network.backbone.dtype == run.config.model.dtype == "bfloat16"
     assert run.config.eval.overlap_threshold == 0.1
-    assert open_model(workdir).model.backbone.dtype == "float32"
+    assert open_model(workdir).network.backbone.dtype == "float32"
 
 
 def test_the_file_of_a_model_is_the_model(workdir, tmp_path):
@@ -83,7 +83,7 @@ def test_the_file_of_a_model_is_the_model(workdir, tmp_path):
     folder, file = open_model(workdir, "latest", True, **changes), open_model(path, **changes)
     assert_equal(file.variables, folder.variables)
     assert file.config == folder.config and file.categories == CATEGORIES and file.step == 3
-    assert file.config.eval.overlap_threshold == 0.1 and file.model.backbone.dtype == "bfloat16"
+    assert file.config.eval.overlap_threshold == 0.1 and file.network.backbone.dtype == "bfloat16"
     for options in ({"ema": True}, {"checkpoint": 3}):
         with pytest.raises(ValueError, match=r"a\.safetensors is a file and holds one set of wei"):
             open_model(path, **options)

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from knet_jax.app.segmenter import Segmenter
+from knet_jax.segmentation.coco_files import image_entry
 from knet_jax.segmentation.drawing import (
     MAX_SIDES,
     THUMBNAIL,
@@ -251,10 +252,7 @@ class Predictions:
         stem = self._stems.of(source.name)
         save_overlay(self.folder, stem, result)
         self._results.add(image_id, source.name, result.prediction)
-        height, width = result.size
-        self._images.append(
-            {"id": image_id, "file_name": source.name, "height": height, "width": width}
-        )
+        self._images.append(image_entry(image_id, source.name, result.size))
         if len(self._thumbnails) < MAX_THUMBNAILS:
             self._thumbnails.append(thumbnail(result.draw(THUMBNAIL), stem))
         labels = [segment.label for segment in result.segments]

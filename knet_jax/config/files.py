@@ -37,6 +37,7 @@ from ml_collections import ConfigDict
 from knet_jax.config import schema
 from knet_jax.config.schema import flatten, to_tuples
 from knet_jax.system.errors import UserError, naming_file, suggest
+from knet_jax.system.output_files import write_whole
 
 SAVED_NAME = "config.json"
 CONVERSION_NAME = "conversion.json"
@@ -216,10 +217,8 @@ def _convert(key: str, value: Any, like: Any) -> Any:
 
 def save_config(config: ConfigDict, workdir: str | Path) -> None:
     """Writes `config.json` into the workdir, whole or not at all."""
-    path = Path(workdir) / SAVED_NAME
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    draft.replace(path)
+    content = json.dumps(config.to_dict(), indent=2) + "\n"
+    write_whole(Path(workdir) / SAVED_NAME, content.encode())
 
 
 def load_saved_config(

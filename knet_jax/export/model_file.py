@@ -18,6 +18,7 @@ from knet_jax.export.formats import Format, find_format
 from knet_jax.saved.checkpoints import check_writable
 from knet_jax.saved.models import Model, open_model
 from knet_jax.system.errors import UserError
+from knet_jax.system.output_files import draft_of
 
 LEAST_AGREEMENT = 0.98
 """Of a file with the model that it was made of. Pixels where two segments are equally likely, and
@@ -83,7 +84,7 @@ def export_model(
         model = replace(model, config=program.with_training_canvases(model.config))
     if image is None:
         image = draw_picture(size or program.LANDSCAPE)
-    draft = path.with_name(f"{path.name}.part")
+    draft = draft_of(path)
     try:
         share = _write_and_try(draft, form, model, size, batch, image)
         if share < LEAST_AGREEMENT:

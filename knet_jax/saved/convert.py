@@ -37,6 +37,7 @@ from knet_jax.saved.weight_files import (
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError, naming_file
+from knet_jax.system.output_files import draft_of
 
 # From a file to a model.
 
@@ -236,7 +237,7 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
         CLASSES_KEY: json.dumps(opened.categories.names),
         MODEL_KEY: About(opened.config.to_dict(), opened.categories, opened.step).to_json(),
     }
-    draft = output.with_suffix(".part")
+    draft = draft_of(output)
     try:
         save_file(tensors, draft, metadata)
         draft.replace(output)

@@ -54,6 +54,12 @@ def _as_number(id: Any) -> Any:
         return id
 
 
+def image_entry(image_id: int, file_name: str, size: tuple[int, int]) -> dict[str, Any]:
+    """Makes an entry of the list `images` of a picture of (height, width)."""
+    height, width = size
+    return {"id": int(image_id), "file_name": file_name, "height": height, "width": width}
+
+
 class PanopticResults:
     """Writes panoptic maps picture by picture; only the small records of the JSON stay in memory.
 
@@ -92,10 +98,7 @@ class PanopticResults:
             )
         rgb = segment_colors(panoptic.ids)
         png = self._pngs.write(file_name, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-        height, width = panoptic.ids.shape
-        self._images.append(
-            {"id": int(image_id), "file_name": file_name, "height": height, "width": width}
-        )
+        self._images.append(image_entry(image_id, file_name, panoptic.ids.shape))
         self._annotations.append(
             {"image_id": int(image_id), "file_name": png, "segments_info": infos}
         )

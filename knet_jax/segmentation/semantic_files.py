@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from knet_jax.segmentation.coco_files import image_entry
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import PngFolder, write_json
@@ -57,16 +58,7 @@ class SemanticResults:
                 f"{file_name}: a pixel without a class; classes have the ids 0 and {largest}"
             )
         png = self._pngs.write(file_name, self._values[labels])
-        height, width = labels.shape
-        self._images.append(
-            {
-                "id": int(image_id),
-                "file_name": file_name,
-                "png": png,
-                "height": height,
-                "width": width,
-            }
-        )
+        self._images.append(image_entry(image_id, file_name, labels.shape) | {"png": png})
 
     def close(self) -> None:
         """Writes the JSON, whole or not at all."""
