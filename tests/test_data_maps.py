@@ -238,7 +238,7 @@ def test_class_lists(tmp_path):
         scan(root)
     for text in ("", "wall\n\nlamp\n", "wall\nwall\nlamp\n"):
         path.write_text(text)
-        with pytest.raises(UserError, match=r"config\.data\.classes: .*classes\.txt must name"):
+        with pytest.raises(UserError, match=r"^config\.data\.classes: [^:]*classes\.txt must name"):
             scan(root)
     path.write_text("wall\nfloor\n")
     with pytest.raises(UserError, match=r"\.png has indices \[2\] .* no class: name") as error:

@@ -217,7 +217,7 @@ class Predictions:
     ):
         self.folder = folder
         self.counts = np.zeros((2, len(categories.names)), int)
-        """Of each class, in how many pictures it was seen, and how many segments of it."""
+        """[2, k]: in how many pictures each class was seen, and in how many segments."""
         self._task = task
         self._categories = categories
         self._ids = ids

@@ -18,7 +18,7 @@ SEVERAL_VIEWS = ("scales", "flip", "window", "window_step")
 """Keys of `config.eval` that a file does not follow: it looks at a picture once, and whole."""
 
 Results = dict[str, np.ndarray]
-"""Of one picture, by the names that files use."""
+"""Arrays of one picture, by the names of an exported file's outputs."""
 Masks = tuple[np.ndarray, np.ndarray]
 """Classes [s] and pixels, float32 [s, H·W], of the segments of a picture."""
 

@@ -21,8 +21,8 @@ from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import draft_of
 
 LEAST_AGREEMENT = 0.98
-"""Of a file with the model that it was made of. Pixels where two segments are equally likely, and
-what follows from them, may go either way."""
+"""The least agreement of a file with the model that it was made of. Pixels where two segments are
+equally likely, and what follows from them, may go either way."""
 
 
 class Exported(NamedTuple):

@@ -244,7 +244,7 @@ def _split(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
 
 
 def _unstack(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
-    """As jax 0.12 takes an array apart; before, it was a split."""
+    """How jax takes an array apart from 0.12 on; before, it was a split."""
     axis = eqn.params["axis"]
     parts = [g.new_name("unstack") for _ in eqn.outvars]
     sizes = g.constant(np.ones(len(parts), np.int64))
@@ -422,5 +422,5 @@ OPERATORS: dict[str, Operator] = {
     "platform_index": _platform_index,
     "transpose": _transpose,
 }
-"""By the name of the primitive. Most need axes of their full length; those at the end do not, or look
-at constants."""
+"""What translates a primitive of JAX, by its name. Most need axes of their full length; those at the
+end do not, or look at constants."""

@@ -22,7 +22,7 @@ from knet_jax.segmentation.segments import PanopticMap, SegmentInfo
 from knet_jax.structs import EMPTY, Pass
 
 MASK_STRIDE = 4
-"""Of the masks, once doubled."""
+"""Pixels of the input from one logit of a mask to the next, once masks are doubled in size."""
 
 TILE = 32
 """Height and width of a tile of the map, in pixels."""

@@ -33,7 +33,7 @@ def canvas_of(batch: Batch) -> jax.Array:
 
 
 def mirror(batch: Batch) -> Batch:
-    """The same pictures left for right, each within its own size. On the host."""
+    """Mirrors pictures, left for right, each within its own size. On the host."""
     image = batch.image.copy()
     for picture, (_, width) in zip(image, batch.size):
         picture[:, :width] = picture[:, :width][:, ::-1]
@@ -41,7 +41,7 @@ def mirror(batch: Batch) -> Batch:
 
 
 def corners(canvas: Pair, window: Pair, step: Pair) -> list[Pair]:
-    """Where windows lie that cover a canvas: every `step`, the last ones at its end.
+    """The upper left corners of windows that cover a canvas, every `step`; the last ones end with it.
 
     All are pairs of an axis each; a window is cut to the canvas.
     """

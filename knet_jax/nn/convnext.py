@@ -15,7 +15,7 @@ from knet_jax.nn.swin import FFN_RATIO, gelu, trunc_normal
 SIZE = 7
 """Side of the convolutions in blocks."""
 LAYER_SCALE = 1e-6
-"""By how much each channel of a block counts at first."""
+"""Initial factor of every channel of what a block adds."""
 
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
@@ -61,7 +61,7 @@ class ConvNeXt(nn.Module):
     channels: int
     depths: tuple[int, ...]
     drop_path: float
-    """Of the last block; it grows linearly from zero at the first."""
+    """Probability that the last block is left out; it grows linearly from zero at the first."""
     remat: bool
     """Whether blocks are computed again for the gradient, so that only their inputs are kept."""
     dtype: str

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from knet_jax.nn.convolution import convolve
 
 EPSILON = 1e-5
-"""Of every norm in K-Net."""
+"""What every norm in K-Net adds to a variance."""
 
 AXIS = "batch"
 """Name of the axis over devices."""

@@ -221,7 +221,7 @@ class Swin(nn.Module):
     num_heads: tuple[int, ...]
     window: int
     drop_path: float
-    """Of the last block; it grows linearly from zero at the first."""
+    """Probability that the last block is left out; it grows linearly from zero at the first."""
     remat: bool
     """Whether blocks are computed again for the gradient, so that only their inputs are kept."""
     dtype: str

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError, one_line
 from knet_jax.system.signals import Preempted
 
@@ -170,11 +171,13 @@ def is_alone() -> bool:
 
 @contextlib.contextmanager
 def main_speaks() -> Iterator[None]:
-    """Keeps what the other processes print on stdout to themselves; a line says which there are.
+    """Starts JAX, and keeps what the other processes print on stdout to themselves; a line says which
+    there are.
 
     Raises:
-        UserError: processes have different numbers of devices.
+        UserError: there are no such devices, or processes have different numbers of them.
     """
+    start_backend()
     if is_alone():
         yield
         return

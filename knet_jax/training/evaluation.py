@@ -28,7 +28,6 @@ from knet_jax.segmentation.class_lists import check_class_counts, check_trained_
 from knet_jax.segmentation.drawing import Row, panel, save_picture
 from knet_jax.structs import Batch, Pass
 from knet_jax.system import processes
-from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import Stems, local_path, write_whole
 from knet_jax.system.signals import StopRequest
@@ -211,6 +210,8 @@ def split_over(batch: Any, num_devices: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
 
 
+@processes.main_speaks()
+@processes.together()  # all that they do together in it is to exchange what they found
 def evaluate(
     model: str | Path | Model,
     *,
@@ -245,34 +246,14 @@ def evaluate(
     Raises:
         UserError: there is no such model or checkpoint, or it does not fit the data or the output.
     """
-    start_backend()
-    with processes.main_speaks(), processes.together():
-        return _evaluate(
-            model, checkpoint, ema, limit, output, results, rounds, boundary, overrides
-        )
-
-
-def _evaluate(
-    model: str | Path | Model,
-    checkpoint: str | int,
-    ema: bool,
-    limit: int | None,
-    output: str | Path | None,
-    results: bool,
-    rounds: bool,
-    boundary: bool,
-    overrides: Sequence[str],
-) -> dict[str, Any]:
-    """`evaluate`; all that several processes do together in it is to exchange what they found."""
-    if output is None and isinstance(model, Model):
+    folder = None if isinstance(model, Model) else local_path("workdir", model)
+    if not (folder or output):
         raise UserError("output is missing: an opened model does not say where results go")
-    if not isinstance(model, Model):
-        model = local_path("workdir", model)
-    output = local_path("output", output or model)
+    output = local_path("output", output or folder)
     if output.is_file():
         raise UserError(f"--output={output} is a file; accepted: a folder for the results")
-    if not isinstance(model, Model):
-        model = open_model(model, checkpoint, ema, overrides, num_devices=jax.device_count())
+    if folder:
+        model = open_model(folder, checkpoint, ema, overrides, num_devices=jax.device_count())
     if processes.is_main():
         check_writable(output)
     if not processes.is_alone():

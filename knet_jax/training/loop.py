@@ -28,7 +28,6 @@ from knet_jax.saved.fitting import check_backbone
 from knet_jax.saved.models import headline_scores
 from knet_jax.segmentation import class_lists
 from knet_jax.system import processes
-from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
 from knet_jax.system.locks import lock
 from knet_jax.system.output_files import local_path
@@ -59,7 +58,7 @@ class Run(NamedTuple):
     step: int
     """How many steps it was trained."""
     scores: dict[str, float]
-    """Of its last evaluation: `val/PQ` and the like, in percent; `val_ema/PQ` of the average."""
+    """What its last evaluation found: `val/PQ` and the like, in percent; `val_ema/PQ` of the average."""
 
 
 def train(config: ConfigDict, workdir: str | Path) -> Run:
@@ -81,7 +80,6 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
             not finite.
         Preempted: SIGTERM or Ctrl-C came; the step is saved, and the same call goes on.
     """
-    start_backend()
     with processes.main_speaks(), processes.together() as all_ready:
         validate(config, jax.device_count())
         processes.check_same(
