@@ -26,7 +26,7 @@ def find(root, split="train", task="panoptic"):
 
 
 def scan(root, task="panoptic", split="train"):
-    return find(root, split, task).examine()
+    return tiny_coco.examined(find(root, split, task))
 
 
 def write(root, task="panoptic"):

@@ -132,7 +132,7 @@ def read_maps(
         UserError: a map is missing, broken or does not fit.
     """
     classes = index_maps.read_indices(examine.read_file(pair.png), str(pair.png), colors)
-    examine.decoded_size(pair.path, classes.shape)
+    examine.read_picture(pair.path, classes.shape)
     strange = set(np.unique(classes).tolist()) - set(indices) - {void}
     if strange:
         raise UserError(

@@ -59,7 +59,7 @@ def write_instance_dataset(
     for path in tqdm.tqdm(index_maps.find_pictures(images), "Converting", unit="img"):
         name = path.relative_to(images)
         try:
-            size = examine.decoded_size(path)
+            _, size = examine.read_picture(path)
             things, remarks = read_things(labels / name, size)
             things = [(listed[t.name] if isinstance(t.name, int) else t.name, t) for t in things]
         except KeyError:

@@ -10,13 +10,8 @@ import contextlib
 import functools
 import itertools
 import logging
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import resource_tracker
 from typing import Any
 
 import cv2
@@ -29,7 +24,7 @@ from knet_jax.data import batches, prepared_split, recipes, records, sampler
 from knet_jax.data.prepared_split import Split
 from knet_jax.data.sources import by_name
 from knet_jax.structs import EMPTY, Batch
-from knet_jax.system import processes, shared_memory
+from knet_jax.system import processes, shared_memory, workers
 from knet_jax.system.errors import UserError
 
 LEAST = 500
@@ -39,13 +34,16 @@ ENDLESS = 1 << 48
 NO_LEAK_WARNING = "ignore:resource_tracker:UserWarning"
 """Python's filter for a warning of its cleaner of shared memory."""
 
-GROUP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""What schedulers and terminals send to all processes of a run; the parent alone acts on them."""
-
 log = logging.getLogger(__name__)
 
 
-def load_split(config_data, split: str, task: str, describe: bool = False) -> Split:
+def load_split(
+    config_data,
+    split: str,
+    task: str,
+    describe: bool = False,
+    write: prepared_split.Write | None = None,
+) -> Split:
     """Opens a split, and converts it to ArrayRecord before if that has not been done.
 
     Of several processes, the main one does so first; others then find it done, or do it on their disk.
@@ -55,13 +53,14 @@ def load_split(config_data, split: str, task: str, describe: bool = False) -> Sp
         split: a name, or a slice of one such as `train[:8]`.
         task: `config.task`, which decides the kind of annotation.
         describe: prints what it holds, which otherwise is done only where it is new.
+        write: how a new one is written, as of `prepared_split.prepare`.
 
     Raises:
         UserError: the dataset cannot be found, understood or written, or other processes have another.
     """
     with processes.main_first():
         source = by_name.find(config_data, prepared_split.split_name(split), task)
-        directory, is_new = prepared_split.prepare(source, records.data_dir(config_data))
+        directory, is_new = prepared_split.prepare(source, records.data_dir(config_data), write)
     with processes.together():
         found = Split(directory, split)
     processes.check_same({f"split '{split}'": found.facts()})
@@ -222,12 +221,12 @@ def _run_workers(
     # Without workers a thread makes the next batch. (Grain's default would hold 500 batches.)
     ahead = 0 if recipe.num_workers else 1
     elements = dataset.to_iter_dataset(grain.ReadOptions(ahead, prefetch_buffer_size=ahead))
-    workers = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
+    options = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
     start = functools.partial(_start_worker, shared_memory.claim() if recipe.num_workers else "")
-    iterator = iter(elements.mp_prefetch(workers, worker_init_fn=start))
+    iterator = iter(elements.mp_prefetch(options, worker_init_fn=start))
     broken = set()
     try:
-        with _group_signals_blocked() if recipe.num_workers else contextlib.nullcontext():
+        with workers.starting() if recipe.num_workers else contextlib.nullcontext():
             first = list(itertools.islice(iterator, 1))
         for prepared in itertools.chain(first, iterator):
             for failure in prepared.failures:
@@ -254,31 +253,8 @@ def _run_workers(
         iterator.close()
 
 
-@contextlib.contextmanager
-def _group_signals_blocked() -> Iterator[None]:
-    """Blocks Ctrl-C and SIGTERM in the workers that start inside, until they ignore them.
-
-    Without it a Ctrl-C in the first seconds of a run would end workers before they have come to
-    `_start_worker`. Signals to this process wait meanwhile, or reach its other threads.
-    """
-    resource_tracker.ensure_running()  # its own start would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker(segments: str, *_: int) -> None:
     """What Grain calls first in a worker. Names of shared memory begin with `segments`."""
     shared_memory.name_segments(segments)
     cv2.setNumThreads(0)  # the workers are the parallelism
-    for signum in GROUP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends a worker whose parent was killed; it would wait for it, and hold its memory, for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    workers.start()
