@@ -165,18 +165,20 @@ def eval_batches(
     recipe = recipes.find(split.task, config_data)
     rows = _process_rows(batch_size, process_index, process_count)
     scaled = recipes.at_ratios(recipe, ratios)
-    sizes = [tuple(size) for size in split.sizes[:limit].tolist()]
-    canvases = np.array([recipe.eval_canvas(size) for size in sizes])
-    plans = []
-    for shared in np.unique(canvases, axis=0):
-        [group] = np.nonzero((canvases == shared).all(1))
+    sizes = split.sizes[:limit]
+    # Millions of pictures have few sizes, and fewer canvases.
+    keys, of_key = np.unique(sizes.astype(np.int64) @ (1 << 32, 1), return_inverse=True)
+    canvases = [recipe.eval_canvas(divmod(key, 1 << 32)) for key in keys.tolist()]
+    canvases, of_size = np.unique(canvases, axis=0, return_inverse=True)
+    of_picture = of_size.ravel()[of_key]
+    positions = []
+    for number in range(len(canvases)):
+        group = np.flatnonzero(of_picture == number).astype(np.int32)
         padded = np.pad(group, (0, -len(group) % batch_size), constant_values=EMPTY)
-        for positions in padded.reshape(-1, batch_size):
-            real = [sizes[i] for i in positions if i != EMPTY]
-            fits = np.max([[s.eval_canvas(size) for s in scaled] for size in real], axis=0)
-            plans.append(batches.EvalPlan(positions[rows], tuple(map(tuple, fits.tolist()))))
-    make = functools.partial(batches.eval_batch, split, scaled)
-    results = _run_workers(grain.MapDataset.source(plans).map(make), recipe, len(sizes))
+        positions.append(padded.reshape(-1, batch_size))
+    positions = np.concatenate(positions)
+    make = functools.partial(batches.eval_batch, split, scaled, positions, rows)
+    results = _run_workers(grain.MapDataset.range(len(positions)).map(make), recipe, len(sizes))
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
     # may be kept for long. (A pipe is no way out: Grain waits 25 s for a worker that is stopped
     # while it writes something large.)
