@@ -441,26 +441,3 @@ def _feed_in_a_storm(config, counts):
 def test_workers_start_through_signals_to_the_whole_group(shapes):
     with process(_feed_in_a_storm, shapes[0]) as (_, counts):
         assert counts.get(timeout=120) == 4
-
-
-def _prepare_slowly(config, _):
-    def draw(*args, draw=shapes_module.draw):
-        time.sleep(0.2)
-        return draw(*args)
-
-    shapes_module.draw = draw
-    pipeline.load_split(config, "train", "panoptic")
-
-
-@pytest.mark.slow
-def test_killed_preparation_starts_anew(tmp_path):
-    config = tiny_coco.data_config(tmp_path)
-    with process(_prepare_slowly, config) as (started, _):
-        deadline = time.time() + 60
-        while not list(tmp_path.glob("shapes/*/*/*")) and time.time() < deadline:
-            time.sleep(0.02)
-        time.sleep(0.5)
-        assert started.is_alive()
-    assert list(tmp_path.glob("shapes/*/incomplete*/*"))
-    assert not list(tmp_path.glob("shapes/*/1.0.0"))
-    assert len(pipeline.load_split(config, "train", "panoptic")) == 24

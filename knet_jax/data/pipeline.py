@@ -10,7 +10,6 @@ import contextlib
 import functools
 import itertools
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,8 +30,6 @@ LEAST = 500
 """A share of broken pictures is judged as if there were at least so many pictures."""
 ENDLESS = 1 << 48
 """Batches of the dataset that a training reads: more than any will take."""
-NO_LEAK_WARNING = "ignore:resource_tracker:UserWarning"
-"""Python's filter for a warning of its cleaner of shared memory."""
 
 log = logging.getLogger(__name__)
 
@@ -217,9 +214,6 @@ def _run_workers(
     if not flags.FLAGS.is_parsed():
         # Grain reads flags of its own; without absl's `app.run` nobody has parsed them.
         flags.FLAGS.mark_as_parsed()
-    # At the end Python's cleaner removes what Grain still had ready, and calls that a leak.
-    if recipe.num_workers and NO_LEAK_WARNING not in sys.warnoptions:
-        sys.warnoptions.append(NO_LEAK_WARNING)
     # Without workers a thread makes the next batch. (Grain's default would hold 500 batches.)
     ahead = 0 if recipe.num_workers else 1
     elements = dataset.to_iter_dataset(grain.ReadOptions(ahead, prefetch_buffer_size=ahead))

@@ -179,12 +179,12 @@ def write_locally(num_workers: int, parts: Sequence[Path]) -> Iterator[int]:
         yield from (write(path, num_workers) for path in parts)
         return
     others = multiprocessing.active_children()
-    processes = futures.ProcessPoolExecutor(
-        min(num_workers, num_left), multiprocessing.get_context("spawn"), workers.start
-    )
+    with workers.starting():
+        processes = futures.ProcessPoolExecutor(
+            min(num_workers, num_left), multiprocessing.get_context("spawn"), workers.start
+        )
+        shards = [processes.submit(write, path) for path in parts]
     try:
-        with workers.starting():
-            shards = [processes.submit(write, path) for path in parts]
         yield from (shard.result() for shard in futures.as_completed(shards))
     except BaseException:
         for child in multiprocessing.active_children():

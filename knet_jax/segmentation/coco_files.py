@@ -75,7 +75,7 @@ def read_lists(path: Path) -> Iterator[tuple[str, Iterator[tuple[Any, bytes]] | 
                 text.take(",")
         text.take("}")
         if text.peek():
-            text.fail("nothing")
+            text.fail("nothing else")
 
 
 class _JsonText:
@@ -96,7 +96,7 @@ class _JsonText:
     def take(self, letter: str) -> None:
         """Passes a letter. Raises ValueError where another follows."""
         if self.peek() != letter:
-            self.fail(letter)
+            self.fail(repr(letter))
         self._place += 1
 
     def value(self) -> tuple[Any, bytes]:
@@ -107,8 +107,8 @@ class _JsonText:
                 (value, end), problem = DECODER.raw_decode(self._part, self._place), None
             except json.JSONDecodeError as error:
                 end, problem = len(self._part), error
-            # What ends with the part may go on in the file, a number too.
-            if end < len(self._part) or not self._read_on():
+            # What ends with the part may go on in the file: a number goes on after "1", and after "1e+".
+            if end + 2 < len(self._part) or not self._read_on():
                 break
         if problem:
             raise ValueError(f"{problem.msg} at letter {self._before + problem.pos}")
@@ -129,7 +129,7 @@ class _JsonText:
 
     def fail(self, expected: str) -> None:
         """Raises a ValueError that says what was expected, and where."""
-        raise ValueError(f"{expected!r} is expected at letter {self._before + self._place}")
+        raise ValueError(f"{expected} is expected at letter {self._before + self._place}")
 
     def _read_on(self) -> bool:
         """Reads on, and drops what has been passed. Returns False at the end of the file."""

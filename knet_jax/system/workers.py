@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from multiprocessing import resource_tracker
 
 GROUP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What schedulers and terminals send to all processes of a run; the parent alone acts on them."""
+NO_LEAK_WARNING = "ignore:resource_tracker:UserWarning"
+"""Python's filter for a warning of its cleaner of shared memory and semaphores."""
 
 
 @contextmanager
@@ -21,6 +24,9 @@ def starting() -> Iterator[None]:
     Without it a Ctrl-C in the first seconds of a run would end workers before they have come to
     `start`. Signals to this process wait meanwhile, or reach its other threads.
     """
+    # At the end the cleaner removes what workers still had ready, and calls that a leak.
+    if NO_LEAK_WARNING not in sys.warnoptions:
+        sys.warnoptions.append(NO_LEAK_WARNING)
     resource_tracker.ensure_running()  # its own start would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
