@@ -35,8 +35,8 @@ from knet_jax.system.errors import UserError, one_line
 
 RECORDS_PER_FILE = 250
 """Of a small dataset."""
-MAX_FILES = 500
-"""A reader opens all files of a split, and systems let a process open 1024."""
+MAX_FILES = 400
+"""A loader opens all files of a split, a process may have two of them, and systems allow 1024."""
 MAX_LINE = 200
 """Letters of what is said of a picture; more cannot be read."""
 
