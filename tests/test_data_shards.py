@@ -24,7 +24,7 @@ WAYS = {
     "1": functools.partial(shards.write_locally, 1),
     "2": functools.partial(shards.write_locally, 2),
     "4": functools.partial(shards.write_locally, 4),
-    "beam": functools.partial(shards.write_with_beam, ["--runner=DirectRunner"]),
+    "beam": lambda parts: shards.beam_writer(["--runner=DirectRunner"])(parts),
 }
 
 
@@ -77,11 +77,18 @@ def test_a_dataset_that_is_mended_begins_anew(tmp_path):
     assert len(pipeline.load_split(config, "train", "panoptic")) == 5
 
 
-def test_what_a_cluster_does_wrong_is_one_line(tmp_path, monkeypatch):
+@NEEDS_BEAM
+def test_what_a_cluster_does_wrong_is_one_line(tmp_path):
     source = by_name.find(tiny_coco.data_config(tmp_path), "train", "panoptic")
+    with pytest.raises(UserError, match="cannot be written .*--runner=NoRunner: .*NoRunner"):
+        prepared_split.prepare(source, tmp_path, shards.beam_writer(["--runner=NoRunner"]))
+    assert list(tmp_path.glob("shapes/*/incomplete/parts/*.part"))
+
+
+def test_absent_beam_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(UserError, match=r"Apache Beam is missing: pip install 'knet-jax\[beam\]'"):
-        prepared_split.prepare(source, tmp_path, WAYS["beam"])
+        shards.beam_writer([])
 
 
 def _prepare_slowly(root, data_dir, started):

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from knet_jax.data import batches, prepared_split, recipes, records, sampler
+from knet_jax.data import batches, prepared_split, recipes, records, sampler, shards
 from knet_jax.data.prepared_split import Split
 from knet_jax.data.sources import by_name
 from knet_jax.structs import EMPTY, Batch
@@ -39,7 +39,7 @@ def load_split(
     split: str,
     task: str,
     describe: bool = False,
-    write: prepared_split.Write | None = None,
+    write: shards.Write | None = None,
 ) -> Split:
     """Opens a split, and converts it to ArrayRecord before if that has not been done.
 

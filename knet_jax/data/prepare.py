@@ -40,9 +40,7 @@ def prepare_dataset(
     """
     check_data(config)
     data, task = config.data, config.task
-    write = partial(
-        *(shards.write_with_beam, beam) if beam else (shards.write_locally, num_workers)
-    )
+    write = shards.beam_writer(beam) if beam else partial(shards.write_locally, num_workers)
     splits = [
         pipeline.load_split(data, split, task, describe=True, write=write)
         for split in (data.train_split, data.val_split)

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,8 @@ def split_name(spec: str) -> str:
     return match[1]
 
 
-Write = Callable[[Sequence[Path]], Iterable[int]]
-"""Writes the shards of a plan, as `shards.write_locally`."""
-
-
 def prepare(
-    source: records.Source, data_dir: Path, write: Write | None = None
+    source: records.Source, data_dir: Path, write: shards.Write | None = None
 ) -> tuple[Path, bool]:
     """Converts a split to ArrayRecord, unless that has been done, showing progress.
 
@@ -86,7 +82,9 @@ def prepare(
     return directory, is_new
 
 
-def _prepare(source: records.Source, unfinished: Path, write: Write, directory: Path) -> None:
+def _prepare(
+    source: records.Source, unfinished: Path, write: shards.Write, directory: Path
+) -> None:
     plan = shards.plan(source, unfinished)
     with tqdm.tqdm(None, f"Writing {source.split}", plan.count, unit="img") as progress:
         for count in write(plan.parts):

@@ -1,7 +1,7 @@
 """Writing a dataset as ArrayRecord in shards, each by any process, whole or not at all.
 
 `plan` divides the pictures and leaves a file for each shard; `write` needs only that file, so processes of
-this machine (`write_locally`) or of a cluster (`write_with_beam`) do the same; `finish` puts together what
+this machine (`write_locally`) or of a cluster (`beam_writer`) do the same; `finish` puts together what
 they found. What is done stays done, whatever ends them.
 """
 
@@ -39,6 +39,10 @@ MAX_FILES = 400
 """A loader opens all files of a split, a process may have two of them, and systems allow 1024."""
 MAX_LINE = 200
 """Letters of what is said of a picture; more cannot be read."""
+
+
+Write = Callable[[Sequence[Path]], Iterable[int]]
+"""Writes the parts of a plan, and returns how many pictures each of them was to hold."""
 
 
 class Part(NamedTuple):
@@ -195,38 +199,41 @@ def write_locally(num_workers: int, parts: Sequence[Path]) -> Iterator[int]:
         processes.shutdown(cancel_futures=True)
 
 
-def write_with_beam(flags: Sequence[str], parts: Sequence[Path]) -> Iterable[int]:
+def beam_writer(flags: Sequence[str]) -> Write:
     """Writes shards on a cluster, with Apache Beam.
 
-    All of its machines need this package, and see the pictures and `parts` at the same paths.
+    All of its machines need this package, and see the pictures and the shards at the same paths.
 
     Args:
         flags: of Beam's pipelines, such as `--runner=FlinkRunner`.
-        parts: of a `Plan`.
 
     Returns:
-        how many pictures each shard was to hold.
+        a function of the parts of a `Plan`, which raises a RuntimeError where Beam fails.
 
     Raises:
-        UserError: Beam is not installed, what it raises, or a shard was not written.
+        UserError: Beam is not installed.
     """
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise UserError("Apache Beam is missing: pip install 'knet-jax[beam]'") from error
-    try:
-        with beam.Pipeline(options=PipelineOptions([*flags])) as pipeline:
-            # Without the shuffle a runner may give all shards to one machine.
-            shards = pipeline | beam.Create([*map(str, parts)]) | beam.Reshuffle()
-            shards | beam.Map(write)
-    except Exception as error:  # whatever a runner, or a machine of it, leads to
-        raise UserError(f"Apache Beam, {' '.join(flags)}: {one_line(error):.500}") from error
-    if missing := [path for path in parts if not _found(path).exists()]:
-        raise UserError(
-            f"Apache Beam, {' '.join(flags)}: {missing[0]} was not written where this machine sees it"
-        )
-    return [write(path) for path in parts]
+
+    def write_all(parts: Sequence[Path]) -> list[int]:
+        try:
+            with beam.Pipeline(options=PipelineOptions([*flags])) as pipeline:
+                # Without the shuffle a runner may give all shards to one machine.
+                shards = pipeline | beam.Create([*map(str, parts)]) | beam.Reshuffle()
+                shards | beam.Map(write)
+        except Exception as error:  # whatever a runner, or a machine of it, leads to
+            raise RuntimeError(f"{' '.join(flags)}: {one_line(error):.500}") from error
+        if missing := [path for path in parts if not _found(path).exists()]:
+            raise RuntimeError(
+                f"{' '.join(flags)}: {missing[0]} was written nowhere that is seen here"
+            )
+        return [write(path) for path in parts]
+
+    return write_all
 
 
 def finish(source: records.Source, made: Plan, folder: Path) -> Path:
