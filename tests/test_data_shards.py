@@ -122,6 +122,7 @@ def test_killed_ten_times_it_ends_whole(coco_mini, tmp_path):
         parts = (tmp_path / "killed").glob("coco/*/incomplete/parts/*.found")
         before, written = written, {path: path.stat().st_mtime_ns for path in parts}
         assert written.items() >= before.items()  # what is done is not done again
+        assert len(list((tmp_path / "killed").glob("coco/*/incomplete/parts/*.draft"))) <= 1
         progress.add(len(written))
     assert len(progress) > 3
     splits = [

@@ -95,6 +95,8 @@ def plan(source: records.Source, folder: Path) -> Plan:
         UserError: the dataset cannot be used.
     """
     done = folder / "parts" / f"plan-{knet_jax.__version__}"
+    for draft in done.parent.glob("*.draft"):  # of what was killed
+        draft.unlink(missing_ok=True)
     if done.exists():
         return pickle.loads(done.read_bytes())
     examples = source.examine()
@@ -320,6 +322,6 @@ def _read(read: Callable, entry: tuple[str, Any]) -> tuple[Record | None, list[s
 @contextlib.contextmanager
 def _draft(path: Path, target: Path | None = None) -> Iterator[Path]:
     """A path beside `path` for what becomes `target`, by default `path`, when it is whole."""
-    draft = path.with_name(secrets.token_hex(8))
+    draft = path.with_name(f"{secrets.token_hex(8)}.draft")
     yield draft
     draft.replace(target or path)
