@@ -65,7 +65,7 @@ def _examine(task: str, split: str, count: int, sides: tuple[int, int]) -> recor
     categories = published_classes.find("shapes", task)
     entries = ((f"drawing {index}", index) for index in range(count))
     read = partial(_draw_record, task, split, sides)
-    return records.Examples(categories, count, entries, read, (), "config.data: no drawing")
+    return records.Examples(categories, count, entries, read, (), "")
 
 
 def _draw_record(
