@@ -174,6 +174,7 @@ OTHERS = {
     "deformable": ("coco_panoptic.py:tiny,tiny_dcn", {}),
     "swin": ("coco_panoptic.py:tiny,tiny_swin", {}),
     "convnext": ("coco_panoptic.py:tiny,tiny_convnext", {}),
+    "vit": ("coco_panoptic.py:tiny,tiny_vit", {}),
     "coordinates": ("coco_instance.py:tiny", {"model.neck.coordinates": True}),
     "deeplabv3": ("ade20k_semantic.py:deeplabv3,tiny", {}),
     "uper": ("ade20k_semantic.py:uper,tiny", {}),

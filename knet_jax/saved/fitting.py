@@ -117,7 +117,7 @@ def check_backbone(path: str | Path, model: Mapping[str, Any]) -> None:
         UserError: it is another backbone; the message has the flags that fit it.
     """
     stated = {key: 1 if value is None else value for key, value in model.items()}
-    if model["backbone"]["name"] not in ("resnet", "swin", "convnext"):
+    if model["backbone"]["name"] not in ("resnet", "swin", "convnext", "vit"):
         return  # `load_backbone` tells what does not fit, once there is a network
     for part in ("backbone", "neck"):
         stated[part] = {key: value for key, value in model[part].items() if value is not None}
@@ -134,6 +134,17 @@ def check_backbone(path: str | Path, model: Mapping[str, Any]) -> None:
 
 def _describe_backbone(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The keys of `config.model.backbone` that the names and shapes of tensors show."""
+    patches = tensors.get("backbone.patch_embed.projection.weight")
+    blocks = re.findall(r"backbone\.blocks\.(\d+)\.", " ".join(tensors))
+    if patches is not None and blocks:
+        return {
+            "name": "vit",
+            "channels": len(patches),
+            "depth": 1 + max(map(int, blocks)),
+            "patch": patches.shape[-1],
+            "registers": tensors.get("backbone.register_tokens", patches[:, :0]).shape[1],
+            "positions": "learned" if "backbone.pos_embed" in tensors else "rotary",
+        }
     blocks = re.findall(
         r"backbone\.(?:layer|stages\.)(\d)\.(?:blocks\.)?(\d+)\.", " ".join(tensors)
     )
