@@ -195,7 +195,7 @@ def test_every_network_has_a_translation(case):
     shapes = variable_shapes(network)
     variables = tiny_runs.random_variables(shapes, np.random.default_rng(0))
     function = program.make_program(config, network, [Framing((64, 96), 64, 96)])
-    inputs = program.input_shapes((50, 70), 1)
+    inputs = program.input_shapes((50, 70))
     weights = flatten_dict(variables, sep="/")
     proto = onnx_model.convert(function, weights, inputs, lambda outputs: {})
     session = onnxruntime.InferenceSession(

@@ -163,7 +163,7 @@ class ViT(nn.Module):
         if self.registers:
             before.append(self.param("register_tokens", tiny, (1, self.registers, c)))
         before = jnp.concatenate(before, 1).astype(x.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(before, (len(x), *before.shape[1:])), x], 1)
+        x = jnp.concatenate([jnp.broadcast_to(before, (x.shape[0], *before.shape[1:])), x], 1)
 
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         for i, rate in enumerate(np.linspace(0, self.drop_path, self.depth).tolist()):
