@@ -57,12 +57,13 @@ def get_config() -> ConfigDict:
     )
 
 
-# Norms, position biases and scales; norms of the heads and of the decoder are decayed, as in the
-# reference.
-UNDECAYED = r"backbone/.*(norm|position_bias|layer_scale).*|stage\d+/(update|interaction)/.*norm/.*"
+# Norms and position biases; norms of the heads and of the decoder are decayed, as in the reference.
+UNDECAYED = r"backbone/.*(norm|position_bias).*|stage\d+/(update|interaction)/.*norm/.*"
+# Of backbones that the reference has not, also scales and tokens.
+MORE_UNDECAYED = UNDECAYED + r"|backbone/.*(_scale|_tokens?|position_table)"
 
 
-def uper_on(**backbone) -> dict:
+def uper_on(undecayed: str, **backbone) -> dict:
     """UPerNet on a backbone that was trained with AdamW: no weight decay of norms and the like."""
     return {
         "model.backbone": backbone,
@@ -70,7 +71,7 @@ def uper_on(**backbone) -> dict:
         "model.channels": 256,
         "optim.lr": 6e-5,
         "optim.groups": (
-            ("undecayed", UNDECAYED, 1.0, 0.0),
+            ("undecayed", undecayed, 1.0, 0.0),
             ("all", r".*", 1.0, 1.0),
         ),
     }
@@ -78,14 +79,19 @@ def uper_on(**backbone) -> dict:
 
 def swin(channels: int, depths: tuple[int, ...], num_heads: tuple[int, ...], drop_path: float):
     """UPerNet on a Swin Transformer."""
-    return uper_on(
-        name="swin", channels=channels, depths=depths, num_heads=num_heads, drop_path=drop_path
-    )
+    sizes = {"channels": channels, "depths": depths, "num_heads": num_heads}
+    return uper_on(UNDECAYED, name="swin", **sizes, drop_path=drop_path)
 
 
 def convnext(channels: int, depths: tuple[int, ...]) -> dict:
     """UPerNet on a ConvNeXt."""
-    return uper_on(name="convnext", channels=channels, depths=depths, drop_path=0.4)
+    return uper_on(MORE_UNDECAYED, name="convnext", channels=channels, depths=depths, drop_path=0.4)
+
+
+def vit(channels: int, num_heads: int, **others) -> dict:
+    """UPerNet on a vision transformer of twelve blocks, DINOv2's with registers."""
+    sizes = {"channels": channels, "num_heads": num_heads, "drop_path": 0.1}
+    return uper_on(MORE_UNDECAYED, name="vit", **sizes | others)
 
 
 SWIN_T = swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.3)
@@ -128,6 +134,9 @@ VARIANTS = {
     # The paper has no such rows.
     "convnext_t": convnext(96, (3, 3, 9, 3)),
     "convnext_b": convnext(128, (3, 3, 27, 3)),
+    "vit_s": vit(384, 6),
+    "vit_b": vit(768, 12),
+    "dinov3_b": vit(768, 12, patch=16, positions="rotary"),
     # After `uper`, `swin_t` or `swin_l`: as in OpenMMLab's published models. The authors' repository
     # has 256 channels there.
     "wide": {"model.channels": 512},
@@ -154,4 +163,5 @@ VARIANTS = {
     # After `tiny`: other backbones of its size.
     "tiny_swin": {"model.backbone": swin(16, (1, 1, 1, 1), (1, 2, 4, 8), 0.2)["model.backbone"]},
     "tiny_convnext": {"model.backbone": convnext(16, (1, 1, 1, 1))["model.backbone"]},
+    "tiny_vit": {"model.backbone": vit(32, 2, depth=2, grid=4)["model.backbone"]},
 }

@@ -67,9 +67,25 @@ def convnext(channels: int, depths: tuple[int, ...]) -> dict:
     return {"name": "convnext", "channels": channels, "depths": depths, "drop_path": 0.2}
 
 
+def vit(channels: int, num_heads: int, **others) -> dict:
+    """A vision transformer of twelve blocks, DINOv2's with registers unless told otherwise."""
+    return {"name": "vit", "channels": channels, "num_heads": num_heads, "drop_path": 0.1} | others
+
+
+def decay_by_depth(depth: int, share: float) -> tuple[tuple[str, str, float, float], ...]:
+    """Groups in which every block learns by a share of the one after it; embeddings by the least."""
+    first = ("embedding", r"backbone/(patches/.*|class_token|register_tokens|position_table)")
+    return (
+        (*first, share ** (depth + 1), 1.0),
+        *((f"block{i}", rf"backbone/block{i}/.*", share ** (depth - i), 1.0) for i in range(depth)),
+        ("head", r".*", 1.0, 1.0),
+    )
+
+
 R101 = (3, 4, 23, 3)
 UNFROZEN = (("backbone", r"backbone/.*", 0.25, 1.0), ("head", r".*", 1.0, 1.0))
 TINY = {"depths": (1, 1, 1, 1), "width": 16, "norm": "group", "frozen_stages": 0}
+FROZEN_VIT = (("frozen", r"backbone/(?!pyramid).*", 0.0, 0.0), ("head", r".*", 1.0, 1.0))
 FROM_SCRATCH = (("all", r".*", 1.0, 1.0),)
 
 VARIANTS = {
@@ -116,6 +132,15 @@ VARIANTS = {
     # Nor these; weights of timm or torchvision.
     "convnext_t": {"model.backbone": convnext(96, (3, 3, 9, 3)), "optim.groups": UNFROZEN},
     "convnext_b": {"model.backbone": convnext(128, (3, 3, 27, 3)), "optim.groups": UNFROZEN},
+    # Weights of DINOv2 with registers, and of DINOv3.
+    "vit_s": {"model.backbone": vit(384, 6), "optim.groups": decay_by_depth(12, 0.8)},
+    "vit_b": {"model.backbone": vit(768, 12), "optim.groups": decay_by_depth(12, 0.8)},
+    "dinov3_b": {
+        "model.backbone": vit(768, 12, patch=16, positions="rotary"),
+        "optim.groups": decay_by_depth(12, 0.8),
+    },
+    # After one of them: the transformer stays as it is.
+    "frozen_vit": {"model.backbone.frozen_trunk": True, "optim.groups": FROZEN_VIT},
     "bf16": {"model.dtype": "bfloat16"},  # feature maps; parameters stay float32
     # Twenty steps of everything on a laptop. 1 / 4 of the picture's side, 1 / 4 of the channels.
     "tiny": {
@@ -146,6 +171,10 @@ VARIANTS = {
     },
     "tiny_convnext": {
         "model.backbone": convnext(16, (1, 1, 1, 1)),
+        "optim.groups": FROM_SCRATCH,
+    },
+    "tiny_vit": {
+        "model.backbone": vit(32, 2, depth=2, grid=4),
         "optim.groups": FROM_SCRATCH,
     },
 }

@@ -24,6 +24,7 @@ from knet_jax.nn.convnext import ConvNeXt
 from knet_jax.nn.necks import ASPP, FCN, PSP, AuxiliaryHead, SemanticFPN, UPer
 from knet_jax.nn.resnet import ResNet
 from knet_jax.nn.swin import Swin
+from knet_jax.nn.vit import ViT
 from knet_jax.structs import Sizes
 from knet_jax.system.errors import UserError
 
@@ -31,7 +32,7 @@ UPDATE_CHANNELS = 256
 """Channels that the adaptive update works on. Kernels of a multiple of it are updated in parts, as the
 published networks do, others as a whole."""
 
-BACKBONES = {"resnet": ResNet, "swin": Swin, "convnext": ConvNeXt}
+BACKBONES = {"resnet": ResNet, "swin": Swin, "convnext": ConvNeXt, "vit": ViT}
 NECKS = {"semantic_fpn": SemanticFPN, "fcn": FCN, "psp": PSP, "aspp": ASPP, "uper": UPer}
 
 

@@ -22,6 +22,7 @@ FILES = {
         "coco_panoptic:small,convnext_t",
         {"model.num_things": 1, "model.num_stuff": 1},
     ),
+    "vit_s": ("coco_panoptic:small,vit_s", {"model.num_things": 1, "model.num_stuff": 1}),
     "swin_t": ("coco_panoptic:small,swin_t", {"model.num_things": 1, "model.num_stuff": 1}),
 }
 
@@ -53,6 +54,10 @@ def weights(tmp_path_factory):
         ("folder_semantic:convnext_t", "convnext_t", ""),
         ("coco_panoptic:convnext_b", "convnext_t", '--config.model.backbone.channels=96"'),
         ("coco_panoptic:swin_t", "convnext_t", '"--config.model.backbone.name=convnext"'),
+        ("coco_panoptic:small,vit_s", "vit_s", ""),
+        ("coco_panoptic:vit_b", "vit_s", '--config.model.backbone.channels=384"'),
+        ("coco_panoptic:dinov3_b", "vit_s", '--config.model.backbone.positions=learned"'),
+        ("coco_panoptic", "vit_s", '"--config.model.backbone.name=vit"'),
         ("folder_semantic:swin_t", "resnet50", '"--config.model.backbone.name=resnet"'),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import ExifTags, Image
 from pycocotools import mask as run_lengths
 
 from knet_jax.data.sources import by_name
-from knet_jax.segmentation import image_files
+from knet_jax.segmentation import coco_files, image_files
 from knet_jax.system.errors import UserError
 
 PREFIXES = {"panoptic": "panoptic_", "instance": "instances_"}
@@ -26,7 +27,7 @@ def find(root, split="train", task="panoptic"):
 
 
 def scan(root, task="panoptic", split="train"):
-    return find(root, split, task).examine()
+    return tiny_coco.examined(find(root, split, task))
 
 
 def write(root, task="panoptic"):
@@ -377,6 +378,60 @@ def test_what_is_null_or_a_text_or_absent(tmp_path):
         assert [len(record.annotation) for record in records] == [2, 3, 3, 3, 3]
         assert [one.iscrowd for one in records[0].annotation] == [False, True]
         assert records[0].annotation[0].area == 25 * 30
+
+
+def lists_of(path):
+    """All of a file, as `coco_files.read_lists` gives it."""
+    return {
+        key: entries and [(value, coco_files.parse(text)) for value, text in entries]
+        for key, entries in coco_files.read_lists(path)
+    }
+
+
+def test_files_are_read_alike_in_parts_of_any_size(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    content = {
+        "info": {"year": 2017, "of": [1, None]},
+        "empty": [],
+        "images": [
+            {"id": "7", "name": '\\ "]}, é \ud800', "size": 12345.75},
+            None,
+            -1e-9,
+            123456,
+            [],
+        ],
+        "none": None,
+        "annotations": [{"segmentation": [[float("nan"), 2**70, None]]}, "x", True],
+    }
+    parsed = json.loads(json.dumps(content), object_hook=coco_files._tidy)
+    lists = [parsed[key] if isinstance(parsed.get(key), list) else None for key in content]
+    expected = {key: of and [(one, one) for one in of] for key, of in zip(content, lists)}
+    for encoding, indent in (("utf-8", None), ("utf-8-sig", 1), ("utf-16", 4), ("utf-32", None)):
+        text = json.dumps(content, indent=indent, ensure_ascii=encoding == "utf-16")
+        path.write_text(text, encoding, errors="surrogatepass")
+        for part in (1, 2, 3, 7, 64, 1 << 20):
+            monkeypatch.setattr(coco_files, "PART", part)
+            assert repr(lists_of(path)) == repr(expected)  # where nan equals itself
+    text = json.dumps(content)
+    for number in range(len(text)):  # wherever a file is cut off
+        path.write_text(text[:number])
+        with pytest.raises(ValueError):
+            lists_of(path)
+    path.write_text(f"{text} x")
+    with pytest.raises(ValueError, match=f"nothing else is expected at letter {len(text) + 1}"):
+        lists_of(path)
+
+
+def test_files_are_read_in_constant_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco_files, "PART", 1 << 12)
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps({"annotations": [{"segmentation": [[0.5] * 99]}] * 5000}))
+    assert path.stat().st_size > 2_000_000
+    tracemalloc.start()
+    count = sum(1 for _, entries in coco_files.read_lists(path) for _ in entries)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 5000 and peak < 200_000
 
 
 EXPORTS = [  # the JSON, and the folder of its pictures

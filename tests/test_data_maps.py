@@ -14,7 +14,7 @@ import tiny_coco
 import tiny_maps
 from PIL import Image
 
-from knet_jax.data import pipeline
+from knet_jax.data import pipeline, records
 from knet_jax.data.sources import ade20k, by_name, index_maps, scene_parse150
 from knet_jax.segmentation import class_lists
 from knet_jax.system.errors import UserError
@@ -99,7 +99,10 @@ def write_pairs(folder):
 
 
 def examine(pairs, remedy=""):
-    return index_maps.examine_pairs(pairs, CATEGORIES, (0,), Path("the folder"), remedy)
+    def list_pairs():
+        return index_maps.examine_pairs(pairs, CATEGORIES, (0,), Path("the folder"), remedy)
+
+    return tiny_coco.examined(records.Source("folder", "name", "train", "semantic", list_pairs))
 
 
 STRANGE = tiny_maps.draw(1, tiny_maps.SIZES[1], (0, 1, 9))[1].astype(np.uint8)
@@ -152,7 +155,7 @@ def config_of(root, dataset="folder", **changes):
 
 
 def scan(root, dataset="folder", split="train", **changes):
-    return by_name.find(config_of(root, dataset, **changes), split, "semantic").examine()
+    return tiny_coco.examined(by_name.find(config_of(root, dataset, **changes), split, "semantic"))
 
 
 def test_folder_of_pictures(tmp_path):

@@ -1,6 +1,7 @@
 """Splits are prepared once and read by position; batches come in an order that nothing changes."""
 
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -18,11 +19,12 @@ import numpy as np
 import pytest
 import tiny_coco
 
-from knet_jax.data import batches, pipeline, recipes, records, sampler, transforms
+from knet_jax.data import batches, pipeline, recipes, records, sampler, shards, transforms
 from knet_jax.data.sources import shapes as shapes_module
 from knet_jax.segmentation import class_lists
 from knet_jax.segmentation.segments import Categories, PanopticMap
 from knet_jax.structs import EMPTY
+from knet_jax.system import workers
 from knet_jax.system.errors import UserError
 
 TASKS = ("panoptic", "instance", "semantic")
@@ -102,7 +104,7 @@ def test_slices(shapes):
 
 def test_records_are_written_in_order_to_several_files(tmp_path, monkeypatch):
     for records_per_file in (8, 23):
-        monkeypatch.setattr(records, "RECORDS_PER_FILE", records_per_file)
+        monkeypatch.setattr(shards, "RECORDS_PER_FILE", records_per_file)
         config = tiny_coco.data_config(tmp_path / str(records_per_file))
         split = pipeline.load_split(config, "train", "panoptic")
         files = list(split.directory.glob("*array_record*"))
@@ -122,15 +124,21 @@ def test_records_are_written_in_order_to_several_files(tmp_path, monkeypatch):
             except UserError as error:
                 assert f"in {folder} is damaged; remove that folder" in str(error)
             path.write_bytes(content)
-    # What leaves metadata in order is noticed too; older ones have no digest.
-    path = folder / "metadata.json"
-    metadata = json.loads(path.read_text())
-    path.write_text(json.dumps({**metadata, "things": metadata["things"][::-1]}))
+    # What leaves everything in order is noticed too.
+    np.save(folder / "things.npy", split.num_things[::-1].copy())
     with pytest.raises(UserError, match="is damaged; remove that folder"):
         pipeline.load_split(config, "train", "panoptic")
+    # Older ones hold all in their metadata, the oldest without a digest.
+    path = folder / "metadata.json"
+    metadata = json.loads(sound[path])
     del metadata["digest"]
-    path.write_text(json.dumps(metadata))
-    assert len(pipeline.load_split(config, "train", "panoptic")) == 24
+    for name in ("sizes", "things"):
+        metadata[name] = np.load(io.BytesIO(sound[folder / f"{name}.npy"])).tolist()
+        (folder / f"{name}.npy").unlink()
+    for digest in ({}, {"digest": records.digest(metadata, [])}):
+        path.write_text(json.dumps(metadata | digest))
+        older = pipeline.load_split(config, "train", "panoptic")
+        assert older.facts() == split.facts() and older.description == split.description
 
 
 def test_names_and_features_of_what_is_prepared(splits):
@@ -413,13 +421,13 @@ def test_workers_end_with_a_parent_that_is_killed(shapes):
 def _feed_in_a_storm(config, counts):
     """Signals to the whole group, from before its workers start until they have all given batches."""
     os.setsid()
-    for signum in pipeline.GROUP_SIGNALS:
+    for signum in workers.GROUP_SIGNALS:
         signal.signal(signum, lambda *_: None)
     done = threading.Event()
 
     def signal_all():
         while not done.wait(0.05):
-            for signum in pipeline.GROUP_SIGNALS:
+            for signum in workers.GROUP_SIGNALS:
                 os.killpg(0, signum)
 
     config.num_workers = 2
@@ -433,26 +441,3 @@ def _feed_in_a_storm(config, counts):
 def test_workers_start_through_signals_to_the_whole_group(shapes):
     with process(_feed_in_a_storm, shapes[0]) as (_, counts):
         assert counts.get(timeout=120) == 4
-
-
-def _prepare_slowly(config, _):
-    def draw(*args, draw=shapes_module.draw):
-        time.sleep(0.2)
-        return draw(*args)
-
-    shapes_module.draw = draw
-    pipeline.load_split(config, "train", "panoptic")
-
-
-@pytest.mark.slow
-def test_killed_preparation_starts_anew(tmp_path):
-    config = tiny_coco.data_config(tmp_path)
-    with process(_prepare_slowly, config) as (started, _):
-        deadline = time.time() + 60
-        while not list(tmp_path.glob("shapes/*/*/*")) and time.time() < deadline:
-            time.sleep(0.02)
-        time.sleep(0.5)
-        assert started.is_alive()
-    assert list(tmp_path.glob("shapes/*/incomplete*/*"))
-    assert not list(tmp_path.glob("shapes/*/1.0.0"))
-    assert len(pipeline.load_split(config, "train", "panoptic")) == 24

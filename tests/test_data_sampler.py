@@ -1,10 +1,18 @@
 import itertools
 
 import numpy as np
+import pytest
 
 from knet_jax.data import sampler
 
 GROUPS = (np.array([0, 2, 3, 5, 6, 8, 9]), np.array([1, 4, 7]))
+
+
+@pytest.fixture(params=["drawn", "by index"], autouse=True)
+def way(request, monkeypatch):
+    """Orders of few pictures are drawn; here they are tried as those of many, too."""
+    if request.param == "by index":
+        monkeypatch.setattr(sampler, "DRAWN", 0)
 
 
 def epoch(epochs, number):
@@ -50,3 +58,14 @@ def test_generators_differ_between_examples():
     draws = [epochs.generator(i, row).random() for i in range(50) for row in range(2)]
     assert len(set(draws)) == 100
     assert epochs.generator(10, 1).random() == draws[21]
+
+
+def test_orders_by_index():
+    for count in (1, 2, 3, 100, 257, 4096):
+        order = sampler.Shuffled(count, np.random.default_rng(0))
+        np.testing.assert_array_equal(np.sort(order[np.arange(count)]), np.arange(count))
+    # Any place leads anywhere, and neighbours part: chi-square of 16 bins, and of their distances.
+    orders = [sampler.Shuffled(3 << 20, np.random.default_rng(i))[np.arange(8)] for i in range(500)]
+    for numbers in (np.array(orders), np.diff(orders) % (3 << 20)):
+        counts, _ = np.histogram(numbers, 16, (0, 3 << 20))
+        assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 40

@@ -174,6 +174,7 @@ OTHERS = {
     "deformable": ("coco_panoptic.py:tiny,tiny_dcn", {}),
     "swin": ("coco_panoptic.py:tiny,tiny_swin", {}),
     "convnext": ("coco_panoptic.py:tiny,tiny_convnext", {}),
+    "vit": ("coco_panoptic.py:tiny,tiny_vit", {}),
     "coordinates": ("coco_instance.py:tiny", {"model.neck.coordinates": True}),
     "deeplabv3": ("ade20k_semantic.py:deeplabv3,tiny", {}),
     "uper": ("ade20k_semantic.py:uper,tiny", {}),
@@ -194,7 +195,7 @@ def test_every_network_has_a_translation(case):
     shapes = variable_shapes(network)
     variables = tiny_runs.random_variables(shapes, np.random.default_rng(0))
     function = program.make_program(config, network, [Framing((64, 96), 64, 96)])
-    inputs = program.input_shapes((50, 70), 1)
+    inputs = program.input_shapes((50, 70))
     weights = flatten_dict(variables, sep="/")
     proto = onnx_model.convert(function, weights, inputs, lambda outputs: {})
     session = onnxruntime.InferenceSession(

@@ -1,6 +1,7 @@
 """Writes small datasets in COCO's layout, sound or broken as a test wants."""
 
 import json
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,9 @@ import ml_collections
 import numpy as np
 from pycocotools import mask as run_lengths
 
+from knet_jax.data import shards
 from knet_jax.data.annotations import by_task
+from knet_jax.data.prepared_split import Split
 from knet_jax.data.sources import by_name
 from knet_jax.segmentation import image_files
 
@@ -54,10 +57,25 @@ def data_config(data_dir: Path, root: Path | str = "", **changes) -> ml_collecti
     return ml_collections.ConfigDict(values | changes)
 
 
+def examined(source) -> SimpleNamespace:
+    """What is written of a dataset, and what is said of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = shards.plan(source, Path(folder))
+        list(shards.write_locally(1, plan.parts))
+        split = Split(shards.finish(source, plan, Path(folder)), source.split)
+        metadata = json.loads((split.directory / "metadata.json").read_text())
+        return SimpleNamespace(
+            categories=split.categories,
+            count=len(split),
+            records=[split.record(index) for index in range(len(split))],
+            problems=metadata["problems"],
+        )
+
+
 def split_in_memory(config, split: str, task: str) -> SimpleNamespace:
     """What the loader needs of a split, straight from a dataset's files; nothing is prepared."""
-    examples = by_name.find(config, split, task).examine()
-    records = list(examples.records)
+    examples = examined(by_name.find(config, split, task))
+    records = examples.records
     kind = by_task.KINDS[task](examples.categories)
     return SimpleNamespace(
         task=task,

@@ -35,7 +35,7 @@ from knet_jax.system.errors import UserError, suggest
 
 TASKS = ("panoptic", "instance", "semantic")
 DATASETS = ("ade20k", "cityscapes", "coco", "folder", "scene_parse150", "shapes")
-BACKBONES = ("resnet", "swin", "convnext")
+BACKBONES = ("resnet", "swin", "convnext", "vit")
 NECKS = ("semantic_fpn", "fcn", "psp", "aspp", "uper")
 NORMS = ("frozen_batch", "batch", "group")
 DTYPES = ("float32", "bfloat16")
@@ -286,6 +286,23 @@ CONVNEXT = {
     "model.backbone.depths": Key((3, 3, 9, 3), FOUR, "blocks; (3, 3, 27, 3) from ConvNeXt-S on"),
     "model.backbone.drop_path": DROP_PATH,
 }
+VIT = {
+    "model.backbone.channels": Key(768, ONE, "384 in ViT-S, 1024 in -L"),
+    "model.backbone.depth": Key(12, rules.whole(1, 100), "blocks; 24 in ViT-L"),
+    "model.backbone.num_heads": Key(12, ONE, "6 in ViT-S, 16 in -L"),
+    "model.backbone.patch": Key(14, rules.whole(4, 64), "side of patches; 16 in DINOv3"),
+    "model.backbone.registers": Key(4, rules.whole(0, 64), "tokens without a place"),
+    "model.backbone.positions": Key(
+        "learned", one_of("learned", "rotary"), "`learned` as in DINOv2, `rotary` as in DINOv3"
+    ),
+    "model.backbone.grid": Key(
+        37, rules.whole(1, 256), "patches of a side that have learned positions"
+    ),
+    "model.backbone.frozen_trunk": Key(
+        False, YES_NO, "trains the pyramid only; the transformer then keeps nothing for a gradient"
+    ),
+    "model.backbone.drop_path": DROP_PATH,
+}
 
 SEMANTIC_FPN = {
     "model.neck.sine": Key(True, YES_NO, "positional encoding (Table 4b)"),
@@ -310,6 +327,7 @@ KEY_GROUPS = (
     KeyGroup("model.backbone.name", ("resnet",), RESNET),
     KeyGroup("model.backbone.name", ("swin",), SWIN),
     KeyGroup("model.backbone.name", ("convnext",), CONVNEXT),
+    KeyGroup("model.backbone.name", ("vit",), VIT),
     KeyGroup("model.neck.name", ("semantic_fpn",), SEMANTIC_FPN),
     KeyGroup("model.neck.name", ("fcn", "psp", "aspp", "uper"), DECODER),
     KeyGroup("model.neck.name", ("psp", "uper"), POOLING),

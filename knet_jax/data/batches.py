@@ -27,15 +27,6 @@ class Failure(NamedTuple):
     reason: str
 
 
-class EvalPlan(NamedTuple):
-    """What a batch for evaluation shows."""
-
-    positions: np.ndarray
-    """int [b]: of the pictures in the split; `EMPTY` where the batch has no picture."""
-    canvases: tuple[tuple[int, int], ...]
-    """For every recipe, the height and width of a canvas that holds each of the pictures."""
-
-
 class Prepared(NamedTuple):
     """What a worker hands over."""
 
@@ -90,14 +81,31 @@ def train_batch(
     return Prepared((batch,), [], failures)
 
 
-def eval_batch(split: Split, recipes: Sequence[WholePicture | Crop], plan: EvalPlan) -> Prepared:
-    """A batch for evaluation by each of the recipes, not augmented and without targets.
+def eval_batch(
+    split: Split,
+    recipes: Sequence[WholePicture | Crop],
+    positions: np.ndarray,
+    rows: slice,
+    index: int,
+) -> Prepared:
+    """Some rows of a batch for evaluation by each of the recipes, not augmented and without targets.
 
     A broken picture leaves its place empty.
+
+    Args:
+        split: where the pictures come from.
+        recipes: how they are changed.
+        positions: int [batches, pictures], of the pictures in the split; `EMPTY` where there is none.
+        rows: which of a batch are wanted.
+        index: of the batch.
     """
-    scales = tuple(empty_batch(len(plan.positions), canvas) for canvas in plan.canvases)
+    shown = positions[index]
+    sizes = map(tuple, split.sizes[shown[shown != EMPTY]].tolist())
+    # The canvases of a batch hold each of its pictures.
+    fits = np.max([[recipe.eval_canvas(size) for recipe in recipes] for size in sizes], axis=0)
+    scales = tuple(empty_batch(len(shown[rows]), canvas) for canvas in map(tuple, fits.tolist()))
     truths, failures = [], []
-    for place, position in enumerate(plan.positions.tolist()):
+    for place, position in enumerate(shown[rows].tolist()):
         if position == EMPTY:
             continue
         record = split.record(position)

@@ -6,10 +6,10 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
+import tqdm
 
-from knet_jax.data import recipes
+from knet_jax.data import recipes, shards
 from knet_jax.data.prepared_split import Split
-from knet_jax.data.sources.examine import in_threads
 from knet_jax.segmentation import drawing, rle
 from knet_jax.segmentation.segments import PanopticMap
 from knet_jax.system.errors import UserError
@@ -45,7 +45,7 @@ def find_suspicious(split: Split, config_data: Any) -> list[str]:
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
         found.append(f"nothing is annotated as {', '.join(absent[:10])}{more}")
     if split.task == "semantic":
-        most, ignored = names[counts.argmax()], split.total_sizes.prod(1).sum() - counts.sum()
+        most, ignored = names[counts.argmax()], split.num_pixels - counts.sum()
         if ignored and (counts > 0).sum() == 1:
             found.append(
                 f"beside {most!r} there are only ignored pixels; if they are a class (masks of 0 and "
@@ -91,9 +91,9 @@ def report(split: Split) -> str:
         several lines: broken pictures, the share of ignored pixels, overlaps, hidden masks, and the
         share of the pixels by class.
     """
-    results = in_threads(
-        functools.partial(_inspect, split), range(len(split)), f"Checking {split.name}"
-    )
+    inspect = functools.partial(_inspect, split)
+    with shards.in_threads(inspect, range(len(split))) as found:
+        results = list(tqdm.tqdm(found, f"Checking {split.name}", len(split), unit="img"))
     broken = [result for result in results if isinstance(result, str)]
     findings = [result for result in results if isinstance(result, Finding)]
     lines = [f"{len(findings)} pictures decoded"]

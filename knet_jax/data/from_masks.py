@@ -6,7 +6,7 @@ import os
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from knet_jax.segmentation import class_lists, image_files, rle
 from knet_jax.segmentation.coco_files import PanopticResults
 from knet_jax.segmentation.segments import Categories, PanopticMap, SegmentInfo
 from knet_jax.system.errors import UserError
-from knet_jax.system.output_files import write_json
+from knet_jax.system.output_files import write_json_lists
 
 
 def write_panoptic_dataset(
@@ -132,7 +132,7 @@ def read_maps(
         UserError: a map is missing, broken or does not fit.
     """
     classes = index_maps.read_indices(examine.read_file(pair.png), str(pair.png), colors)
-    examine.decoded_size(pair.path, classes.shape)
+    examine.read_picture(pair.path, classes.shape)
     strange = set(np.unique(classes).tolist()) - set(indices) - {void}
     if strange:
         raise UserError(
@@ -205,8 +205,8 @@ def describe_thing(
 def write_instances(
     root: Path,
     split: str,
-    pictures: Sequence[dict],
-    annotations: Sequence[dict],
+    pictures: Iterable[dict],
+    annotations: Iterable[dict],
     categories: Mapping[int, str],
     problems: Sequence[str],
 ) -> None:
@@ -216,10 +216,12 @@ def write_instances(
         "annotations": annotations,
         "categories": [{"id": id, "name": name} for id, name in categories.items()],
     }
-    write_json(root / f"annotations/instances_{split}.json", content)
+    counts = write_json_lists(root / f"annotations/instances_{split}.json", content)
     print(
-        f"wrote {len(pictures)} pictures with {len(annotations)} things of {len(categories)} classes "
-        f"to {root}; {len(problems)} problems"
+        "wrote {images} pictures with {annotations} things of {categories} classes".format(
+            **counts
+        ),
+        f"to {root}; {len(problems)} problems",
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+import pickle
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,36 +58,52 @@ def write_instance_dataset(
         if not folder.is_dir():
             raise UserError(f"--{flag}: there is no folder {folder}")
     listed = read_names(names) if names else {}
-    found, problems = [], []
-    for path in tqdm.tqdm(index_maps.find_pictures(images), "Converting", unit="img"):
-        name = path.relative_to(images)
-        try:
-            size = examine.decoded_size(path)
-            things, remarks = read_things(labels / name, size)
-            things = [(listed[t.name] if isinstance(t.name, int) else t.name, t) for t in things]
-        except KeyError:
-            problems.append(f"{name}: a class's number is beyond the {len(listed)} of --names")
-        except Exception as error:  # noqa: BLE001 - whatever files of others lead to
-            problems.append(f"{name}: {error}, left out")
-        else:
-            found.append((path, name.as_posix(), size, things))
-            problems += [f"{name}: {remark}, dropped" for remark in remarks]
-    used = {name for *_, things in found for name, _ in things}
-    categories = [*listed.values()] or sorted(used)
-    if not (found and categories):
-        raise UserError(f"no picture of {images} can be used; {(problems or ['there is none'])[0]}")
-    pictures, annotations = [], []
-    for number, (path, name, (height, width), things) in enumerate(found, 1):
-        link(path, root / split / name)
-        pictures.append({"id": number, "file_name": name, "height": height, "width": width})
-        for label, thing in things:
-            if label not in categories:
-                problems.append(f"{name}: {label!r} is not in --names, dropped")
-                continue
-            mask, _ = rle.from_annotation(thing.polygons, (height, width))
-            ids = (len(annotations) + 1, number, 1 + categories.index(label))
-            annotations.append(describe_thing(*ids, thing.polygons, mask))
-    write_instances(root, split, pictures, annotations, dict(enumerate(categories, 1)), problems)
+    count, used, problems = 0, set(), []
+    with tempfile.TemporaryFile() as read:  # there may be more than memory holds
+        for path in tqdm.tqdm(index_maps.find_pictures(images), "Converting", unit="img"):
+            name = path.relative_to(images)
+            try:
+                _, size = examine.read_picture(path)
+                things, remarks = read_things(labels / name, size)
+                things = [
+                    (listed[t.name] if isinstance(t.name, int) else t.name, t) for t in things
+                ]
+            except KeyError:
+                problems.append(f"{name}: a class's number is beyond the {len(listed)} of --names")
+            except Exception as error:  # noqa: BLE001 - whatever files of others lead to
+                problems.append(f"{name}: {error}, left out")
+            else:
+                pickle.dump((path, name.as_posix(), size, things), read)
+                count += 1
+                used |= {label for label, _ in things}
+                problems += [f"{name}: {remark}, dropped" for remark in remarks]
+        categories = [*listed.values()] or sorted(used)
+        if not (count and categories):
+            first = (problems or ["there is none"])[0]
+            raise UserError(f"no picture of {images} can be used; {first}")
+
+        def find_all() -> Iterator[tuple]:
+            read.seek(0)
+            return ((number, *pickle.load(read)) for number in range(1, count + 1))
+
+        def pictures() -> Iterator[dict]:
+            for number, path, name, (height, width), _ in find_all():
+                link(path, root / split / name)
+                yield {"id": number, "file_name": name, "height": height, "width": width}
+
+        def annotations() -> Iterator[dict]:
+            ids = itertools.count(1)
+            for number, _, name, size, things in find_all():
+                for label, thing in things:
+                    if label not in categories:
+                        problems.append(f"{name}: {label!r} is not in --names, dropped")
+                        continue
+                    mask, _ = rle.from_annotation(thing.polygons, size)
+                    place = (next(ids), number, 1 + categories.index(label))
+                    yield describe_thing(*place, thing.polygons, mask)
+
+        named = dict(enumerate(categories, 1))
+        write_instances(root, split, pictures(), annotations(), named, problems)
     return problems
 
 

@@ -10,13 +10,7 @@ import contextlib
 import functools
 import itertools
 import logging
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import resource_tracker
 from typing import Any
 
 import cv2
@@ -25,27 +19,28 @@ import jax
 import numpy as np
 from absl import flags
 
-from knet_jax.data import batches, prepared_split, recipes, records, sampler
+from knet_jax.data import batches, prepared_split, recipes, records, sampler, shards
 from knet_jax.data.prepared_split import Split
 from knet_jax.data.sources import by_name
 from knet_jax.structs import EMPTY, Batch
-from knet_jax.system import processes, shared_memory
+from knet_jax.system import processes, shared_memory, workers
 from knet_jax.system.errors import UserError
 
 LEAST = 500
 """A share of broken pictures is judged as if there were at least so many pictures."""
 ENDLESS = 1 << 48
 """Batches of the dataset that a training reads: more than any will take."""
-NO_LEAK_WARNING = "ignore:resource_tracker:UserWarning"
-"""Python's filter for a warning of its cleaner of shared memory."""
-
-GROUP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""What schedulers and terminals send to all processes of a run; the parent alone acts on them."""
 
 log = logging.getLogger(__name__)
 
 
-def load_split(config_data, split: str, task: str, describe: bool = False) -> Split:
+def load_split(
+    config_data,
+    split: str,
+    task: str,
+    describe: bool = False,
+    write: shards.Write | None = None,
+) -> Split:
     """Opens a split, and converts it to ArrayRecord before if that has not been done.
 
     Of several processes, the main one does so first; others then find it done, or do it on their disk.
@@ -55,13 +50,14 @@ def load_split(config_data, split: str, task: str, describe: bool = False) -> Sp
         split: a name, or a slice of one such as `train[:8]`.
         task: `config.task`, which decides the kind of annotation.
         describe: prints what it holds, which otherwise is done only where it is new.
+        write: how a new one is written, as of `prepared_split.prepare`.
 
     Raises:
         UserError: the dataset cannot be found, understood or written, or other processes have another.
     """
     with processes.main_first():
         source = by_name.find(config_data, prepared_split.split_name(split), task)
-        directory, is_new = prepared_split.prepare(source, records.data_dir(config_data))
+        directory, is_new = prepared_split.prepare(source, records.data_dir(config_data), write)
     with processes.together():
         found = Split(directory, split)
     processes.check_same({f"split '{split}'": found.facts()})
@@ -166,18 +162,20 @@ def eval_batches(
     recipe = recipes.find(split.task, config_data)
     rows = _process_rows(batch_size, process_index, process_count)
     scaled = recipes.at_ratios(recipe, ratios)
-    sizes = [tuple(size) for size in split.sizes[:limit].tolist()]
-    canvases = np.array([recipe.eval_canvas(size) for size in sizes])
-    plans = []
-    for shared in np.unique(canvases, axis=0):
-        [group] = np.nonzero((canvases == shared).all(1))
+    sizes = split.sizes[:limit]
+    # Millions of pictures have few sizes, and fewer canvases.
+    keys, of_key = np.unique(sizes.astype(np.int64) @ (1 << 32, 1), return_inverse=True)
+    canvases = [recipe.eval_canvas(divmod(key, 1 << 32)) for key in keys.tolist()]
+    canvases, of_size = np.unique(canvases, axis=0, return_inverse=True)
+    of_picture = of_size.ravel()[of_key]
+    positions = []
+    for number in range(len(canvases)):
+        group = np.flatnonzero(of_picture == number).astype(np.int32)
         padded = np.pad(group, (0, -len(group) % batch_size), constant_values=EMPTY)
-        for positions in padded.reshape(-1, batch_size):
-            real = [sizes[i] for i in positions if i != EMPTY]
-            fits = np.max([[s.eval_canvas(size) for s in scaled] for size in real], axis=0)
-            plans.append(batches.EvalPlan(positions[rows], tuple(map(tuple, fits.tolist()))))
-    make = functools.partial(batches.eval_batch, split, scaled)
-    results = _run_workers(grain.MapDataset.source(plans).map(make), recipe, len(sizes))
+        positions.append(padded.reshape(-1, batch_size))
+    positions = np.concatenate(positions)
+    make = functools.partial(batches.eval_batch, split, scaled, positions, rows)
+    results = _run_workers(grain.MapDataset.range(len(positions)).map(make), recipe, len(sizes))
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
     # may be kept for long. (A pipe is no way out: Grain waits 25 s for a worker that is stopped
     # while it writes something large.)
@@ -216,18 +214,15 @@ def _run_workers(
     if not flags.FLAGS.is_parsed():
         # Grain reads flags of its own; without absl's `app.run` nobody has parsed them.
         flags.FLAGS.mark_as_parsed()
-    # At the end Python's cleaner removes what Grain still had ready, and calls that a leak.
-    if recipe.num_workers and NO_LEAK_WARNING not in sys.warnoptions:
-        sys.warnoptions.append(NO_LEAK_WARNING)
     # Without workers a thread makes the next batch. (Grain's default would hold 500 batches.)
     ahead = 0 if recipe.num_workers else 1
     elements = dataset.to_iter_dataset(grain.ReadOptions(ahead, prefetch_buffer_size=ahead))
-    workers = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
+    options = grain.MultiprocessingOptions(num_workers=recipe.num_workers)
     start = functools.partial(_start_worker, shared_memory.claim() if recipe.num_workers else "")
-    iterator = iter(elements.mp_prefetch(workers, worker_init_fn=start))
+    iterator = iter(elements.mp_prefetch(options, worker_init_fn=start))
     broken = set()
     try:
-        with _group_signals_blocked() if recipe.num_workers else contextlib.nullcontext():
+        with workers.starting() if recipe.num_workers else contextlib.nullcontext():
             first = list(itertools.islice(iterator, 1))
         for prepared in itertools.chain(first, iterator):
             for failure in prepared.failures:
@@ -254,31 +249,8 @@ def _run_workers(
         iterator.close()
 
 
-@contextlib.contextmanager
-def _group_signals_blocked() -> Iterator[None]:
-    """Blocks Ctrl-C and SIGTERM in the workers that start inside, until they ignore them.
-
-    Without it a Ctrl-C in the first seconds of a run would end workers before they have come to
-    `_start_worker`. Signals to this process wait meanwhile, or reach its other threads.
-    """
-    resource_tracker.ensure_running()  # its own start would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker(segments: str, *_: int) -> None:
     """What Grain calls first in a worker. Names of shared memory begin with `segments`."""
     shared_memory.name_segments(segments)
     cv2.setNumThreads(0)  # the workers are the parallelism
-    for signum in GROUP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends a worker whose parent was killed; it would wait for it, and hold its memory, for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    workers.start()

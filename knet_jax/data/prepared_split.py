@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import re
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+import tqdm
 
-from knet_jax.data import records
+from knet_jax.data import records, shards
 from knet_jax.data.annotations import by_task
 from knet_jax.data.annotations.kind import Record
 from knet_jax.segmentation import image_files
@@ -35,15 +39,18 @@ def split_name(spec: str) -> str:
     return match[1]
 
 
-def prepare(source: records.Source, data_dir: Path) -> tuple[Path, bool]:
-    """Converts a split to ArrayRecord, unless that has been done.
+def prepare(
+    source: records.Source, data_dir: Path, write: shards.Write | None = None
+) -> tuple[Path, bool]:
+    """Converts a split to ArrayRecord, unless that has been done, showing progress.
 
-    A split that is interrupted half-way is never taken for whole: TFDS writes to a directory of
-    another name (test_killed_preparation_starts_anew).
+    What is not finished stays in a folder `incomplete`, and the next call goes on there. It moves to
+    its place when it is whole, and goes where the dataset is to be mended.
 
     Args:
         source: the split.
         data_dir: folder of all prepared datasets.
+        write: writes the shards; None takes a process for each core.
 
     Returns:
         the directory of the prepared split, and whether it is new.
@@ -52,32 +59,46 @@ def prepare(source: records.Source, data_dir: Path) -> tuple[Path, bool]:
         UserError: the dataset cannot be used, or its records cannot be written.
     """
     directory = data_dir / source.dataset / source.name / str(records.VERSION)
-    if directory.exists():
-        print(
-            f"{source.split}: prepared already in {directory} (remove it to prepare anew)",
-            flush=True,
-        )
-        return directory, False
+    unfinished = directory.with_name("incomplete")
+    is_new = not directory.exists()
     try:
-        # TFDS speaks of downloads and configs; bars and what we log ourselves stay.
-        with silenced("tensorflow_datasets"), contextlib.redirect_stdout(io.StringIO()):
-            builder = records.RecordBuilder(source, data_dir)
-            builder.download_and_prepare(file_format="array_record")
+        if is_new:
+            _prepare(source, unfinished, write or partial(shards.write_locally, 0), directory)
+    except UserError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     except (OSError, RuntimeError) as error:  # array_record raises the latter on a full disk
-        if directory.exists():
-            # Another process has prepared the same split meanwhile.
-            return directory, False
-        raise UserError(
-            f"config.data.data_dir: split '{source.split}' cannot be written to '{data_dir}': {error}"
-        ) from error
-    print(f"{source.split}: prepared in {directory}", flush=True)
-    return directory, True
+        is_new = False
+        # Another process may have prepared the same split meanwhile.
+        if not directory.exists():
+            raise UserError(
+                f"config.data.data_dir: split '{source.split}' cannot be written to '{data_dir}': "
+                f"{error}"
+            ) from error
+    shutil.rmtree(unfinished, ignore_errors=True)
+    done = "prepared in" if is_new else "prepared already in"
+    hint = "" if is_new else " (remove it to prepare anew)"
+    print(f"{source.split}: {done} {directory}{hint}", flush=True)
+    return directory, is_new
+
+
+def _prepare(
+    source: records.Source, unfinished: Path, write: shards.Write, directory: Path
+) -> None:
+    plan = shards.plan(source, unfinished)
+    with tqdm.tqdm(None, f"Writing {source.split}", plan.count, unit="img") as progress:
+        for count in write(plan.parts):
+            progress.update(count)
+    with silenced("tensorflow_datasets"), contextlib.redirect_stdout(io.StringIO()):
+        prepared = shards.finish(source, plan, unfinished)
+    prepared.rename(directory)
 
 
 class Split:
     """Random access to the pictures of a prepared split, or of a slice of it.
 
-    Nothing is decoded before it is asked for. Objects can be sent to other processes.
+    Nothing is decoded before it is asked for, and what is known of all pictures stays on disk. Other
+    processes, to which objects can be sent, open the files anew.
 
     Args:
         directory: where the split was prepared.
@@ -88,24 +109,32 @@ class Split:
     """
 
     def __init__(self, directory: Path, spec: str):
-        self.name = split_name(spec)
+        self.name, self._spec = split_name(spec), spec
         self.directory = directory
         with self._damage_named():
             builder = tfds.builder_from_directory(directory)
-            splits, metadata = builder.info.splits, builder.info.metadata
-            if metadata.get("digest", proof := records.digest(metadata)) != proof:
-                raise ValueError("metadata.json is not as it was written")
+            splits = builder.info.splits
+            metadata = json.loads((directory / "metadata.json").read_bytes())
+            # Older ones hold the columns themselves.
+            names = () if "sizes" in metadata else records.COLUMNS
+            columns = [directory / name for name in names]
+            if metadata.get("digest", proof := records.digest(metadata, columns)) != proof:
+                raise ValueError("metadata.json and what it tells of are not as they were written")
             self.task = metadata["task"]
             self.categories = Categories.of(metadata["categories"])
             self.kind = by_task.KINDS[self.task](self.categories)
             self.columns = metadata["columns"]
             """The sums of the counts of `Kind.tally`, over the whole split."""
-            self.description = records.describe(metadata)
-            """What the whole split holds, as a text."""
             total = splits[self.name].num_examples
-            self.total_sizes = np.array(metadata["sizes"], np.int32).reshape(total, 2)
-            """int32 [N, 2]: height and width of all pictures of the split."""
-            num_things = np.array(metadata["things"], np.int32).reshape(total)
+            loaded = [np.load(path, mmap_mode="r") for path in columns]
+            sizes, things = loaded or (
+                np.array(metadata[name], np.int32) for name in ("sizes", "things")
+            )
+            sizes, things = sizes.reshape(total, 2), things.reshape(total)
+            self.num_pixels = int(np.einsum("i,i->", *sizes.T, dtype=np.int64))
+            """Of all pictures of the whole split together."""
+            self.description = records.describe(metadata, total, self.num_pixels)
+            """What the whole split holds, as a text."""
             missing = [file for file in splits[self.name].filepaths if not Path(file).is_file()]
             if missing:
                 raise FileNotFoundError(f"{missing[0]} is missing")
@@ -121,9 +150,9 @@ class Split:
                 if isinstance(feature, tfds.features.Image)
             }
             self._source = builder.as_data_source(spec, decoders=decoders)
-        self.sizes = self.total_sizes[chosen.from_ : chosen.to]
+        self.sizes = sizes[chosen.from_ : chosen.to]
         """int32 [n, 2]: height and width of the pictures."""
-        self.num_things = num_things[chosen.from_ : chosen.to]
+        self.num_things = things[chosen.from_ : chosen.to]
         """int32 [n]: how many things each picture shows, crowds left out."""
         if not len(self):
             raise UserError(f"config.data: split '{spec}' holds no picture")
@@ -142,11 +171,14 @@ class Split:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def __reduce__(self) -> tuple[type[Split], tuple[Path, str]]:
+        return Split, (self.directory, self._spec)
+
     def facts(self) -> str:
         """A text that tells splits of other pictures or classes apart."""
         digest = hashlib.sha256(repr((self.task, self.categories)).encode())
         for column in (self.sizes, self.num_things):
-            digest.update(column.tobytes())
+            digest.update(column)
         return (
             f"{len(self)} pictures, {len(self.categories.names)} classes, {digest.hexdigest()[:10]}"
         )

@@ -50,7 +50,7 @@ class WholePicture(NamedTuple):
             split: has int arrays `sizes` [n, 2] and `num_things` [n], as `prepared_split.Split`.
 
         Returns:
-            positions in the split, an int array for each group; landscape pictures come first.
+            positions in the split, int32, for each group; landscape pictures come first.
 
         Raises:
             UserError: no picture shows enough things.
@@ -62,7 +62,8 @@ class WholePicture(NamedTuple):
                 f"shows so many things, the most are {split.num_things.max()}"
             )
         landscape = split.sizes[:, 1] >= split.sizes[:, 0]
-        return [np.flatnonzero(shown & landscape), np.flatnonzero(shown & ~landscape)]
+        groups = (shown & landscape, shown & ~landscape)
+        return [np.flatnonzero(group).astype(np.int32) for group in groups]
 
     def train_view(self, size: tuple[int, int], rng: np.random.Generator) -> View:
         """Draws at random how a picture of a height and width is resized and flipped."""
@@ -110,7 +111,7 @@ class Crop(NamedTuple):
 
     def groups(self, split: Any) -> Sequence[np.ndarray]:
         """Which pictures may share a training batch: all of them, in one group."""
-        return [np.arange(len(split.sizes))]
+        return [np.arange(len(split.sizes), dtype=np.int32)]
 
     def train_view(self, label_map: np.ndarray, rng: np.random.Generator) -> View:
         """Draws at random how a picture is resized, cropped, flipped and distorted.

@@ -1,46 +1,54 @@
 """The one form in which every dataset is stored: pictures with annotations in ArrayRecord, by TFDS.
 
-A dataset says what it holds (`Examples`); `RecordBuilder` writes it, once, without TensorFlow. What
-the loader must know without reading a picture (sizes, number of things) stands in the metadata, so
-that pictures are grouped by orientation before the first one is decoded.
+A dataset says what it holds (`Examples`); `shards` writes it, once, without TensorFlow. What the loader
+must know without reading a picture (sizes, number of things) stands in arrays beside the records, so that
+pictures are grouped by orientation before the first one is decoded.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-import tqdm
 
 from knet_jax.data.annotations import by_task
 from knet_jax.data.annotations.kind import Record
 from knet_jax.segmentation.segments import Categories
+from knet_jax.system.errors import UserError
 
 VERSION = tfds.core.Version("1.0.0")
 """To be raised when the form of the records changes, so that older ones are prepared anew."""
-RECORDS_PER_FILE = 1000
-"""TFDS keeps the records of a file in memory while it writes the file."""
+COLUMNS = ("sizes.npy", "things.npy")
+"""Files beside the records, a row for each: height and width, int32 [N, 2]; number of things, int32 [N]."""
 MAX_PROBLEMS = 20
 """How many problems of a dataset are shown."""
 
 
+class Unfit(UserError):
+    """Something of one picture that makes the whole dataset unfit for use."""
+
+
 class Examples(NamedTuple):
-    """A split of a dataset, examined and ready to be written."""
+    """A split of a dataset, ready to be read picture by picture, by several processes."""
 
     categories: Categories
     count: int
-    records: Iterable[Record]
-    """`count` of them, each read or drawn when it is asked for."""
+    """How many entries there are."""
+    entries: Iterable[tuple[str, Any]]
+    """For each picture its name, for messages, and what `read` takes."""
+    read: Callable[[Any], tuple[Record, Sequence[str]]]
+    """Reads and decodes a picture: its record, and what is wrong with parts of it. Any error means that
+    the picture is left out, but `Unfit` ends the preparation. Like its argument it can be pickled."""
     problems: Sequence[str]
-    """What is wrong with the dataset, a line each."""
+    """What else is wrong with the dataset, a line each."""
+    place: str
+    """Begins the message where no picture shows anything; "" where that is no mistake."""
 
 
 class Source(NamedTuple):
@@ -54,7 +62,7 @@ class Source(NamedTuple):
     split: str
     task: str
     examine: Callable[[], Examples]
-    """Reads the files. Raises UserError where they cannot be used."""
+    """Lists the pictures. Raises UserError where the dataset cannot be used."""
 
 
 def config_name(task: str, split: str, *facts: object) -> str:
@@ -69,92 +77,46 @@ def data_dir(config_data) -> Path:
     return Path(os.path.expanduser(given))
 
 
-class RecordBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Writes one split of a dataset.
+def features(task: str) -> tfds.features.FeaturesDict:
+    """What a record of a task holds."""
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "image_id": np.int64,
+            "file_name": tfds.features.Text(),
+            **by_task.KINDS[task].features(),
+        }
+    )
 
-    A split is prepared on its own: evaluation needs no training pictures. Records are written as
-    they come. TFDS' builders that sort do so on disk beyond a gigabyte, and need TensorFlow for it
-    (test_records_are_written_in_order_to_several_files).
+
+def digest(metadata: Mapping[str, Any], columns: Sequence[Path]) -> str:
+    """A digest of the metadata of a prepared split, but for the one that they hold themselves.
 
     Args:
-        source: what to write.
-        data_dir: folder of all prepared datasets.
+        metadata: what metadata.json holds.
+        columns: files of what is known of every picture.
     """
-
-    VERSION = VERSION
-
-    def __init__(self, source: Source, data_dir: Path):
-        self.name = source.dataset
-        self._source = source
-        super().__init__(config=tfds.core.BuilderConfig(name=source.name), data_dir=data_dir)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "image_id": np.int64,
-                    "file_name": tfds.features.Text(),
-                    **by_task.KINDS[self._source.task].features(),
-                }
-            ),
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(),
-        )
-
-    def _shard_iterators_per_split(self, _):
-        examples = self._source.examine()
-        # One pass over the records, of which every file takes its part in turn.
-        encoded = self._encode(examples)
-        files = [functools.partial(itertools.islice, encoded, RECORDS_PER_FILE)]
-        files *= (examples.count - 1) // RECORDS_PER_FILE
-        return {self._source.split: [*files, functools.partial(iter, encoded)]}
-
-    def _encode(self, examples: Examples) -> Iterator[tuple[int, dict]]:
-        kind = by_task.KINDS[self._source.task](examples.categories)
-        sizes, things = [], []
-        columns: dict[str, np.ndarray] = {}
-        title = f"Writing {self._source.split}"
-        progress = tqdm.tqdm(examples.records, title, examples.count, unit="img")
-        for i, record in enumerate(progress):
-            num_things, counts = kind.tally(record)
-            columns = {name: columns.get(name, 0) + values for name, values in counts.items()}
-            sizes.append(list(record.size))
-            things.append(num_things)
-            yield (
-                i,
-                {
-                    "image": record.image,
-                    "image_id": record.image_id,
-                    "file_name": record.file_name,
-                    **kind.encode(record.annotation),
-                },
-            )
-        # Small, and readable as JSON.
-        metadata = {
-            "task": self._source.task,
-            "categories": examples.categories._asdict(),
-            "sizes": sizes,
-            "things": things,
-            "columns": {name: values.tolist() for name, values in columns.items()},
-            "problems": list(examples.problems),
-        }
-        self.info.metadata.update(metadata | {"digest": digest(metadata)})
-
-
-def digest(metadata: Mapping[str, Any]) -> str:
-    """A digest of the metadata of a prepared split, but for the one that they hold themselves."""
     content = {key: value for key, value in metadata.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    found = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for path in columns:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
-def describe(metadata: Mapping[str, Any]) -> str:
-    """What a prepared split holds, as a text for people: counts, classes, problems."""
+def describe(metadata: Mapping[str, Any], count: int, num_pixels: int) -> str:
+    """What a prepared split holds, as a text for people: counts, classes, problems.
+
+    Args:
+        metadata: what metadata.json holds.
+        count: number of pictures.
+        num_pixels: of all of them together.
+    """
     categories = Categories.of(metadata["categories"])
-    summary, texts = by_task.KINDS[metadata["task"]](categories).describe(metadata)
+    kind = by_task.KINDS[metadata["task"]](categories)
+    summary, texts = kind.describe(metadata["columns"], num_pixels)
     lines = [
-        f"{len(metadata['sizes'])} images, {summary}",
+        f"{count} images, {summary}",
         f"{categories.num_things} thing and {categories.num_stuff} stuff classes",
     ]
     width = max(len(name) for name in categories.names)

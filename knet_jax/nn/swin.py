@@ -88,13 +88,13 @@ def resize_position_bias(table: np.ndarray, window: int) -> np.ndarray:
         raise UserError(f"a table of {len(table)} position biases belongs to no window")
     if old == new:
         return table
-    matrix = _bicubic(old, new)
+    matrix = bicubic(old, new)
     square = table.reshape(old, old, -1).astype(np.float64)
     square = np.einsum("ia,jb,abh->ijh", matrix, matrix, square)
     return square.reshape(new * new, -1).astype(table.dtype)
 
 
-def _bicubic(old: int, new: int) -> np.ndarray:
+def bicubic(old: int, new: int) -> np.ndarray:
     """The matrix [new, old] of bicubic interpolation on one axis."""
     a = -0.75
     center = (np.arange(new) + 0.5) * old / new - 0.5

@@ -132,6 +132,17 @@ def check_backbone(path: str | Path, model: Mapping[str, Any]) -> None:
 
 def _describe_backbone(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The keys of `config.model.backbone` that the names and shapes of tensors show."""
+    patches = tensors.get("backbone.patch_embed.projection.weight")
+    blocks = re.findall(r"backbone\.blocks\.(\d+)\.", " ".join(tensors))
+    if patches is not None and blocks:
+        return {
+            "name": "vit",
+            "channels": len(patches),
+            "depth": 1 + max(map(int, blocks)),
+            "patch": patches.shape[-1],
+            "registers": tensors.get("backbone.register_tokens", patches[:, :0]).shape[1],
+            "positions": "learned" if "backbone.pos_embed" in tensors else "rotary",
+        }
     blocks = re.findall(
         r"backbone\.(?:layer|stages\.)(\d)\.(?:blocks\.)?(\d+)\.", " ".join(tensors)
     )

@@ -1,7 +1,8 @@
 """Parameters under the names of the reference, in both directions.
 
 The reference is the authors' PyTorch code on MMDetection 2 (instance, panoptic) and MMSegmentation
-(semantic); its ResNets have torchvision's names, Swin and ConvNeXt those of OpenMMLab. Each of its tensors
+(semantic); its ResNets have torchvision's names, Swin and ConvNeXt those of OpenMMLab,
+its vision transformers nearly those of DINOv2. Each of its tensors
 belongs to one array here, or to three: attention packs its query, key and value matrices in one.
 """
 
@@ -60,7 +61,15 @@ backbone/stage(\d)_block(\d+)/depthwise      backbone.stages.\1.\2.depthwise_con
 backbone/stage(\d)_block(\d+)/norm           backbone.stages.\1.\2.norm
 backbone/stage(\d)_block(\d+)/pixel_hidden   backbone.stages.\1.\2.pointwise_conv1
 backbone/stage(\d)_block(\d+)/pixel_output   backbone.stages.\1.\2.pointwise_conv2
-backbone/norm(\d)                            backbone.norm\1
+backbone/norm(\d?)                           backbone.norm\1
+backbone                                     backbone
+backbone/block(\d+)                          backbone.blocks.\1
+backbone/block(\d+)/norm(\d)                 backbone.blocks.\1.norm\2
+backbone/block(\d+)/qkv                      backbone.blocks.\1.attn.qkv
+backbone/block(\d+)/output                   backbone.blocks.\1.attn.proj
+backbone/block(\d+)/ffn_hidden               backbone.blocks.\1.mlp.fc1
+backbone/block(\d+)/ffn_output               backbone.blocks.\1.mlp.fc2
+backbone/(pyramid_\w+)                       backbone.\1
 neck/fpn/lateral(\d)                         neck.lateral_convs.\1.conv
 neck/fpn/output(\d)                          neck.fpn_convs.\1.conv
 neck/level(\d)_conv(\d)/(\w+)                rpn_head.localization_fpn.convs_all_levels.\1.conv\2.\3
@@ -117,6 +126,11 @@ LEAVES = {
     "proposals": "weight",
     "position_bias": "relative_position_bias_table",
     "layer_scale": "gamma",
+    "attention_scale": "ls1.gamma",
+    "ffn_scale": "ls2.gamma",
+    "class_token": "cls_token",
+    "register_tokens": "register_tokens",
+    "position_table": "pos_embed",
 }
 
 DERIVED = ("num_batches_tracked", "relative_position_index")
@@ -126,6 +140,9 @@ CLASSES = re.compile(r"(.*\.)?(conv_seg|fc_cls)\.(weight|bias)")
 """Tensors that have a part for each class."""
 
 PACKED = ("query", "key", "value")
+
+AS_THEIRS = ("position_bias", "class_token", "register_tokens", "position_table")
+"""Arrays whose axes are the reference's."""
 
 
 class Places(NamedTuple):
@@ -190,7 +207,7 @@ def to_reference_layout(path: str, array: np.ndarray) -> np.ndarray:
         return array[:, :, None, None]
     if leaf == "transform_kernel":
         return array.T[:, :, None, None]
-    if leaf == "position_bias":  # [relative positions, heads], as theirs
+    if leaf in AS_THEIRS:
         return array
     if leaf != "kernel":
         return array.reshape(-1)

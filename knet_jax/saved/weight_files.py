@@ -8,6 +8,7 @@ of Swin.
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -50,14 +51,16 @@ WRAPPED = re.compile(r"^((module|model|_orig_mod)\.)+")
 NETWORK = ("backbone.", "neck.", "rpn_head.", "roi_head.", "decode_head.", "auxiliary_head.")
 """Beginnings of the names of a segmentation network. Other files hold a classifier."""
 
-SURPLUS = re.compile(rf".*({'|'.join(DERIVED)}|attn_mask)|(data_preprocessor|criterion)\..*")
+SURPLUS = re.compile(
+    rf".*({'|'.join(DERIVED)}|attn_mask|mask_token|periods)|(data_preprocessor|criterion)\..*"
+)
 """Tensors that are no weights, or belong to the loss. Nor is a number without axes: it is a counter."""
 
 CLASSIFIER = re.compile(r"(fc|head|classifier|norm)\..*")
 """Tensors of an ImageNet model after its backbone, which segmentation does not need."""
 
-NEW = re.compile(r"backbone\.(.*\.conv_offset\..*|norm\d\..*)")
-"""Tensors of a backbone that no classifier has: offsets, and the norms of levels."""
+NEW = re.compile(r"backbone\.(.*\.conv_offset\..*|norm\d\..*|pyramid_.*)")
+"""Tensors of a backbone that no classifier has: offsets, and norms and layers of levels."""
 
 # (pattern in the names of the authors of Swin, which timm shares, the reference's).
 SWIN_NAMES = (
@@ -82,6 +85,15 @@ CONVNEXT_NAMES = (
     (r"\.(pwconv1|mlp\.fc1|block\.3)\.", ".pointwise_conv1."),
     (r"\.(pwconv2|mlp\.fc2|block\.5)\.", ".pointwise_conv2."),
     (r"\.layer_scale$", ".gamma"),
+)
+
+VIT = "blocks.0.attn.qkv.weight"
+"""What every vision transformer has."""
+# (pattern in the names of DINOv2, DINOv3 or timm, the reference's).
+VIT_NAMES = (
+    (r"\.patch_embed\.proj\b", ".patch_embed.projection"),
+    (r"\.(reg_token|storage_tokens)$", ".register_tokens"),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),
 )
 
 # (pattern in timm's names of a stem of three convolutions, OpenMMLab's).
@@ -264,6 +276,8 @@ def bring_to_reference(
     named = {name: (name, x) for name, x in tensors.items() if name not in set(surplus)}
     if not any(name.startswith(NETWORK) for name in named):
         head = set(filter(CLASSIFIER.fullmatch, named))
+        if VIT in named:  # whose last norm belongs to the backbone
+            head = {name for name in head if not name.startswith("norm.")}
         surplus += [name for name in named if name in head]
         named = {f"backbone.{name}": pair for name, pair in named.items() if name not in head}
     if any(name.startswith("backbone.layers.") for name in named):
@@ -274,6 +288,8 @@ def bring_to_reference(
             _rename(name, CONVNEXT_NAMES): (old, x.reshape(-1) if "layer_scale" in name else x)
             for name, (old, x) in named.items()
         }
+    if f"backbone.{VIT}" in named:
+        named = _from_vit(named)
     if "backbone.conv1.0.weight" in named:
         named = {_rename(name, STEM_NAMES): pair for name, pair in named.items()}
     found = {name: x for name, (_, x) in named.items()}
@@ -303,4 +319,26 @@ def _from_swin_authors(named: dict[str, tuple[str, np.ndarray]]) -> dict[str, An
                 tensor = np.moveaxis(columns, (-1, -2), (-3, -2)).reshape(tensor.shape)
         is_backbone = name.startswith("backbone.")
         renamed[_rename(name, SWIN_NAMES) if is_backbone else name] = old, tensor
+    return renamed
+
+
+def _from_vit(named: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
+    """Renames tensors of a vision transformer, and adds what some versions leave out.
+
+    Those of DINOv3 have no bias of the keys: a mask beside it says so, or timm has the two others, or
+    none. Of timm, those of DINOv2 with registers learn no position of the class's token.
+    """
+    renamed = {_rename(name, VIT_NAMES): pair for name, pair in named.items()}
+    for name in [name for name in renamed if name.endswith(".attn.qkv.weight")]:
+        block, weight = name.removesuffix("qkv.weight"), renamed[name][1]
+        nothing = "", np.zeros(len(weight) // 3, weight.dtype)
+        (_, query), (_, value) = (renamed.pop(f"{block}{x}_bias", nothing) for x in "qv")
+        split = f"{block}qkv.bias", np.concatenate([query, nothing[1], value])
+        old, bias = renamed.get(f"{block}qkv.bias", split)
+        _, mask = renamed.pop(f"{block}qkv.bias_mask", ("", np.ones_like(bias)))
+        if mask.shape == bias.shape:
+            renamed[f"{block}qkv.bias"] = old, np.where(mask == 0, 0, bias)
+    old, table = renamed.get("backbone.pos_embed", ("", np.zeros((1, 0, 0))))
+    if table.ndim == 3 and table.shape[1] and math.isqrt(table.shape[1]) ** 2 == table.shape[1]:
+        renamed["backbone.pos_embed"] = old, np.pad(table, ((0, 0), (1, 0), (0, 0)))
     return renamed

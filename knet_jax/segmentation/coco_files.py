@@ -9,9 +9,10 @@ Instance: one JSON, a list of annotations with scores.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import cv2
 import numpy as np
@@ -23,6 +24,9 @@ from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import JsonList, PngFolder, write_json
 
 IDS = ("id", "image_id", "category_id")
+PART = 1 << 22
+"""Letters of a file that are read at once."""
+SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def load(path: Path) -> Any:
@@ -33,7 +37,108 @@ def load(path: Path) -> Any:
     Raises:
         OSError, ValueError or RecursionError: there is no such file, or it is no JSON.
     """
-    return json.loads(path.read_bytes(), object_hook=_tidy)
+    return parse(path.read_bytes())
+
+
+def parse(data: bytes) -> Any:
+    """The content of a JSON, as `load` reads it."""
+    return json.loads(data, object_hook=_tidy)
+
+
+def read_lists(path: Path) -> Iterator[tuple[str, Iterator[tuple[Any, bytes]] | None]]:
+    """Reads a file that holds an object of lists, entry by entry, in constant memory.
+
+    Yields:
+        (key, entries): of a list, each of its entries as `parse` reads it and as UTF-8, nulls left
+        out; None of any other value. Entries that were not asked for are skipped.
+
+    Raises:
+        OSError, ValueError or RecursionError: there is no such file, or it is no JSON of an object.
+    """
+    with path.open("rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    with path.open(encoding=encoding, errors="surrogatepass", newline="") as file:
+        text = _JsonText(file)
+        text.take("{")
+        while text.peek() != "}":
+            key, _ = text.value()
+            text.take(":")
+            if text.peek() == "[":
+                entries = text.entries()
+                yield key, entries
+                for _ in entries:
+                    pass
+            else:
+                text.value()
+                yield key, None
+            if text.peek() != "}":
+                text.take(",")
+        text.take("}")
+        if text.peek():
+            text.fail("nothing else")
+
+
+class _JsonText:
+    """The text of a JSON file, of which a part is in memory: what follows the values that were read."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._part, self._place = "", 0
+        self._before = 0  # letters of the file that have been dropped
+
+    def peek(self) -> str:
+        """The next letter that is no space; "" at the end."""
+        while True:
+            self._place = SPACE.match(self._part, self._place).end()
+            if self._place < len(self._part) or not self._read_on():
+                return self._part[self._place : self._place + 1]
+
+    def take(self, letter: str) -> None:
+        """Passes a letter. Raises ValueError where another follows."""
+        if self.peek() != letter:
+            self.fail(repr(letter))
+        self._place += 1
+
+    def value(self) -> tuple[Any, bytes]:
+        """Passes a value: what it is, and its text in UTF-8. Raises ValueError where none follows."""
+        self.peek()
+        while True:
+            try:
+                (value, end), problem = DECODER.raw_decode(self._part, self._place), None
+            except json.JSONDecodeError as error:
+                end, problem = len(self._part), error
+            # What ends with the part may go on in the file: a number goes on after "1", and after "1e+".
+            if end + 2 < len(self._part) or not self._read_on():
+                break
+        if problem:
+            raise ValueError(f"{problem.msg} at letter {self._before + problem.pos}")
+        text = self._part[self._place : end].encode("utf-8", "surrogatepass")
+        self._place = end
+        return value, text
+
+    def entries(self) -> Iterator[tuple[Any, bytes]]:
+        """Passes a list: the entries that are not null, as `value` returns them."""
+        self.take("[")
+        while self.peek() != "]":
+            value, text = self.value()
+            if value is not None:
+                yield value, text
+            if self.peek() != "]":
+                self.take(",")
+        self.take("]")
+
+    def fail(self, expected: str) -> None:
+        """Raises a ValueError that says what was expected, and where."""
+        raise ValueError(f"{expected} is expected at letter {self._before + self._place}")
+
+    def _read_on(self) -> bool:
+        """Reads on, and drops what has been passed. Returns False at the end of the file."""
+        left = self._part[self._place :]
+        more = self._file.read(max(PART, len(left)))
+        if more:
+            self._before += self._place
+            self._part, self._place = left + more, 0
+        return bool(more)
 
 
 def _tidy(entry: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +157,9 @@ def _as_number(id: Any) -> Any:
         return int(id) if isinstance(id, str) or int(id) == id else id
     except (TypeError, ValueError, OverflowError):
         return id
+
+
+DECODER = json.JSONDecoder(object_hook=_tidy)
 
 
 def image_entry(image_id: int, file_name: str, size: tuple[int, int]) -> dict[str, Any]:

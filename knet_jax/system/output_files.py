@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Self
@@ -125,6 +125,29 @@ def write_whole(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON, as `write_whole` does."""
     write_whole(path, json.dumps(content).encode())
+
+
+def write_json_lists(path: Path, lists: Mapping[str, Iterable[Any]]) -> dict[str, int]:
+    """Writes a JSON of an object of lists, whole or not at all, entry by entry.
+
+    Returns:
+        how many entries each list has.
+
+    Raises:
+        OSError: the file cannot be written; it is named.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft, counts = draft_of(path), dict.fromkeys(lists, 0)
+    with naming_output(path), draft.open("w") as file:
+        for number, (key, entries) in enumerate(lists.items()):
+            file.write(f"{', ' if number else '{'}{json.dumps(key)}: [")
+            for entry in entries:
+                file.write(f"{', ' if counts[key] else ''}{json.dumps(entry)}")
+                counts[key] += 1
+            file.write("]")
+        file.write("}")
+    draft.replace(path)
+    return counts
 
 
 @contextmanager

@@ -70,8 +70,10 @@ class InstanceKind(Kind):
     def tally(self, record: Record) -> tuple[int, dict[str, np.ndarray]]:
         return count_by_class(record.annotation, self.categories)
 
-    def describe(self, metadata: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
-        return describe_counts(**metadata["columns"])
+    def describe(
+        self, counts: Mapping[str, Sequence[int]], num_pixels: int
+    ) -> tuple[str, Sequence[str]]:
+        return describe_counts(**counts)
 
     def load(self, record: Record) -> LoadedInstances:
         return LoadedInstances(record.annotation, record.size)

@@ -63,12 +63,14 @@ class Kind(abc.ABC):
         """
 
     @abc.abstractmethod
-    def describe(self, metadata: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
+    def describe(
+        self, counts: Mapping[str, Sequence[int]], num_pixels: int
+    ) -> tuple[str, Sequence[str]]:
         """A summary of a split's counts in one line, and a text for each class.
 
         Args:
-            metadata: of a prepared split: the sums of the counts of `tally` are in "columns",
-                (height, width) of every picture in "sizes".
+            counts: the sums of those of `tally`.
+            num_pixels: of all pictures together.
         """
 
     @abc.abstractmethod

@@ -39,14 +39,15 @@ class SemanticKind(Kind):
         pixels = np.bincount(self.load(record).ravel(), minlength=num_values)[1:]
         return 0, {"pictures": (pixels > 0).astype(np.int64), "pixels": pixels}
 
-    def describe(self, metadata: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
-        pictures, pixels = metadata["columns"]["pictures"], metadata["columns"]["pixels"]
-        total = sum(height * width for height, width in metadata["sizes"])
+    def describe(
+        self, counts: Mapping[str, Sequence[int]], num_pixels: int
+    ) -> tuple[str, Sequence[str]]:
         texts = [
-            f"{count:>8} pictures  {100 * part / total:6.2f} % of the pixels"
-            for count, part in zip(pictures, pixels)
+            f"{count:>8} pictures  {100 * part / num_pixels:6.2f} % of the pixels"
+            for count, part in zip(counts["pictures"], counts["pixels"])
         ]
-        return f"{100 * (1 - sum(pixels) / total):.2f} % of the pixels ignored", texts
+        ignored = 1 - sum(counts["pixels"]) / num_pixels
+        return f"{100 * ignored:.2f} % of the pixels ignored", texts
 
     def load(self, record: Record) -> np.ndarray:
         return image_files.load_label_map(record.annotation, record.size)

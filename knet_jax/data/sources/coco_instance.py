@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from knet_jax.data import records
 from knet_jax.data.annotations import instance
+from knet_jax.data.annotations.kind import Record
 from knet_jax.data.sources import coco_json, examine
-from knet_jax.segmentation import class_lists, rle
+from knet_jax.segmentation import class_lists, coco_files, rle
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
 
@@ -20,10 +20,10 @@ PREFIX = "instances_"
 def examine_file(
     supercategories: bool, annotations: Path, pictures: Sequence[Path]
 ) -> records.Examples:
-    """Examines every picture of an instance annotation file, showing progress.
+    """Reads an instance annotation file, showing progress.
 
-    A picture that cannot be used is left out and named in `problems`; so is an annotation whose
-    mask or category is no good. A picture without annotation is a picture without things.
+    Of a picture, an annotation whose mask or category is no good is left out and named. A picture
+    without annotation is a picture without things.
 
     Args:
         supercategories: whether categories that only group others are classes too.
@@ -31,45 +31,42 @@ def examine_file(
         pictures: folders in which its pictures may lie.
 
     Raises:
-        UserError: the file is not what it should be, or nothing can be used.
+        UserError: the file is not what it should be.
     """
-    categories, images, by_image, problems = coco_json.read(
+    categories, rows, problems = coco_json.read(
         annotations, "instance", functools.partial(_read_classes, supercategories)
     )
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
-    items = [
-        (str(image.get("file_name")), (image, by_image.get(id, ()))) for id, image in images.items()
-    ]
-    check = functools.partial(_check_picture, pictures, labels)
-    return examine.check_pictures(check, items, categories, annotations, problems)
+    read = functools.partial(_read_picture, pictures, labels)
+    return coco_json.examples(annotations, categories, rows, read, problems)
 
 
-def _read_classes(supercategories: bool, content: Mapping) -> Categories:
-    listed = content["categories"]
-    annotations = [one for one in content["annotations"] if isinstance(one, Mapping)]
-    if annotations and not any(one.get("segmentation") for one in annotations):
+def _read_classes(supercategories: bool, content: coco_json.Content) -> Categories:
+    listed = content.categories
+    if content.num_annotations and not content.has_masks:
         raise UserError("its annotations have boxes only; accepted: masks, in 'segmentation'")
     if not supercategories:
-        used = {id for one in annotations if isinstance(id := one.get("category_id"), int)}
         groups = [(one.get("supercategory"), one.get("name")) for one in listed]
         groups = [group for group, name in groups if group != name]
-        listed = [one for one in listed if one.get("name") not in groups or one.get("id") in used]
+        listed = [
+            one for one in listed if one.get("name") not in groups or one.get("id") in content.used
+        ]
     return class_lists.read_coco_things(listed)
 
 
-def _check_picture(
+def _read_picture(
     folders: Sequence[Path],
     labels: Mapping[int, int],
-    item: tuple[Mapping, Sequence[Any]],
-) -> tuple[examine.Picture, list[str]]:
+    entry: tuple[Mapping, Sequence[bytes]],
+) -> tuple[Record, list[str]]:
     """A picture, and what is wrong with it. Raises any error where it cannot be used."""
-    image, listed = item
+    image, listed = entry
     path = coco_json.find_file(folders, image)
     has_size = "height" in image and "width" in image
     size = (int(image["height"]), int(image["width"])) if has_size else None
-    size = examine.decoded_size(path, size)
+    data, size = examine.read_picture(path, size)
     instances, problems = [], []
-    for annotation in listed:
+    for annotation in map(coco_files.parse, listed):
         called = f"annotation {annotation.get('id', 'without id')}"
         try:
             stored, remarks = _instance(annotation, labels, size)
@@ -78,9 +75,7 @@ def _check_picture(
         else:
             instances.append(stored)
             problems += [f"{called}: {remark}, its other polygons stay" for remark in remarks]
-    annotate = functools.partial(tuple, instances)
-    name = image["file_name"]
-    return examine.Picture(image["id"], path, name, size, annotate, len(instances)), problems
+    return Record(data, image["id"], image["file_name"], size, tuple(instances)), problems
 
 
 def _instance(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from knet_jax.data import records, transforms
 from knet_jax.data.annotations import panoptic, semantic
 from knet_jax.data.annotations.kind import Record
 from knet_jax.data.sources import coco_json, examine
-from knet_jax.segmentation import class_lists, image_files
+from knet_jax.segmentation import class_lists, coco_files, image_files
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
 
@@ -21,19 +21,19 @@ PREFIX = "panoptic_"
 
 
 def examine_file(annotations: Path, pictures: Sequence[Path]) -> records.Examples:
-    """Examines every picture of a panoptic annotation file, showing progress.
+    """Reads a panoptic annotation file, showing progress.
 
-    A picture that cannot be used is left out and named in `problems`; so is a segment that its PNG
-    does not show. Pixels of a PNG that belong to no listed segment are void, and named too.
+    Of a picture, a segment that its PNG does not show is left out and named. Pixels of a PNG that
+    belong to no listed segment are void, and named too.
 
     Args:
         annotations: the file.
         pictures: folders in which its pictures may lie.
 
     Raises:
-        UserError: the file is not what it should be, or nothing can be used.
+        UserError: the file is not what it should be.
     """
-    examples = _examine(annotations, pictures)
+    examples = _examine(annotations, pictures, _read_picture)
     if not examples.categories.num_things:
         raise UserError(
             f"config.data.root: {annotations} lists no thing (isthing: 1); stuff alone is semantic "
@@ -47,53 +47,50 @@ def examine_file_as_labels(annotations: Path, pictures: Sequence[Path]) -> recor
 
     All classes are stuff here: nothing is told apart within a class. Raises as `examine_file`.
     """
-    examples = _examine(annotations, pictures)
-    return examples._replace(
-        categories=examples.categories._replace(num_things=0),
-        records=map(_as_labels, examples.records),
-    )
+    examples = _examine(annotations, pictures, _read_labels)
+    return examples._replace(categories=examples.categories._replace(num_things=0))
 
 
-def _examine(annotations: Path, pictures: Sequence[Path]) -> records.Examples:
-    categories, images, by_image, remarks = coco_json.read(annotations, "panoptic", _read_classes)
+def _examine(
+    annotations: Path, pictures: Sequence[Path], read_picture: Callable
+) -> records.Examples:
+    categories, rows, problems = coco_json.read(annotations, "panoptic", _read_classes)
     labels = {id: label for label, id in enumerate(categories.dataset_ids)}
-    remarks += [
+    problems += [
         f"image {id}: annotated more than once, the first one counts"
-        for id, listed in by_image.items()
-        if len(listed) > 1
+        for id in coco_json.ids_of_several(rows)
     ]
-    check = functools.partial(_check_picture, annotations.with_suffix(""), pictures, labels)
-    items = [
-        (str(image.get("file_name")), (image, by_image.get(id, ()))) for id, image in images.items()
-    ]
-    return examine.check_pictures(check, items, categories, annotations, remarks)
+    read = functools.partial(read_picture, annotations.with_suffix(""), pictures, labels)
+    return coco_json.examples(annotations, categories, rows, read, problems)
 
 
-def _read_classes(content: Mapping) -> Categories:
-    for category in content["categories"]:
+def _read_classes(content: coco_json.Content) -> Categories:
+    for category in content.categories:
         if "isthing" not in category:  # as in a file of instances
             raise UserError(
                 f"category {category.get('name')!r:.40} does not say isthing, 1 or 0, as in panoptic "
                 "files; instances alone are for --config coco_instance"
             )
-    return class_lists.read_coco_categories(content["categories"])
+    return class_lists.read_coco_categories(content.categories)
 
 
-def _check_picture(
+def _read_picture(
     pngs: Path,
     pictures: Sequence[Path],
     labels: Mapping[int, int],
-    item: tuple[Mapping, Sequence[Any]],
-) -> tuple[examine.Picture, list[str]]:
+    entry: tuple[Mapping, Sequence[bytes]],
+) -> tuple[Record, list[str]]:
     """A picture, and what is wrong with it. Raises any error where it cannot be used."""
-    image, annotations = item
+    image, annotations = entry
     if not annotations:
         raise UserError("no annotation")
+    annotation = coco_files.parse(annotations[0])
     path = coco_json.find_file(pictures, image)
-    png = coco_json.find_file([pngs], annotations[0])
-    size, counts = _count_pixels(png)
-    examine.decoded_size(path, size)
-    infos = annotations[0].get("segments_info")
+    png = coco_json.find_file([pngs], annotation)
+    encoded = examine.read_file(png)
+    size, counts = _count_pixels(encoded, png.name)
+    data, _ = examine.read_picture(path, size)
+    infos = annotation.get("segments_info")
     if infos is None:
         raise UserError("no segment (segments_info)")
     listed = [info["id"] for info in infos]
@@ -123,25 +120,20 @@ def _check_picture(
         problems.append(f"segments {absent} are not in its PNG, dropped")
     if unlisted:
         problems.append(f"ids {unlisted} of its PNG are not listed, taken as void")
-
-    def annotate() -> panoptic.PanopticAnnotation:
-        return panoptic.PanopticAnnotation(png.read_bytes(), segments)
-
-    name = image["file_name"]
-    return examine.Picture(image["id"], path, name, size, annotate, len(segments)), problems
+    stored = panoptic.PanopticAnnotation(encoded, segments)
+    return Record(data, image["id"], image["file_name"], size, stored), problems
 
 
-def _count_pixels(png: Path) -> tuple[tuple[int, int], dict[int, int]]:
+def _count_pixels(png: bytes, name: str) -> tuple[tuple[int, int], dict[int, int]]:
     """Size of a panoptic PNG, and how many pixels every id but 0 has.
 
     Raises:
-        UserError: it is missing or broken.
+        UserError: it is broken.
     """
-    data = examine.read_file(png)
     try:
-        rgb = image_files.load_panoptic(data)
+        rgb = image_files.load_panoptic(png)
     except UserError as error:
-        raise UserError(f"panoptic PNG {png.name} {error}") from error
+        raise UserError(f"panoptic PNG {name} {error}") from error
     ids = image_files.segment_ids(rgb).ravel()
     # Sorting the ends of runs of equal ids is much cheaper than sorting pixels.
     ends = np.append(np.flatnonzero(np.diff(ids)), len(ids) - 1)
@@ -150,11 +142,12 @@ def _count_pixels(png: Path) -> tuple[tuple[int, int], dict[int, int]]:
     return rgb.shape[:2], {int(id): int(count) for id, count in zip(found, counts) if id}
 
 
-def _as_labels(record: Record) -> Record:
-    """A record with a map of labels in place of segments."""
+def _read_labels(*arguments: Any) -> tuple[Record, list[str]]:
+    """As `_read_picture`, with a map of labels in place of segments."""
+    record, problems = _read_picture(*arguments)
     png, segments = record.annotation
     ids = image_files.segment_ids(image_files.load_panoptic(png, record.size))
     shown = [segment for segment in segments if not segment.iscrowd]
     values = np.array([1 + segment.label for segment in shown], np.uint16)
     label_map = transforms.lookup(ids, [segment.id for segment in shown], values)
-    return record._replace(annotation=semantic.encode_map(label_map))
+    return record._replace(annotation=semantic.encode_map(label_map)), problems

@@ -13,6 +13,7 @@ from PIL import Image
 
 from knet_jax.data import records
 from knet_jax.data.annotations import semantic
+from knet_jax.data.annotations.kind import Record
 from knet_jax.data.sources import examine
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.segments import Categories
@@ -41,12 +42,11 @@ def examine_pairs(
     source: Path,
     remedy: str = "",
     colors: Mapping[int, int] | None = None,
-    problems: Sequence[str] = (),
 ) -> records.Examples:
-    """Examines pictures and their PNG files, showing progress.
+    """The pictures of a folder, each with the PNG file of its annotation.
 
-    A picture that cannot be used is left out and named in `problems`. So are indices that are
-    neither a class nor ignored; their pixels become ignored, unless there is a remedy.
+    Indices that are neither a class nor ignored are named, and their pixels become ignored, unless
+    there is a remedy.
 
     Args:
         pairs: the pictures, each with its PNG file.
@@ -55,55 +55,40 @@ def examine_pairs(
         source: the folder of the pictures.
         remedy: what a user can do about other indices, which then are an error.
         colors: as of `read_indices`.
-        problems: what else is wrong with the folder.
 
     Raises:
-        UserError: there is no picture, none can be used, or there are such indices.
+        UserError: there is no picture.
     """
     if not pairs:
         raise UserError(f"config.data.root: no picture in {source}")
     known = {*categories.dataset_ids, *ignored}
-    check = functools.partial(_check, categories, known, remedy, colors)
-    items = [(pair.name, (number, pair)) for number, pair in enumerate(pairs)]
-    return examine.check_pictures(check, items, categories, source, problems)
+    read = functools.partial(_read_picture, categories, known, remedy, colors)
+    entries = ((pair.name, (number, pair)) for number, pair in enumerate(pairs))
+    place = f"config.data.root: no picture of {source}"
+    return records.Examples(categories, len(pairs), entries, read, (), place)
 
 
-def _check(
+def _read_picture(
     categories: Categories,
     known: Collection[int],
     remedy: str,
     colors: Mapping[int, int] | None,
-    item: tuple[int, Pair],
-) -> tuple[examine.Picture, list[str]]:
+    entry: tuple[int, Pair],
+) -> tuple[Record, list[str]]:
     """A picture, and what is wrong with it. Raises UserError where it cannot be used."""
-    number, pair = item
-
-    def indices() -> np.ndarray:
-        return read_indices(examine.read_file(pair.png), str(pair.png), colors)
-
-    found = indices()
-    examine.decoded_size(pair.path, found.shape)
+    number, pair = entry
+    found = read_indices(examine.read_file(pair.png), str(pair.png), colors)
+    data, size = examine.read_picture(pair.path, found.shape)
     shown = set(np.unique(found).tolist())
     strange = sorted(shown - set(known))
-    classes = shown & set(categories.dataset_ids)
     problems = []
     if strange and remedy:
-        raise examine.Unfit(f"{pair.png} has indices {strange[:10]} that are no class: {remedy}")
+        raise records.Unfit(f"{pair.png} has indices {strange[:10]} that are no class: {remedy}")
     if strange:
         problems.append(f"indices {strange[:10]} are no class, ignored")
-    if not classes:
+    if shown.isdisjoint(categories.dataset_ids):
         problems.append("every pixel is ignored")
-    return (
-        examine.Picture(
-            number,
-            pair.path,
-            pair.name,
-            found.shape,
-            lambda: relabel(indices(), categories),
-            len(classes),
-        ),
-        problems,
-    )
+    return Record(data, number, pair.name, size, relabel(found, categories)), problems
 
 
 def relabel(indices: np.ndarray, categories: Categories) -> bytes:

@@ -60,32 +60,23 @@ def find(config_data, split: str) -> records.Source:
 
 
 def _examine(directory: Path, split: str) -> records.Examples:
-    source = _open(directory, split)
-    sound, problems = [], []
-    for i in range(len(source)):
-        try:
-            image_files.load_image(
-                source[i]["image"], read_annotation(source[i]["annotation"]).shape
-            )
-            sound.append(i)
-        except UserError as error:
-            problems.append(f"example {i}: {error}, left out")
-    if not sound:
-        raise UserError(f"config.data.data_dir: no picture of {directory} can be used")
-
-    def read(i: int) -> Record:
-        indices = read_annotation(source[i]["annotation"])
-        return Record(
-            image=source[i]["image"],
-            image_id=i,
-            file_name=f"{split}_{i:06d}.jpg",
-            size=indices.shape,
-            annotation=index_maps.relabel(indices, ade20k.CATEGORIES),
-        )
-
-    return records.Examples(ade20k.CATEGORIES, len(sound), map(read, sound), problems)
+    count = len(_open(directory, split))
+    entries = ((f"example {i}", i) for i in range(count))
+    read = functools.partial(_read_picture, directory, split)
+    place = f"config.data.data_dir: no picture of {directory}"
+    return records.Examples(ade20k.CATEGORIES, count, entries, read, (), place)
 
 
+def _read_picture(directory: Path, split: str, i: int) -> tuple[Record, Sequence[str]]:
+    """A picture that TFDS has prepared. Raises UserError where it is damaged."""
+    example = _open(directory, split)[i]
+    indices = read_annotation(example["annotation"])
+    image_files.load_image(example["image"], indices.shape)
+    label_map = index_maps.relabel(indices, ade20k.CATEGORIES)
+    return Record(example["image"], i, f"{split}_{i:06d}.jpg", indices.shape, label_map), ()
+
+
+@functools.cache
 def _open(directory: Path, split: str) -> Sequence[Mapping[str, Any]]:
     """The encoded examples. Raises UserError where they cannot be read."""
     skip = dict.fromkeys(("image", "annotation"), tfds.decode.SkipDecoding())

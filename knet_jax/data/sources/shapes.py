@@ -8,6 +8,7 @@ have no things, some a crowd of tiny ones, some a void patch.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -61,18 +62,18 @@ def find(task: str, config_data, split: str) -> records.Source:
 
 
 def _examine(task: str, split: str, count: int, sides: tuple[int, int]) -> records.Examples:
-    def make(index: int) -> Record:
-        drawing = draw(split, index, sides)
-        return Record(
-            image=_encode(drawing.image),
-            image_id=index,
-            file_name=f"{split}_{index:06d}.png",
-            size=drawing.slots.shape,
-            annotation=ANNOTATIONS[task](drawing),
-        )
-
     categories = published_classes.find("shapes", task)
-    return records.Examples(categories, count, map(make, range(count)), problems=())
+    entries = ((f"drawing {index}", index) for index in range(count))
+    read = partial(_draw_record, task, split, sides)
+    return records.Examples(categories, count, entries, read, (), "")
+
+
+def _draw_record(
+    task: str, split: str, sides: tuple[int, int], index: int
+) -> tuple[Record, Sequence[str]]:
+    drawing = draw(split, index, sides)
+    name, annotation = f"{split}_{index:06d}.png", ANNOTATIONS[task](drawing)
+    return Record(_encode(drawing.image), index, name, drawing.slots.shape, annotation), ()
 
 
 class Drawing(NamedTuple):
