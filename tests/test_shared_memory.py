@@ -2,7 +2,7 @@ import fcntl
 import multiprocessing
 from multiprocessing import shared_memory as segments
 
-from knet_jax.system import shared_memory
+from knet_jax.system import shared_memory, workers
 
 
 def test_what_dead_processes_left_is_removed(tmp_path, monkeypatch):
@@ -35,3 +35,10 @@ def test_names_of_segments(monkeypatch):
     assert segment.name.startswith(f"{shared_memory.PREFIX}0_")
     semaphore = multiprocessing.get_context("spawn").Semaphore()
     assert semaphore._semlock.name.startswith(f"/{shared_memory.PREFIX}0-")
+
+
+def test_all_workers_share_under_the_claim():
+    with workers.starting():
+        semaphore = multiprocessing.get_context("spawn").Semaphore()
+    claimed = shared_memory.claim()
+    assert claimed == "" or semaphore._semlock.name.startswith(f"/{claimed}-")

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
+from knet_jax.system import shared_memory
+
 GROUP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What schedulers and terminals send to all processes of a run; the parent alone acts on them."""
 NO_LEAK_WARNING = "ignore:resource_tracker:UserWarning"
@@ -28,6 +30,7 @@ def starting() -> Iterator[None]:
     if NO_LEAK_WARNING not in sys.warnoptions:
         sys.warnoptions.append(NO_LEAK_WARNING)
     resource_tracker.ensure_running()  # its own start would unblock them
+    shared_memory.claim()  # what they share is removed by the next start, should all be killed
     before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
         yield
