@@ -44,8 +44,9 @@ def every_network():
     """A spec and changes for every network that differs in more than in how often a layer comes."""
     found = {}
     for spec, *changes in [("".join(row),) for row in ROWS] + MORE:
-        num_updates = min(1, load_config(spec).model.num_stages)
-        changes += [SHALLOW, ("model.num_stages", num_updates)]
+        model = load_config(spec).model
+        shallow = ("model.backbone.depth", 1) if "depth" in model.backbone else SHALLOW
+        changes += [shallow, ("model.num_stages", min(1, model.num_stages))]
         found.setdefault(load_config(spec, dict(changes)).model.to_json(), (spec, *changes))
     return found.values()
 
