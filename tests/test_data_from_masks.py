@@ -153,15 +153,26 @@ def test_mistakes_in_polygons_are_named(masks):
     (masks / "data.yaml").write_text("nc: 2")
     with pytest.raises(UserError, match=r"--names: .*data\.yaml is no list of classes: KeyError"):
         write_instance_dataset(*folders, masks / "data.yaml")
+    (masks / "data.yaml").write_text("names: [cell, null]")
+    with pytest.raises(UserError, match=r"--names: .*a name is empty, or there twice"):
+        write_instance_dataset(*folders, masks / "data.yaml")
+    (masks / "photos/a.txt").write_text("0 0 0 1 0 1 1\n0 0 0 90 0 90 90\n")
+    (masks / "photos/deep/b.json").write_text('{"imagePath": "b.png"}')
+    problems = write_instance_dataset(*folders, masks / "classes.txt")
+    (masks / "photos/deep/b.json").unlink()
+    assert [line.split(";")[0] for line in problems] == [
+        "a.jpg: annotation 2: 6 coordinates up to 90",
+        "deep/b.png: b.json has no list 'shapes', as LabelMe writes it, left out",
+    ]
     (masks / "photos/a.txt").write_text("0 0 0 1 0 1 1\n")
     (masks / "photos/deep/b.txt").write_text("9 0 0 1 0 1 1")
     [problem] = write_instance_dataset(*folders, masks / "classes.txt")
-    assert problem == "deep/b.png: a class's number is beyond the 4 of --names"
+    assert problem == "deep/b.png: class 9; accepted: numbers of --names, which has 4, left out"
     # Numbers are those of the file, whatever there are of them.
     (masks / "data.yaml").write_text("names: {3: cell, '9': bud}")
     (masks / "photos/a.txt").write_text("-1 0 0 1 0 1 1\n")
     [problem] = write_instance_dataset(*folders, masks / "data.yaml")
-    assert problem == "a.jpg: a class's number is beyond the 2 of --names"
+    assert problem == "a.jpg: class -1; accepted: numbers of --names, which has 2, left out"
     written = json.loads((masks / "DATA/annotations/instances_train.json").read_text())
     assert [one["category_id"] for one in written["annotations"]] == [2]
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import pickle
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,10 @@ from knet_jax.system.errors import UserError
 
 CIRCLE = np.exp(2j * np.pi * np.arange(64) / 64)
 """Corners of the polygon that stands for a circle: 64 complex numbers of length 1."""
+
+
+MOST_SHARE = 2.0
+"""Corners may lie outside of the picture; beyond this share of a side they are taken for pixels."""
 
 
 class Thing(NamedTuple):
@@ -65,11 +69,7 @@ def write_instance_dataset(
             try:
                 _, size = examine.read_picture(path)
                 things, remarks = read_things(labels / name, size)
-                things = [
-                    (listed[t.name] if isinstance(t.name, int) else t.name, t) for t in things
-                ]
-            except KeyError:
-                problems.append(f"{name}: a class's number is beyond the {len(listed)} of --names")
+                things = [(_class_name(thing.name, listed), thing) for thing in things]
             except Exception as error:  # noqa: BLE001 - whatever files of others lead to
                 problems.append(f"{name}: {error}, left out")
             else:
@@ -107,6 +107,14 @@ def write_instance_dataset(
     return problems
 
 
+def _class_name(name: str | int, listed: Mapping[int, str]) -> str:
+    if isinstance(name, str):
+        return name
+    if name not in listed:
+        raise UserError(f"class {name}; accepted: numbers of --names, which has {len(listed)}")
+    return listed[name]
+
+
 def read_names(path: Path) -> dict[int, str]:
     """The classes of a text file, or of the `names` of a YAML, by number. Raises UserError for others."""
     try:
@@ -115,7 +123,10 @@ def read_names(path: Path) -> dict[int, str]:
             return class_lists.parse_class_list(text, f"--names: {path}")
         names = yaml.safe_load(text)["names"]
         rows = names.items() if isinstance(names, dict) else enumerate(names)
-        return {int(number): str(name) for number, name in rows}
+        found = {int(number): printable(str(name or "")) for number, name in rows}
+        if "" in found.values() or len(set(found.values())) < len(found):
+            raise ValueError("a name is empty, or there twice")
+        return found
     except Exception as error:
         raise UserError(f"--names: {path} is no list of classes: {error!r:.100}") from error
 
@@ -132,7 +143,10 @@ def read_things(place: Path, size: tuple[int, int]) -> tuple[list[Thing], list[s
     """
     by_labelme, by_yolo = place.with_suffix(".json"), place.with_suffix(".txt")
     if by_labelme.is_file():
-        rows, read = json.loads(by_labelme.read_bytes())["shapes"], _read_labelme
+        content, read = json.loads(by_labelme.read_bytes()), _read_labelme
+        if not (isinstance(content, Mapping) and isinstance(content.get("shapes"), list)):
+            raise UserError(f"{by_labelme.name} has no list 'shapes', as LabelMe writes it")
+        rows = content["shapes"]
     else:
         lines = examine.read_file(by_yolo).decode("utf-8-sig").split("\n")
         rows, read = [line.split() for line in lines if line.strip()], _read_yolo
@@ -155,7 +169,13 @@ def read_things(place: Path, size: tuple[int, int]) -> tuple[list[Thing], list[s
 
 def _read_yolo(row: Sequence[str], size: tuple[int, int]) -> tuple[int, np.ndarray, None]:
     """The number of the class and the corners of a line of YOLO."""
-    return int(row[0]), np.array(row[1:], float).reshape(-1, 2) * size[::-1], None
+    number, shares = int(row[0]), np.array(row[1:], float)
+    if shares.size % 2 or shares.max(initial=0) > MOST_SHARE:
+        raise UserError(
+            f"{shares.size} coordinates up to {shares.max(initial=0):g}; accepted: x and y of each "
+            "corner, as shares of the sides"
+        )
+    return number, shares.reshape(-1, 2) * size[::-1], None
 
 
 def _read_labelme(shape: dict, size: tuple[int, int]) -> tuple[str, Sequence, object]:

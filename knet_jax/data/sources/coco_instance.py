@@ -15,6 +15,8 @@ from knet_jax.segmentation.segments import Categories
 from knet_jax.system.errors import UserError
 
 PREFIX = "instances_"
+MOST_AREA = 2.0**53
+"""Pixels of a thing; more are no number that was counted."""
 
 
 def examine_file(
@@ -93,7 +95,7 @@ def _instance(
     if not pixels:
         raise UserError("its mask is empty")
     area = annotation.get("area", pixels)
-    if not rle.is_number(area) or area < 0:
+    if not rle.is_number(area) or not 0 <= area <= MOST_AREA:
         raise UserError(f"area {area!r:.40} is no number of pixels")
     stored = instance.StoredInstance(
         counts=mask["counts"],
