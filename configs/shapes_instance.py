@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config.task = "instance"
     config.model.num_stuff = 0
     config.loss.rank = 0.0
+    config.loss.dense = 1.0  # there are no textures to tell apart
     config.eval = {"num_results": 100}  # AP over as many pairs of a kernel and a class as for COCO
     return config
 
