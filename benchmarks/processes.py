@@ -157,9 +157,10 @@ def kill(num_kills: int, folder: Path, steps: int, task: str = "panoptic") -> No
     chance = random.Random(0)
     for number in range(num_kills):
         started = devices.start(words(killed), 2, folder / "logs" / f"kill{number}")
-        # In turn at any moment, start included, and within three seconds of a new checkpoint.
+        # In turn at any moment and within three seconds of a new checkpoint; not in the first seconds,
+        # since others wait for a process that they have not found yet for five minutes.
         victim, before = chance.randrange(2), steps_of(killed)
-        after = chance.uniform(0.0, 0.3) * seconds if number % 2 else chance.uniform(0.0, 3.0)
+        after = chance.uniform(0.05, 0.3) * seconds if number % 2 else chance.uniform(0.0, 3.0)
         began = time.monotonic()
         while all(p.poll() is None for p in started) and time.monotonic() - began < after:
             if number % 2 == 0 and steps_of(killed) == before:
