@@ -19,6 +19,7 @@ from knet_jax.saved.models import open_model
 ROOT = Path(__file__).parents[1]
 SPEC = str(ROOT / "configs" / "shapes_panoptic.py:tiny")
 OVERRIDES = (
+    "--config.loss.dense=1.0",
     "--config.model.channels=8",
     "--config.model.ffn_channels=8",
     "--config.model.num_heads=2",
