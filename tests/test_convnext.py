@@ -113,3 +113,18 @@ def test_a_new_block_hardly_changes_its_input():
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
     y, _ = Block(0.0, "float32").init_with_output(jax.random.key(1), x, train=False)
     assert 0 < abs(y - x).max() < 1e-5
+
+
+def test_sums_are_wide_where_maps_are_narrow():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.uniform(0, 1, (1, 9, 9, 4)), rng.uniform(0, 1, (7, 7, 1, 4))
+    narrow = [jnp.asarray(array, jnp.bfloat16) for array in (x, kernel)]
+    wide = [array.astype(jnp.float32) for array in narrow]
+    ours, exact = (
+        jax.jit(partial(convolve, strides=(1, 1), padding=((3, 3), (3, 3)), feature_group_count=4))(
+            *given
+        )
+        for given in (narrow, wide)
+    )
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))

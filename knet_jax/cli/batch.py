@@ -22,7 +22,6 @@ from argparse import Namespace
 
 from knet_jax.app.batch import CHUNK, CPUS_PER_ACTOR, MAX_BAD, SUMMARY, predict_batch
 from knet_jax.cli.commandline import SOME_SKIPPED, Parser, number
-from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
 from knet_jax.system.errors import UserError
 
 MOST_REASONS = 10
@@ -32,8 +31,7 @@ MOST_REASONS = 10
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     parser.add_argument("images", nargs="*", metavar="IMAGES", help="what to segment")
-    parser.flag("model", "folder of a run, or file or folder of a conversion", required=True)
-    parser.flag("output", "folder where results go", "predictions")
+    parser.picture_flags()
     parser.flag("address", "of a Ray cluster; default: $RAY_ADDRESS, else Ray is started here")
     parser.flag(
         "actors",
@@ -47,15 +45,6 @@ def add_flags(parser: Parser) -> None:
     )
     parser.switch("overlays", "also draw the segments, as overlays/NAME.jpg")
     parser.checkpoint_flags()
-    parser.flag(
-        "batch_size", "pictures at a time; default: 1 on a CPU, else 8", type=number(int, 1, 1024)
-    )
-    parser.flag(
-        "max_megapixels",
-        "of a picture; larger ones are bad",
-        MAX_MEGAPIXELS,
-        type=number(float, 0.01),
-    )
 
 
 def main(args: Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from knet_jax.config import schema
 from knet_jax.config.files import list_configs, load_config, read_file
+from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
 from knet_jax.system.errors import UserError, suggest
 from knet_jax.system.processes import HEARTBEAT
 
@@ -58,6 +59,22 @@ class Parser(argparse.ArgumentParser):
         """Adds `--checkpoint` and `--ema`, which say what of a run is taken."""
         self.flag("checkpoint", "best, latest, or the number of a step", "best")
         self.switch("ema", "take the moving average of the parameters")
+
+    def picture_flags(self) -> None:
+        """Adds `--model`, `--output`, `--batch_size` and `--max_megapixels`, to segment pictures."""
+        self.flag("model", "folder of a run, or file or folder of a conversion", required=True)
+        self.flag("output", "folder where results go", "predictions")
+        self.flag(
+            "batch_size",
+            "pictures at a time; default: 1 on a CPU, else 8",
+            type=number(int, 1, 1024),
+        )
+        self.flag(
+            "max_megapixels",
+            "of a picture or of a frame; larger ones are left out",
+            MAX_MEGAPIXELS,
+            type=number(float, 0.01),
+        )
 
     def process_flags(self) -> None:
         """Adds what joins several processes, see `knet_jax.system.processes`."""

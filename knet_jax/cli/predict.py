@@ -20,15 +20,13 @@ from argparse import Namespace
 
 from knet_jax.app.predict import predict_files
 from knet_jax.cli.commandline import SOME_SKIPPED, Parser, number
-from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
 from knet_jax.system.errors import UserError
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     parser.add_argument("paths", nargs="*", metavar="PICTURE|FOLDER|VIDEO", help="what to segment")
-    parser.flag("model", "folder of a run, or file or folder of a conversion", required=True)
-    parser.flag("output", "folder where results go", "predictions")
+    parser.picture_flags()
     parser.flag(
         "threshold",
         "least score of a thing; default: the config's, else 0.3",
@@ -36,17 +34,8 @@ def add_flags(parser: Parser) -> None:
     )
     parser.checkpoint_flags()
     parser.flag(
-        "batch_size", "pictures at a time; default: 1 on a CPU, else 8", type=number(int, 1, 1024)
-    )
-    parser.flag(
         "image_info",
         "JSON in COCO's form: only its pictures are taken, under its ids; default: all, as 1, 2 ...",
-    )
-    parser.flag(
-        "max_megapixels",
-        "of a picture or of a frame; larger ones are skipped",
-        MAX_MEGAPIXELS,
-        type=number(float, 0.01),
     )
 
 

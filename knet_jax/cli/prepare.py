@@ -25,7 +25,7 @@ from knet_jax.system.errors import UserError
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
-    parser.config_flag()
+    parser.config_flag(required=True)
     parser.switch("check", "examine what is prepared, and draw a sheet of it")
     parser.flag("output", "where --check puts its sheets", "runs/check")
     parser.flag(
@@ -37,8 +37,6 @@ def add_flags(parser: Parser) -> None:
 
 def main(args: Namespace) -> None:
     """Runs the command."""
-    if args.config is None:
-        raise UserError("--config is missing, such as --config configs/coco_panoptic.py")
     config = load_config(args.config, args.overrides)
     if args.beam_options and not args.beam_runner:
         raise UserError("--beam_options needs --beam_runner, such as --beam_runner=FlinkRunner")

@@ -187,7 +187,9 @@ def _sum_of_shifted(x, kernel):
     rows, columns = x.shape[1:3]
     padded = _pad_around(x, kernel)
     offsets = np.ndindex(kernel.shape[:2])
-    return sum(padded[:, i : i + rows, j : j + columns] * kernel[i, j, 0] for i, j in offsets)
+    wide = kernel.astype(jnp.promote_types(jnp.float32, kernel.dtype))  # as a sum of many must be
+    total = sum(padded[:, i : i + rows, j : j + columns] * wide[i, j, 0] for i, j in offsets)
+    return total.astype(x.dtype)
 
 
 def _pad_around(x, kernel):

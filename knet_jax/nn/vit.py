@@ -144,9 +144,10 @@ class ViT(nn.Module):
         h, w = (side // STRIDE for side in image.shape[1:3])
         image = resize(image, (h * self.patch, w * self.patch))
         side = (self.patch, self.patch)
-        x = nn.Conv(c, side, side, padding=0, kernel_init=trunc_normal, dtype=self.dtype, name="patches")(
-            image
-        ).reshape(-1, h * w, c)  # fmt: skip
+        embed = nn.Conv(
+            c, side, side, padding=0, kernel_init=trunc_normal, dtype=self.dtype, name="patches"
+        )
+        x = embed(image).reshape(-1, h * w, c)
 
         tiny = nn.initializers.normal(1e-6)
         token = self.param("class_token", tiny, (1, 1, c))
