@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tiny_model import make_segments, part, random
 
-from knet_jax import losses
+from knet_jax import losses, matching
 from knet_jax.objectives import KernelTargets, count_segments
-from knet_jax.structs import EMPTY
+from knet_jax.structs import EMPTY, Segments
 
 B, N, H, W, T, Q = 3, 6, 8, 7, 3, 2  # T thing classes, Q stuff classes and kernels
 P = N - Q  # proposals
@@ -201,3 +201,29 @@ def test_terms_are_finite_without_things_without_segments_and_far_from_zero(targ
     empty = part(targets, 2, 3)
     terms = every_term(*predictions(1), empty, count(empty))
     assert {name for name in TERMS if terms[name] > 0} == {"label", "dense"}
+
+
+def test_quarters_in_half_of_the_memory_change_no_loss_and_no_cost():
+    rng = np.random.default_rng(0)
+    masks = rng.normal(0, 3, (1, 3, 40, 40)).astype(np.float32)
+    quarters = (rng.integers(0, 5, masks.shape) / 4).astype(np.float32)
+    labels = np.array([[0, 1, 1]], np.int32)
+    weights = matching.LossWeights(mask=1.0, dice=4.0, label=2.0, rank=0.1, dense=1.0)
+
+    def judge(dtype):
+        wanted = Segments(jnp.asarray(quarters, dtype), labels)
+        return (
+            losses.mask_loss(masks, wanted, 3),
+            losses.dice_loss(masks, wanted, 3),
+            matching.matching_cost(masks, None, wanted, weights),
+        )
+
+    for narrow, wide in zip(judge(jnp.bfloat16), judge(jnp.float32)):
+        np.testing.assert_array_equal(narrow, wide)
+
+
+def test_the_gradient_of_softplus_is_the_sigmoid():
+    x = np.linspace(-30, 30, 61, dtype=np.float32)
+    np.testing.assert_array_equal(losses.softplus(x), jax.nn.softplus(x))
+    ours, wanted = (jax.vmap(jax.grad(f))(x) for f in (losses.softplus, jax.nn.softplus))
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5)
