@@ -7,6 +7,7 @@ import pytest
 import knet_jax
 from knet_jax.config import files
 from knet_jax.config.files import load_config
+from knet_jax.config.validation import validate
 from knet_jax.system.errors import UserError
 
 FILE = """
@@ -207,6 +208,18 @@ def test_a_config_of_an_older_version_has_todays_keys(spec, tmp_path):
     assert files.check_resume(config, tmp_path) == []
     change_saved(tmp_path, lambda saved: saved["model"].update(kernels=3))
     refuse("no key config.model.kernels; did you mean ", files.load_saved_config, tmp_path)
+
+
+def test_an_empty_value_is_no_default(spec, tmp_path):
+    """Else a network would be another one than the saved one, in silence."""
+    files.save_config(load_config(spec), tmp_path)
+    change_saved(tmp_path, lambda saved: saved["model"]["neck"].update(sine={}))
+    refuse(
+        "config.model.neck.sine is {}; accepted",
+        lambda: validate(files.load_saved_config(tmp_path)),
+    )
+    change_saved(tmp_path, lambda saved: saved.update(eval={}))
+    refuse("no key config.eval", files.load_saved_config, tmp_path)
 
 
 def test_a_workdir_without_a_readable_config_is_named(tmp_path):

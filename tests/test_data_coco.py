@@ -179,7 +179,7 @@ BROKEN = {
             for text in ("{", "[]", "{}", "null", "\xff", "[" * 100_000)
         ),
         ('{"categories": [], "annotations": [], "images": [{"id": Infinity}]}', "image id inf;"),
-        (replace("annotations", 5), "is not COCO panoptic JSON: TypeError"),
+        (replace("annotations", None), "'annotations' is not accepted; accepted: a list"),
         (remove("isthing", "categories", 0), "category 'grass' does not say isthing"),
         (replace("id", 7, "categories", 1), r"category ids are \[.*\]; accepted: .* each once"),
         (replace("id", "grass", "categories", 0), r"category ids are \[.*\]; accepted: whole"),
@@ -286,6 +286,11 @@ PANOPTIC_PROBLEMS = [
     (
         edit(lambda c: c["annotations"].append(c["annotations"][1])),
         "image 101: annotated more than once",
+        ALL,
+    ),
+    (
+        edit(lambda c: c["categories"][1].update(name=c["categories"][0]["name"])),
+        "several categories are called '.*', and stay apart",
         ALL,
     ),
     (edit(remove(1, "annotations")), r"train_1\.jpg: no annotation, left out", WITHOUT_1),

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from knet_jax.config import rules
@@ -348,8 +348,12 @@ def to_tuples(value: Any) -> Any:
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    """Makes one dict of nested ones: {"optim": {"lr": 1.0}} becomes {"optim.lr": 1.0}."""
-    return flatten_dict(to_tuples(config), sep=".")
+    """Makes one dict of nested ones: {"optim": {"lr": 1.0}} becomes {"optim.lr": 1.0}.
+
+    An empty one stays, and is not accepted for any key: it would hide that a value is lost.
+    """
+    values = flatten_dict(to_tuples(config), keep_empty_nodes=True, sep=".")
+    return {key: {} if value is empty_node else value for key, value in values.items()}
 
 
 def find_groups(values: Mapping[str, Any], choices: Sequence[str] = CHOICES) -> list[KeyGroup]:

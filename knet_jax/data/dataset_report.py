@@ -88,8 +88,8 @@ def report(split: Split) -> str:
     """Decodes every picture of a split, with progress, and says what they show.
 
     Returns:
-        several lines: broken pictures, the share of ignored pixels, overlaps, hidden masks, and the
-        share of the pixels by class.
+        several lines: broken pictures, the share of ignored pixels and, where there are segments,
+        overlaps, hidden masks, and the share of the pixels by class.
     """
     inspect = functools.partial(_inspect, split)
     with shards.in_threads(inspect, range(len(split))) as found:
@@ -100,7 +100,7 @@ def report(split: Split) -> str:
     lines += [f"{len(broken)} broken pictures" + (":" if broken else "")]
     lines += [f"  {line}" for line in broken]
     if findings:
-        lines += _summarize(findings, split.categories.names)
+        lines += _summarize(findings, split)
     return "\n".join(lines)
 
 
@@ -127,18 +127,24 @@ def _inspect(split: Split, index: int) -> Finding | str:
     return Finding(pixels, covered, hidden)
 
 
-def _summarize(findings: list[Finding], names: tuple[str, ...]) -> list[str]:
+def _summarize(findings: list[Finding], split: Split) -> list[str]:
     pixels = sum(finding.pixels for finding in findings)
     total, labelled = int(pixels.sum()), int(pixels[1:].sum())
     blank = sum(not finding.pixels[1:].any() for finding in findings)
+    ignored = (
+        f"ignored: {100 * pixels[0] / total:.2f} % of the pixels; {blank} pictures have no label"
+    )
+    if split.task == "semantic":  # nothing overlaps, and preparing has counted the pixels
+        return [ignored]
     covered = [finding.covered for finding in findings if finding.covered]
     overlaps = (
         f"overlaps: {100 * sum(covered) / max(labelled, 1):.2f} % of the labelled pixels, in "
         f"{len(covered)} pictures; {sum(f.hidden for f in findings)} segments are hidden"
     )
+    names = split.categories.names
     width = max(map(len, names))
     return [
-        f"ignored: {100 * pixels[0] / total:.2f} % of the pixels; {blank} pictures have no label",
+        ignored,
         overlaps,
         "share of the pixels by class:",
         *(

@@ -54,7 +54,7 @@ def read(
 
     Returns:
         the classes, the images and annotations as `TABLES` on disk, and a line for each image that
-        has no id, or annotations but no entry.
+        has no id, or annotations but no entry, and for each name that several classes have.
 
     Raises:
         UserError: the file is not what it should be, or there is no room to sort it.
@@ -62,7 +62,12 @@ def read(
     rows = sqlite3.connect("")  # a file that goes with the connection
     try:
         content, problems = _sort(path, rows)
-        return read_categories(content), rows, problems
+        categories = read_categories(content)
+        twice = sorted({name for name in categories.names if categories.names.count(name) > 1})
+        problems += [
+            f"several categories are called {name!r:.40}, and stay apart" for name in twice
+        ]
+        return categories, rows, problems
     except UserError as error:
         raise UserError(f"config.data.root: {path}: {error}") from error
     except (ValueError, OSError, RecursionError) as error:
@@ -86,6 +91,8 @@ def _sort(path: Path, rows: sqlite3.Connection) -> tuple[Content, list[str]]:
     for key, entries in coco_files.read_lists(path):
         if key not in LISTS:
             continue
+        if entries is None:
+            raise UserError(f"{key!r} is not accepted; accepted: a list")
         absent.discard(key)
         entries = tqdm.tqdm(entries, f"Reading {key} of {path.name}", unit=" entries", delay=5)
         for entry, text in entries:
