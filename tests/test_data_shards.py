@@ -67,6 +67,23 @@ def test_a_shard_may_lose_all_its_pictures(tmp_path, monkeypatch):
     assert len(split) == 2 and "3 problems" in split.description
 
 
+def test_what_is_finished_is_kept(tmp_path, monkeypatch):
+    """Of a preparation that was ended, the shards that were whole are not written again."""
+    monkeypatch.setattr(shards, "RECORDS_PER_FILE", 2)
+    config = tiny_coco.data_config(tmp_path / "prepared", tiny_coco.write(tmp_path / "coco"))
+
+    def end_after_two(parts):
+        yield from map(shards.write, parts[:2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.load_split(config, "train", "panoptic", write=end_after_two)
+    read, seen = shards._read, []
+    monkeypatch.setattr(shards, "_read", lambda *args: seen.append(args[1][0]) or read(*args))
+    split = pipeline.load_split(config, "train", "panoptic", write=WAYS["1"])
+    assert seen == ["train_4.jpg"] and len(split) == 5
+
+
 def test_a_dataset_that_is_mended_begins_anew(tmp_path):
     root = tiny_coco.write(tmp_path / "coco", splits=("train",))
     shutil.move(root / "train2017", tmp_path / "elsewhere")
