@@ -182,17 +182,22 @@ def _cluster(address: str | None, num_cpus: int) -> Iterator[Mapping[str, float]
     # Ray starts nothing that wants more CPUs than are declared, and waits.
     here = {"num_cpus": max(num_cpus, os.cpu_count() or 1), "include_dashboard": False}
     address = address or os.environ.get("RAY_ADDRESS")
+    # "local", since without an address Ray would join any cluster that it finds here.
+    connect = partial(
+        ray.init,
+        address or "local",
+        log_to_driver=False,
+        logging_level="ERROR",
+        **({} if address else here),
+    )
     try:
         if place := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address or ""):
             # Ray tries for minutes, and may end the process.
             socket.create_connection((place[1], int(place[2])), timeout=10).close()
-        # "local", since without an address Ray would join any cluster that it finds here.
-        ray.init(
-            address or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if address else here),
-        )
+        try:
+            connect()
+        except ConnectionError:  # of a busy head: a process that it forks for a client may die at once
+            connect()
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"--address={address}: {one_line(error):.300}") from error
     try:
