@@ -94,7 +94,7 @@ def write_pairs(folder):
     for i, size in enumerate(tiny_maps.SIZES):
         path, png = folder / f"{i}.jpg", folder / f"{i}.png"
         tiny_maps.write_pair(path, png, *tiny_maps.draw(i, size, (0, 1, 4)))
-        found.append(index_maps.Pair(path, png, path.name))
+        found.append(index_maps.LabelledPicture(path, png, path.name))
     return found
 
 

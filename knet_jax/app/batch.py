@@ -196,7 +196,9 @@ def _cluster(address: str | None, num_cpus: int) -> Iterator[Mapping[str, float]
             socket.create_connection((place[1], int(place[2])), timeout=10).close()
         try:
             connect()
-        except ConnectionError:  # of a busy head: a process that it forks for a client may die at once
+        except (
+            ConnectionError
+        ):  # of a busy head: a process that it forks for a client may die at once
             connect()
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"--address={address}: {one_line(error):.300}") from error

@@ -111,7 +111,7 @@ def order_classes(named: Categories, things: Sequence[str]) -> tuple[dict[int, i
 
 
 def read_maps(
-    pair: index_maps.Pair,
+    pair: index_maps.LabelledPicture,
     instance_maps: Path | None,
     indices: Mapping[int, int],
     categories: Categories,

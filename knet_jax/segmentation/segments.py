@@ -12,7 +12,7 @@ from knet_jax.system.errors import UserError
 
 MIN_SCORE = 0.3
 """Default of the least score of a thing that is shown; networks predict many more things."""
-MAX_NAME = 200
+MAX_LENGTH = 200
 """The most letters that the name of a class may have."""
 MAX_CLASSES = 65535
 """The most classes of a dataset: label maps are uint16, and 0 stands for none."""
@@ -34,7 +34,7 @@ class Categories(NamedTuple):
             given: the fields of this class by name. Names are made `printable`.
 
         Raises:
-            UserError: a name is no text, empty or longer than `MAX_NAME`, an id is no whole number
+            UserError: a name is no text, empty or longer than `MAX_LENGTH`, an id is no whole number
                 of 64 bits or occurs twice, or their numbers do not agree.
         """
         try:
@@ -55,9 +55,9 @@ class Categories(NamedTuple):
             )
         cleaned = [printable(name) if isinstance(name, str) else "" for name in names]
         for name, clean in zip(names, cleaned):
-            if not 0 < len(clean) <= MAX_NAME:
+            if not 0 < len(clean) <= MAX_LENGTH:
                 raise UserError(
-                    f"a class is called {name!r:.40}; accepted: texts of 1 to {MAX_NAME} letters"
+                    f"a class is called {name!r:.40}; accepted: texts of 1 to {MAX_LENGTH} letters"
                 )
         return Categories(tuple(cleaned), tuple(ids), int(num_things))
 

@@ -43,7 +43,7 @@ def find(config_data, split: str) -> records.Source:
 
 def _examine(root: Path, pictures: Path, annotations: Path) -> records.Examples:
     pairs = [
-        index_maps.Pair(path, annotations / f"{path.stem}.png", path.name)
+        index_maps.LabelledPicture(path, annotations / f"{path.stem}.png", path.name)
         for path in index_maps.find_pictures(pictures)
     ]
     return index_maps.examine_pairs(pairs, read_object_info(root), ignored={0}, source=pictures)

@@ -39,5 +39,7 @@ def _examine(pictures: Path, annotations: Path) -> records.Examples:
     pairs = []
     for path in sorted(pictures.glob(f"*/*{PICTURE}")):
         png = path.name.removesuffix(PICTURE) + ANNOTATION
-        pairs.append(index_maps.Pair(path, annotations / path.parent.name / png, path.name))
+        pairs.append(
+            index_maps.LabelledPicture(path, annotations / path.parent.name / png, path.name)
+        )
     return index_maps.examine_pairs(pairs, CATEGORIES, IGNORED, source=pictures)

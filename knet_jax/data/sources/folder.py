@@ -67,7 +67,7 @@ def _examine(
     return index_maps.examine_pairs(pairs, categories, {ignore_index}, images, remedy, colors)
 
 
-def find_pairs(pictures: Path, annotations: Path) -> list[index_maps.Pair]:
+def find_pairs(pictures: Path, annotations: Path) -> list[index_maps.LabelledPicture]:
     """The pictures of a folder, each with its mask in another folder, or in the same.
 
     What is the mask of a picture is no picture.
@@ -81,6 +81,8 @@ def find_pairs(pictures: Path, annotations: Path) -> list[index_maps.Pair]:
         wanted = [masks.get(name.with_suffix("").as_posix() + suffix) for suffix in SUFFIXES]
         others = [mask for mask in wanted if mask and not mask.samefile(path)]
         absent = annotations / name.with_name(f"{name.stem}{SUFFIXES[pictures == annotations]}.png")
-        pairs.append(index_maps.Pair(path, others[0] if others else absent, name.as_posix()))
+        pairs.append(
+            index_maps.LabelledPicture(path, others[0] if others else absent, name.as_posix())
+        )
     used = {pair.png for pair in pairs}
     return [pair for pair in pairs if pair.path not in used]

@@ -26,7 +26,7 @@ SPREAD = {2: 85, 4: 17}
 """By bits a pixel: the factor by which Pillow spreads grey values of few bits over 0 to 255."""
 
 
-class Pair(NamedTuple):
+class LabelledPicture(NamedTuple):
     """A picture and the PNG file of its annotation."""
 
     path: Path
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 def examine_pairs(
-    pairs: Sequence[Pair],
+    pairs: Sequence[LabelledPicture],
     categories: Categories,
     ignored: Collection[int],
     source: Path,
@@ -73,7 +73,7 @@ def _read_picture(
     known: Collection[int],
     remedy: str,
     colors: Mapping[int, int] | None,
-    entry: tuple[int, Pair],
+    entry: tuple[int, LabelledPicture],
 ) -> tuple[Record, list[str]]:
     """A picture, and what is wrong with it. Raises UserError where it cannot be used."""
     number, pair = entry
