@@ -261,7 +261,9 @@ def test_two_processes_evaluate_what_one_does(runs, alone):
     for num_processes in (1, 2):
         output = runs.folder / f"eval_{num_processes}"
         words = ["eval", "--workdir", str(alone), "--output", str(output), "--results"]
-        runs.run([*words, "--rounds", "--limit", "5"], num_processes, 2 // num_processes)
+        runs.run(
+            [*words, "--rounds", "--analysis", "--limit", "5"], num_processes, 2 // num_processes
+        )
         files = (path for path in output.rglob("*") if path.is_file())
         written.append({path.relative_to(output): path.read_bytes() for path in files})
     assert written[0] == written[1] and len(written[0]) == 2 + 2 + 5

@@ -139,16 +139,17 @@ class Analysis:
         return not self._model["num_proposals"]
 
     def _by_number(self) -> list[dict[str, Any]]:
-        """What the metric says of the pictures with so many objects."""
-        rows = []
+        """The first number of the metric of the pictures with so many objects; None without truth."""
+        rows, [name, *_] = [], self._task.metric.HEADLINE
         for low, high in zip(NUMBERS, (*NUMBERS[1:], None)):
             only = {
                 i for i, n in self._num_objects.items() if low <= n and (high is None or n < high)
             }
             count = sum(processes.exchange(len(only)))
-            scores = self._rounds.scores(only)
-            scores = {name: scores[name] if count else None for name in self._task.metric.HEADLINE}
-            rows.append({"from": low, "below": high, "images": count} | scores)
+            score = self._rounds.scores(only)[name]
+            has_truth = count and (low or self._model["num_stuff"])
+            row = {"from": low, "below": high, "images": count, name: score if has_truth else None}
+            rows.append(row)
         return rows
 
     def _kernels(self, found: Findings) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 1em 2em;
   color: #222; background: #fff }
 h1 { font-size: 1.5em } h2 { margin-top: 2em; border-bottom: 1px solid #ccc } h3 { margin-bottom: .3em }
-p, li { max-width: 60em } small, figcaption, .note { color: #666 }
+p, li { max-width: 60em } figcaption { color: #666; font-size: 12px }
+figure { margin: 1em 0 }
 img { max-width: 100% } svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: 13px; margin: .5em 0 }
 td, th { padding: 2px 7px; text-align: right; font-weight: normal } th { color: #555 }
@@ -34,7 +35,7 @@ th:first-child { text-align: left } thead th { vertical-align: bottom; border-bo
 .wide { overflow-x: auto } .tall thead th:not(:first-child) { writing-mode: vertical-rl;
   transform: rotate(180deg); text-align: left; max-height: 12em }
 .kernels { display: flex; flex-wrap: wrap; gap: 10px } .kernels figure { margin: 0; width: 110px }
-.kernels img { width: 110px; height: 110px; display: block } figcaption { font-size: 12px }
+.kernels img { width: 110px; height: 110px; display: block }
 .key { display: inline-block; width: .9em; height: .9em; margin: 0 .3em 0 1em; vertical-align: -.1em }
 nav a { margin-right: 1.2em }
 """
@@ -76,7 +77,7 @@ def _updates(report: Mapping[str, Any]) -> str:
         "paper): before the first, kernels are the same for all pictures.</p>"
         + bars([row["updates"] for row in rows], {n: [row[n] for row in rows] for n in shown})
         + table(["updates", *names], [[row["updates"], *(row[n] for n in names)] for row in rows])
-        + "".join(_picture(entry["picture"], entry["image"]) for entry in report["shown"])
+        + "".join(_picture(entry["picture"]) for entry in report["shown"])
     )
 
 
@@ -176,9 +177,7 @@ def _confusion(report: Mapping[str, Any]) -> str:
 def _sizes(report: Mapping[str, Any]) -> str:
     sizes = [row for row in report["sizes"] if row["objects"]]
     numbers = [row for row in report["num_objects"] if row["images"]]
-    headline = [
-        name for name in report["num_objects"][0] if name not in ("from", "below", "images")
-    ]
+    *_, score = report["num_objects"][0]
     return (
         "<p>Objects by the side of a square of the same area, in pixels: the share that a prediction of "
         "the class finds (IoU above 0.5), and the mean of their best IoU.</p>"
@@ -189,7 +188,7 @@ def _sizes(report: Mapping[str, Any]) -> str:
         + "<p>Pictures by the number of objects in them (how many such pictures there are).</p>"
         + bars(
             [f"{_range(row)} ({row['images']})" for row in numbers],
-            {name: [row[name] for row in numbers] for name in headline},
+            {score: [row[score] for row in numbers]},
         )
     )
 
@@ -218,11 +217,10 @@ def _range(row: Mapping[str, Any]) -> str:
     return str(last) if last == row["from"] else f"{row['from']}–{last}"
 
 
-def _picture(path: str, title: str, text: str = "") -> str:
+def _picture(path: str, title: str = "", text: str = "") -> str:
     return (
-        f'<figure style="margin:1em 0"><a href="{escape(path)}"><img loading="lazy" '
-        f'src="{escape(path)}" alt="{escape(title)}"></a><figcaption><b>{escape(title)}</b> '
-        f"{escape(text)}</figcaption></figure>"
+        f'<figure><a href="{escape(path)}"><img loading="lazy" src="{escape(path)}" alt=""></a>'
+        f"<figcaption><b>{escape(title)}</b> {escape(text)}</figcaption></figure>"
     )
 
 
