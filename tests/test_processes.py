@@ -266,7 +266,7 @@ def test_two_processes_evaluate_what_one_does(runs, alone):
         )
         files = (path for path in output.rglob("*") if path.is_file())
         written.append({path.relative_to(output): path.read_bytes() for path in files})
-    assert written[0] == written[1] and len(written[0]) == 2 + 2 + 5
+    assert written[0] == written[1] and len(written[0]) == 2 + 2 + 5 + (2 + 4 + 5)
     assert json.loads(written[0][Path("metrics.json")])["num_images"] == 5
 
 

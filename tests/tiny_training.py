@@ -92,7 +92,7 @@ def share_programs(monkeypatch):
 
     def shared_evaluator(model, split, config, devices, limit=None, inside=0):
         made = make_evaluator(model, split, config, devices, limit, inside)
-        key = (repr(model), inside > 0, str(config.eval))
+        key = (repr(model), inside > 0, str(dict(config.eval) | {"analysis": 0}))
         programs = made._look, made._predict, made._observe
         made._look, made._predict, made._observe = _once(key, lambda: programs)
         return made
