@@ -213,9 +213,9 @@ def test_the_page_of_a_known_network(tmp_path):
     }
     kernels = [(one["stuff"], one["activity"], one["serves"]) for one in report["kernels"]]
     assert kernels == [
-        (None, 50.0, {HOSTILE.names[DOG]: 1}),
-        (None, 0.0, {}),
-        (HOSTILE.names[GRASS], 12.5, {HOSTILE.names[GRASS]: 1}),
+        (None, 50.0, [1, 0, 0]),
+        (None, 0.0, [0, 0, 0]),
+        (HOSTILE.names[GRASS], 12.5, [0, 0, 1]),
     ]
     assert [(one["image"], one["quality"]) for one in report["worst"]] == [("a<b>.png", 37.2)]
     assert [one["kind"] for one in report["worst"][0]["mistakes"]] == [
@@ -251,6 +251,6 @@ def test_a_chart_draws_what_it_is_given():
     drawn = page.bars(["a", "<b>"], {"x": [50.0, None], "y": [100.0, 0.0]})
     heights = [float(x) for x in re.findall(r'width="24" height="([\d.]+)"', drawn)]
     assert heights == [90, 180, 0] and "&lt;b&gt;" in drawn
-    row = page.heat({"r": [1, 3, 0]}, ["a", "b", "c"])
+    row = page.heat([("r", [1, 3, 0])], ["a", "b", "c"])
     assert re.findall(r",0\.\d+\)", row) == [",0.21)", ",0.64)", ",0.00)"]
     assert page.table(["n"], [["a", None], ["b", 1.25]]).count("<td>") == 2

@@ -164,7 +164,7 @@ class Analysis:
                 "kernel": i,
                 "stuff": stuff[i - num_proposals] if i >= num_proposals else None,
                 "activity": round(float(mean), 3),
-                "serves": {names[label]: int(serves[label]) for label in np.flatnonzero(serves)},
+                "serves": serves.tolist(),
             }
             for i, (mean, serves) in enumerate(zip(means, found.serves))
         ]
@@ -173,7 +173,8 @@ class Analysis:
         """A picture, its masks after 0, 1 … updates, and the truth."""
         title, image = self._split.file_name(one.index), self._split.image(one.index)
         rounds = enumerate((*one.earlier, one.prediction))
-        results = {f"after {i} updates": result for i, result in rounds} | {"truth": one.truth}
+        results = {f"after update {i}" if i else "before updates": result for i, result in rounds}
+        results["truth"] = one.truth
         return strip(draw_all(title, image, results, self._split.categories, SIDE))
 
     def _draw_mistakes(self, judged: Judged) -> np.ndarray:

@@ -31,13 +31,14 @@ figure { margin: 1em 0 }
 img { max-width: 100% } svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: 13px; margin: .5em 0 }
 td, th { padding: 2px 7px; text-align: right; font-weight: normal } th { color: #555 }
-th:first-child { text-align: left } thead th { vertical-align: bottom; border-bottom: 1px solid #ccc }
+th:first-child { text-align: left; white-space: nowrap } thead th { vertical-align: bottom; border-bottom: 1px solid #ccc }
 .wide { overflow-x: auto } .tall thead th:not(:first-child) { writing-mode: vertical-rl;
   transform: rotate(180deg); text-align: left; max-height: 12em }
 .kernels { display: flex; flex-wrap: wrap; gap: 10px } .kernels figure { margin: 0; width: 110px }
 .kernels img { width: 110px; height: 110px; display: block }
 .key { display: inline-block; width: .9em; height: .9em; margin: 0 .3em 0 1em; vertical-align: -.1em }
-nav a { margin-right: 1.2em }
+nav a { margin-right: 1.2em } .beside { display: flex; flex-wrap: wrap; gap: 1em 3em }
+.beside > div { max-width: 100% }
 """
 
 
@@ -75,8 +76,12 @@ def _updates(report: Mapping[str, Any]) -> str:
     return (
         "<p>What the masks are worth after every update of the kernels (Figure 4b and A1 of the "
         "paper): before the first, kernels are the same for all pictures.</p>"
-        + bars([row["updates"] for row in rows], {n: [row[n] for row in rows] for n in shown})
-        + table(["updates", *names], [[row["updates"], *(row[n] for n in names)] for row in rows])
+        + beside(
+            bars([row["updates"] for row in rows], {n: [row[n] for row in rows] for n in shown}),
+            table(
+                ["updates", *names], [[row["updates"], *(row[n] for n in names)] for row in rows]
+            ),
+        )
         + "".join(_picture(entry["picture"]) for entry in report["shown"])
     )
 
@@ -101,17 +106,14 @@ def _kernels(report: Mapping[str, Any], maps: np.ndarray) -> str:
     served = groups["Of things"]
     if not served:
         return text
-    counts = {kernel["kernel"]: kernel["serves"] for kernel in served}
-    classes = [row["name"] for row in report["classes"]]
-    classes = [name for name in classes if any(name in each for each in counts.values())]
-    totals = {name: sum(each.get(name, 0) for each in counts.values()) for name in classes}
-    classes = sorted(classes, key=lambda name: -totals[name])[:MAX_ROWS]
-    busy = sorted(counts, key=lambda i: -sum(counts[i].values()))[:MAX_ROWS]
-    rows = {f"kernel {i}": [counts[i].get(name, 0) for name in classes] for i in busy}
+    counts = np.array([kernel["serves"] for kernel in served])
+    busy = np.argsort(-counts.sum(1), kind="stable")[:MAX_ROWS]
+    classes = np.argsort(-counts.sum(0), kind="stable")[: min(MAX_ROWS, counts.any(0).sum())]
+    rows = [(f"kernel {served[i]['kernel']}", counts[i, classes].tolist()) for i in busy]
     return (
         f"{text}<h3>Which kernels serve which classes</h3><p>In how many pictures the best class of a "
         f"kernel scores at least 0.3. The busiest {len(busy)} of {len(counts)} kernels.</p>"
-        + heat(rows, classes)
+        + heat(rows, [report["classes"][label]["name"] for label in classes])
     )
 
 
@@ -119,7 +121,7 @@ def _mistakes(report: Mapping[str, Any]) -> str:
     rows = sorted(report["classes"], key=lambda row: -sum(row[kind] for kind in KINDS[1:]))
     rows = [row for row in rows if any(row[kind] for kind in KINDS)]
     total = [sum(row[kind] for row in rows) for kind in KINDS]
-    named = {row["name"]: [row[kind] for kind in KINDS] for row in rows[:MAX_ROWS]}
+    named = [(row["name"], [row[kind] for kind in KINDS]) for row in rows[:MAX_ROWS]]
     keys = "".join(
         f'<span class="key" style="background:rgb{color}"></span>{kind}'
         for kind, color in list(zip(KINDS, COLORS))[1:]
@@ -162,15 +164,17 @@ def _confusion(report: Mapping[str, Any]) -> str:
     wrong = wrong.sum(0) + wrong.sum(1)
     occurs = [i for i in range(len(names) - 1) if counts[i].any() or counts[:, i].any()]
     chosen = sorted(sorted(occurs, key=lambda i: -wrong[i])[:MAX_ROWS]) + [len(names) - 1]
-    matrix = {names[i]: counts[i, chosen].tolist() for i in chosen if counts[i].any()}
+    matrix = [(names[i], counts[i, chosen].tolist()) for i in chosen if counts[i].any()]
     pairs = [
         [f"{p['true']} → {p['predicted']}", p["count"], p["share"]] for p in confusion["pairs"]
     ]
     few = f" The {MAX_ROWS} classes with the most mistakes." if len(occurs) > MAX_ROWS else ""
     return (
         f"<p>Rows are what is there, columns what it is taken for, in {confusion['unit']}.{few}</p>"
-        + heat(matrix, [names[i] for i in chosen])
-        + (table(["most often confused", confusion["unit"], "% of class"], pairs) if pairs else "")
+        + beside(
+            heat(matrix, [names[i] for i in chosen]),
+            table(["most often confused", confusion["unit"], "% of class"], pairs) if pairs else "",
+        )
     )
 
 
@@ -180,15 +184,17 @@ def _sizes(report: Mapping[str, Any]) -> str:
     *_, score = report["num_objects"][0]
     return (
         "<p>Objects by the side of a square of the same area, in pixels: the share that a prediction of "
-        "the class finds (IoU above 0.5), and the mean of their best IoU.</p>"
-        + bars(
-            [f"{_range(row)} ({row['objects']})" for row in sizes],
-            {name: [row[name] for row in sizes] for name in ("found", "IoU")},
-        )
-        + "<p>Pictures by the number of objects in them (how many such pictures there are).</p>"
-        + bars(
-            [f"{_range(row)} ({row['images']})" for row in numbers],
-            {score: [row[score] for row in numbers]},
+        "the class finds (IoU above 0.5), and the mean of their best IoU. "
+        "Beside it, pictures by the number of objects in them. (In brackets: how many there are.)</p>"
+        + beside(
+            bars(
+                [f"{_range(row)} ({row['objects']})" for row in sizes],
+                {name: [row[name] for row in sizes] for name in ("found", "IoU")},
+            ),
+            bars(
+                [f"{_range(row)} ({row['images']})" for row in numbers],
+                {score: [row[score] for row in numbers]},
+            ),
         )
     )
 
@@ -236,6 +242,11 @@ def _cell(value: Any) -> str:
     return escape(shown)
 
 
+def beside(*parts: str) -> str:
+    """Lays parts side by side where there is room."""
+    return f'<div class="beside">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+
+
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     """A table; the first column names the rows."""
     lines = "".join(
@@ -246,10 +257,10 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead>{lines}</table></div>'
 
 
-def heat(rows: Mapping[str, Sequence[int]], columns: Sequence[str]) -> str:
-    """A table of counts, each cell as dark as its share of the row."""
+def heat(rows: Iterable[tuple[str, Sequence[int]]], columns: Sequence[str]) -> str:
+    """A table of counts, rows with their names, each cell as dark as its share of the row."""
     lines = ""
-    for name, counts in rows.items():
+    for name, counts in rows:
         total = max(1, sum(counts))
         cells = (
             f'<td style="background:rgba(42,111,176,{0.85 * count / total:.2f})">{count or ""}</td>'
@@ -271,8 +282,8 @@ def bars(labels: Sequence[Any], series: Mapping[str, Sequence[float | None]]) ->
     )
     for j, (name, values) in enumerate(series.items()):
         hue, left = HUES[j % len(HUES)], 40 + 90 * j
-        marks += f'<rect x="{left}" y="0" width="10" height="10" fill="{hue}"/>'
-        marks += f'<text x="{left + 14}" y="9">{escape(name)}</text>'
+        marks += f'<rect x="{left}" y="-14" width="10" height="10" fill="{hue}"/>'
+        marks += f'<text x="{left + 14}" y="-5">{escape(name)}</text>'
         for i, value in enumerate(values):
             if value is not None:
                 x, tall = 50 + group * i + 26 * j, height * min(max(value, 0), 100) / 100
@@ -283,6 +294,6 @@ def bars(labels: Sequence[Any], series: Mapping[str, Sequence[float | None]]) ->
         middle = 50 + group * i + 13 * len(series)
         marks += f'<text x="{middle}" y="{base + 16}" text-anchor="middle">{_cell(label)}</text>'
     return (
-        f'<svg viewBox="0 -4 {width} {base + 30}" width="{width}" font-size="11" fill="#444">'
+        f'<svg viewBox="0 -16 {width} {base + 42}" width="{width}" font-size="11" fill="#444">'
         f"{marks}</svg>"
     )
