@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -130,7 +131,10 @@ def _mistakes(report: Mapping[str, Any]) -> str:
         _picture(
             entry["picture"],
             f"{entry['image']}, quality {entry['quality']}",
-            "; ".join(map(_describe, entry["mistakes"])),
+            "; ".join(
+                f"{times} × {text}" if times > 1 else text
+                for text, times in Counter(map(_describe, entry["mistakes"])).items()
+            ),
         )
         for entry in report["worst"]
     )
