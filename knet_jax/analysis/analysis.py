@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from knet_jax.data.prepared_split import Split
 from knet_jax.metrics.counts import Prediction, Rounds, rows_of_classes
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.drawing import Segmentation, draw_all, save_picture, strip
-from knet_jax.segmentation.segments import Categories, PanopticMap
+from knet_jax.segmentation.segments import PanopticMap
 from knet_jax.system import processes
 from knet_jax.system.output_files import write_whole
 from knet_jax.tasks import Task
@@ -97,15 +97,15 @@ class Analysis:
             `num_objects`, `calibration` (None where results have no scores), `kernels`; and the
             pictures, `shown` and `worst` with their mistakes. Shares and scores are in percent.
         """
-        found = findings.merge(processes.exchange(self._found))
+        found = Findings(*map(sum, zip(*processes.exchange(self._found))))
         shown = self._gallery.kept()
         worst = _worst(chain.from_iterable(processes.exchange(self._worst)))
-        names = self._split.categories.names
+        names, has_proposals = self._split.categories.names, self._model["num_proposals"] > 0
         report = dict(about) | {
             "num_images": int(found.pictures),
             "rounds": self._rounds.rows(),
-            "classes": _classes(found, self._split.categories),
-            "confusion": _confusion(found, names, "pixels" if self._is_semantic else "segments"),
+            "classes": rows_of_classes(self._split.categories, dict(zip(KINDS, found.kinds.T))),
+            "confusion": _confusion(found, names, "segments" if has_proposals else "pixels"),
             "sizes": _sizes(found),
             "num_objects": self._by_number(),
             "calibration": _calibration(found),
@@ -133,10 +133,6 @@ class Analysis:
             write_whole(folder / "analysis.json", (json.dumps(report, indent=1) + "\n").encode())
             write_whole(folder / page.PAGE, page.render(report, maps).encode())
         return report
-
-    @property
-    def _is_semantic(self) -> bool:
-        return not self._model["num_proposals"]
 
     def _by_number(self) -> list[dict[str, Any]]:
         """The first number of the metric of the pictures with so many objects; None without truth."""
@@ -200,7 +196,7 @@ class Analysis:
         return strip([*drawn, ("mistakes", marked)])
 
 
-def _worst(judged: Any) -> list[Judged]:
+def _worst(judged: Iterable[Judged]) -> list[Judged]:
     """The worst pictures that are not perfect, the worst first."""
     flawed = (each for each in judged if each.quality < 1)
     return sorted(flawed, key=lambda each: (each.quality, each.one.index))[:NUM_WORST]
@@ -218,11 +214,6 @@ def _mask(segmentation: Segmentation, position: int) -> np.ndarray:
 def _share(part: float, whole: float) -> float | None:
     """A share in percent, None of nothing."""
     return round(100 * float(part) / float(whole), 2) if whole else None
-
-
-def _classes(found: Findings, categories: Categories) -> list[dict[str, Any]]:
-    columns = dict(zip(KINDS, found.kinds.T))
-    return rows_of_classes(categories, columns)
 
 
 def _confusion(found: Findings, names: Sequence[str], unit: str) -> dict[str, Any]:

@@ -115,11 +115,6 @@ def no_findings(num_classes: int, num_kernels: int) -> Findings:
     )
 
 
-def merge(parts: Sequence[Findings]) -> Findings:
-    """Adds up the findings of different pictures."""
-    return Findings(*(sum(arrays) for arrays in zip(*parts)))
-
-
 def compare(truth: Any, prediction: Any) -> Overlaps:
     """Lays the segments of a picture upon each other, as the metrics do.
 

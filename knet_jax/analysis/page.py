@@ -110,11 +110,11 @@ def _kernels(report: Mapping[str, Any], maps: np.ndarray) -> str:
     counts = np.array([kernel["serves"] for kernel in served])
     busy = np.argsort(-counts.sum(1), kind="stable")[:MAX_ROWS]
     classes = np.argsort(-counts.sum(0), kind="stable")[: min(MAX_ROWS, counts.any(0).sum())]
-    rows = [(f"kernel {served[i]['kernel']}", counts[i, classes].tolist()) for i in busy]
+    rows = [(f"kernel {served[i]['kernel']}", *counts[i, classes].tolist()) for i in busy]
     return (
         f"{text}<h3>Which kernels serve which classes</h3><p>In how many pictures the best class of a "
         f"kernel scores at least 0.3. The busiest {len(busy)} of {len(counts)} kernels.</p>"
-        + heat(rows, [report["classes"][label]["name"] for label in classes])
+        + table(["", *(report["classes"][label]["name"] for label in classes)], rows, is_heat=True)
     )
 
 
@@ -122,7 +122,7 @@ def _mistakes(report: Mapping[str, Any]) -> str:
     rows = sorted(report["classes"], key=lambda row: -sum(row[kind] for kind in KINDS[1:]))
     rows = [row for row in rows if any(row[kind] for kind in KINDS)]
     total = [sum(row[kind] for row in rows) for kind in KINDS]
-    named = [(row["name"], [row[kind] for kind in KINDS]) for row in rows[:MAX_ROWS]]
+    named = [(row["name"], *(row[kind] for kind in KINDS)) for row in rows[:MAX_ROWS]]
     keys = "".join(
         f'<span class="key" style="background:rgb{color}"></span>{kind}'
         for kind, color in list(zip(KINDS, COLORS))[1:]
@@ -144,7 +144,7 @@ def _mistakes(report: Mapping[str, Any]) -> str:
         "badly outlined from an IoU of 0.1 with one of its class, and else invented. A true segment "
         "that none of them is about, inventions aside, is missed.</p>"
         + table(["", *KINDS], [["all", *total]])
-        + f"<h3>By class, most mistakes first</h3>{heat(named, KINDS)}"
+        + f"<h3>By class, most mistakes first</h3>{table(['', *KINDS], named, is_heat=True)}"
         + "<h3>The worst pictures</h3><p>Quality is panoptic quality of all segments, as if of one "
         + f"class. Outlines:{keys}</p>{worst or '<p>None: all are perfect.</p>'}"
     )
@@ -168,7 +168,7 @@ def _confusion(report: Mapping[str, Any]) -> str:
     wrong = wrong.sum(0) + wrong.sum(1)
     occurs = [i for i in range(len(names) - 1) if counts[i].any() or counts[:, i].any()]
     chosen = sorted(sorted(occurs, key=lambda i: -wrong[i])[:MAX_ROWS]) + [len(names) - 1]
-    matrix = [(names[i], counts[i, chosen].tolist()) for i in chosen if counts[i].any()]
+    matrix = [(names[i], *counts[i, chosen].tolist()) for i in chosen if counts[i].any()]
     pairs = [
         [f"{p['true']} → {p['predicted']}", p["count"], p["share"]] for p in confusion["pairs"]
     ]
@@ -176,7 +176,7 @@ def _confusion(report: Mapping[str, Any]) -> str:
     return (
         f"<p>Rows are what is there, columns what it is taken for, in {confusion['unit']}.{few}</p>"
         + beside(
-            heat(matrix, [names[i] for i in chosen]),
+            table(["", *(names[i] for i in chosen)], matrix, is_heat=True),
             table(["most often confused", confusion["unit"], "% of class"], pairs) if pairs else "",
         )
     )
@@ -251,28 +251,22 @@ def beside(*parts: str) -> str:
     return f'<div class="beside">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
 
 
-def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; the first column names the rows."""
-    lines = "".join(
-        f"<tr><th>{_cell(first)}</th>" + "".join(f"<td>{_cell(x)}</td>" for x in rest) + "</tr>"
-        for first, *rest in rows
-    )
-    heads = "".join(f"<th>{_cell(name)}</th>" for name in head)
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead>{lines}</table></div>'
-
-
-def heat(rows: Iterable[tuple[str, Sequence[int]]], columns: Sequence[str]) -> str:
-    """A table of counts, rows with their names, each cell as dark as its share of the row."""
+def table(head: Iterable[Any], rows: Iterable[Sequence[Any]], is_heat: bool = False) -> str:
+    """A table whose first column names the rows; the cells of a heat map are counts, each as dark as its
+    share of the row."""
     lines = ""
-    for name, counts in rows:
-        total = max(1, sum(counts))
+    for name, *values in rows:
+        total = max(1, sum(values)) if is_heat else 1
+        shades = (0.85 * value / total if is_heat else 0 for value in values)
         cells = (
-            f'<td style="background:rgba(42,111,176,{0.85 * count / total:.2f})">{count or ""}</td>'
-            for count in counts
+            f'<td style="background:rgba(42,111,176,{shade:.2f})">'
+            f"{'' if is_heat and not value else _cell(value)}</td>"
+            for value, shade in zip(values, shades)
         )
-        lines += f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>"
-    heads = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    return f'<div class="wide tall"><table><thead><tr><th></th>{heads}</tr></thead>{lines}</table></div>'
+        lines += f"<tr><th>{_cell(name)}</th>{''.join(cells)}</tr>"
+    heads = "".join(f"<th>{_cell(name)}</th>" for name in head)
+    kind = "wide tall" if is_heat else "wide"
+    return f'<div class="{kind}"><table><thead><tr>{heads}</tr></thead>{lines}</table></div>'
 
 
 def bars(labels: Sequence[Any], series: Mapping[str, Sequence[float | None]]) -> str:
