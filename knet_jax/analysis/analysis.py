@@ -138,9 +138,7 @@ class Analysis:
         """The first number of the metric of the pictures with so many objects; None without truth."""
         rows, [name, *_] = [], self._task.metric.HEADLINE
         for low, high in zip(NUMBERS, (*NUMBERS[1:], None)):
-            only = {
-                i for i, n in self._num_objects.items() if low <= n and (high is None or n < high)
-            }
+            only = {i for i, n in self._num_objects.items() if low <= n < (high or np.inf)}
             count = sum(processes.exchange(len(only)))
             score = self._rounds.scores(only)[name]
             has_truth = count and (low or self._model["num_stuff"])
@@ -151,8 +149,7 @@ class Analysis:
     def _kernels(self, found: Findings) -> list[dict[str, Any]]:
         """Mean activity and classes of every kernel."""
         categories, num_proposals = self._split.categories, self._model["num_proposals"]
-        names = categories.names
-        stuff = names[categories.num_things if num_proposals else 0 :]
+        stuff = categories.names[categories.num_things if num_proposals else 0 :]
         pictures = max(1, int(found.pictures))
         means = 100 * found.activity.mean((1, 2)) / (255 * pictures)
         return [
@@ -181,18 +178,15 @@ class Analysis:
         drawn = draw_all(title, image, both, self._split.categories, SIDE)
         marked = drawn[0][1].copy()
         for verdict in judged.verdicts:
-            if verdict.kind != RIGHT:
-                is_missed = verdict.kind == MISSED
-                where = (
-                    (one.truth, verdict.truth)
-                    if is_missed
-                    else (one.prediction, verdict.prediction)
-                )
-                mask = cv2.resize(
-                    _mask(*where), marked.shape[1::-1], interpolation=cv2.INTER_NEAREST
-                )
-                lines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-                cv2.drawContours(marked, lines, -1, page.COLORS[verdict.kind], 3)
+            if verdict.kind == RIGHT:
+                continue
+            if verdict.kind == MISSED:
+                mask = _mask(one.truth, verdict.truth)
+            else:
+                mask = _mask(one.prediction, verdict.prediction)
+            mask = cv2.resize(mask, marked.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+            lines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+            cv2.drawContours(marked, lines, -1, page.COLORS[verdict.kind], 3)
         return strip([*drawn, ("mistakes", marked)])
 
 
