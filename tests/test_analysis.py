@@ -47,7 +47,7 @@ TRUTH = paint(
 )
 FOUND = paint(
     (GRASS, *EVERYWHERE, 0.95),
-    (DOG, (0, 10), (0, 10), 0.95),
+    (DOG, (0, 10), (0, 10), 0.65),
     (DOG, (0, 10), (20, 30), 0.85),  # a cat
     (DOG, (20, 24), (0, 10), 0.45),  # four tenths of a dog
     (CAT, (35, 40), (30, 35), 0.45),  # grass
@@ -116,7 +116,8 @@ def test_sums_over_a_picture():
     # Four things of ten pixels a side: one found, IoU 1, 0, 0.4 and 0.
     np.testing.assert_allclose(found.sizes[1], [4, 1, 1.4])
     assert not found.sizes[[0, *range(2, 8)]].any()
-    np.testing.assert_allclose(found.calibration[9], [2, 1.9, 1 + GRASS_IOU])
+    np.testing.assert_allclose(found.calibration[9], [1, 0.95, GRASS_IOU])
+    np.testing.assert_allclose(found.calibration[6], [1, 0.65, 1])
     np.testing.assert_allclose(found.calibration[8], [1, 0.85, 0])
     np.testing.assert_allclose(found.calibration[4], [2, 0.9, 0.4])
     assert found.calibration[:, 0].sum() == 5
@@ -211,6 +212,9 @@ def test_the_page_of_a_known_network(tmp_path):
         "score": 45.0,
         "IoU": 20.0,
     }
+    # Of six predictions, in four ranges of score: too sure in three, too modest in one.
+    error = abs(1.95 - (1 + GRASS_IOU)) + 0.85 + (1 - 0.65) + (0.9 - 0.4)
+    assert report["calibration"]["error"] == pytest.approx(100 * error / 6, abs=0.01)
     kernels = [(one["stuff"], one["activity"], one["serves"]) for one in report["kernels"]]
     assert kernels == [
         (None, 50.0, [1, 0, 0]),
