@@ -25,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)  ## Train a small K-Net on drawn pictures, evaluate it, draw: make demo TASK=instance
 	rm -rf $(DEMO)
 	$(VENV)/bin/python train.py --config configs/shapes_$(TASK).py --workdir $(DEMO)
-	$(VENV)/bin/python eval.py --workdir $(DEMO)
+	$(VENV)/bin/python eval.py --workdir $(DEMO) --analysis
 
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 

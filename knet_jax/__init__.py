@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from knet_jax.config.files import load_config
     from knet_jax.data.prepare import prepare_dataset
     from knet_jax.segmentation.result import Result, Segment
-    from knet_jax.training.evaluation import evaluate
+    from knet_jax.training.evaluation import analyse, evaluate
     from knet_jax.training.loop import train
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "Result",
     "Segment",
     "Segmenter",
+    "analyse",
     "evaluate",
     "load",
     "load_config",
@@ -39,6 +40,7 @@ MODULES = {
     "Result": "knet_jax.segmentation.result",
     "Segment": "knet_jax.segmentation.result",
     "Segmenter": "knet_jax.app.segmenter",
+    "analyse": "knet_jax.training.evaluation",
     "evaluate": "knet_jax.training.evaluation",
     "load": "knet_jax.app.segmenter",
     "load_config": "knet_jax.config.files",

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -7,8 +8,10 @@ import pytest
 import tiny_model
 
 import knet_jax.inference.forward
+from knet_jax.analysis.gallery import Gallery
 from knet_jax.config.files import load_config
 from knet_jax.data import pipeline
+from knet_jax.inference.activity import SIDE
 from knet_jax.inference.forward import lookahead
 from knet_jax.inference.fusion import Fused
 from knet_jax.metrics import panoptic
@@ -17,10 +20,12 @@ from knet_jax.segmentation.drawing import panel
 from knet_jax.structs import EMPTY, Stage
 from knet_jax.tasks import TASKS
 from knet_jax.training import evaluation
-from knet_jax.training.evaluation import Evaluator, Gallery
+from knet_jax.training.evaluation import Evaluator
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shapes_panoptic.py"
 SLOTS = 16
+LAST = 1
+"""The number of updates of the network."""
 
 
 def make_config(data_dir):
@@ -38,7 +43,7 @@ def make_config(data_dir):
     config = load_config(str(CONFIG), overrides)
     for key, value in tiny_model.MODEL.items():
         config.model[key] = value
-    config.model.update({"num_things": 5, "num_stuff": 4, "num_stages": 1})
+    config.model.update({"num_things": 5, "num_stuff": 4, "num_stages": LAST})
     return config
 
 
@@ -51,7 +56,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def oracle(data, monkeypatch):
-    """A network and a fusion that know the truth."""
+    """An evaluator of a network and a fusion that know the truth, but before the last round find nothing."""
     config, split = data
     side = (128, 128)
 
@@ -62,7 +67,7 @@ def oracle(data, monkeypatch):
             np.zeros((len(ids), SLOTS), np.float32),
         )
         for i, index in enumerate(np.asarray(ids)):
-            if index != EMPTY:
+            if index > EMPTY:
                 truth = split.truth(index)
                 height, width = truth.ids.shape
                 real = [segment for segment in truth.segments if not segment.iscrowd]
@@ -85,29 +90,31 @@ def oracle(data, monkeypatch):
         )
         return jax.pure_callback(look_up, shapes, seen.stage.kernels)
 
-    def run_network(variables, batch, *, model, stage):
-        assert stage == -1
+    def run_rounds(variables, batch, *, model, stages):
         b, height, width, _ = batch.image.shape
-        return Stage(batch.id, jnp.zeros((b, 1, height // 8, width // 8)), None)
+        masks = jnp.zeros((b, 1, height // 8, width // 8))
+        return tuple(Stage(batch.id - 8 * (LAST - stage), masks, None) for stage in stages)
 
     rows = {"panoptic": TASKS["panoptic"]._replace(predict=predict)}
     monkeypatch.setattr(evaluation, "TASKS", rows)
-    monkeypatch.setattr(knet_jax.inference.forward, "run_network", run_network)
-    return Evaluator(make_model(**config.model), split, config, jax.devices()[:1])
+    monkeypatch.setattr(knet_jax.inference.forward, "run_rounds", run_rounds)
+    return partial(Evaluator, make_model(**config.model), split, config, jax.devices()[:1])
 
 
 def test_perfect_predictions_score_100(data, oracle):
     """Twice, since an evaluator works again and again, and with pictures of the first few."""
     _, split = data
     seen, gallery = [], Gallery(split, 2, len(split))
-    oracle.evaluate({}, gallery.add)
-    counts = oracle.evaluate({}, seen.extend)
+    evaluator = oracle()
+    evaluator.evaluate({}, gallery.add)
+    counts = evaluator.evaluate({}, seen.extend)
     summary = panoptic.summarize(counts, split.categories)
     assert {summary[name] for name in ("PQ", "SQ", "RQ", "PQ_things", "PQ_stuff")} == {100.0}
     wanted = [s for i in range(len(split)) for s in split.truth(i).segments if not s.iscrowd]
     assert counts.tp.sum() == len(wanted) and not counts.fp.any() and not counts.fn.any()
     assert sorted(prediction.index for prediction in seen) == list(range(8))
     for prediction in seen:
+        assert not prediction.earlier and prediction.activity is None
         assert prediction.prediction.ids.shape == tuple(split.sizes[prediction.index])
         np.testing.assert_array_equal(prediction.truth.ids, split.truth(prediction.index).ids)
 
@@ -116,6 +123,26 @@ def test_perfect_predictions_score_100(data, oracle):
     np.testing.assert_array_equal(rows[0].image, split.image(0))
     drawn = panel(rows, split.categories)
     assert drawn.dtype == np.uint8 and drawn.ndim == 3 and drawn.shape[2] == 3
+
+
+def test_the_first_pictures_are_looked_into(data, oracle):
+    """The same pass of the network gives their earlier rounds and what the kernels did."""
+    _, split = data
+    evaluator = oracle(inside=3)
+    seen = {one.index: one for one in evaluator.predictions({})}
+    assert sorted(seen) == list(range(8))
+    for index, one in seen.items():
+        real = [segment for segment in split.truth(index).segments if not segment.iscrowd]
+        assert len(one.prediction.segments) == len(real) > 0
+        if index >= 3:
+            assert not one.earlier and one.activity is None
+            continue
+        [before] = one.earlier
+        assert not before.segments and not before.ids.any()
+        assert one.activity.maps.shape == (1, SIDE, SIDE)
+        assert (
+            one.activity.maps == 255
+        ).all()  # of a single kernel that shares pixels with no other
 
 
 def test_lookahead_is_one_item_ahead():

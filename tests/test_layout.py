@@ -7,7 +7,8 @@ PACKAGE = Path(__file__).parents[1] / "knet_jax"
 ORDER = (
     *("system", "structs", "config", "segmentation", "nn"),
     *("matching", "losses", "objectives", "kernels", "knet", "model"),
-    *("inference", "metrics", "tasks", "saved", "data", "training", "app", "export", "cli"),
+    *("inference", "metrics", "tasks", "saved", "data"),
+    *("analysis", "training", "app", "export", "cli"),
 )
 DOORS = {"__init__", "convert", "demo", "logs"}
 """What a user calls: these hand on to the rooms behind them."""

@@ -122,11 +122,11 @@ def plain_network(monkeypatch):
     """Replaces the network, and counts what it was shown."""
     shown = []
 
-    def run_network(variables, batch, *, model, stage):
+    def run_rounds(variables, batch, *, model, stages):
         shown.append(batch.image.shape[1:3])
-        return Stage(None, means(batch.image), None)
+        return (Stage(None, means(batch.image), None),)
 
-    monkeypatch.setattr(knet_jax.inference.forward, "run_network", run_network)
+    monkeypatch.setattr(knet_jax.inference.forward, "run_rounds", run_rounds)
     return shown
 
 

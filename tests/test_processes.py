@@ -209,7 +209,8 @@ class Runs:
 
     def words(self, workdir, task="panoptic", **changes):
         """The words that train."""
-        values = overrides_of(task, self.folder / "data") | {"data.num_val": 6} | changes
+        values = overrides_of(task, self.folder / "data") | {"data.num_val": 6, "eval.analysis": 5}
+        values |= changes
         flags = [f"--config.{key}={value}" for key, value in values.items()]
         return ["train", "--config", f"shapes_{task}:tiny", "--workdir", str(workdir), *flags]
 
@@ -251,6 +252,8 @@ def test_two_processes_train_what_one_does(runs, alone):
     assert "done: " in texts[0] and "step 6" not in texts[1]
     np.testing.assert_allclose(losses_of(workdir), losses_of(alone), rtol=1e-4)
     assert scores_of(workdir) == scores_of(alone)
+    written = json.loads((workdir / "analysis" / "analysis.json").read_text())
+    assert (written["step"], written["num_images"]) == (6, 5)
     assert "stops" not in read_log(workdir)[0]
 
 
@@ -261,10 +264,12 @@ def test_two_processes_evaluate_what_one_does(runs, alone):
     for num_processes in (1, 2):
         output = runs.folder / f"eval_{num_processes}"
         words = ["eval", "--workdir", str(alone), "--output", str(output), "--results"]
-        runs.run([*words, "--rounds", "--limit", "5"], num_processes, 2 // num_processes)
+        runs.run(
+            [*words, "--rounds", "--analysis", "--limit", "5"], num_processes, 2 // num_processes
+        )
         files = (path for path in output.rglob("*") if path.is_file())
         written.append({path.relative_to(output): path.read_bytes() for path in files})
-    assert written[0] == written[1] and len(written[0]) == 2 + 2 + 5
+    assert written[0] == written[1] and len(written[0]) == 2 + 2 + 5 + (2 + 4 + 5)
     assert json.loads(written[0][Path("metrics.json")])["num_images"] == 5
 
 

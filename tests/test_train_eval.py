@@ -17,7 +17,7 @@ import tiny_coco
 from PIL import Image
 from tiny_training import config_of, share_programs
 
-from knet_jax import evaluate, load_config, train
+from knet_jax import analyse, evaluate, load_config, train
 from knet_jax.config.files import save_config
 from knet_jax.data import batches, pipeline
 from knet_jax.model import make_model, variable_shapes
@@ -305,8 +305,16 @@ def test_results_rounds_and_boundaries(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metric, "count", count_anew)
     boundary = task == "instance"
     metrics = evaluate(
-        whole.workdir, output=tmp_path, limit=3, results=True, rounds=True, boundary=boundary
+        whole.workdir,
+        output=tmp_path,
+        limit=3,
+        results=True,
+        rounds=True,
+        boundary=boundary,
+        analysis=True,
     )
+    assert metrics["analysis"]["rounds"] == metrics["rounds"]
+    assert metrics["analysis"] == json.loads((tmp_path / "analysis/analysis.json").read_text())
     assert (metrics["num_images"], metrics["num_broken"]) == (3, 0)
     first, last = metrics["rounds"]
     assert (first.pop("updates"), last.pop("updates")) == (0, 1)
@@ -319,6 +327,16 @@ def test_results_rounds_and_boundaries(whole, tmp_path, monkeypatch, capsys):
     if boundary:
         assert metrics["boundary"].keys() == {name for name in metrics if name.startswith("A")}
         assert metrics["boundary"]["AP"] <= metrics["AP"]
+
+
+def test_a_run_keeps_its_analysis_up_to_date(data_dir, tmp_path):
+    """It is that of the first pictures, as an evaluation of the same step writes it."""
+    config = config_of("panoptic", data_dir, **{"train.steps": 3, "eval.analysis": 3})
+    run, _ = train_and_listen(config, tmp_path / "run")
+    written = json.loads((run.workdir / "analysis" / "analysis.json").read_text())
+    assert (run.workdir / "analysis" / "index.html").stat().st_size > 1000
+    assert (written["step"], written["num_images"]) == (3, 3)
+    assert written == analyse(run.workdir, checkpoint="latest", limit=3, output=tmp_path / "again")
 
 
 @of("panoptic")

@@ -31,6 +31,7 @@ SHARED = {
     "train.checkpoint_every": 2,
     "eval.batch_size": 4,
     "eval.num_pictures": 2,
+    "eval.analysis": 0,
 }
 WITH_THINGS = {
     "data.canvas": (64, 64),
@@ -89,10 +90,11 @@ def share_programs(monkeypatch):
         key = (repr(given["model"]), given["task"].loss, given["ema_decay"])
         return _once(key, lambda: make_train_step(devices, **given))
 
-    def shared_evaluator(model, split, config, devices, limit=None, stage=-1):
-        made = make_evaluator(model, split, config, devices, limit, stage)
-        key = (repr(model), stage, str(config.eval))
-        made._look, made._predict = _once(key, lambda: (made._look, made._predict))
+    def shared_evaluator(model, split, config, devices, limit=None, inside=0):
+        made = make_evaluator(model, split, config, devices, limit, inside)
+        key = (repr(model), inside > 0, str(dict(config.eval) | {"analysis": 0}))
+        programs = made._look, made._predict, made._observe
+        made._look, made._predict, made._observe = _once(key, lambda: programs)
         return made
 
     monkeypatch.setattr(loop, "init_variables", variables_of)

@@ -3,9 +3,12 @@
 knet eval --workdir runs/coco_panoptic
 knet eval --workdir runs/coco_panoptic --checkpoint latest --limit 500 --results
 knet eval --workdir runs/coco_panoptic --rounds
+knet eval --workdir runs/coco_panoptic --analysis
 
 Reads everything from the workdir, prints the tables, and writes metrics.json and pictures/ to the
-workdir (or to --output).
+workdir (or to --output). --analysis looks inside: it writes a page, analysis/index.html, that shows what
+each kernel does, the masks after every update, the worst pictures and what is wrong in them, which classes
+are confused, and quality by size, number and score; its numbers are in analysis/analysis.json.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ def add_flags(parser: Parser) -> None:
     )
     parser.switch("boundary", "also boundary AP, for the task instance")
     parser.switch("rounds", "also evaluate the masks of every earlier update")
+    parser.switch(
+        "analysis", "also look inside, and write analysis/index.html, a page for a browser"
+    )
     parser.process_flags()
 
 
@@ -43,5 +49,6 @@ def main(args: Namespace) -> None:
             results=args.results,
             rounds=args.rounds,
             boundary=args.boundary,
+            analysis=args.analysis,
             overrides=args.overrides,
         )

@@ -171,6 +171,12 @@ EVERY = {
     "train.keep": Key(3, ONE, "how many of the last checkpoints stay, beside the best"),
     "eval.batch_size": Key(8, ONE, "images of an evaluation's batch, over all devices"),
     "eval.num_pictures": Key(4, ZERO, "how many pictures each evaluation draws"),
+    "eval.analysis": Key(
+        16,
+        ZERO,
+        "of how many pictures, the first of the split, each evaluation of a run writes `analysis/`; 0 "
+        "writes none",
+    ),
 }
 
 WITH_THINGS = {

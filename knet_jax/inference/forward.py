@@ -19,8 +19,17 @@ from knet_jax.structs import Batch, Output, Pass, Sizes, Stage
 
 def run_network(variables: Any, batch: Batch, *, model: KNet, stage: int = -1) -> Stage:
     """Runs the network on a batch of one device and returns a stage, the last one by default."""
+    [stage_] = run_rounds(variables, batch, model=model, stages=(stage,))
+    return stage_
+
+
+def run_rounds(
+    variables: Any, batch: Batch, *, model: KNet, stages: Sequence[int]
+) -> tuple[Stage, ...]:
+    """Runs the network once on a batch of one device and returns some of its stages."""
     image = normalize(batch.image, batch.size, model.backbone.dtype)
-    return stage_of(model.apply(variables, image), stage, model.sizes)
+    output = model.apply(variables, image)
+    return tuple(stage_of(output, stage, model.sizes) for stage in stages)
 
 
 def run_windows(
@@ -28,31 +37,31 @@ def run_windows(
     batch: Batch,
     *,
     model: KNet,
-    stage: int = -1,
+    stages: Sequence[int] = (-1,),
     window: Pair | tuple[()] = (),
     step: Pair | tuple[()] = (),
-) -> Stage:
+) -> tuple[Stage, ...]:
     """Runs the network on a batch of one device, on whole pictures or window by window.
 
     Args:
         variables: of the network.
         batch: without targets.
         model: the network.
-        stage: after how many updates the masks are taken; -1 is the last.
+        stages: after how many updates masks are taken; -1 is the last.
         window: height and width of a window; () shows the pictures whole.
         step: from one window to the next.
 
     Returns:
-        A stage with the masks of whole pictures.
+        Stages with the masks of whole pictures.
     """
-    network = partial(run_network, variables, model=model, stage=stage)
+    network = partial(run_rounds, variables, model=model, stages=stages)
     if not window:
         return network(batch)
     # One after the other: the program holds the network once, and the memory one window.
     windows = jax.tree.map(lambda *parts: jnp.stack(parts), *cut(batch, window, step))
-    masks = jax.lax.map(lambda part: network(part).masks, windows)
-    stages = [Stage(None, each, None) for each in masks]
-    return join(stages, canvas=batch.image.shape[1:3], window=window, step=step)
+    rounds = jax.lax.map(lambda part: [stage.masks for stage in network(part)], windows)
+    whole = partial(join, canvas=batch.image.shape[1:3], window=window, step=step)
+    return tuple(whole([Stage(None, each, None) for each in masks]) for masks in rounds)
 
 
 def predict(
@@ -88,7 +97,7 @@ def predict(
     """
     passes = [
         Pass(
-            run_windows(variables, batch, model=model, window=window, step=step),
+            *run_windows(variables, batch, model=model, window=window, step=step),
             batch.size,
             canvas_of(batch),
             flags,

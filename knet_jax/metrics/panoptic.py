@@ -67,17 +67,9 @@ def count(
         assert ((0 <= each) & (each < num_classes)).all(), f"{where}: labels {each}"
     crowd = np.array([segment.iscrowd for segment in truth.segments], bool)[:, None]
     same_label = true_labels[:, None] == labels
-
-    overlap = _overlaps(truth, prediction)
-    true_areas, areas = overlap[1:].sum(1, keepdims=True), overlap[:, 1:].sum(0)
-    assert areas.all(), f"{where}: a predicted segment has no pixel"
-    on_void, overlap = overlap[0, 1:], overlap[1:, 1:]
-
-    # A true segment without pixels and a prediction on void alone have an empty union.
-    iou = overlap / np.maximum(true_areas + areas - on_void - overlap, 1)
+    iou, spared = compare(truth, prediction, same_label & crowd)
     matches = same_label & ~crowd & (iou > 0.5)
-    on_crowd = (overlap * (same_label & crowd)).sum(0)
-    wrong = ~matches.any(0) & ((on_void + on_crowd) / areas <= 0.5)
+    wrong = ~matches.any(0) & ~spared
     missed = ~matches.any(1) & ~crowd[:, 0]
     rows, columns = np.nonzero(matches)
     return PQCounts(
@@ -86,6 +78,31 @@ def count(
         fp=np.bincount(labels[wrong], minlength=num_classes),
         fn=np.bincount(true_labels[missed], minlength=num_classes),
     )
+
+
+def compare(
+    truth: PanopticMap, prediction: PanopticMap, is_own_crowd: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compares each of the t true segments of a picture with each of its p predicted ones.
+
+    Args:
+        truth: the true map.
+        prediction: the predicted map, whose segments all have pixels.
+        is_own_crowd: bool [t, p], whether the one is a crowd of the other's class.
+
+    Returns:
+        IoU [t, p], without the void of the truth; and bool [p], which predictions lie for more than half
+        on void and on crowds of their own class.
+    """
+    overlap = _overlaps(truth, prediction)
+    true_areas, areas = overlap[1:].sum(1, keepdims=True), overlap[:, 1:].sum(0)
+    assert areas.all(), "a predicted segment has no pixel"
+    on_void, overlap = overlap[0, 1:], overlap[1:, 1:]
+
+    # A true segment without pixels and a prediction on void alone have an empty union.
+    iou = overlap / np.maximum(true_areas + areas - on_void - overlap, 1)
+    on_crowd = (overlap * is_own_crowd).sum(0)
+    return iou, (on_void + on_crowd) / areas > 0.5
 
 
 def summarize(counts: PQCounts, categories: Categories) -> dict[str, float]:

@@ -53,6 +53,19 @@ def count(
         num_classes: k.
         image_id: for messages.
     """
+    pixels = confusion(truth, prediction, num_classes, image_id)
+    return PixelCounts(
+        intersection=pixels[:, 1:].diagonal().copy(),
+        truth=pixels.sum(1),
+        prediction=pixels[:, 1:].sum(0),
+    )
+
+
+def confusion(
+    truth: np.ndarray, prediction: np.ndarray, num_classes: int, image_id: int = 0
+) -> np.ndarray:
+    """Counts the pixels of each class k by what they are taken for, int64 [k, 1 + k]: none, then the
+    classes. Arguments are those of `count`."""
     sizes = (truth.shape, prediction.shape)
     assert sizes[0] == sizes[1], f"picture {image_id}: maps of {sizes}"
     for labels in (truth, prediction):
@@ -60,12 +73,7 @@ def count(
         assert not wrong.size, f"picture {image_id}: labels {np.unique(wrong)}"
     side = num_classes + 1
     pairs = truth.astype(np.int64) * side + prediction
-    pixels = np.bincount(pairs.ravel(), minlength=side * side).reshape(side, side)[1:]
-    return PixelCounts(
-        intersection=pixels[:, 1:].diagonal().copy(),
-        truth=pixels.sum(1),
-        prediction=pixels[:, 1:].sum(0),
-    )
+    return np.bincount(pairs.ravel(), minlength=side * side).reshape(side, side)[1:]
 
 
 def summarize(counts: PixelCounts, categories: Categories) -> dict[str, float]:

@@ -6,7 +6,7 @@ import functools
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,17 +192,33 @@ def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:
 
 def _strip(row: Row, categories: Categories) -> np.ndarray:
     """Draws one row of a panel, captions above."""
-    given = (as_panoptic(each, row.image.shape[:2]) for each in (row.truth, row.prediction))
-    image, maps = at_side(CELL, row.image, *given)
-    truth, prediction = (draw(image, each, categories) for each in maps)
-    height, width = image.shape[:2]
+    given = {"truth": row.truth, "prediction": row.prediction}
+    return strip(draw_all(row.title, row.image, given, categories))
 
+
+def draw_all(
+    title: str,
+    image: np.ndarray,
+    segmentations: Mapping[str, Segmentation],
+    categories: Categories,
+    side: int = CELL,
+) -> list[tuple[str, np.ndarray]]:
+    """Draws a picture and several segmentations of it at a longer side, with their captions."""
+    given = (as_panoptic(each, image.shape[:2]) for each in segmentations.values())
+    image, maps = at_side(side, image, *given)
+    drawn = (draw(image, each, categories) for each in maps)
+    return [(printable(title), image), *zip(segmentations, drawn, strict=True)]
+
+
+def strip(pictures: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Lays pictures of one size out in a row, captions above: uint8 [H, W, 3], RGB."""
+    height, width = pictures[0][1].shape[:2]
     size = 18
     top = 2 * size
-    canvas = Image.new("RGB", (3 * (width + MARGIN) + MARGIN, top + height + MARGIN), "white")
+    canvas_width = len(pictures) * (width + MARGIN) + MARGIN
+    canvas = Image.new("RGB", (canvas_width, top + height + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
-    columns = ((printable(row.title), image), ("truth", truth), ("prediction", prediction))
-    for i, (caption, picture) in enumerate(columns):
+    for i, (caption, picture) in enumerate(pictures):
         left = MARGIN + i * (width + MARGIN)
         pen.text((left, top // 2), caption, "black", _font(size, caption), anchor="lm")
         canvas.paste(Image.fromarray(picture), (left, top))

@@ -8,25 +8,29 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from knet_jax.analysis.analysis import Analysis
+from knet_jax.analysis.gallery import Gallery
+from knet_jax.analysis.page import PAGE
 from knet_jax.data import pipeline
 from knet_jax.data.prepared_split import Split
+from knet_jax.inference.activity import observe
 from knet_jax.inference.forward import lookahead, run_windows
 from knet_jax.inference.multiscale import both_ways, canvas_of
 from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.knet import KNet
-from knet_jax.metrics.counts import collect
+from knet_jax.metrics.counts import Prediction, Rounds, Tally, without_nan
 from knet_jax.saved.checkpoints import check_writable
 from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation.class_lists import check_class_counts, check_trained_classes
-from knet_jax.segmentation.drawing import Row, panel, save_picture
-from knet_jax.structs import Batch, Pass
+from knet_jax.segmentation.drawing import panel, save_picture
+from knet_jax.structs import EMPTY, Batch, Pass
 from knet_jax.system import processes
 from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import Stems, local_path, write_whole
@@ -39,17 +43,6 @@ LISTENS_EVERY = 16
 which the devices idle."""
 
 
-class Prediction(NamedTuple):
-    """One picture of a split: its position, its truth and the result of the network.
-
-    Both are a `PanopticMap`, a tuple of `Instance`, or a map of labels, as the task has it.
-    """
-
-    index: int
-    truth: Any
-    prediction: Any
-
-
 class Evaluator:
     """Evaluates a split again and again, with whatever variables a run has reached.
 
@@ -59,7 +52,8 @@ class Evaluator:
         config: of the run; its `task`, `data` and `eval` are read.
         devices: of this process. They share its part of a batch, whose size all devices divide.
         limit: only the first so many pictures.
-        stage: after how many updates the masks are taken; -1 is the last.
+        inside: of the first so many pictures, predictions also have the `earlier` results, and the
+            `activity` of the kernels.
     """
 
     def __init__(
@@ -69,7 +63,7 @@ class Evaluator:
         config: ConfigDict,
         devices: list[jax.Device],
         limit: int | None = None,
-        stage: int = -1,
+        inside: int = 0,
     ):
         self.split = split
         self.task = TASKS[config.task]
@@ -77,13 +71,16 @@ class Evaluator:
         self._batch_size = config.eval.batch_size
         self._devices = devices
         self._limit = limit
+        self._inside = inside
         on_devices = partial(jax.pmap, devices=devices)
         options = config.eval
         self._scales = options.get("scales", (1.0,))
         self._flip = options.get("flip", False)
         window, step = (options.get(key, ()) for key in ("window", "window_step"))
-        look_ = partial(run_windows, model=model, stage=stage, window=window, step=step)
-        self._look = on_devices(look_, in_axes=(None, 0))
+        stages = tuple(range(model.num_stages + 1))[0 if inside else -1 :]
+        look = partial(run_windows, model=model, stages=stages, window=window, step=step)
+        self._look = on_devices(look, in_axes=(None, 0))
+        self._observe = on_devices(partial(observe, num_things=model.sizes.num_things))
         # Pictures come in many sizes: only this small program is compiled for each canvas.
         predict = partial(self.task.predict, **self.task.choose_options(model.sizes, options))
         self._predict = cache(lambda canvas: on_devices(partial(predict, canvas=canvas)))
@@ -109,23 +106,29 @@ class Evaluator:
             split = partial(split_over, num_devices=len(self._devices))
             seen = []
             for batch, mirrored in both_ways(scales, self._flip):
-                stage = self._look(variables, split(batch))
-                seen.append(Pass(stage, *split((batch.size, canvas_of(batch), mirrored))))
+                how = split((batch.size, canvas_of(batch), mirrored))
+                stages = self._look(variables, split(batch))
+                seen.append([Pass(stage, *how) for stage in stages])
             canvas = ResultCanvas.of(
                 np.max([batch.size for batch in scales], 0), batch.original_size
             )
-            return self._predict(canvas)(tuple(seen), split(batch.original_size))
+            is_inside = ((batch.id != EMPTY) & (batch.id < self._inside)).any()
+            rounds = list(zip(*seen))[0 if is_inside else -1 :]  # the passes of each
+            predict, sizes = self._predict(canvas), split(batch.original_size)
+            activity = self._observe(rounds[-1][0]) if is_inside else None
+            return [predict(passes, sizes) for passes in rounds], activity
 
-        for batch, truths, result in lookahead((b[0], t, start(b)) for b, t in elements):
-            result = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), result)
+        for batch, truths, results in lookahead((b[0], t, start(b)) for b, t in elements):
+            results = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), results)
             rows = {int(index): i for i, index in enumerate(batch.id)}
             predictions = []
             for index, truth in truths:
                 i = rows[index]
-                prediction = self.task.read(
-                    jax.tree.map(lambda x, i=i: x[i], result), batch.original_size[i]
-                )
-                predictions.append(Prediction(index, truth, prediction))
+                rounds, activity = jax.tree.map(lambda x, i=i: x[i], results)
+                if index >= self._inside:
+                    rounds, activity = rounds[-1:], None
+                *earlier, last = (self.task.read(one, batch.original_size[i]) for one in rounds)
+                predictions.append(Prediction(index, truth, last, earlier, activity))
             yield predictions
 
     def evaluate(
@@ -144,8 +147,7 @@ class Evaluator:
         Returns:
             Counts, which the metric of the task turns into scores; None where it was stopped.
         """
-        metric, num_classes = self.task.metric, len(self.split.categories.names)
-        counts = {}  # merged at the end: that is much faster
+        tally = Tally(self.task.metric, self.split.categories)
         total = min(len(self.split), self._limit or len(self.split))
         hidden = None if processes.is_main() else True
         bar = tqdm(total=total, desc="evaluating", unit="img", leave=False, delay=1, disable=hidden)
@@ -156,45 +158,13 @@ class Evaluator:
                     stopped = processes.any_of(stop)
                 if stopped:
                     return None
-                for index, truth, prediction in predictions:
-                    image_id = self.split.image_id(index)
-                    counts[index] = metric.count(truth, prediction, num_classes, image_id)
+                for one in predictions:
+                    image_id = self.split.image_id(one.index)
+                    tally.add(one.index, one.truth, one.prediction, image_id)
                 if visit:
                     visit(predictions)
                 bar.update(len(predictions) * jax.process_count())
-            return merge(metric, num_classes, counts)
-
-
-def merge(metric: Any, num_classes: int, counts: dict[int, Any]) -> Any:
-    """Merges the counts of the pictures of all processes, each by its position in the split."""
-    return metric.merge(metric.no_counts(num_classes), *collect(counts))
-
-
-class Gallery:
-    """Keeps a few predictions from all over an evaluation, to draw them.
-
-    Args:
-        split: that is evaluated.
-        size: how many are kept.
-        num_images: how many are evaluated.
-    """
-
-    def __init__(self, split: Split, size: int, num_images: int):
-        self._split = split
-        self._wanted = set(np.linspace(0, num_images - 1, size).round().astype(int).tolist())
-        self._kept: list[Prediction] = []
-
-    def add(self, predictions: list[Prediction]) -> None:
-        """Keeps those predictions whose pictures were chosen."""
-        self._kept += [one for one in predictions if one.index in self._wanted]
-
-    def rows(self) -> list[Row]:
-        """The pictures that all processes have kept, in their order, with truth and prediction."""
-        kept = chain.from_iterable(processes.exchange(self._kept))
-        return [
-            Row(self._split.file_name(i), self._split.image(i), truth, prediction)
-            for i, truth, prediction in sorted(kept, key=lambda one: one.index)
-        ]
+            return tally.total()
 
 
 def describe_model(model: Model) -> str:
@@ -222,6 +192,7 @@ def evaluate(
     results: bool = False,
     rounds: bool = False,
     boundary: bool = False,
+    analysis: bool = False,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores a model on the validation split of its config, and prints tables of it.
@@ -237,11 +208,13 @@ def evaluate(
         results: also write the results in files, as the test servers of COCO and ADE20K take them.
         rounds: also evaluate the masks after every earlier update.
         boundary: also boundary AP, for the task instance.
+        analysis: also write what `analyse` does.
         overrides: `--config.x.y=value` arguments, where the model is not yet opened.
 
     Returns:
         What metrics.json holds: PQ, AP or mIoU and their like in percent, `step`, `ema`, `split`,
-        `num_images`, `num_broken`, `per_class`, and `rounds` and `boundary` if asked for.
+        `num_images`, `num_broken`, `per_class`, and `rounds` and `boundary` if asked for. So is
+        `analysis`, which has a file of its own.
 
     Raises:
         UserError: there is no such model or checkpoint, or it does not fit the data or the output.
@@ -274,7 +247,10 @@ def evaluate(
     )
 
     gallery = Gallery(split, config.eval.num_pictures, num_images)
-    num_classes, num_scored, boundaries = len(categories.names), 0, {}
+    num_scored, boundaries = 0, Tally(metric, categories)
+    num_updates = model.network.num_stages
+    inside = Analysis(split, task, config.model, num_images) if analysis else None
+    after = Rounds(metric, categories, num_updates) if rounds else None
     files = None
     if results:
         files = processes.on_main(
@@ -285,31 +261,27 @@ def evaluate(
         nonlocal num_scored
         num_scored += len(predictions)
         gallery.add(predictions)
-        for index, truth, result in predictions if boundary else ():
-            image_id, overlap = split.image_id(index), metric.boundary_iou
-            boundaries[index] = metric.count(truth, result, num_classes, image_id, overlap)
+        for index, truth, result, *_ in predictions if boundary else ():
+            boundaries.add(index, truth, result, split.image_id(index), metric.boundary_iou)
+        for one in predictions if rounds else ():
+            after.add(one, split.image_id(one.index))
+        if analysis:
+            inside.add(predictions)
         if files:
             found = [(one.index, one.prediction) for one in predictions]
             for index, result in chain.from_iterable(processes.exchange(found)):
                 files.add(split.image_id(index), split.file_name(index), result)
 
-    def counts_after(stage: int, visit: Callable[[Prediction], None] | None = None) -> Any:
-        evaluator = Evaluator(model.network, split, config, devices, limit, stage)
-        with jax.default_matmul_precision(config.precision):
-            return evaluator.evaluate(model.variables, visit)
-
-    def summarize(counts: Any) -> dict[str, float | None]:
-        scores = metric.summarize(counts, categories)
-        return {name: None if np.isnan(score) else score for name, score in scores.items()}
-
-    counts = counts_after(-1, visit)
+    num_inside = num_images if rounds or analysis else 0
+    evaluator = Evaluator(model.network, split, config, devices, limit, num_inside)
+    with jax.default_matmul_precision(config.precision):
+        counts = evaluator.evaluate(model.variables, visit)
     num_scored = sum(processes.exchange(num_scored))
     if num_scored < num_images:
         num_broken = num_images - num_scored
         print(f"WARNING: {num_broken} of {num_images} images are broken and left out")
     print(metric.table(counts, categories))
-    scores = summarize(counts)
-    metrics = scores | {
+    metrics = without_nan(metric.summarize(counts, categories)) | {
         "step": model.step,
         "ema": ema,
         "split": config.data.val_split,
@@ -318,12 +290,11 @@ def evaluate(
         "per_class": metric.per_class(counts, categories),
     }
     if boundary:
-        merged = merge(metric, num_classes, boundaries)
+        merged = boundaries.total()
         print(f"\nBoundaries\n{metric.table(merged, categories)}")
-        metrics["boundary"] = summarize(merged)
+        metrics["boundary"] = without_nan(metric.summarize(merged, categories))
     if rounds:
-        earlier = [summarize(counts_after(stage)) for stage in range(config.model.num_stages)]
-        metrics["rounds"] = [{"updates": i} | row for i, row in enumerate([*earlier, scores])]
+        metrics["rounds"] = after.rows()
         print(f"\n{'updates':>7} " + " ".join(f"{name:>10}" for name in metric.HEADLINE))
         for row in metrics["rounds"]:
             columns = " ".join(f"{row[name]:10.1f}" for name in metric.HEADLINE)
@@ -339,4 +310,33 @@ def evaluate(
     if files:
         files.close()
     print(f"wrote {output / 'metrics.json'} and {output / 'pictures'}/")
+    if analysis:
+        about = {"step": model.step, "split": config.data.val_split}
+        metrics["analysis"] = inside.write(output / "analysis", about)
+        print(f"wrote {output / 'analysis' / PAGE}: open it in a browser")
     return metrics
+
+
+def analyse(
+    model: str | Path | Model,
+    *,
+    checkpoint: str | int = "best",
+    ema: bool = False,
+    limit: int | None = None,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Looks inside a model: what it does right and wrong on the validation split, and how.
+
+    Does what `evaluate` does, of which all arguments are, and writes to the folder analysis/ of the
+    output the page index.html, which any browser shows without a server, with its pictures, and
+    analysis.json. docs/beyond_the_paper.md shows what is on the page.
+
+    Returns:
+        What analysis.json holds, see `knet_jax.analysis.analysis.Analysis.write`.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    how = {"checkpoint": checkpoint, "ema": ema, "limit": limit, "output": output}
+    return evaluate(model, analysis=True, overrides=overrides, **how)["analysis"]

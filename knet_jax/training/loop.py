@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
     """Trains a network, or goes on with a run that was stopped.
 
     The run lives in the workdir: config.json, checkpoints/, log.jsonl, events/ for TensorBoard,
-    pictures/, curve.png. Where it holds an unfinished run of this config, that goes on from its last
+    pictures/, analysis/, curve.png. Where it holds an unfinished run of this config, that goes on from its last
     checkpoint, to the same numbers as if it had never stopped.
 
     Args:
@@ -186,9 +186,9 @@ def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Ru
     interval = Interval(batch_size)
     score = partial(
         score_step,
-        evaluator=Evaluator(model, val_split, config, devices),
+        evaluator=Evaluator(model, val_split, config, devices, inside=config.eval.analysis),
         checkpoints=checkpoints,
-        num_pictures=config.eval.num_pictures,
+        config=config,
         log=log,
         progress=progress,
         workdir=workdir,

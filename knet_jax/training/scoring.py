@@ -6,13 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from knet_jax.analysis.analysis import Analysis
+from knet_jax.analysis.gallery import Gallery
+from knet_jax.metrics.counts import Prediction
 from knet_jax.saved.checkpoints import Checkpoints
 from knet_jax.segmentation.drawing import panel, save_picture
 from knet_jax.system import processes
 from knet_jax.system.signals import StopRequest
 from knet_jax.training.ending import end_early
-from knet_jax.training.evaluation import Evaluator, Gallery
+from knet_jax.training.evaluation import Evaluator
 from knet_jax.training.logs import Log, Progress
 from knet_jax.training.train_step import TrainState
 
@@ -24,7 +28,7 @@ def score_step(
     *,
     evaluator: Evaluator,
     checkpoints: Checkpoints,
-    num_pictures: int,
+    config: ConfigDict,
     log: Log,
     progress: Progress,
     workdir: Path,
@@ -37,14 +41,20 @@ def score_step(
         Preempted: the run was asked to stop; the evaluation will be made up when it goes on.
     """
     metric, categories = evaluator.task.metric, evaluator.split.categories
-    gallery = Gallery(evaluator.split, num_pictures, len(evaluator.split))
+    gallery = Gallery(evaluator.split, config.eval.num_pictures, len(evaluator.split))
+    analysis = Analysis(evaluator.split, evaluator.task, config.model, config.eval.analysis)
     scores = {}
+
+    def visit(predictions: list[Prediction]) -> None:
+        gallery.add(predictions)
+        analysis.add(predictions)
+
     for name, params in {"val": state.params, "val_ema": state.ema}.items():
         if params is None:
             continue
         variables = {"params": params, "batch_stats": state.batch_stats}
-        visit = gallery.add if name == "val" else None
-        counts = None if processes.any_of(stop) else evaluator.evaluate(variables, visit, stop)
+        looks = visit if name == "val" else None
+        counts = None if processes.any_of(stop) else evaluator.evaluate(variables, looks, stop)
         if counts is None:
             end_early(step, checkpoints, stop)
         summary = metric.summarize(counts, categories)
@@ -56,6 +66,8 @@ def score_step(
         drawn = panel(rows, categories)
         log.images(step, {"val/pictures": drawn})
         save_picture(workdir / "pictures" / f"step_{step:07}.png", drawn)
+    if config.eval.analysis:
+        analysis.write(workdir / "analysis", {"step": step, "split": config.data.val_split})
     checkpoints.add_scores(step, scores)
 
 
