@@ -27,6 +27,7 @@ def predict_video(
     threshold: float | None = None,
     stop: StopRequest | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
+    track: bool = False,
 ) -> str | None:
     """Segments a video frame by frame, in constant memory, with a progress bar.
 
@@ -40,6 +41,7 @@ def predict_video(
         threshold: least score of a thing; default: that of the segmenter.
         stop: ends it early.
         max_megapixels: of a frame; a video of larger ones is not read.
+        track: whether things get identities, as of `Segmenter.track`.
 
     Returns:
         What was wrong with the video; None where all of it could be read and written.
@@ -59,7 +61,8 @@ def predict_video(
         first = next(frames, None)
         if first is None:
             return f"{source.path}: no frame of it can be decoded"
-        results = segmenter.stream(chain([first], frames), threshold)
+        segment = segmenter.track if track else segmenter.stream
+        results = segment(chain([first], frames), threshold)
         # Before the first result nothing is written: what an earlier run has left stays.
         results = chain([next(results)], results)
         place = folder / VIDEO_RESULTS / f"{source.stem}.mp4"
