@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from knet_jax.app.tracking import MEMORY, Tracker
+from knet_jax.app.tracking import Tracker
 from knet_jax.data import recipes, transforms
 from knet_jax.data.canvas import empty_batch, fill
 from knet_jax.inference.forward import lookahead, predict, with_kernels
@@ -157,18 +157,18 @@ class Segmenter:
         frames: Iterable[Image],
         threshold: float | None = None,
         overlap: float | None = None,
-        memory: int = MEMORY,
+        tracker: Tracker | None = None,
     ) -> Iterator[Result]:
         """Segments the frames of a video, and gives every thing an identity that stays.
 
-        It is the `track` of a segment. Frames are taken one after the other, in constant memory, see
-        `tracking.Tracker`.
+        It is the `track` of a segment. Frames are taken one after the other, in constant memory.
 
         Args:
             frames: in their order, as for a call of the segmenter, all of one size.
             threshold: as for a call.
             overlap: as for a call.
-            memory: for how many frames a thing that is not seen keeps its identity.
+            tracker: tells which thing is which; default: a `Tracker` as it is by default. One that has
+                seen earlier frames goes on from these.
 
         Returns:
             The results in the order of the frames.
@@ -184,7 +184,7 @@ class Segmenter:
                 f"config.eval.window is {self.config.eval.window}: a thing has a kernel in each window, "
                 "and none to be tracked by; accepted: ()"
             )
-        tracker, thresholds = Tracker(memory), self._thresholds(threshold, overlap)
+        tracker, thresholds = tracker or Tracker(), self._thresholds(threshold, overlap)
         stream = self._stream(iter(frames), thresholds, self._predict_with_kernels)
         return (
             tracker.update(self._read(image, found), kernels[found.labels != EMPTY])

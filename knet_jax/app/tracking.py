@@ -1,58 +1,65 @@
 """Identities through a video: which thing of a frame is which of those before it.
 
-The kernel that draws a thing has gathered the pixels of it, three times over; it describes what it
-drew, and so is nearly the same in the next frame (as Video K-Net, Li et al., CVPR 2022, arXiv
-2204.04656, sees, which goes on to train it for that). Nothing is trained here.
+A kernel that was updated with the pixels of a thing describes this thing, and is nearly the same in the
+next frame. Video K-Net (Li et al., CVPR 2022, arXiv 2204.04656) starts from that, and trains kernels for
+it; here they are taken as they are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from knet_jax.config.rules import MOST_STEPS, is_number, is_whole
 from knet_jax.metrics.instance import mask_iou
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import Instance, PanopticMap, SegmentInfo
-
-MEMORY = 50
-"""Frames after which a thing that was not seen is forgotten, two seconds of most videos."""
+from knet_jax.system.errors import UserError
 
 
-@dataclass
+@dataclass(frozen=True)
 class Track:
     """A thing as it was when it was last seen."""
 
-    id: int
     label: int
     kernel: np.ndarray
     """[c], of length 1."""
-    mask: dict
+    mask: dict[str, Any]
     """Run lengths."""
     unseen: int = 0
-    """For how many frames it has not been seen."""
+    """In how many frames since it was not seen."""
 
 
 class Tracker:
     """Gives the things of frame after frame their identities, whole numbers from 1 on.
 
-    The things of a frame are assigned to those of before, of the same class, so that the sum of their
-    similarities, `by_kernels` · cosine of the kernels + (1 - `by_kernels`) · IoU of the masks, is as
-    large as can be. Pairs that are less alike than `least` are none: such a thing is a new one. What
-    is not seen is remembered as it was last seen, for `memory` frames.
+    The similarity of two things is `by_kernels` · the cosine of their kernels + (1 - `by_kernels`) · the
+    IoU of their masks. Things of a frame are assigned to those of before that have their class, so that
+    the sum of the similarities is as large as can be. What is assigned to nothing is new.
 
     Args:
-        memory: in frames; 0 is none but the frame before.
+        memory: for how many frames a thing that is not seen is remembered, as it was last seen.
         by_kernels: weight of the kernels, from 0 to 1; 0 is matching by overlap alone.
-        least: similarity.
+        least: similarity of two that may be the same, from 0 to 1.
+
+    Raises:
+        UserError: an argument is not accepted.
     """
 
-    def __init__(self, memory: int = MEMORY, by_kernels: float = 0.5, least: float = 0.5):
+    def __init__(self, memory: int = 50, by_kernels: float = 0.6, least: float = 0.5):
+        if not is_whole(memory, 0, MOST_STEPS):
+            raise UserError(f"memory is {memory!r}; accepted: a whole number of frames, 0 or more")
+        for name, value in {"by_kernels": by_kernels, "least": least}.items():
+            if not (is_number(value) and 0 <= value <= 1):
+                raise UserError(f"{name} is {value!r}; accepted: a number from 0 to 1")
         self.memory, self.by_kernels, self.least = memory, by_kernels, least
-        self._tracks: list[Track] = []
-        self._count = 0
+        self._tracks: dict[int, Track] = {}  # what is remembered, by its identity
+        self._new = count(1)
 
     def update(self, result: Result, kernels: np.ndarray) -> Result:
         """Takes the next frame.
@@ -64,47 +71,43 @@ class Tracker:
         Returns:
             The same result, in which every thing has its `track`.
         """
-        panoptic = result.panoptic
-        segments = panoptic.segments if panoptic else result.prediction
-        things = [i for i, s in enumerate(segments) if s.label < result.categories.num_things]
-        kernels = kernels[things] / np.linalg.norm(kernels[things], axis=1, keepdims=True)
-        seen = [
-            Track(0, segments[i].label, kernel, _mask(panoptic, segments[i]))
-            for i, kernel in zip(things, kernels)
-        ]
-        for row, column in self._match(seen):
-            seen[column].id = self._tracks[row].id
-        for track in seen:
-            if not track.id:
-                self._count += 1
-                track.id = self._count
-        found = {track.id for track in seen}
-        lost = [
-            replace(track, unseen=track.unseen + 1)
-            for track in self._tracks
-            if track.id not in found and track.unseen < self.memory
-        ]
-        self._tracks = seen + lost
-        tracked = list(segments)
-        for i, track in zip(things, seen):
-            tracked[i] = segments[i]._replace(track=track.id)
-        tracked = tuple(tracked)
-        return replace(
-            result, prediction=panoptic._replace(segments=tracked) if panoptic else tracked
-        )
+        panoptic, num_things = result.panoptic, result.categories.num_things
+        segments = list(panoptic.segments if panoptic else result.prediction)
+        things = [i for i, segment in enumerate(segments) if segment.label < num_things]
+        lengths = np.linalg.norm(kernels, axis=1, keepdims=True)
+        kernels = kernels / np.maximum(lengths, np.finfo(np.float32).tiny)
+        seen = [Track(segments[i].label, kernels[i], _mask(panoptic, segments[i])) for i in things]
 
-    def _match(self, seen: list[Track]) -> list[tuple[int, int]]:
-        """Pairs of a track and a thing of this frame, by their places in `_tracks` and `seen`."""
-        if not self._tracks or not seen:
-            return []
-        before = self._tracks
-        cosine = np.stack([t.kernel for t in before]) @ np.stack([t.kernel for t in seen]).T
-        iou = mask_iou([t.mask for t in before], [t.mask for t in seen], np.zeros(len(seen)))
-        alike = self.by_kernels * cosine + (1 - self.by_kernels) * iou
-        same = np.array([t.label for t in before])[:, None] == [t.label for t in seen]
-        alike = np.where(same & (alike >= self.least), alike, -1)
-        return [(i, j) for i, j in zip(*linear_sum_assignment(alike, maximize=True)) if alike[i, j] >= 0]
+        found = {}
+        for i, thing, id in zip(things, seen, self._identify(seen)):
+            segments[i] = segments[i]._replace(track=id)
+            found[id] = thing
+        lost = {
+            id: replace(track, unseen=track.unseen + 1)
+            for id, track in self._tracks.items()
+            if id not in found and track.unseen < self.memory
+        }
+        self._tracks = found | lost
+        segments = tuple(segments)
+        prediction = panoptic._replace(segments=segments) if panoptic else segments
+        return replace(result, prediction=prediction)
+
+    def _identify(self, seen: list[Track]) -> list[int]:
+        """The identity of every thing of a frame."""
+        ids, before = list(self._tracks), list(self._tracks.values())
+        matched = {}
+        if before and seen:
+            cosine = np.array([t.kernel for t in before]) @ np.array([t.kernel for t in seen]).T
+            masks = ([track.mask for track in each] for each in (before, seen))
+            # It is negative where frames differ in size.
+            iou = mask_iou(*masks, np.zeros(len(seen), bool)).clip(0)
+            similarity = self.by_kernels * cosine + (1 - self.by_kernels) * iou
+            same_class = np.array([t.label for t in before])[:, None] == [t.label for t in seen]
+            similarity[~same_class | (similarity < self.least)] = 0
+            pairs = zip(*linear_sum_assignment(similarity, maximize=True))
+            matched = {column: ids[row] for row, column in pairs if similarity[row, column] > 0}
+        return [matched.get(column) or next(self._new) for column in range(len(seen))]
 
 
-def _mask(panoptic: PanopticMap | None, segment: SegmentInfo | Instance) -> dict:
+def _mask(panoptic: PanopticMap | None, segment: SegmentInfo | Instance) -> dict[str, Any]:
     return rle.encode(panoptic.ids == segment.id) if panoptic else segment.rle

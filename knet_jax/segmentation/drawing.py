@@ -171,9 +171,7 @@ def as_panoptic(
         ids[rle.decode(shown[i].rle) > 0] = i + 1
     return PanopticMap(
         ids,
-        tuple(
-            SegmentInfo(i, s.label, s.iscrowd, s.score, s.track) for i, s in enumerate(shown, 1)
-        ),
+        tuple(SegmentInfo(i, s.label, s.iscrowd, s.score, s.track) for i, s in enumerate(shown, 1)),
     )
 
 
