@@ -31,6 +31,8 @@ class TrackingCounts(NamedTuple):
     """Sum over the true tubes of what AQ is the mean of."""
     tubes: int
     """How many true tubes there are."""
+    tracks: int
+    """How many predicted ones."""
     confusion: np.ndarray
     """int64 [k + 1, k + 1]: pixels of each true and predicted class; row and column 0 are void."""
     switches: int
@@ -48,7 +50,7 @@ def count(frames: Iterable[tuple[PanopticMap, PanopticMap]], num_classes: int) -
         frames: pairs of a true and a predicted map, whose things have their identity as `track`.
         num_classes: k.
     """
-    true, predicted, both = Counter(), Counter(), Counter()
+    true, predicted, both = Counter(), Counter(), Counter()  # pixels
     confusion = np.zeros((num_classes + 1, num_classes + 1), np.int64)
     last: dict[int, int] = {}
     switches = 0
@@ -73,13 +75,13 @@ def count(frames: Iterable[tuple[PanopticMap, PanopticMap]], num_classes: int) -
             if tube and track and pixels > areas[i, j] / 2:
                 switches += last.setdefault(tube, track) != track
                 last[tube] = track
-    del true[0]
+    del true[0], predicted[0]
     association = sum(
         pixels * pixels / (true[tube] + predicted[track] - pixels) / true[tube]
         for (tube, track), pixels in both.items()
         if tube and track
     )
-    return TrackingCounts(association, len(true), confusion, switches)
+    return TrackingCounts(association, len(true), len(predicted), confusion, switches)
 
 
 def summarize(counts: TrackingCounts) -> dict[str, float]:
