@@ -150,7 +150,7 @@ def draw_video(
     colors = [_color(rng, label) * rng.uniform(0.85, 1.0) for label in things]
     # Along x and y: the middle of the swing, how far it reaches, and where in it the video begins.
     middle = rng.uniform(0.3, 0.7, (num_things, 2)) * size[::-1]
-    reach = rng.uniform(0.2, 0.5, (num_things, 2)) * size[::-1]
+    reach = rng.uniform((0.3, 0.1), (0.9, 0.4), (num_things, 2)) * size[::-1]
     start, turn = rng.uniform(0, 2 * np.pi, (num_things, 2)), rng.uniform(-0.05, 0.05, num_things)
     for time in range(num_frames):
         image, seen = background.copy(), slots.copy()
