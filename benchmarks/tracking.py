@@ -26,8 +26,10 @@ from knet_jax.system.output_files import write_json
 SPEEDS = (2.0, 4.0, 8.0)
 """The most that a shape moves from frame to frame, in pixels of 128."""
 MATCHINGS = {
+    "overlap, of a class": {"by_kernels": 0.0, "least": 0.05, "same_class": True},
     "overlap": {"by_kernels": 0.0, "least": 0.05},
     "kernels": {"by_kernels": 1.0, "least": 0.8},
+    "both, of a class": {"same_class": True},
     "both": {},
 }
 """Settings of a `Tracker`, each the best of some on other videos than those that are measured."""
@@ -93,10 +95,10 @@ def main() -> None:
                 "true": total.tubes,
             }
             rows.append(about | summarize(total))
-    print("speed  matching    STQ     AQ     SQ  switches  identities")
+    print("speed  matching                STQ     AQ     SQ  switches  identities")
     for row in rows:
         print(
-            "{speed:5g}  {matching:8} {STQ:6.1f} {AQ:6.1f} {SQ:6.1f}  {switches:8}"
+            "{speed:5g}  {matching:20} {STQ:6.1f} {AQ:6.1f} {SQ:6.1f}  {switches:8}"
             "  {identities} of {true}".format(**row)
         )
     if args.output:

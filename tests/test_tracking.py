@@ -130,8 +130,11 @@ def test_things_come_go_and_return():
         found = tracks(Tracker(memory), here, gone, gone, gone, seen((16, B), (30, A)))
         assert found == [[1, 2], [2], [2], [2], [2, id]]
     nothing, cat, dog = seen(), seen((0, A)), seen((0, A, DOG))
-    found = tracks(Tracker(), nothing, cat, dog, seen((0, A, DOG), (20, A)), nothing, cat)
-    assert found == [[], [1], [2], [2, 1], [], [1]]  # an identity has one class
+    change = nothing, cat, dog, seen((0, A, DOG), (20, A)), nothing, cat
+    assert tracks(Tracker(), *change) == [[], [1], [1], [1, 2], [], [1]]
+    assert tracks(Tracker(same_class=True), *change) == [[], [1], [2], [2, 1], [], [1]]
+    both = seen((0, A), (0, A, DOG)), seen((0, A, DOG), (0, A))  # one kernel, two classes
+    assert tracks(Tracker(), *both, *both) == [[1, 2], [2, 1]] * 2
     assert tracks(Tracker(), cat, seen((8, B)), cat) == [[1], [2], [1]]
 
 
@@ -165,7 +168,7 @@ def test_every_thing_gets_its_kernel():
 def test_a_video_on_disk(tmp_path, segmenters, monkeypatch, task):
     monkeypatch.setattr(predict, "load", lambda task, *_, **__: segmenters[task])
     writer = cv2.VideoWriter(str(tmp_path / "a.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 9, (96, 64))
-    for seed in (0, 0, 1, 0):
+    for seed in (0, 0, 0, 1):
         writer.write(picture(seed=seed))
     writer.release()
     predict.predict_files(task, [tmp_path / "a.avi"], tmp_path / "out", threshold=0.2, track=True)
@@ -175,7 +178,7 @@ def test_a_video_on_disk(tmp_path, segmenters, monkeypatch, task):
         records = [s | {"image_id": r["image_id"]} for r in records for s in r["segments_info"]]
         assert all(("track_id" in record) == record["isthing"] for record in records)
     ids = [[r.get("track_id") for r in records if r["image_id"] == i] for i in range(4)]
-    assert ids[0] == ids[1] == ids[3] != ids[2]
+    assert ids[0] == ids[1] == ids[2] != ids[3]
     given = [id for id in ids[0] if id]
     assert len(given) == len(set(given)) > 1
 

@@ -39,25 +39,34 @@ class Tracker:
     """Gives the things of frame after frame their identities, whole numbers from 1 on.
 
     The similarity of two things is `by_kernels` · the cosine of their kernels + (1 - `by_kernels`) · the
-    IoU of their masks. Things of a frame are assigned to those of before that have their class, so that
-    the sum of the similarities is as large as can be. What is assigned to nothing is new.
+    IoU of their masks. Things of a frame are assigned to those of before so that the sum of the
+    similarities is as large as can be. What is assigned to nothing is new.
 
     Args:
         memory: for how many frames a thing that is not seen is remembered, as it was last seen.
         by_kernels: weight of the kernels, from 0 to 1; 0 is matching by overlap alone.
         least: similarity of two that may be the same, from 0 to 1.
+        same_class: whether a thing keeps its class. Networks waver between some, so that a thing would
+            change its identity with its class; and kernels tell most of them apart.
 
     Raises:
         UserError: an argument is not accepted.
     """
 
-    def __init__(self, memory: int = 50, by_kernels: float = 0.6, least: float = 0.5):
+    def __init__(
+        self,
+        memory: int = 50,
+        by_kernels: float = 0.6,
+        least: float = 0.5,
+        same_class: bool = False,
+    ):
         if not is_whole(memory, 0, MOST_STEPS):
             raise UserError(f"memory is {memory!r}; accepted: a whole number of frames, 0 or more")
         for name, value in {"by_kernels": by_kernels, "least": least}.items():
             if not (is_number(value) and 0 <= value <= 1):
                 raise UserError(f"{name} is {value!r}; accepted: a number from 0 to 1")
         self.memory, self.by_kernels, self.least = memory, by_kernels, least
+        self.same_class = same_class
         self._tracks: dict[int, Track] = {}  # what is remembered, by its identity
         self._new = count(1)
 
@@ -102,8 +111,10 @@ class Tracker:
             # It is negative where frames differ in size.
             iou = mask_iou(*masks, np.zeros(len(seen), bool)).clip(0)
             similarity = self.by_kernels * cosine + (1 - self.by_kernels) * iou
-            same_class = np.array([t.label for t in before])[:, None] == [t.label for t in seen]
-            similarity[~same_class | (similarity < self.least)] = 0
+            # One kernel may draw a thing of two classes: then these tell which is which.
+            other_class = np.array([t.label for t in before])[:, None] != [t.label for t in seen]
+            similarity -= other_class * (1 if self.same_class else 0.01)
+            similarity[similarity < self.least] = 0
             pairs = zip(*linear_sum_assignment(similarity, maximize=True))
             matched = {column: ids[row] for row, column in pairs if similarity[row, column] > 0}
         return [matched.get(column) or next(self._new) for column in range(len(seen))]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from knet_jax.app.predictions import VIDEO_RESULTS, InputFile, end_if_asked, until
 from knet_jax.app.segmenter import Segmenter
 from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
+from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import JsonList
 from knet_jax.system.signals import StopRequest
 
@@ -68,7 +69,7 @@ def predict_video(
         place = folder / VIDEO_RESULTS / f"{source.stem}.mp4"
         place.parent.mkdir(parents=True, exist_ok=True)
         with (
-            _VideoWriter(place, frames.rate, first.shape[:2]) as video,
+            VideoWriter(place, frames.rate, first.shape[:2]) as video,
             JsonList(place.with_suffix(".json")) as records,
             tqdm(total=frames.total, desc=source.stem, unit="frame") as bar,
         ):
@@ -125,11 +126,11 @@ class _Frames:
         return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
-class _UnwritableError(Exception):
+class _UnwritableError(UserError):
     """OpenCV cannot write a video."""
 
 
-class _VideoWriter:
+class VideoWriter:
     """Writes a video, which appears when it is whole.
 
     Args:

@@ -281,7 +281,7 @@ def segment_palette(panoptic: PanopticMap, categories: Categories) -> list[np.nd
     for segment, place in zip(panoptic.segments, places):
         color = palette[segment.label]
         if segment.track:
-            color = class_colors(0, TRACK_COLORS)[segment.track % TRACK_COLORS]
+            color = class_colors(TRACK_COLORS, TRACK_COLORS + 1)[segment.track % TRACK_COLORS]
         elif place and counts[segment.label] > 1:
             # Darker or paler, by the place and not by the rank, which in a video changes all the time.
             # Of things side by side, in a row or a column, neighbors are far apart on the circle.
