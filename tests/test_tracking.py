@@ -103,8 +103,8 @@ def tracks(tracker, *frames):
     return [[segment.track for segment in result.segments] for result in results]
 
 
-A, B = (3, 0), (0, 2)
-"""Kernels of two things."""
+A, B, C = (3, 0), (0, 2), (6, 0)
+"""Kernels of things; the last one is another that is like the first."""
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
@@ -120,7 +120,7 @@ def test_kernels_tell_what_overlap_does_not(task):
 
 
 def test_overlap_tells_what_kernels_do_not():
-    alike = seen((0, A), (16, A)), seen((16, A), (1, A)), seen((0, A), (14, A))
+    alike = seen((0, A), (16, C)), seen((16, A), (1, C)), seen((0, C), (14, A))
     assert tracks(Tracker(), *alike) == [[1, 2], [2, 1], [1, 2]]
 
 
@@ -130,11 +130,12 @@ def test_things_come_go_and_return():
         found = tracks(Tracker(memory), here, gone, gone, gone, seen((16, B), (30, A)))
         assert found == [[1, 2], [2], [2], [2], [2, id]]
     nothing, cat, dog = seen(), seen((0, A)), seen((0, A, DOG))
-    change = nothing, cat, dog, seen((0, A, DOG), (20, A)), nothing, cat
+    change = nothing, cat, dog, seen((0, A, DOG), (20, C)), nothing, cat
     assert tracks(Tracker(), *change) == [[], [1], [1], [1, 2], [], [1]]
     assert tracks(Tracker(same_class=True), *change) == [[], [1], [2], [2, 1], [], [1]]
-    both = seen((0, A), (0, A, DOG)), seen((0, A, DOG), (0, A))  # one kernel, two classes
-    assert tracks(Tracker(), *both, *both) == [[1, 2], [2, 1]] * 2
+    both = seen((0, A), (9, B), (0, A, DOG))  # the first kernel is sure of two classes
+    assert tracks(Tracker(), both) == [[1, 2, 1]]
+    assert tracks(Tracker(same_class=True), both) == [[1, 2, 3]]
     assert tracks(Tracker(), cat, seen((8, B)), cat) == [[1], [2], [1]]
 
 
@@ -180,7 +181,8 @@ def test_a_video_on_disk(tmp_path, segmenters, monkeypatch, task):
     ids = [[r.get("track_id") for r in records if r["image_id"] == i] for i in range(4)]
     assert ids[0] == ids[1] == ids[2] != ids[3]
     given = [id for id in ids[0] if id]
-    assert len(given) == len(set(given)) > 1
+    assert 1 < len(set(given)) <= len(given)
+    assert len(set(given)) == len(given) or task == "instance"  # of one kernel, two classes
 
 
 def test_what_cannot_be_tracked_is_named(tmp_path, segmenters, monkeypatch):

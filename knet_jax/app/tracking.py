@@ -78,19 +78,25 @@ class Tracker:
             kernels: [segments, c], of all segments of `result.prediction`, in their order.
 
         Returns:
-            The same result, in which every thing has its `track`.
+            The same result, in which every thing has its `track`; segments of one kernel share it.
         """
         panoptic, num_things = result.panoptic, result.categories.num_things
         segments = list(panoptic.segments if panoptic else result.prediction)
-        things = [i for i, segment in enumerate(segments) if segment.label < num_things]
-        lengths = np.linalg.norm(kernels, axis=1, keepdims=True)
-        kernels = kernels / np.maximum(lengths, np.finfo(np.float32).tiny)
-        seen = [Track(segments[i].label, kernels[i], _mask(panoptic, segments[i])) for i in things]
+        things: dict[Any, list[int]] = {}  # the places of the segments of each
+        for i, segment in enumerate(segments):
+            if segment.label < num_things:
+                # A kernel that is sure of two classes has drawn one thing.
+                key = kernels[i].tobytes(), segment.label if self.same_class else None
+                things.setdefault(key, []).append(i)
+        seen = []
+        for i, *_ in things.values():
+            length = max(np.linalg.norm(kernels[i]), np.finfo(np.float32).tiny)
+            seen.append(Track(segments[i].label, kernels[i] / length, _mask(panoptic, segments[i])))
 
-        found = {}
-        for i, thing, id in zip(things, seen, self._identify(seen)):
-            segments[i] = segments[i]._replace(track=id)
-            found[id] = thing
+        found = dict(zip(self._identify(seen), seen))
+        for id, places in zip(found, things.values()):
+            for i in places:
+                segments[i] = segments[i]._replace(track=id)
         lost = {
             id: replace(track, unseen=track.unseen + 1)
             for id, track in self._tracks.items()
@@ -111,9 +117,9 @@ class Tracker:
             # It is negative where frames differ in size.
             iou = mask_iou(*masks, np.zeros(len(seen), bool)).clip(0)
             similarity = self.by_kernels * cosine + (1 - self.by_kernels) * iou
-            # One kernel may draw a thing of two classes: then these tell which is which.
-            other_class = np.array([t.label for t in before])[:, None] != [t.label for t in seen]
-            similarity -= other_class * (1 if self.same_class else 0.01)
+            if self.same_class:
+                labels = np.array([track.label for track in before])
+                similarity[labels[:, None] != [track.label for track in seen]] = 0
             similarity[similarity < self.least] = 0
             pairs = zip(*linear_sum_assignment(similarity, maximize=True))
             matched = {column: ids[row] for row, column in pairs if similarity[row, column] > 0}
