@@ -205,7 +205,7 @@ def test_what_cannot_be_tracked_is_named(tmp_path, segmenters, monkeypatch):
 
 
 def test_a_track_has_a_color_and_a_number():
-    result, kernels = seen((0, A), (80, A), width=200)
+    result, kernels = seen((0, A), (80, C), width=200)
     image = np.full((8, 200, 3), 100, np.uint8)
     first = replace(Tracker().update(result, kernels), image=image)
     swapped = replace(

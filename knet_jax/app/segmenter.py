@@ -146,11 +146,8 @@ class Segmenter:
         Raises:
             UserError: a threshold is not from 0 to 1.
         """
-        thresholds = self._thresholds(threshold, overlap)
-        return (
-            self._read(image, found)
-            for image, found in self._stream(iter(images), thresholds, self._predict)
-        )
+        seen = self._see(map(as_image, images), self._thresholds(threshold, overlap), self._predict)
+        return (self._read(image, found) for image, found in seen)
 
     def track(
         self,
@@ -164,7 +161,7 @@ class Segmenter:
         It is the `track` of a segment. Frames are taken one after the other, in constant memory.
 
         Args:
-            frames: in their order, as for a call of the segmenter, all of one size.
+            frames: in their order, as for a call of the segmenter.
             threshold: as for a call.
             overlap: as for a call.
             tracker: tells which thing is which; default: a `Tracker` as it is by default. One that has
@@ -185,10 +182,10 @@ class Segmenter:
                 "and none to be tracked by; accepted: ()"
             )
         tracker, thresholds = tracker or Tracker(), self._thresholds(threshold, overlap)
-        stream = self._stream(iter(frames), thresholds, self._predict_with_kernels)
+        seen = self._see(map(as_image, frames), thresholds, self._predict_with_kernels)
         return (
             tracker.update(self._read(image, found), kernels[found.labels != EMPTY])
-            for image, (found, kernels) in stream
+            for image, (found, kernels) in seen
         )
 
     def _thresholds(self, threshold: float | None, overlap: float | None) -> dict[str, float]:
@@ -202,13 +199,16 @@ class Segmenter:
         read = self._task.read(found, np.array(image.shape[:2]))
         return Result(self.task, self.categories, image, read)
 
-    def _stream(
-        self, images: Iterator[Image], thresholds: dict[str, float], program: Callable[..., Any]
+    def _see(
+        self,
+        images: Iterator[np.ndarray],
+        thresholds: dict[str, float],
+        program: Callable[..., Any],
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        """Runs one of the compiled programs. Yields the pictures, each with its output, on the host."""
+        """Yields every picture with the output of a compiled program about it, on the host."""
 
         def started() -> Iterator[tuple[list[np.ndarray], list[tuple[list[int], Any]]]]:
-            while chunk := [as_image(image) for image in islice(images, self.batch_size)]:
+            while chunk := list(islice(images, self.batch_size)):
                 yield chunk, self._start(chunk, thresholds, program)
 
         for chunk, parts in lookahead(started()):

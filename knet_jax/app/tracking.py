@@ -12,7 +12,6 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from knet_jax.config.rules import MOST_STEPS, is_number, is_whole
 from knet_jax.metrics.instance import mask_iou
@@ -109,6 +108,10 @@ class Tracker:
 
     def _identify(self, seen: list[Track]) -> list[int]:
         """The identity of every thing of a frame."""
+        from scipy.optimize import (
+            linear_sum_assignment,
+        )  # half a second, which others need not wait
+
         ids, before = list(self._tracks), list(self._tracks.values())
         matched = {}
         if before and seen:

@@ -34,6 +34,6 @@ def main(args: Namespace) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     with VideoWriter(folder / "shapes.mp4", FRAMES_PER_SECOND, VIDEO_SIZE) as video:
-        for drawing in draw_video(seed=4, num_frames=100):
+        for drawing in draw_video(seed=216, num_frames=100):
             video.add(drawing.image)
     print(f"wrote {folder}/shapes.mp4")

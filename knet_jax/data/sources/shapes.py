@@ -113,11 +113,7 @@ def draw(split: str, index: int, image_side: tuple[int, int]) -> Drawing:
             _draw_thing(rng, image, slots, labels)
     if rng.random() < WITH_VOID:
         _draw_void(rng, image, slots)
-    image = _photograph(rng, image)
-    # Any distinct ids would do; random ones use all three channels of the PNG.
-    ids = rng.choice(np.arange(1, 1 << 24, 997), len(labels), replace=False)
-    ids[0] = 0
-    return Drawing(image, slots, labels, crowds, ids)
+    return _finish(rng, image, slots, labels, crowds)
 
 
 def draw_video(
@@ -159,8 +155,23 @@ def draw_video(
             cos, sin = np.cos(angle), np.sin(angle)
             mask = _fill(outline @ np.array([[cos, sin], [-sin, cos]]) + center, size)
             image[mask], seen[mask] = colors[i], len(labels) + i
-        numbered = [*labels, *things]
-        yield Drawing(_photograph(rng, image), seen, numbered, set(), np.arange(len(numbered)))
+        yield _finish(rng, image, seen, [*labels, *things], set())
+
+
+def _finish(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    slots: np.ndarray,
+    labels: list[int],
+    crowds: set[int],
+) -> Drawing:
+    """Adds noise to what was drawn, and gives the segments ids."""
+    noisy = image + rng.normal(0, 6, image.shape)
+    image = np.clip(cv2.GaussianBlur(noisy, (3, 3), 0.6), 0, 255).astype(np.uint8)
+    # Any distinct ids would do; random ones use all three channels of the PNG.
+    ids = rng.choice(np.arange(1, 1 << 24, 997), len(labels), replace=False)
+    ids[0] = 0
+    return Drawing(image, slots, labels, crowds, ids)
 
 
 def annotate_panoptic(drawing: Drawing) -> panoptic.PanopticAnnotation:
@@ -211,12 +222,6 @@ ANNOTATIONS = {
     "semantic": annotate_semantic,
 }
 """How a drawing is annotated for a task."""
-
-
-def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """A drawing with noise and soft edges, uint8."""
-    noisy = image + rng.normal(0, 6, image.shape)
-    return np.clip(cv2.GaussianBlur(noisy, (3, 3), 0.6), 0, 255).astype(np.uint8)
 
 
 def _encode(rgb: np.ndarray) -> bytes:
