@@ -108,9 +108,8 @@ class Tracker:
 
     def _identify(self, seen: list[Track]) -> list[int]:
         """The identity of every thing of a frame."""
-        from scipy.optimize import (
-            linear_sum_assignment,
-        )  # half a second, which others need not wait
+        # It takes half a second to import, which others need not wait.
+        from scipy.optimize import linear_sum_assignment
 
         ids, before = list(self._tracks), list(self._tracks.values())
         matched = {}

@@ -68,7 +68,7 @@ def count(
     crowd = np.array([segment.iscrowd for segment in truth.segments], bool)[:, None]
     same_label = true_labels[:, None] == labels
 
-    overlap = _overlaps(truth, prediction)
+    overlap = overlaps(truth, prediction)
     true_areas, areas = overlap[1:].sum(1, keepdims=True), overlap[:, 1:].sum(0)
     assert areas.all(), f"{where}: a predicted segment has no pixel"
     on_void, overlap = overlap[0, 1:], overlap[1:, 1:]
@@ -124,7 +124,7 @@ def table(counts: PQCounts, categories: Categories) -> str:
     return "\n".join(lines)
 
 
-def _overlaps(truth: PanopticMap, prediction: PanopticMap) -> np.ndarray:
+def overlaps(truth: PanopticMap, prediction: PanopticMap) -> np.ndarray:
     """Counts the pixels that two segments share, int64 [1 + true, 1 + predicted]; row and column 0 are void."""
     rows, columns = 1 + len(truth.segments), 1 + len(prediction.segments)
     pairs = segment_index(truth) * columns + segment_index(prediction)

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from knet_jax.metrics.counts import mean_of_defined
-from knet_jax.segmentation.segments import PanopticMap, segment_index
+from knet_jax.metrics.panoptic import overlaps
+from knet_jax.segmentation.segments import PanopticMap
 
 
 class TrackingCounts(NamedTuple):
@@ -59,10 +60,8 @@ def count(frames: Iterable[tuple[PanopticMap, PanopticMap]], num_classes: int) -
             [(0, 0, False)] + [(s.track, 1 + s.label, s.iscrowd) for s in each.segments]
             for each in (truth, prediction)
         )
-        pairs = segment_index(truth) * len(columns) + segment_index(prediction)
-        overlap = np.bincount(pairs.ravel(), minlength=len(rows) * len(columns))
-        overlap = overlap.reshape(len(rows), len(columns))
-        areas = overlap.sum(1)[:, None] + overlap.sum(0) - overlap
+        overlap = overlaps(truth, prediction)
+        unions = overlap.sum(1)[:, None] + overlap.sum(0) - overlap
         for i, j in np.argwhere(overlap):
             (tube, label, is_crowd), (track, seen, _) = rows[i], columns[j]
             pixels = int(overlap[i, j])
@@ -72,7 +71,7 @@ def count(frames: Iterable[tuple[PanopticMap, PanopticMap]], num_classes: int) -
             true[tube] += pixels
             predicted[track] += pixels
             both[tube, track] += pixels
-            if tube and track and pixels > areas[i, j] / 2:
+            if tube and track and pixels > unions[i, j] / 2:
                 switches += last.setdefault(tube, track) != track
                 last[tube] = track
     del true[0], predicted[0]
