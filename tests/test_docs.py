@@ -122,7 +122,7 @@ def test_programs_and_flags_are_there(capsys):
     ("page", "results"),
     [
         ("predicting.md", ("segments.png", "out/contact_sheet.jpg")),
-        ("beyond_the_paper.md", ("runs/demo/analysis/index.html",)),
+        ("beyond_the_paper.md", ("runs/demo/analysis/index.html", "out/videos/shapes.json")),
     ],
 )
 def test_a_page_does_what_it_says(page, results, tmp_path):

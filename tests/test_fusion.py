@@ -92,6 +92,8 @@ def check(masks, logits, size, original_size, low=0.3, share=0.6, num_things=THI
         for j, (label, score, mask) in enumerate(segments):
             assert fused.labels[i, j] == label
             np.testing.assert_allclose(fused.scores[i, j], score, rtol=1e-5)
+            its_logit = logits[i][fused.kernels[i, j], label]
+            np.testing.assert_allclose(1 / (1 + np.exp(-its_logit)), score, rtol=1e-5)
             wrong = ((ids == 1 + j) != mask) & ~unsure
             assert not wrong.any(), f"segment {j}: {wrong.sum()} pixels of {mask.sum()} differ"
     return fused

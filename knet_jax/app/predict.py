@@ -10,11 +10,18 @@ from typing import NamedTuple
 
 import jax
 
-from knet_jax.app.predictions import Predictions, find_ids, find_sources, predict_pictures
+from knet_jax.app.predictions import (
+    VIDEOS,
+    Predictions,
+    find_ids,
+    find_sources,
+    predict_pictures,
+)
 from knet_jax.app.segmenter import load
 from knet_jax.app.videos import predict_video
 from knet_jax.saved.checkpoints import check_writable
 from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
+from knet_jax.system.errors import UserError
 from knet_jax.system.signals import stop_when_asked
 
 
@@ -38,6 +45,7 @@ def predict_files(
     batch_size: int | None = None,
     image_info: str | Path | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
+    track: bool = False,
     overrides: Sequence[str] = (),
 ) -> Outcome:
     """Segments pictures and videos, and writes pictures of the results and files of them.
@@ -52,6 +60,7 @@ def predict_files(
         batch_size: how many pictures are segmented together; default: 1 on a CPU, else 8.
         image_info: JSON in COCO's form: only the pictures that it lists are taken, under its ids.
         max_megapixels: of a picture or a frame; larger ones are skipped.
+        track: whether the things of a video get identities, as of `Segmenter.track`.
         overrides: `--config.x.y=value` arguments.
 
     Returns:
@@ -63,6 +72,10 @@ def predict_files(
     """
     output = Path(output)
     pictures, videos = find_sources(paths, output)
+    if track and not videos:
+        raise UserError(
+            f"track: no video among the {len(pictures)} files that are named; accepted: {', '.join(VIDEOS)}"
+        )
     ids = None
     if image_info and pictures:
         ids, num_listed = find_ids(Path(image_info), pictures)
@@ -75,6 +88,8 @@ def predict_files(
         f"{len(pictures)} pictures and {len(videos)} videos, {segmenter.task} model of step "
         f"{segmenter.step}, {jax.devices()[0].device_kind}"
     )
+    if track:
+        segmenter.track(())  # refuses a model without things before anything is segmented
     problems = []
     with stop_when_asked() as stop:
         if pictures:
@@ -84,7 +99,9 @@ def predict_files(
                 )
             print(predictions.table())
         for video in videos:
-            if problem := predict_video(segmenter, video, output, threshold, stop, max_megapixels):
+            if problem := predict_video(
+                segmenter, video, output, threshold, stop, max_megapixels, track
+            ):
                 print(f"problem: {problem}", file=sys.stderr)
                 problems.append(problem)
     print(f"wrote {output}/" + (f", problems with {len(problems)} files" if problems else ""))

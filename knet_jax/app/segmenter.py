@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from numbers import Integral, Real
@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from knet_jax.app.tracking import Tracker
 from knet_jax.data import recipes, transforms
 from knet_jax.data.canvas import empty_batch, fill
-from knet_jax.inference.forward import lookahead, predict
+from knet_jax.inference.forward import lookahead, predict, with_kernels
 from knet_jax.inference.multiscale import both_ways
 from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.saved.checkpoint_record import leaf_paths, make_record
@@ -30,6 +31,7 @@ from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation import image_files
 from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import MIN_SCORE
+from knet_jax.structs import EMPTY
 from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError
 from knet_jax.tasks import TASKS
@@ -73,17 +75,21 @@ class Segmenter:
             "instance_threshold": options.get("instance_threshold", MIN_SCORE),
             "overlap_threshold": options.get("overlap_threshold", 0.0),
         }
-        self._predict = jax.jit(
-            partial(
-                predict,
-                model=model.network,
-                results=partial(
-                    self._task.predict, **self._task.choose_options(model.network.sizes, options)
+        results = partial(
+            self._task.predict, **self._task.choose_options(model.network.sizes, options)
+        )
+        self._predict, self._predict_with_kernels = (
+            jax.jit(
+                partial(
+                    predict,
+                    model=model.network,
+                    results=each,
+                    window=options.get("window", ()),
+                    step=options.get("window_step", ()),
                 ),
-                window=options.get("window", ()),
-                step=options.get("window_step", ()),
-            ),
-            static_argnames="canvas",
+                static_argnames="canvas",
+            )
+            for each in (results, with_kernels(results))
         )
 
     @cached_property
@@ -140,27 +146,78 @@ class Segmenter:
         Raises:
             UserError: a threshold is not from 0 to 1.
         """
+        seen = self._see(map(as_image, images), self._thresholds(threshold, overlap), self._predict)
+        return (self._read(image, found) for image, found in seen)
+
+    def track(
+        self,
+        frames: Iterable[Image],
+        threshold: float | None = None,
+        overlap: float | None = None,
+        tracker: Tracker | None = None,
+    ) -> Iterator[Result]:
+        """Segments the frames of a video, and gives every thing an identity that stays.
+
+        It is the `track` of a segment. Frames are taken one after the other, in constant memory.
+
+        Args:
+            frames: in their order, as for a call of the segmenter.
+            threshold: as for a call.
+            overlap: as for a call.
+            tracker: tells which thing is which; default: a `Tracker` as it is by default. One that has
+                seen earlier frames goes on from these.
+
+        Returns:
+            The results in the order of the frames.
+
+        Raises:
+            UserError: the model is one of semantic segmentation, or segments window by window; or an
+                argument is not accepted.
+        """
+        if self.task == "semantic":
+            raise UserError("a semantic model has no things to track; accepted: panoptic, instance")
+        if self.config.eval.get("window"):
+            raise UserError(
+                f"config.eval.window is {self.config.eval.window}: a thing has a kernel in each window, "
+                "and none to be tracked by; accepted: ()"
+            )
+        tracker, thresholds = tracker or Tracker(), self._thresholds(threshold, overlap)
+        seen = self._see(map(as_image, frames), thresholds, self._predict_with_kernels)
+        return (
+            tracker.update(self._read(image, found), kernels[found.labels != EMPTY])
+            for image, (found, kernels) in seen
+        )
+
+    def _thresholds(self, threshold: float | None, overlap: float | None) -> dict[str, float]:
         for name, value in {"threshold": threshold, "overlap": overlap}.items():
             if value is not None and not (_is_number(value, Real) and 0 <= value <= 1):
                 raise UserError(f"{name} is {value!r}; accepted: a number from 0 to 1, or None")
         given = {"instance_threshold": threshold, "overlap_threshold": overlap}
-        thresholds = self.thresholds | {k: float(v) for k, v in given.items() if v is not None}
-        return self._stream(iter(images), thresholds)
+        return self.thresholds | {k: float(v) for k, v in given.items() if v is not None}
 
-    def _stream(self, images: Iterator[Image], thresholds: dict[str, float]) -> Iterator[Result]:
+    def _read(self, image: np.ndarray, found: Any) -> Result:
+        read = self._task.read(found, np.array(image.shape[:2]))
+        return Result(self.task, self.categories, image, read)
+
+    def _see(
+        self,
+        images: Iterator[np.ndarray],
+        thresholds: dict[str, float],
+        program: Callable[..., Any],
+    ) -> Iterator[tuple[np.ndarray, Any]]:
+        """Yields every picture with the output of a compiled program about it, on the host."""
+
         def started() -> Iterator[tuple[list[np.ndarray], list[tuple[list[int], Any]]]]:
-            while chunk := [as_image(image) for image in islice(images, self.batch_size)]:
-                yield chunk, self._start(chunk, thresholds)
+            while chunk := list(islice(images, self.batch_size)):
+                yield chunk, self._start(chunk, thresholds, program)
 
         for chunk, parts in lookahead(started()):
-            results = {}
+            outputs = {}
             for members, output in parts:
                 arrays = jax.tree.map(np.asarray, output)
                 for place, i in enumerate(members):
-                    one = jax.tree.map(lambda x, place=place: x[place], arrays)
-                    read = self._task.read(one, np.array(chunk[i].shape[:2]))
-                    results[i] = Result(self.task, self.categories, chunk[i], read)
-            yield from (results[i] for i in range(len(chunk)))
+                    outputs[i] = jax.tree.map(lambda x, place=place: x[place], arrays)
+            yield from ((image, outputs[i]) for i, image in enumerate(chunk))
 
     def _layout(self, image: np.ndarray) -> tuple[tuple[tuple[int, int], ...], ResultCanvas]:
         """Chooses the canvases of a picture: of the input at every scale, and of the result."""
@@ -171,7 +228,10 @@ class Segmenter:
         return shown, ResultCanvas.scaled(shown[largest], resized, size)
 
     def _start(
-        self, images: Sequence[np.ndarray], thresholds: dict[str, float]
+        self,
+        images: Sequence[np.ndarray],
+        thresholds: dict[str, float],
+        program: Callable[..., Any],
     ) -> list[tuple[list[int], Any]]:
         """Starts the network, once for the pictures that share their canvases.
 
@@ -194,7 +254,7 @@ class Segmenter:
                     fill(batch, place, place, images[i], view)
             passes, mirrored = zip(*both_ways(scales, self._flip))
             with jax.default_matmul_precision(self.config.precision):
-                output = self._predict(
+                output = program(
                     self._variables,
                     passes,
                     mirrored,

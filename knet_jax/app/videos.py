@@ -13,6 +13,7 @@ from tqdm import tqdm
 from knet_jax.app.predictions import VIDEO_RESULTS, InputFile, end_if_asked, until
 from knet_jax.app.segmenter import Segmenter
 from knet_jax.segmentation.image_files import MAX_MEGAPIXELS
+from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import JsonList
 from knet_jax.system.signals import StopRequest
 
@@ -27,6 +28,7 @@ def predict_video(
     threshold: float | None = None,
     stop: StopRequest | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
+    track: bool = False,
 ) -> str | None:
     """Segments a video frame by frame, in constant memory, with a progress bar.
 
@@ -40,6 +42,7 @@ def predict_video(
         threshold: least score of a thing; default: that of the segmenter.
         stop: ends it early.
         max_megapixels: of a frame; a video of larger ones is not read.
+        track: whether things get identities, as of `Segmenter.track`.
 
     Returns:
         What was wrong with the video; None where all of it could be read and written.
@@ -59,13 +62,14 @@ def predict_video(
         first = next(frames, None)
         if first is None:
             return f"{source.path}: no frame of it can be decoded"
-        results = segmenter.stream(chain([first], frames), threshold)
+        segment = segmenter.track if track else segmenter.stream
+        results = segment(chain([first], frames), threshold)
         # Before the first result nothing is written: what an earlier run has left stays.
         results = chain([next(results)], results)
         place = folder / VIDEO_RESULTS / f"{source.stem}.mp4"
         place.parent.mkdir(parents=True, exist_ok=True)
         with (
-            _VideoWriter(place, frames.rate, first.shape[:2]) as video,
+            VideoWriter(place, frames.rate, first.shape[:2]) as video,
             JsonList(place.with_suffix(".json")) as records,
             tqdm(total=frames.total, desc=source.stem, unit="frame") as bar,
         ):
@@ -122,11 +126,11 @@ class _Frames:
         return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
-class _UnwritableError(Exception):
+class _UnwritableError(UserError):
     """OpenCV cannot write a video."""
 
 
-class _VideoWriter:
+class VideoWriter:
     """Writes a video, which appears when it is whole.
 
     Args:

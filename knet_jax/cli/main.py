@@ -24,7 +24,7 @@ COMMANDS = {
     "from-masks": "turns maps of classes and instances into COCO's layout",
     "from-polygons": "turns polygons of LabelMe and YOLO into COCO's layout",
     "logs": "draws the curves of a run",
-    "shapes": "writes some drawn pictures to try a model of shapes on",
+    "shapes": "writes some drawn pictures, or a video, to try a model of shapes on",
 }
 """Commands, each a module of this folder with `add_flags(parser)` and `main(args)`."""
 

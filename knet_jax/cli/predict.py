@@ -2,14 +2,15 @@
 
 knet predict photo.jpg --model runs/demo --output out
 knet predict pictures/ more/1.jpg --model runs/demo --output out --threshold 0.5
-knet predict clip.mp4 --model runs/demo --output out
+knet predict clip.mp4 --model runs/demo --output out --track
 knet predict data/coco/test2017 --model runs/mine --output out \\
     --image_info data/coco/annotations/image_info_test-dev2017.json
 
 Takes pictures, videos, and folders with those that they hold, subfolders included. Writes to the
 output, as they come: overlays/ (the pictures under their segments), the results in COCO's format
 (panoptic.json and panoptic/*.png, instance.json, or semantic.json and semantic/*.png), images.json
-(which id is which file) and contact_sheet.jpg; of a video videos/NAME.mp4 and videos/NAME.json.
+(which id is which file) and contact_sheet.jpg; of a video videos/NAME.mp4 and videos/NAME.json. With
+--track the things of a video have a number, and a color, that they keep through all of it.
 
 Exit status: 0, or 3 where files could not be read, or not to their end; they are named.
 """
@@ -32,6 +33,7 @@ def add_flags(parser: Parser) -> None:
         "least score of a thing; default: the config's, else 0.3",
         type=number(float, 0, 1),
     )
+    parser.switch("track", "give the things of videos identities that stay from frame to frame")
     parser.checkpoint_flags()
     parser.flag(
         "image_info",
@@ -53,6 +55,7 @@ def main(args: Namespace) -> int:
         batch_size=args.batch_size,
         image_info=args.image_info,
         max_megapixels=args.max_megapixels,
+        track=args.track,
         overrides=args.overrides,
     ).problems
     return SOME_SKIPPED if problems else 0

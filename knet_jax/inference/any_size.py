@@ -187,7 +187,7 @@ def predict_panoptic(
     owned = owned.sum((0, 1)).T
     eligible = find_eligible(owned, scores, n - (k - num_things), instance_threshold)
     area = for_each(eligible.sum(0) > 0, measure, nothing).T
-    ids, labels, scores = rank_segments(eligible, owned, area, labels, scores, overlap_threshold)
+    ids, labels, scores, _ = rank_segments(eligible, owned, area, labels, scores, overlap_threshold)
     ids = jax.vmap(partial(jnp.take, mode="clip"))(ids, owner)
     return {"ids": ids.astype(jnp.int32), "labels": labels, "scores": scores}
 

@@ -107,6 +107,25 @@ def predict(
     return results(passes, original_size, canvas=canvas, **thresholds)
 
 
+def with_kernels(results: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `results` of a task with things give also the kernels of these, as the last update left them.
+
+    Args:
+        results: `predict` of the task.
+
+    Returns:
+        A function of the same arguments, which gives the results and kernels [b, r, c], in the order
+        of the results' `labels` [b, r].
+    """
+
+    def both(passes: Sequence[Pass], *args: Any, **options: Any) -> tuple[Any, jax.Array]:
+        found = results(passes, *args, **options)
+        [seen] = passes
+        return found, jnp.take_along_axis(seen.stage.kernels, found.kernels[:, :, None], axis=1)
+
+    return both
+
+
 def lookahead(items: Iterable[Any]) -> Iterator[Any]:
     """Yields the same items, each after the next one has been drawn.
 

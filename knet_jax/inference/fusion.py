@@ -46,6 +46,8 @@ class Fused(NamedTuple):
     """int32 [b, n]: class of each kept segment, `EMPTY` after the last."""
     scores: jax.Array
     """[b, n]: score of each kept segment, 0 after the last."""
+    kernels: jax.Array
+    """int32 [b, n]: which kernel each kept segment is, of no meaning after the last."""
 
 
 class _Axis(NamedTuple):
@@ -272,12 +274,12 @@ def predict_panoptic(
     owned = owned.at[tiles.image[:, None, None], owner].add(tiles.inside, mode="drop")
     eligible = find_eligible(owned, scores, n - (k - num_things), instance_threshold)
     area = _areas(tiles, area, eligible)
-    ids, labels, scores = rank_segments(eligible, owned, area, labels, scores, overlap_threshold)
+    ids, *segments = rank_segments(eligible, owned, area, labels, scores, overlap_threshold)
 
     ids = ids[tiles.image[:, None, None], owner]
     ids = ids.reshape(b, canvas.height // TILE, canvas.width // TILE, TILE, TILE)
     ids = ids.transpose(0, 1, 3, 2, 4).reshape(b, canvas.height, canvas.width)
-    return Fused(ids, labels, scores)
+    return Fused(ids, *segments)
 
 
 def read_panoptic(fused: Fused, original_size: np.ndarray) -> PanopticMap:

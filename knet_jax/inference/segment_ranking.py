@@ -42,7 +42,7 @@ def rank_segments(
     labels: jax.Array,
     scores: jax.Array,
     overlap_threshold: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Decides which masks become segments, and numbers these, best score first.
 
     Args:
@@ -55,7 +55,7 @@ def rank_segments(
 
     Returns:
         int16 [b, n + 1]: the id of each mask, 0 where it is not kept and for the owner n of nothing;
-        and `labels` and `scores` of `Fused`.
+        and `labels`, `scores` and `kernels` of `Fused`.
     """
     n = eligible.shape[1]
     kept = eligible & (area > 0) & (owned / jnp.maximum(area, 1) >= overlap_threshold)
@@ -68,4 +68,5 @@ def rank_segments(
         jnp.pad(ids, ((0, 0), (0, 1))),
         jnp.where(last, take(labels), EMPTY),
         jnp.where(last, take(scores), 0),
+        order.astype(jnp.int32),
     )

@@ -94,7 +94,7 @@ def compare(
         IoU [t, p], without the void of the truth; and bool [p], which predictions lie for more than half
         on void and on crowds of their own class.
     """
-    overlap = _overlaps(truth, prediction)
+    overlap = overlaps(truth, prediction)
     true_areas, areas = overlap[1:].sum(1, keepdims=True), overlap[:, 1:].sum(0)
     assert areas.all(), "a predicted segment has no pixel"
     on_void, overlap = overlap[0, 1:], overlap[1:, 1:]
@@ -141,7 +141,7 @@ def table(counts: PQCounts, categories: Categories) -> str:
     return "\n".join(lines)
 
 
-def _overlaps(truth: PanopticMap, prediction: PanopticMap) -> np.ndarray:
+def overlaps(truth: PanopticMap, prediction: PanopticMap) -> np.ndarray:
     """Counts the pixels that two segments share, int64 [1 + true, 1 + predicted]; row and column 0 are void."""
     rows, columns = 1 + len(truth.segments), 1 + len(prediction.segments)
     pairs = segment_index(truth) * columns + segment_index(prediction)

@@ -46,6 +46,8 @@ OPACITY = 0.55
 """How much of a segment's color covers the picture."""
 STUFF_OPACITY = 0.4
 """How much of the color of stuff covers the picture in an overlay."""
+TRACK_COLORS = 24
+"""How many things of a video have a color that no other has."""
 
 Segmentation = PanopticMap | Sequence[Instance] | np.ndarray
 """A panoptic map, instances, or integer labels [H, W]: 1 + class, 0 = none."""
@@ -168,7 +170,8 @@ def as_panoptic(
     ):
         ids[rle.decode(shown[i].rle) > 0] = i + 1
     return PanopticMap(
-        ids, tuple(SegmentInfo(i + 1, s.label, s.iscrowd, s.score) for i, s in enumerate(shown))
+        ids,
+        tuple(SegmentInfo(i, s.label, s.iscrowd, s.score, s.track) for i, s in enumerate(shown, 1)),
     )
 
 
@@ -282,7 +285,10 @@ def class_colors(num_things: int, num_classes: int) -> np.ndarray:
 
 
 def segment_palette(panoptic: PanopticMap, categories: Categories) -> list[np.ndarray]:
-    """Returns the color of every segment, RGB in 0 … 255: shades of its class's by its place."""
+    """Returns the color of every segment, RGB in 0 … 255: shades of its class's by its place.
+
+    What is tracked through a video has a color of its own instead.
+    """
     index = segment_index(panoptic)
     places = ndimage.find_objects(index, len(panoptic.segments))
     palette = class_colors(categories.num_things, len(categories.names))
@@ -290,7 +296,9 @@ def segment_palette(panoptic: PanopticMap, categories: Categories) -> list[np.nd
     colors = []
     for segment, place in zip(panoptic.segments, places):
         color = palette[segment.label]
-        if place and counts[segment.label] > 1:
+        if segment.track:
+            color = class_colors(TRACK_COLORS, TRACK_COLORS + 1)[segment.track % TRACK_COLORS]
+        elif place and counts[segment.label] > 1:
             # Darker or paler, by the place and not by the rank, which in a video changes all the time.
             # Of things side by side, in a row or a column, neighbors are far apart on the circle.
             middle = sum(
@@ -378,13 +386,15 @@ def _is_free(box: Sequence[float], taken: Sequence[Sequence[float]]) -> bool:
 def _name(segment: SegmentInfo, categories: Categories) -> tuple[str, str]:
     """Returns the name of a segment, and what may be left out: its score, or that it is a crowd.
 
-    Where no font has the letters of the name, the id of the class stands for it.
+    What is tracked through a video has the number of its track, and no score. Where no font has the letters of the name, the id of the class stands for it.
     """
     name = categories.names[segment.label]
     if _typeface(name) is None:
         name = f"#{categories.dataset_ids[segment.label]}"
     if segment.iscrowd:
         return name, " (crowd)"
+    if segment.track:
+        return f"{name} {segment.track}", ""
     return name, "" if segment.score == 1 else f" {segment.score:.2f}"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 from knet_jax.segmentation import image_files, rle
-from knet_jax.segmentation.segments import Categories, Instance, PanopticMap
+from knet_jax.segmentation.segments import Categories, Instance, PanopticMap, SegmentInfo
 from knet_jax.structs import EMPTY
 from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import write_whole
@@ -38,6 +38,8 @@ class Segment:
     area: int
     """Number of pixels."""
     box: Box
+    track: int
+    """In a video that is tracked, the identity of a thing, from 1 on; else 0."""
     _source: Any = field(repr=False)
     """A map of ids [H, W], or the run lengths of the mask."""
 
@@ -83,22 +85,21 @@ class Result:
         panoptic = PanopticMap.of_labels(self.prediction) if labels else self.panoptic
         if panoptic is None:
             return tuple(
-                self._segment(i, one.label, one.score, int(one.area), rle.box(one.rle), one.rle)
+                self._segment(i, one, int(one.area), rle.box(one.rle), one.rle)
                 for i, one in enumerate(self.prediction, 1)
                 if one.area  # a kernel may be sure of its class and claim no pixel
             )
         ids, segments = panoptic
         areas, boxes = np.bincount(ids.ravel()), ndimage.find_objects(ids)
         return tuple(
-            self._segment(s.id, s.label, s.score, int(areas[s.id]), _box(boxes[s.id - 1]), ids)
-            for s in segments
+            self._segment(s.id, s, int(areas[s.id]), _box(boxes[s.id - 1]), ids) for s in segments
         )
 
     def _segment(
-        self, id: int, label: int, score: float, area: int, box: Box, source: Any
+        self, id: int, of: SegmentInfo | Instance, area: int, box: Box, source: Any
     ) -> Segment:
-        names, num_things = self.categories.names, self.categories.num_things
-        return Segment(id, label, names[label], label < num_things, score, area, box, source)
+        name, is_thing = self.categories.names[of.label], of.label < self.categories.num_things
+        return Segment(id, of.label, name, is_thing, of.score, area, box, of.track, source)
 
     @property
     def instances(self) -> tuple[Segment, ...] | None:
@@ -205,6 +206,7 @@ class Result:
                 "bbox": list(segment.box),
                 "area": segment.area,
                 "score": segment.score,
+                **({"track_id": segment.track} if segment.track else {}),
             }
             for segment in self.segments
         ]

@@ -81,6 +81,8 @@ class SegmentInfo(NamedTuple):
     label: int
     iscrowd: bool = False
     score: float = 1.0
+    track: int = 0
+    """Of a thing in a video: its identity, the same in every frame, from 1 on; 0 = not tracked."""
 
 
 class PanopticMap(NamedTuple):
@@ -107,6 +109,8 @@ class Instance(NamedTuple):
     iscrowd: bool = False
     area: float = 0.0
     """Number of pixels as annotated, which may differ from the mask's; 0 = not annotated."""
+    track: int = 0
+    """As that of `SegmentInfo`."""
 
 
 def segment_index(panoptic: PanopticMap) -> np.ndarray:

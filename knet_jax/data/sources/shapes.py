@@ -8,7 +8,7 @@ have no things, some a crowd of tiny ones, some a void patch.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,8 @@ LEAST_SIDE = 48
 """Pixels below which things do not fit."""
 NUM_SAMPLES, SAMPLE_SIDE = 12, (96, 128)
 """Pictures that are written for a user, and their sides in pixels."""
+VIDEO_SIZE = (128, 128)
+"""Height and width of videos, in pixels."""
 WITHOUT_THINGS, WITH_CROWD, WITH_VOID = 0.1, 0.1, 0.2
 """Shares of the pictures: without things, with a crowd, with a void patch."""
 
@@ -111,6 +113,59 @@ def draw(split: str, index: int, image_side: tuple[int, int]) -> Drawing:
             _draw_thing(rng, image, slots, labels)
     if rng.random() < WITH_VOID:
         _draw_void(rng, image, slots)
+    return _finish(rng, image, slots, labels, crowds)
+
+
+def draw_video(
+    seed: int,
+    num_frames: int,
+    size: tuple[int, int] = VIDEO_SIZE,
+    speed: float = 4.0,
+    num_things: int = 5,
+) -> Iterator[Drawing]:
+    """Draws a video: things of two classes that cross, hide each other, go and return.
+
+    Each swings to and fro, some beyond the borders, and turns; which one is in front stays.
+
+    Args:
+        seed: of everything random.
+        num_frames: how many.
+        size: height and width, in pixels.
+        speed: the most that the middle of a thing moves from frame to frame, in pixels.
+        num_things: how many.
+
+    Returns:
+        The frames, in which a segment has the same number throughout, also where nothing is seen
+        of it.
+    """
+    rng = np.random.default_rng((zlib.crc32(b"video"), seed))
+    background, slots, labels = _draw_stuff(rng, *size)
+    classes = rng.choice(len(THINGS), 2, replace=False)
+    things = [int(classes[i % 2]) for i in range(num_things)]
+    outlines = [_outline(rng, THINGS[label], rng.uniform(*RADII)) for label in things]
+    colors = [_color(rng, label) * rng.uniform(0.85, 1.0) for label in things]
+    # Along x and y: the middle of the swing, how far it reaches, and where in it the video begins.
+    middle = rng.uniform(0.3, 0.7, (num_things, 2)) * size[::-1]
+    reach = rng.uniform((0.3, 0.1), (0.9, 0.4), (num_things, 2)) * size[::-1]
+    start, turn = rng.uniform(0, 2 * np.pi, (num_things, 2)), rng.uniform(-0.05, 0.05, num_things)
+    for time in range(num_frames):
+        image, seen = background.copy(), slots.copy()
+        middles = middle + reach * np.sin(start + speed / np.sqrt(2) / reach * time)
+        for i, (outline, center, angle) in enumerate(zip(outlines, middles, turn * time)):
+            cos, sin = np.cos(angle), np.sin(angle)
+            mask = _fill(outline @ np.array([[cos, sin], [-sin, cos]]) + center, size)
+            image[mask], seen[mask] = colors[i], len(labels) + i
+        yield _finish(rng, image, seen, [*labels, *things], set())
+
+
+def _finish(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    slots: np.ndarray,
+    labels: list[int],
+    crowds: set[int],
+) -> Drawing:
+    """Adds noise to what was drawn, and gives the segments ids."""
     noisy = image + rng.normal(0, 6, image.shape)
     image = np.clip(cv2.GaussianBlur(noisy, (3, 3), 0.6), 0, 255).astype(np.uint8)
     # Any distinct ids would do; random ones use all three channels of the PNG.
