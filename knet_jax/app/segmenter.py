@@ -10,7 +10,7 @@ result.save("segments.png")
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import islice
@@ -25,6 +25,7 @@ from knet_jax.data.canvas import empty_batch, fill
 from knet_jax.inference.forward import lookahead, predict
 from knet_jax.inference.multiscale import both_ways
 from knet_jax.inference.resampling import ResultCanvas
+from knet_jax.inference.windows import Windows
 from knet_jax.saved.checkpoint_record import leaf_paths, make_record
 from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation import image_files
@@ -73,6 +74,7 @@ class Segmenter:
             "instance_threshold": options.get("instance_threshold", MIN_SCORE),
             "overlap_threshold": options.get("overlap_threshold", 0.0),
         }
+        inside, self._windows = self._task.place_windows(options)
         self._predict = jax.jit(
             partial(
                 predict,
@@ -80,8 +82,7 @@ class Segmenter:
                 results=partial(
                     self._task.predict, **self._task.choose_options(model.network.sizes, options)
                 ),
-                window=options.get("window", ()),
-                step=options.get("window_step", ()),
+                **inside,
             ),
             static_argnames="canvas",
         )
@@ -148,8 +149,28 @@ class Segmenter:
         return self._stream(iter(images), thresholds)
 
     def _stream(self, images: Iterator[Image], thresholds: dict[str, float]) -> Iterator[Result]:
+        begun: deque[tuple[np.ndarray, Windows]] = deque()
+
+        def parts() -> Iterator[np.ndarray]:
+            for image in map(as_image, images):
+                windows = Windows(image.shape[:2], **self._windows)
+                begun.append((image, windows))
+                for top, left, bottom, right in windows.spans:
+                    yield image[top:bottom, left:right]
+
+        num_things, overlap = self.categories.num_things, thresholds["overlap_threshold"]
+        for prediction in self._see(parts(), thresholds):
+            image, windows = begun[0]
+            if windows.add(prediction):
+                begun.popleft()
+                joined = windows.join(self._task, num_things, overlap)
+                yield Result(self.task, self.categories, image, joined)
+
+    def _see(self, images: Iterator[np.ndarray], thresholds: dict[str, float]) -> Iterator[Any]:
+        """What the network sees in one picture after the other, each in one piece."""
+
         def started() -> Iterator[tuple[list[np.ndarray], list[tuple[list[int], Any]]]]:
-            while chunk := [as_image(image) for image in islice(images, self.batch_size)]:
+            while chunk := list(islice(images, self.batch_size)):
                 yield chunk, self._start(chunk, thresholds)
 
         for chunk, parts in lookahead(started()):
@@ -158,8 +179,7 @@ class Segmenter:
                 arrays = jax.tree.map(np.asarray, output)
                 for place, i in enumerate(members):
                     one = jax.tree.map(lambda x, place=place: x[place], arrays)
-                    read = self._task.read(one, np.array(chunk[i].shape[:2]))
-                    results[i] = Result(self.task, self.categories, chunk[i], read)
+                    results[i] = self._task.read(one, np.array(chunk[i].shape[:2]))
             yield from (results[i] for i in range(len(chunk)))
 
     def _layout(self, image: np.ndarray) -> tuple[tuple[tuple[int, int], ...], ResultCanvas]:

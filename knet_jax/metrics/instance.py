@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from knet_jax.metrics.counts import mean_of_defined, none_if_undefined, rows_of_classes
 from knet_jax.segmentation import rle
@@ -86,8 +85,7 @@ def merge(*counts: InstanceCounts) -> InstanceCounts:
 
 def mask_iou(predicted: list[dict], true: list[dict], iscrowd: np.ndarray) -> np.ndarray:
     """Computes the IoU of masks; of a crowd, the share of the prediction that lies on it."""
-    iou = coco_mask.iou(predicted, true, iscrowd.astype(np.uint8))
-    return np.reshape(iou, (len(predicted), len(true)))
+    return rle.iou(predicted, true, iscrowd)
 
 
 def boundary_iou(predicted: list[dict], true: list[dict], iscrowd: np.ndarray) -> np.ndarray:

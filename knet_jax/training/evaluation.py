@@ -20,13 +20,14 @@ from knet_jax.data.prepared_split import Split
 from knet_jax.inference.forward import lookahead, run_windows
 from knet_jax.inference.multiscale import both_ways, canvas_of
 from knet_jax.inference.resampling import ResultCanvas
+from knet_jax.inference.windows import Windows
 from knet_jax.knet import KNet
 from knet_jax.metrics.counts import collect
 from knet_jax.saved.checkpoints import check_writable
 from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation.class_lists import check_class_counts, check_trained_classes
 from knet_jax.segmentation.drawing import Row, panel, save_picture
-from knet_jax.structs import Batch, Pass
+from knet_jax.structs import EMPTY, Batch, Pass
 from knet_jax.system import processes
 from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import Stems, local_path, write_whole
@@ -81,8 +82,9 @@ class Evaluator:
         options = config.eval
         self._scales = options.get("scales", (1.0,))
         self._flip = options.get("flip", False)
-        window, step = (options.get(key, ()) for key in ("window", "window_step"))
-        look_ = partial(run_windows, model=model, stage=stage, window=window, step=step)
+        self._overlap = options.get("overlap_threshold", 0.0)
+        inside, self._windows = self.task.place_windows(options)
+        look_ = partial(run_windows, model=model, stage=stage, **inside)
         self._look = on_devices(look_, in_axes=(None, 0))
         # Pictures come in many sizes: only this small program is compiled for each canvas.
         predict = partial(self.task.predict, **self.task.choose_options(model.sizes, options))
@@ -103,7 +105,9 @@ class Evaluator:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             ratios=self._scales,
+            **self._windows,
         )
+        begun: dict[int, tuple[Windows, Any]] = {}
 
         def start(scales: Sequence[Batch]) -> Any:
             split = partial(split_over, num_devices=len(self._devices))
@@ -118,14 +122,20 @@ class Evaluator:
 
         for batch, truths, result in lookahead((b[0], t, start(b)) for b, t in elements):
             result = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), result)
-            rows = {int(index): i for i, index in enumerate(batch.id)}
-            predictions = []
             for index, truth in truths:
-                i = rows[index]
-                prediction = self.task.read(
-                    jax.tree.map(lambda x, i=i: x[i], result), batch.original_size[i]
-                )
-                predictions.append(Prediction(index, truth, prediction))
+                begun[index] = Windows(self.split.sizes[index], **self._windows), truth
+            predictions = []
+            for i, index in enumerate(batch.id.tolist()):
+                if index == EMPTY:
+                    continue
+                windows, truth = begun[index]
+                one = jax.tree.map(lambda x, i=i: x[i], result)
+                if windows.add(self.task.read(one, batch.original_size[i])):
+                    joined = windows.join(
+                        self.task, self.split.categories.num_things, self._overlap
+                    )
+                    predictions.append(Prediction(index, truth, joined))
+                    del begun[index]
             yield predictions
 
     def evaluate(
