@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -117,9 +117,9 @@ def join_panoptic(
 ) -> PanopticMap:
     """The panoptic map of a picture from the segments of its windows.
 
-    Every pixel goes to the segment with the most votes. As in a whole picture, a thing keeps its pixels
-    if they are at least a share of `overlap_threshold` of its mask, and segments are numbered from the
-    best score on; that of stuff is the mean over windows by area.
+    Every pixel goes to the segment with the most votes. A segment that gets less than a share of
+    `overlap_threshold` of the pixels that any window gave it is dropped, and its votes with it. Segments
+    are numbered from the best score on; that of stuff is the mean over windows by area.
     """
     things = join_things(seen, spans, size, num_things)
     numbers = [np.zeros(1 + len(segments), np.int32) for segments in seen]
@@ -132,18 +132,16 @@ def join_panoptic(
             if one.label >= num_things:
                 numbers[window][1 + place] = 1 + len(things) + one.label - num_things
                 stuff[one.label].append((one.score, rle.area(one.rle)))
-    ids, owned = _vote(seen, spans, size, numbers)
-    found = [
-        (thing.score, number, thing.label)
-        for number, thing in enumerate(things, 1)
-        if owned[number] and owned[number] >= overlap_threshold * rle.area(thing.rle)
-    ]
+    found = [(thing.score, number, thing.label) for number, thing in enumerate(things, 1)]
     for label, shown in stuff.items():
-        number = 1 + len(things) + label - num_things
-        if owned[number]:
-            found.append(
-                (float(np.average(*zip(*shown))) if len(shown) > 1 else shown[0][0], number, label)
-            )
+        scores, areas = zip(*shown)
+        score = float(np.average(scores, weights=areas))
+        found.append((score, 1 + len(things) + label - num_things, label))
+    ids, owned, claimed = _vote(seen, spans, size, numbers)
+    kept = (owned > 0) & (owned >= overlap_threshold * claimed)
+    if not kept[owned > 0].all():
+        ids, owned, _ = _vote(seen, spans, size, [np.where(kept[n], n, 0) for n in numbers])
+    found = [one for one in found if kept[one[1]] and owned[one[1]]]
     found.sort(key=lambda one: (-one[0], one[1]))
     table = np.zeros(len(owned), np.int32)
     table[[number for _, number, _ in found]] = np.arange(1, 1 + len(found))
@@ -252,7 +250,7 @@ def _match(
 
 def _vote(
     seen: Seen, spans: Sequence[Span], size: Pair, numbers: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What most votes are for at every pixel of a picture.
 
     Args:
@@ -263,7 +261,7 @@ def _vote(
             that of void, 0, and so is that of a segment that does not count.
 
     Returns:
-        int32 [H, W], and how many pixels each number has.
+        int32 [H, W], how many pixels each number has there, and for how many it had any vote.
     """
     tops, lefts = (sorted(set(starts)) for starts in list(zip(*spans))[:2])
     rows_at_once = sum(top < spans[0].bottom for top in tops) + 1
@@ -277,7 +275,8 @@ def _vote(
         return index
 
     ids = np.zeros(size, np.int32)
-    owned = np.zeros(1 + max((int(n.max()) for n in numbers), default=0), np.int64)
+    count = partial(np.bincount, minlength=1 + max(int(each.max()) for each in numbers))
+    owned, claimed = 0, 0
     scores = [np.array([0, *(one.score for one in segments)], np.float32) for segments in seen]
     every = np.array(spans)
     ends = [*tops[1:], size[0]], [*lefts[1:], size[1]]
@@ -299,8 +298,10 @@ def _vote(
         total = sum(np.where(choice == choice[u], votes[u], 0) for u in range(len(near)))
         chosen = np.take_along_axis(choice, total.argmax(0)[None], 0)[0]
         ids[top:bottom, left:right] = chosen
-        owned += np.bincount(chosen.ravel(), minlength=len(owned))
-    return ids, owned
+        owned += count(chosen.ravel())
+        for voter, own in enumerate(choice):
+            claimed += count(own[(own != choice[:voter]).all(0)])
+    return ids, owned, claimed
 
 
 def _shift(part: slice, start: int) -> slice:
