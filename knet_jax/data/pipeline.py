@@ -201,15 +201,15 @@ def eval_batches(
 def _parts(
     pictures: np.ndarray, sizes: np.ndarray, window: Pair | tuple[()], step: Pair | tuple[()]
 ) -> np.ndarray:
-    """int32 [p, 3]: position, top and left of all parts of pictures; `EMPTY` pictures have one."""
+    """int32 [p, 3]: position, top and left of all parts of pictures."""
     if not window:
         return np.pad(pictures[:, None], ((0, 0), (0, 2)))
     parts = [
         (picture, *corner)
-        for picture in pictures.tolist()
-        for corner in (((0, 0),) if picture == EMPTY else corners(sizes[picture], window, step))
+        for picture in pictures[pictures != EMPTY].tolist()
+        for corner in corners(sizes[picture], window, step)
     ]
-    return np.array(parts, np.int32)
+    return np.array(parts, np.int32).reshape(-1, 3)
 
 
 def _copy_array(leaf: Any) -> Any:

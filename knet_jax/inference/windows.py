@@ -155,8 +155,8 @@ def join_things(seen: Seen, spans: Sequence[Span], size: Pair, num_things: int) 
     """The things of a picture from what its windows show of them.
 
     Pieces of one class are the same thing where their IoU within both windows is at least `SAME`, the
-    surest first; a thing has at most one piece of a window. Of a thing that windows show whole the
-    surest is taken, of others all pieces; the score is that of the largest.
+    surest first; a thing has at most one piece of a window. Its mask is the union of what no surer
+    window shows whole, its score that of the largest of these.
     """
     by_window = [
         list(_place(number, spans, segments, size, num_things))
@@ -171,14 +171,18 @@ def join_things(seen: Seen, spans: Sequence[Span], size: Pair, num_things: int) 
         if {piece.window for piece in one}.isdisjoint(piece.window for piece in other):
             one += other
             groups |= {id(piece): one for piece in other}
-    things = []
-    for group in {id(group): group for group in groups.values()}.values():
-        whole = [piece for piece in group if piece.is_whole]
-        pieces = [max(whole, key=lambda piece: piece.score)] if whole else group
-        largest = max(pieces, key=lambda piece: rle.area(piece.rle))
-        mask = rle.union([piece.rle for piece in pieces])
-        things.append(Thing(tuple(pieces), mask, largest.label, largest.score))
-    return things
+    return [_assemble(group, spans, size) for group in {id(g): g for g in groups.values()}.values()]
+
+
+def _assemble(pieces: Sequence[Piece], spans: Sequence[Span], size: Pair) -> Thing:
+    """A thing of its pieces, whose mask is not taken twice where a window shows it whole."""
+    taken: list[Piece] = []
+    for piece in sorted(pieces, key=lambda piece: (piece.is_whole, piece.score), reverse=True):
+        if not _shows(np.array([spans[one.window] for one in taken]), piece.box, size).any():
+            taken.append(piece)
+    largest = max(taken, key=lambda piece: rle.area(piece.rle))
+    mask = rle.union([piece.rle for piece in taken])
+    return Thing(tuple(pieces), mask, largest.label, largest.score)
 
 
 def _place(
@@ -203,6 +207,7 @@ def _place(
 
 def _shows(spans: np.ndarray, box: Span, size: Pair) -> np.ndarray:
     """Whether windows [v, 4] show all of a box: it touches none of their borders but the picture's."""
+    spans = spans.reshape(-1, 4)
     starts = (spans[:, :2] < box[:2]) | (spans[:, :2] == 0)
     ends = (spans[:, 2:] > box[2:]) | (spans[:, 2:] == size)
     return starts.all(1) & ends.all(1)
@@ -312,5 +317,9 @@ def _inside(pixels: slice, start: int, end: int, side: int) -> np.ndarray:
     """How far inside a window the pixels of an axis lie, from each border that is not the picture's:
     above 0, 1 in the middle."""
     at, half = np.arange(pixels.start, pixels.stop) + 0.5, (end - start) / 2
-    depth = np.minimum(at - start if start else half, end - at if end < side else half)
-    return np.minimum(depth, half).astype(np.float32) / half
+    depth = np.full(len(at), half, np.float32)
+    if start > 0:
+        depth = np.minimum(depth, at - start)
+    if end < side:
+        depth = np.minimum(depth, end - at)
+    return depth / half

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,10 +117,16 @@ def draw(split: str, index: int, image_side: tuple[int, int]) -> Drawing:
 
 
 def draw_large(seed: int, size: tuple[int, int], num_things: int) -> Drawing:
-    """Draws a picture of a height and width with so many things of the same sizes, and no crowd or
-    void. They must leave each other room."""
+    """Draws a picture of a height and width with so many things of the same sizes on stuff as dense as
+    in small ones, without crowds and void. The things must leave each other room."""
     rng = np.random.default_rng(seed)
-    image, slots, labels = _draw_stuff(rng, *size)
+    image, slots = np.zeros((*size, 3), np.float32), np.zeros(size, np.int32)
+    labels = [-1, *range(len(THINGS), len(THINGS) + len(STUFF))]
+    tile = sum(SAMPLE_SIDE) // 2
+    for top, left in product(*(range(0, side, tile) for side in size)):
+        part = np.s_[top : top + tile, left : left + tile]
+        image[part], drawn, shown = _draw_stuff(rng, *slots[part].shape)
+        slots[part] = (np.array(shown) - len(THINGS) + 1)[drawn]
     areas = np.bincount(slots.ravel(), minlength=len(labels)).tolist()
     wanted = len(labels) + num_things
     while len(labels) < wanted:
