@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -76,7 +77,9 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Scores every way to look at the pictures."""
     drawings = [draw_large(seed, args.size, args.things) for seed in range(args.pictures)]
     rows = []
-    for name, overrides in ways(args.size, args.window, args.steps).items():
+    changes = ways(args.size, args.window, args.steps)
+    for name in filter(args.only.match, changes):
+        overrides = changes[name]
         segmenter = knet_jax.load(args.model, overrides=overrides, batch_size=args.batch_size)
         metric, categories = TASKS[segmenter.task].metric, segmenter.categories
         is_instance = segmenter.task == "instance"
@@ -103,7 +106,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             path = Path(folder) / f"{size[0]}x{size[1]}.png"
             draw = [sys.executable, __file__, "--draw", str(path), "--things", str(args.things)]
             subprocess.run([*draw, "--size", path.stem], check=True)
-            for name in ways(size, args.window, args.steps):
+            for name in filter(args.only.match, ways(size, args.window, args.steps)):
                 see = [sys.executable, __file__, "--model", args.model, "--see", str(path), name]
                 see += ["--window", str(args.window), "--steps", ",".join(map(str, args.steps))]
                 done = subprocess.run(
@@ -152,6 +155,9 @@ def main() -> None:
         "--memory",
         type=lambda text: [parse_size(size) for size in text.split(",")],
         help="measure memory for pictures of these sizes",
+    )
+    parser.add_argument(
+        "--only", type=re.compile, default=re.compile(""), help="ways, by expression"
     )
     parser.add_argument("--output", type=Path, help="JSON of the table")
     parser.add_argument("--see", nargs=2, help=argparse.SUPPRESS)

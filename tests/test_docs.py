@@ -118,15 +118,22 @@ def test_programs_and_flags_are_there(capsys):
 
 
 @pytest.mark.slow
-def test_the_page_about_predictions_does_what_it_says(tmp_path):
+@pytest.mark.parametrize(
+    "page, made",
+    [
+        ("predicting", ("segments.png", "out/contact_sheet.jpg")),
+        ("beyond_the_paper", ("large_segments.png", "out/large/contact_sheet.jpg")),
+    ],
+)
+def test_a_page_about_predictions_does_what_it_says(tmp_path, page, made):
     """Its commands and its Python, on a tiny model in the place of the demo's."""
     tiny_runs.write(tmp_path / "runs" / "demo", "panoptic")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
-    page = ROOT / "docs/predicting.md"
-    for kind, code in blocks(page, "bash") + blocks(page, "python"):
+    for kind, code in blocks(ROOT / f"docs/{page}.md", "bash", "python"):
         if kind == "bash":
             wanted = r"^(?:\.venv/bin/)?knet (?=shapes|predict .*--model runs/demo( |$))"
-            lines = [line for line in code.splitlines() if re.match(wanted, line)]
+            lines = code.replace("\\\n", " ").splitlines()
+            lines = [line for line in lines if re.match(wanted, line)]
             code = "\n".join(
                 re.sub(wanted, f"{sys.executable} -m knet_jax.cli.main ", line) for line in lines
             )
@@ -139,5 +146,4 @@ def test_the_page_about_predictions_does_what_it_says(tmp_path):
             check=False,
         )
         assert done.returncode == 0, f"{code}\n{done.stderr}"
-    assert (tmp_path / "segments.png").is_file()
-    assert (tmp_path / "out" / "contact_sheet.jpg").is_file()
+    assert all((tmp_path / name).is_file() for name in made)

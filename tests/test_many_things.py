@@ -57,7 +57,15 @@ def case(request, monkeypatch, tmp_path):
     return TASKS[task], config, tiny_coco.split_in_memory(config.data, "val", task)
 
 
-@pytest.mark.parametrize("slots", [300, pytest.param(COUNT, marks=pytest.mark.slow)])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "case, slots",
+    [("panoptic", 300), slow("panoptic", COUNT), slow("instance", COUNT)],
+    indirect=["case"],
+)
 def test_each_has_a_slot_a_kernel_and_a_loss(case, slots):
     task, config, split = case
     config.model.num_proposals = config.data.max_things = slots

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from knet_jax.data import recipes, transforms
 from knet_jax.data.canvas import empty_batch, fill
@@ -149,20 +150,25 @@ class Segmenter:
         return self._stream(iter(images), thresholds)
 
     def _stream(self, images: Iterator[Image], thresholds: dict[str, float]) -> Iterator[Result]:
-        begun: deque[tuple[np.ndarray, Windows]] = deque()
+        begun: deque[tuple[np.ndarray, Windows, tqdm]] = deque()
 
         def parts() -> Iterator[np.ndarray]:
             for image in map(as_image, images):
                 windows = Windows(image.shape[:2], **self._windows)
-                begun.append((image, windows))
+                total = len(windows.spans)
+                hidden = None if total > 1 else True  # None: unless stderr is a terminal
+                bar = tqdm(desc="windows", total=total, leave=False, delay=2, disable=hidden)
+                begun.append((image, windows, bar))
                 for top, left, bottom, right in windows.spans:
                     yield image[top:bottom, left:right]
 
         num_things, overlap = self.categories.num_things, thresholds["overlap_threshold"]
         for prediction in self._see(parts(), thresholds):
-            image, windows = begun[0]
+            image, windows, bar = begun[0]
+            bar.update()
             if windows.add(prediction):
                 begun.popleft()
+                bar.close()
                 joined = windows.join(self._task, num_things, overlap)
                 yield Result(self.task, self.categories, image, joined)
 
