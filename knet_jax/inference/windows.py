@@ -155,15 +155,18 @@ def join_things(seen: Seen, spans: Sequence[Span], size: Pair, num_things: int) 
     """The things of a picture from what its windows show of them.
 
     Pieces of one class are the same thing where their IoU within both windows is at least `SAME`, the
-    surest first; a thing has at most one piece of a window. Its mask is the union of what no surer
-    window shows whole, its score that of the largest of these.
+    surest first; a thing has at most one piece of a window. Its mask is the union of its pieces, its
+    score their mean by area.
     """
+    every = np.array(spans)
     by_window = [
-        list(_place(number, spans, segments, size, num_things))
+        list(_place(number, every, segments, size, num_things))
         for number, segments in enumerate(seen)
     ]
     matches = [
-        match for pair in _overlaps(spans) for match in _match(by_window, *pair, spans, size)
+        match
+        for a, b, strip in _overlaps(every)
+        for match in _match((by_window[a], by_window[b]), every[[a, b]], strip, size)
     ]
     groups = {id(piece): [piece] for pieces in by_window for piece in pieces}
     for _, a, b in sorted(matches, key=lambda match: -match[0]):
@@ -171,33 +174,28 @@ def join_things(seen: Seen, spans: Sequence[Span], size: Pair, num_things: int) 
         if {piece.window for piece in one}.isdisjoint(piece.window for piece in other):
             one += other
             groups |= {id(piece): one for piece in other}
-    return [_assemble(group, spans, size) for group in {id(g): g for g in groups.values()}.values()]
-
-
-def _assemble(pieces: Sequence[Piece], spans: Sequence[Span], size: Pair) -> Thing:
-    """A thing of its pieces, whose mask is not taken twice where a window shows it whole."""
-    taken: list[Piece] = []
-    for piece in sorted(pieces, key=lambda piece: (piece.is_whole, piece.score), reverse=True):
-        if not _shows(np.array([spans[one.window] for one in taken]), piece.box, size).any():
-            taken.append(piece)
-    largest = max(taken, key=lambda piece: rle.area(piece.rle))
-    mask = rle.union([piece.rle for piece in taken])
-    return Thing(tuple(pieces), mask, largest.label, largest.score)
+    things = []
+    for group in {id(group): group for group in groups.values()}.values():
+        masks = [piece.rle for piece in group]
+        areas = list(map(rle.area, masks))
+        score = float(np.average([piece.score for piece in group], weights=areas))
+        things.append(Thing(tuple(group), rle.union(masks), group[0].label, score))
+    return things
 
 
 def _place(
-    number: int, spans: Sequence[Span], segments: Sequence[Instance], size: Pair, num_things: int
+    number: int, every: np.ndarray, segments: Sequence[Instance], size: Pair, num_things: int
 ) -> Iterator[Piece]:
     """The pieces of a window's things, but for those that it cuts off and another one shows whole."""
-    span, others, placed = spans[number], np.array(spans), {}
+    placed = {}
     for place, one in enumerate(segments):
         if one.label >= num_things:
             continue
         if id(one.rle) not in placed:  # a mask may stand for several classes
-            mask = rle.move(one.rle, span[:2], size)
+            mask = rle.move(one.rle, every[number, :2].tolist(), size)
             left, top, width, height = rle.box(mask)
             box = Span(top, left, top + height, left + width)
-            shown = _shows(others, box, size)
+            shown = _shows(every, np.array(box), size)
             is_seen = width > 0 and (shown[number] or not shown.any())
             placed[id(one.rle)] = is_seen, mask, box, bool(shown[number])
         is_seen, *about = placed[id(one.rle)]
@@ -205,17 +203,16 @@ def _place(
             yield Piece(number, place, *about, one.label, one.score)
 
 
-def _shows(spans: np.ndarray, box: Span, size: Pair) -> np.ndarray:
-    """Whether windows [v, 4] show all of a box: it touches none of their borders but the picture's."""
-    spans = spans.reshape(-1, 4)
-    starts = (spans[:, :2] < box[:2]) | (spans[:, :2] == 0)
-    ends = (spans[:, 2:] > box[2:]) | (spans[:, 2:] == size)
-    return starts.all(1) & ends.all(1)
+def _shows(spans: np.ndarray, boxes: np.ndarray, size: Pair) -> np.ndarray:
+    """Whether windows show all of boxes, [..., 4] of both: these touch none of their borders but the
+    picture's."""
+    starts = (spans[..., :2] < boxes[..., :2]) | (spans[..., :2] == 0)
+    ends = (spans[..., 2:] > boxes[..., 2:]) | (spans[..., 2:] == size)
+    return starts.all(-1) & ends.all(-1)
 
 
-def _overlaps(spans: Sequence[Span]) -> Iterator[tuple[int, int, Span]]:
+def _overlaps(every: np.ndarray) -> Iterator[tuple[int, int, Span]]:
     """The pairs of windows that overlap, and where."""
-    every = np.array(spans)
     for a, span in enumerate(every):
         start = np.maximum(span[:2], every[a + 1 :, :2])
         end = np.minimum(span[2:], every[a + 1 :, 2:])
@@ -224,19 +221,12 @@ def _overlaps(spans: Sequence[Span]) -> Iterator[tuple[int, int, Span]]:
 
 
 def _match(
-    by_window: Sequence[Sequence[Piece]],
-    a: int,
-    b: int,
-    strip: Span,
-    spans: Sequence[Span],
-    size: Pair,
+    pieces: Sequence[Sequence[Piece]], spans: np.ndarray, strip: Span, size: Pair
 ) -> Iterator[tuple[float, Piece, Piece]]:
     """(how sure, piece, piece) of one class that are alike in the strip that two windows share."""
-    cut = {}
-    sides = [defaultdict(list), defaultdict(list)]
-    frame = None
-    for side, pieces in zip(sides, (by_window[a], by_window[b])):
-        for piece in pieces:
+    cut, sides, frame = {}, (defaultdict(list), defaultdict(list)), None
+    for side, own in zip(sides, pieces):
+        for piece in own:
             box = piece.box
             if not all(x < y for x, y in zip((*box[:2], *strip[:2]), (*strip[2:], *box[2:]))):
                 continue
@@ -248,9 +238,13 @@ def _match(
             side[piece.label].append(piece)
     for label in sides[0].keys() & sides[1].keys():
         ours, theirs = (side[label] for side in sides)
-        iou = rle.iou(*([cut[id(piece.rle)] for piece in pieces] for pieces in (ours, theirs)))
+        iou = rle.iou(*([cut[id(piece.rle)] for piece in own] for own in (ours, theirs)))
         for i, j in np.argwhere(iou >= SAME):
-            yield ours[i].score * theirs[j].score * iou[i, j], ours[i], theirs[j]
+            one, other = ours[i], theirs[j]
+            # What ends in one window does not go on beyond the other, which would show it too.
+            shown = _shows(spans, np.array([other.box, one.box]), size).any()
+            if shown or not (one.is_whole or other.is_whole):
+                yield one.score * other.score * iou[i, j], one, other
 
 
 def _vote(
