@@ -159,7 +159,7 @@ class Segmenter:
                 hidden = None if total > 1 else True  # None: unless stderr is a terminal
                 bar = tqdm(desc="windows", total=total, leave=False, delay=2, disable=hidden)
                 begun.append((image, windows, bar))
-                for top, left, bottom, right in windows.spans:
+                for top, left, bottom, right in windows.spans.tolist():
                     yield image[top:bottom, left:right]
 
         num_things, overlap = self.categories.num_things, thresholds["overlap_threshold"]

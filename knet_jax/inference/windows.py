@@ -11,7 +11,7 @@ memory grows with the number of segments only.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -29,15 +29,6 @@ Seen = Sequence[Sequence[Instance]]
 """The segments of every window, masks of the window's size."""
 
 
-class Span(NamedTuple):
-    """The part of a picture that a window shows, in pixels."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-
 class Windows:
     """The results of the windows of one picture, in their order.
 
@@ -49,18 +40,17 @@ class Windows:
 
     def __init__(self, size: Pair, window: Pair | tuple[()], step: Pair | tuple[()]):
         self.size = tuple(map(int, size))
-        height, width = map(min, self.size, window or self.size)
-        starts = corners(self.size, window, step) if window else [(0, 0)]
-        self.spans = [Span(top, left, top + height, left + width) for top, left in starts]
+        shown = np.minimum(self.size, window or self.size)
+        starts = np.array(corners(self.size, window, step) if window else [(0, 0)])
+        self.spans = np.concatenate([starts, starts + shown], axis=1)
+        """int [v, 4]: top, left, bottom and right of each window."""
         self._seen: list[Any] = []
 
     def add(self, prediction: Any) -> bool:
         """Takes the result of the next window. Returns whether it was the last."""
         if len(self.spans) > 1 and isinstance(prediction, PanopticMap):
-            prediction = tuple(
-                Instance(rle.encode(prediction.ids == s.id), s.label, s.score)
-                for s in prediction.segments
-            )
+            ids, segments = prediction
+            prediction = [Instance(rle.encode(ids == s.id), s.label, s.score) for s in segments]
         self._seen.append(prediction)
         return len(self._seen) == len(self.spans)
 
@@ -78,113 +68,100 @@ class Windows:
 
 
 class Piece(NamedTuple):
-    """What one window shows of a thing."""
+    """What one window shows of a segment."""
 
     window: int
     place: int
     """Among the segments of its window."""
-    rle: dict[str, Any]
-    """The mask, of the picture's size."""
-    box: Span
-    is_whole: bool
-    """Whether no border of its window cuts it off."""
     label: int
     score: float
-
-
-class Thing(NamedTuple):
-    """A thing of the picture."""
-
-    pieces: tuple[Piece, ...]
     rle: dict[str, Any]
-    label: int
-    score: float
+    """The mask: of things of the picture's size, of stuff of the window's."""
+    box: np.ndarray | None = None
+    """int [4]: top, left, bottom and right in the picture."""
+    is_whole: bool = False
+    """Whether no border of its window cuts the thing off."""
 
 
 def join_instances(
-    seen: Seen, spans: Sequence[Span], size: Pair, num_things: int, overlap_threshold: float = 0.0
+    seen: Seen, spans: np.ndarray, size: Pair, num_things: int, overlap_threshold: float = 0.0
 ) -> tuple[Instance, ...]:
     """The instances of a picture from those of its windows, best score first."""
-    things = sorted(join_things(seen, spans, size, num_things), key=lambda thing: -thing.score)
-    return tuple(
-        Instance(thing.rle, thing.label, thing.score, area=float(rle.area(thing.rle)))
-        for thing in things
-    )
+    found = []
+    for pieces in join_things(seen, spans, size, num_things):
+        mask = rle.merge([piece.rle for piece in pieces])
+        area = float(rle.area(mask))
+        found.append(Instance(mask, pieces[0].label, mean_score(pieces), area=area))
+    return tuple(sorted(found, key=lambda one: -one.score))
 
 
 def join_panoptic(
-    seen: Seen, spans: Sequence[Span], size: Pair, num_things: int, overlap_threshold: float
+    seen: Seen, spans: np.ndarray, size: Pair, num_things: int, overlap_threshold: float
 ) -> PanopticMap:
-    """The panoptic map of a picture from the segments of its windows.
+    """The panoptic map of a picture from the segments of its windows, best score first.
 
     Every pixel goes to the segment with the most votes. A segment that gets less than a share of
-    `overlap_threshold` of the pixels that any window gave it is dropped, and its votes with it. Segments
-    are numbered from the best score on; that of stuff is the mean over windows by area.
+    `overlap_threshold` of the pixels that any window gave it is dropped, and its votes with it.
     """
-    things = join_things(seen, spans, size, num_things)
-    numbers = [np.zeros(1 + len(segments), np.int32) for segments in seen]
-    for number, thing in enumerate(things, 1):
-        for piece in thing.pieces:
-            numbers[piece.window][1 + piece.place] = number
     stuff = defaultdict(list)
     for window, segments in enumerate(seen):
         for place, one in enumerate(segments):
             if one.label >= num_things:
-                numbers[window][1 + place] = 1 + len(things) + one.label - num_things
-                stuff[one.label].append((one.score, rle.area(one.rle)))
-    found = [(thing.score, number, thing.label) for number, thing in enumerate(things, 1)]
-    for label, shown in stuff.items():
-        scores, areas = zip(*shown)
-        score = float(np.average(scores, weights=areas))
-        found.append((score, 1 + len(things) + label - num_things, label))
+                stuff[one.label].append(Piece(window, place, one.label, one.score, one.rle))
+    found = [*join_things(seen, spans, size, num_things), *stuff.values()]
+    found = sorted(((mean_score(pieces), pieces) for pieces in found), key=lambda one: -one[0])
+    numbers = [np.zeros(1 + len(segments), np.int32) for segments in seen]
+    for number, (_, pieces) in enumerate(found, 1):
+        for piece in pieces:
+            numbers[piece.window][1 + piece.place] = number
     ids, owned, claimed = _vote(seen, spans, size, numbers)
-    kept = (owned > 0) & (owned >= overlap_threshold * claimed)
+    kept = owned >= np.maximum(overlap_threshold * claimed, 1)
     if not kept[owned > 0].all():
         ids, owned, _ = _vote(seen, spans, size, [np.where(kept[n], n, 0) for n in numbers])
-    found = [one for one in found if kept[one[1]] and owned[one[1]]]
-    found.sort(key=lambda one: (-one[0], one[1]))
+    kept = np.flatnonzero(owned[1:])
     table = np.zeros(len(owned), np.int32)
-    table[[number for _, number, _ in found]] = np.arange(1, 1 + len(found))
+    table[1 + kept] = np.arange(1, 1 + len(kept))
     for row in ids:
         row[:] = table[row]
-    infos = (SegmentInfo(i, label, score=score) for i, (score, _, label) in enumerate(found, 1))
+    infos = (
+        SegmentInfo(i, found[number][1][0].label, score=found[number][0])
+        for i, number in enumerate(kept, 1)
+    )
     return PanopticMap(ids, tuple(infos))
 
 
-def join_things(seen: Seen, spans: Sequence[Span], size: Pair, num_things: int) -> list[Thing]:
-    """The things of a picture from what its windows show of them.
+def mean_score(pieces: Sequence[Piece]) -> float:
+    """The mean of the scores of pieces by their areas."""
+    areas = [rle.area(piece.rle) for piece in pieces]
+    return float(np.average([piece.score for piece in pieces], weights=areas))
+
+
+def join_things(
+    seen: Seen, spans: np.ndarray, size: Pair, num_things: int
+) -> Iterable[Sequence[Piece]]:
+    """The things of a picture, each as what its windows show of it.
 
     Pieces of one class are the same thing where their IoU within both windows is at least `SAME`, the
-    surest first; a thing has at most one piece of a window. Its mask is the union of its pieces, its
-    score their mean by area.
+    surest first; a thing has at most one piece of a window.
     """
-    every = np.array(spans)
-    by_window = [
-        list(_place(number, every, segments, size, num_things))
-        for number, segments in enumerate(seen)
-    ]
-    matches = [
-        match
-        for a, b, strip in _overlaps(every)
-        for match in _match((by_window[a], by_window[b]), every[[a, b]], strip, size)
-    ]
-    groups = {id(piece): [piece] for pieces in by_window for piece in pieces}
+    pieces = [list(_place(i, own, num_things, spans, size)) for i, own in enumerate(seen)]
+    matches = []
+    for a, span in enumerate(spans):
+        strips, shared = _overlap(span, spans[a + 1 :])
+        for b in np.flatnonzero(shared):
+            both = pieces[a], pieces[a + 1 + b]
+            matches += _match(both, spans[[a, a + 1 + b]], strips[b], size)
+    groups = {id(piece): [piece] for own in pieces for piece in own}
     for _, a, b in sorted(matches, key=lambda match: -match[0]):
         one, other = groups[id(a)], groups[id(b)]
         if {piece.window for piece in one}.isdisjoint(piece.window for piece in other):
             one += other
             groups |= {id(piece): one for piece in other}
-    things = []
-    for group in {id(group): group for group in groups.values()}.values():
-        masks = [piece.rle for piece in group]
-        areas = list(map(rle.area, masks))
-        score = float(np.average([piece.score for piece in group], weights=areas))
-        things.append(Thing(tuple(group), rle.union(masks), group[0].label, score))
-    return things
+    return {id(group): group for group in groups.values()}.values()
 
 
 def _place(
-    number: int, every: np.ndarray, segments: Sequence[Instance], size: Pair, num_things: int
+    window: int, segments: Sequence[Instance], num_things: int, spans: np.ndarray, size: Pair
 ) -> Iterator[Piece]:
     """The pieces of a window's things, but for those that it cuts off and another one shows whole."""
     placed = {}
@@ -192,15 +169,15 @@ def _place(
         if one.label >= num_things:
             continue
         if id(one.rle) not in placed:  # a mask may stand for several classes
-            mask = rle.move(one.rle, every[number, :2].tolist(), size)
+            mask = rle.move(one.rle, spans[window, :2].tolist(), size)
             left, top, width, height = rle.box(mask)
-            box = Span(top, left, top + height, left + width)
-            shown = _shows(every, np.array(box), size)
-            is_seen = width > 0 and (shown[number] or not shown.any())
-            placed[id(one.rle)] = is_seen, mask, box, bool(shown[number])
+            box = np.array([top, left, top + height, left + width])
+            shown = _shows(spans, box, size)
+            is_seen = width > 0 and (shown[window] or not shown.any())
+            placed[id(one.rle)] = is_seen, mask, box, bool(shown[window])
         is_seen, *about = placed[id(one.rle)]
         if is_seen:
-            yield Piece(number, place, *about, one.label, one.score)
+            yield Piece(window, place, one.label, one.score, *about)
 
 
 def _shows(spans: np.ndarray, boxes: np.ndarray, size: Pair) -> np.ndarray:
@@ -211,31 +188,25 @@ def _shows(spans: np.ndarray, boxes: np.ndarray, size: Pair) -> np.ndarray:
     return starts.all(-1) & ends.all(-1)
 
 
-def _overlaps(every: np.ndarray) -> Iterator[tuple[int, int, Span]]:
-    """The pairs of windows that overlap, and where."""
-    for a, span in enumerate(every):
-        start = np.maximum(span[:2], every[a + 1 :, :2])
-        end = np.minimum(span[2:], every[a + 1 :, 2:])
-        for b in np.flatnonzero((start < end).all(1)):
-            yield a, a + 1 + int(b), Span(*start[b].tolist(), *end[b].tolist())
+def _overlap(box: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a box [4] shares with others [..., 4], as boxes, and whether there is any."""
+    start = np.maximum(box[:2], boxes[..., :2])
+    end = np.minimum(box[2:], boxes[..., 2:])
+    return np.concatenate([start, end], -1), (start < end).all(-1)
 
 
 def _match(
-    pieces: Sequence[Sequence[Piece]], spans: np.ndarray, strip: Span, size: Pair
+    pieces: Sequence[Sequence[Piece]], spans: np.ndarray, strip: np.ndarray, size: Pair
 ) -> Iterator[tuple[float, Piece, Piece]]:
     """(how sure, piece, piece) of one class that are alike in the strip that two windows share."""
-    cut, sides, frame = {}, (defaultdict(list), defaultdict(list)), None
+    frame = rle.move(rle.encode(np.ones(strip[2:] - strip[:2])), strip[:2].tolist(), size)
+    cut, sides = {}, (defaultdict(list), defaultdict(list))
     for side, own in zip(sides, pieces):
         for piece in own:
-            box = piece.box
-            if not all(x < y for x, y in zip((*box[:2], *strip[:2]), (*strip[2:], *box[2:]))):
-                continue
-            if id(piece.rle) not in cut:
-                frame = frame or rle.move(
-                    rle.encode(np.ones(np.subtract(strip[2:], strip[:2]))), strip[:2], size
-                )
-                cut[id(piece.rle)] = rle.intersection([piece.rle, frame])
-            side[piece.label].append(piece)
+            if _overlap(strip, piece.box)[1]:
+                if id(piece.rle) not in cut:
+                    cut[id(piece.rle)] = rle.merge([piece.rle, frame], intersect=True)
+                side[piece.label].append(piece)
     for label in sides[0].keys() & sides[1].keys():
         ours, theirs = (side[label] for side in sides)
         iou = rle.iou(*([cut[id(piece.rle)] for piece in own] for own in (ours, theirs)))
@@ -248,7 +219,7 @@ def _match(
 
 
 def _vote(
-    seen: Seen, spans: Sequence[Span], size: Pair, numbers: Sequence[np.ndarray]
+    seen: Seen, spans: np.ndarray, size: Pair, numbers: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What most votes are for at every pixel of a picture.
 
@@ -262,13 +233,12 @@ def _vote(
     Returns:
         int32 [H, W], how many pixels each number has there, and for how many it had any vote.
     """
-    tops, lefts = (sorted(set(starts)) for starts in list(zip(*spans))[:2])
-    rows_at_once = sum(top < spans[0].bottom for top in tops) + 1
+    tops, lefts = (sorted(set(starts)) for starts in spans[:, :2].T.tolist())
+    rows_at_once = 1 + np.searchsorted(tops, spans[0, 2])
 
-    @lru_cache(maxsize=rows_at_once * len(lefts))
+    @lru_cache(maxsize=int(rows_at_once) * len(lefts))
     def paint(window: int) -> np.ndarray:
-        span = spans[window]
-        index = np.zeros((span.bottom - span.top, span.right - span.left), np.uint16)
+        index = np.zeros(spans[window, 2:] - spans[window, :2], np.uint16)
         for place, one in enumerate(seen[window], 1):
             index[rle.decode(one.rle) > 0] = place
         return index
@@ -276,25 +246,23 @@ def _vote(
     ids = np.zeros(size, np.int32)
     count = partial(np.bincount, minlength=1 + max(int(each.max()) for each in numbers))
     owned, claimed = 0, 0
-    scores = [np.array([0, *(one.score for one in segments)], np.float32) for segments in seen]
-    every = np.array(spans)
-    ends = [*tops[1:], size[0]], [*lefts[1:], size[1]]
-    for (top, bottom), (left, right) in product(zip(tops, ends[0]), zip(lefts, ends[1])):
-        near = (every[:, :2] < (bottom, right)).all(1) & (every[:, 2:] > (top, left)).all(1)
-        near = np.flatnonzero(near).tolist()
-        shape = len(near), bottom - top, right - left
+    rows, columns = zip(tops, [*tops[1:], size[0]]), zip(lefts, [*lefts[1:], size[1]])
+    for (top, bottom), (left, right) in product(rows, columns):
+        parts, shared = _overlap(np.array([top, left, bottom, right]), spans)
+        shape = shared.sum(), bottom - top, right - left
         choice, votes = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        for voter, window in enumerate(near):
-            span = spans[window]
-            rows = slice(max(top, span.top), min(bottom, span.bottom))
-            columns = slice(max(left, span.left), min(right, span.right))
-            index = paint(window)[_shift(rows, span.top), _shift(columns, span.left)]
-            weight = _inside(rows, span.top, span.bottom, size[0])[:, None]
-            weight = weight * _inside(columns, span.left, span.right, size[1])
-            here = voter, _shift(rows, top), _shift(columns, left)
-            choice[here] = numbers[window][index]
-            votes[here] = np.where(choice[here] > 0, weight * scores[window][index], 0)
-        total = sum(np.where(choice == choice[u], votes[u], 0) for u in range(len(near)))
+        for voter, window in enumerate(np.flatnonzero(shared).tolist()):
+            start, end = parts[window].reshape(2, 2)
+            here, there = (
+                tuple(map(slice, start - corner, end - corner))
+                for corner in ((top, left), spans[window, :2])
+            )
+            index = paint(window)[there]
+            scores = np.array([0, *(one.score for one in seen[window])], np.float32)
+            y, x = (_inside(*spans[window, axis::2], size[axis]) for axis in (0, 1))
+            choice[voter][here] = numbers[window][index]
+            votes[voter][here] = np.outer(y, x)[there] * (scores * (numbers[window] > 0))[index]
+        total = sum(np.where(choice == own, vote, 0) for own, vote in zip(choice, votes))
         chosen = np.take_along_axis(choice, total.argmax(0)[None], 0)[0]
         ids[top:bottom, left:right] = chosen
         owned += count(chosen.ravel())
@@ -303,17 +271,13 @@ def _vote(
     return ids, owned, claimed
 
 
-def _shift(part: slice, start: int) -> slice:
-    return slice(part.start - start, part.stop - start)
-
-
-def _inside(pixels: slice, start: int, end: int, side: int) -> np.ndarray:
+def _inside(start: int, end: int, side: int) -> np.ndarray:
     """How far inside a window the pixels of an axis lie, from each border that is not the picture's:
     above 0, 1 in the middle."""
-    at, half = np.arange(pixels.start, pixels.stop) + 0.5, (end - start) / 2
-    depth = np.full(len(at), half, np.float32)
+    half, at = (end - start) / 2, np.arange(end - start) + 0.5
+    depth = np.full(end - start, half, np.float32)
     if start > 0:
-        depth = np.minimum(depth, at - start)
+        depth = np.minimum(depth, at)
     if end < side:
-        depth = np.minimum(depth, end - at)
+        depth = np.minimum(depth, at[::-1])
     return depth / half

@@ -60,14 +60,9 @@ def move(rle: dict[str, Any], corner: tuple[int, int], size: tuple[int, int]) ->
     return coco_mask.frPyObjects({"size": [*size], "counts": counts}, *size)
 
 
-def union(masks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Merges masks of one size."""
-    return coco_mask.merge(masks)
-
-
-def intersection(masks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What masks of one size share."""
-    return coco_mask.merge(masks, intersect=True)
+def merge(masks: Sequence[dict[str, Any]], intersect: bool = False) -> dict[str, Any]:
+    """Merges masks of one size: their union, or their intersection."""
+    return coco_mask.merge(masks, intersect)
 
 
 def iou(
