@@ -180,68 +180,50 @@ def test_a_picture_within_a_window_is_seen_whole(segmenters, tiny_models, task):
     assert max(segment.area for segment in large.segments) > 32 * 32
 
 
-def test_parts_of_large_pictures_come_together(tmp_path, tiny_models):
-    config = with_windows(
-        tiny_models["panoptic"], (32, 64), (32, 32), f"--config.data.data_dir={tmp_path}"
-    ).config
-    split = pipeline.load_split(config.data, "val", "panoptic")
-    for count in (1, 2):
-        seen = {}
-        processes = [
-            pipeline.eval_batches(
-                split, config.data, 4, 5, i, count, window=(32, 64), step=(32, 32)
-            )
-            for i in range(count)
-        ]
-        for each in zip(*processes, strict=True):  # all have as many batches
-            for process, ((batch,), truths) in enumerate(each):
-                assert len(batch.id) == 4 // count
-                for index, truth in truths:
-                    np.testing.assert_array_equal(truth.ids, split.truth(index).ids)
-                    assert index not in seen
-                    windows = Windows(split.sizes[index], (32, 64), (32, 32))
-                    seen[index] = process, iter(windows.spans), split.image(index)
-                for place in np.flatnonzero(batch.id != EMPTY):
-                    of_process, spans, image = seen[int(batch.id[place])]
-                    top, left, bottom, right = next(spans)
-                    height, width = batch.original_size[place]
-                    assert of_process == process and (height, width) == (bottom - top, right - left)
-                    part, shown = image[top:bottom, left:right], batch.image[place]
-                    height, width = batch.size[place]
-                    step = height // part.shape[0]
-                    if step == width / part.shape[1] == 1:
-                        np.testing.assert_array_equal(shown[:height, :width], part)
-                    assert abs(shown[:height, :width].mean() - part.mean()) < 3
-        assert sorted(seen) == list(range(5))
-        assert not any(list(spans) for _, spans, _ in seen.values())
+@pytest.mark.parametrize("count", [1, 2])
+def test_parts_of_large_pictures_come_together(tmp_path, tiny_models, count):
+    """Each picture to one of several processes, which have as many batches."""
+    window, step = (32, 64), (32, 32)
+    overrides = f"--config.data.data_dir={tmp_path}", "--config.data.image_side=(64, 96)"
+    data = with_windows(tiny_models["panoptic"], window, step, *overrides).config.data
+    split, seen = pipeline.load_split(data, "val", "panoptic"), {}
+    processes = [
+        pipeline.eval_batches(split, data, 4, 5, i, count, window=window, step=step)
+        for i in range(count)
+    ]
+    for each in zip(*processes, strict=True):
+        for process, ((batch,), truths) in enumerate(each):
+            for index, truth in truths:
+                np.testing.assert_array_equal(truth.ids, split.truth(index).ids)
+                windows = Windows(split.sizes[index], window, step)
+                assert index not in seen and len(windows.spans) > 2
+                seen[index] = process, iter(windows.spans), split.image(index)
+            for place in np.flatnonzero(batch.id != EMPTY):
+                of_process, spans, image = seen[int(batch.id[place])]
+                top, left, bottom, right = next(spans)
+                assert of_process == process
+                assert tuple(batch.original_size[place]) == (bottom - top, right - left)
+                height, width = batch.size[place]
+                shown, part = batch.image[place, :height, :width], image[top:bottom, left:right]
+                assert abs(shown.mean((0, 1)) - part.mean((0, 1))).max() < 3
+    assert sorted(seen) == list(range(5))
+    assert not any(list(spans) for _, spans, _ in seen.values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
 def test_an_evaluation_sees_windows_as_a_segmenter_does(tiny_models, tmp_path, task):
-    data = (f"--config.data.data_dir={tmp_path}", "--config.data.image_side=(96, 128)")
-    data = (*data, "--config.data.num_val=3")
-    run = with_windows(tiny_models[task], (64, 96), (32, 32), *data)
+    data = f"--config.data.data_dir={tmp_path}", "--config.data.image_side=(96, 128)"
+    run = with_windows(tiny_models[task], (64, 96), (32, 32), *data, "--config.data.num_val=3")
     split = pipeline.load_split(run.config.data, "val", task)
-    sees = Segmenter(run)
-    theirs = list(
-        Evaluator(run.network, split, run.config, jax.devices()[:1]).predictions(run.variables)
-    )
+    sees, evaluator = Segmenter(run), Evaluator(run.network, split, run.config, jax.devices()[:1])
+    theirs = list(evaluator.predictions(run.variables))
     assert sorted(one.index for one in theirs) == [0, 1, 2]
-    for index, truth, prediction in theirs:
+    for index, _, prediction in theirs:
         ours = sees(split.image(index), threshold=0.2 if task == "panoptic" else 0.0).prediction
         if task == "instance":
             assert len(ours) == len(prediction) > 20  # more than a window's
             assert sum(a.rle == b.rle for a, b in zip(ours, prediction)) > 0.9 * len(ours)
-            assert {tuple(one.rle["size"]) for one in ours} == {tuple(split.sizes[index].tolist())}
         else:
-            assert abs(len(ours.segments) - len(prediction.segments)) <= 1 < len(ours.segments)
-            assert ours.ids.shape == truth.ids.shape
-            same = sees.categories, ours, prediction
-            assert (labels_of(*same[1:2]) == labels_of(*same[2:])).mean() > 0.98
-
-
-def labels_of(panoptic):
-    table = np.zeros(1 + len(panoptic.segments), int)
-    table[[s.id for s in panoptic.segments]] = [1 + s.label for s in panoptic.segments]
-    return table[panoptic.ids]
+            assert len(ours.segments) == len(prediction.segments) > 1
+            assert (ours.ids == prediction.ids).mean() > 0.98

@@ -134,13 +134,7 @@ def draw_large(seed: int, size: tuple[int, int], num_things: int) -> Drawing:
     return _finish(rng, image, slots, labels, set())
 
 
-def _finish(
-    rng: np.random.Generator,
-    image: np.ndarray,
-    slots: np.ndarray,
-    labels: list[int],
-    crowds: set[int],
-) -> Drawing:
+def _finish(rng, image: np.ndarray, slots: np.ndarray, labels: list[int], crowds) -> Drawing:
     """Adds noise to what was drawn, and gives the segments ids."""
     noisy = image + rng.normal(0, 6, image.shape)
     image = np.clip(cv2.GaussianBlur(noisy, (3, 3), 0.6), 0, 255).astype(np.uint8)
@@ -270,9 +264,7 @@ def _fill(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _draw_thing(
-    rng, image: np.ndarray, slots: np.ndarray, labels: list[int], areas: list[int]
-) -> None:
+def _draw_thing(rng, image: np.ndarray, slots: np.ndarray, labels: list, areas: list) -> None:
     """Draws a thing over what there is, unless that would hide another one too much."""
     label = int(rng.integers(len(THINGS)))
     outline = _outline(rng, THINGS[label], rng.uniform(*RADII))
