@@ -96,7 +96,8 @@ def touched(targets: Segments) -> jax.Array:
 
 def last_true(mask: jax.Array) -> jax.Array:
     """The highest index on axis 1 at which the mask holds, `EMPTY` where none does."""
-    index = jnp.arange(mask.shape[1], dtype=jnp.int16).reshape(1, -1, *[1] * (mask.ndim - 2))
+    dtype = jnp.int16 if mask.shape[1] <= 2**15 else jnp.int32
+    index = jnp.arange(mask.shape[1], dtype=dtype).reshape(1, -1, *[1] * (mask.ndim - 2))
     return jnp.where(mask, index, EMPTY).max(axis=1, initial=EMPTY).astype(jnp.int32)
 
 

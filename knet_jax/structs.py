@@ -36,7 +36,7 @@ class PanopticTargets(NamedTuple):
     """Segments that share no pixel, as they cross to the device."""
 
     segment_map: Array
-    """uint8 or uint16 [b, H/2, W/2]: the segment at the pixels that stride-4 targets average.
+    """uint8, uint16 or uint32 [b, H/2, W/2]: the segment at the pixels that stride-4 targets average.
 
     Row 2i + a and column 2j + e hold the image pixel (4i + 1 + a, 4j + 1 + e), a and e in {0, 1}.
     0 is nothing (void, crowd, padding) and 1 + s is segment s: first the m thing slots, then one

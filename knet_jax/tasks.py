@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from knet_jax import objectives
-from knet_jax.inference import any_size, fusion, postprocess
+from knet_jax.inference import any_size, fusion, postprocess, windows
 from knet_jax.losses import Counts
 from knet_jax.metrics import instance, panoptic, semantic
 from knet_jax.objectives import Judgement
@@ -44,6 +44,9 @@ class Task(NamedTuple):
     it anew."""
     read: Callable[..., Any]
     """(results of one picture, original_size) -> the same as people and metrics take it."""
+    join: Callable[..., Any] | None
+    """(segments of windows, their spans, size of the picture, num_things, overlap_threshold) -> the
+    result of the picture; None where windows are joined inside the program."""
     metric: ModuleType
     """Counts pictures and summarizes the counts."""
     result_files: Callable[..., Any]
@@ -53,6 +56,12 @@ class Task(NamedTuple):
         """The values of `options`, of a network and a `config.eval`."""
         given = sizes._asdict() | dict(options)
         return {name: given[name] for name in self.options}
+
+    def place_windows(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`window` and `step` of a `config.eval`: inside the program, and for pictures of their own."""
+        given = {"window": options.get("window", ()), "step": options.get("window_step", ())}
+        none = {"window": (), "step": ()}
+        return (none, given) if self.join else (given, none)
 
 
 TASKS = {
@@ -65,6 +74,7 @@ TASKS = {
         options=("num_things", "instance_threshold", "overlap_threshold"),
         thresholds=("instance_threshold", "overlap_threshold"),
         read=fusion.read_panoptic,
+        join=windows.join_panoptic,
         metric=panoptic,
         result_files=PanopticResults,
     ),
@@ -77,6 +87,7 @@ TASKS = {
         options=("num_results",),
         thresholds=("instance_threshold",),
         read=postprocess.read_instances,
+        join=windows.join_instances,
         metric=instance,
         result_files=InstanceResults,
     ),
@@ -89,6 +100,7 @@ TASKS = {
         options=(),
         thresholds=(),
         read=postprocess.read_labels,
+        join=None,
         metric=semantic,
         result_files=SemanticResults,
     ),

@@ -122,7 +122,15 @@ def test_programs_and_flags_are_there(capsys):
     ("page", "results"),
     [
         ("predicting.md", ("segments.png", "out/contact_sheet.jpg")),
-        ("beyond_the_paper.md", ("runs/demo/analysis/index.html", "out/videos/shapes.json")),
+        (
+            "beyond_the_paper.md",
+            (
+                "runs/demo/analysis/index.html",
+                "out/videos/shapes.json",
+                "large_segments.png",
+                "out/large/contact_sheet.jpg",
+            ),
+        ),
     ],
 )
 def test_a_page_does_what_it_says(page, results, tmp_path):
@@ -130,11 +138,11 @@ def test_a_page_does_what_it_says(page, results, tmp_path):
     overrides = f"--config.data.data_dir={tmp_path / 'prepared'}"
     tiny_runs.write(tmp_path / "runs" / "demo", "panoptic", overrides)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
-    page = ROOT / "docs" / page
-    for kind, code in blocks(page, "bash") + blocks(page, "python"):
+    for kind, code in blocks(ROOT / "docs" / page, "bash", "python"):
         if kind == "bash":
             wanted = r"^(?:\.venv/bin/)?knet (?=shapes|(predict|eval) .*runs/demo( |$))"
-            lines = [line for line in code.splitlines() if re.match(wanted, line)]
+            lines = code.replace("\\\n", " ").splitlines()
+            lines = [line for line in lines if re.match(wanted, line)]
             code = "\n".join(
                 re.sub(wanted, f"{sys.executable} -m knet_jax.cli.main ", line) for line in lines
             )

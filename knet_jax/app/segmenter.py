@@ -10,7 +10,7 @@ result.save("segments.png")
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import islice
@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from knet_jax.app.tracking import Tracker
 from knet_jax.data import recipes, transforms
@@ -26,6 +27,7 @@ from knet_jax.data.canvas import empty_batch, fill
 from knet_jax.inference.forward import lookahead, predict, with_kernels
 from knet_jax.inference.multiscale import both_ways
 from knet_jax.inference.resampling import ResultCanvas
+from knet_jax.inference.windows import Windows
 from knet_jax.saved.checkpoint_record import leaf_paths, make_record
 from knet_jax.saved.models import Model, open_model
 from knet_jax.segmentation import image_files
@@ -75,18 +77,13 @@ class Segmenter:
             "instance_threshold": options.get("instance_threshold", MIN_SCORE),
             "overlap_threshold": options.get("overlap_threshold", 0.0),
         }
+        inside, self._windows = self._task.place_windows(options)
         results = partial(
             self._task.predict, **self._task.choose_options(model.network.sizes, options)
         )
         self._predict, self._predict_with_kernels = (
             jax.jit(
-                partial(
-                    predict,
-                    model=model.network,
-                    results=each,
-                    window=options.get("window", ()),
-                    step=options.get("window_step", ()),
-                ),
+                partial(predict, model=model.network, results=each, **inside),
                 static_argnames="canvas",
             )
             for each in (results, with_kernels(results))
@@ -146,8 +143,32 @@ class Segmenter:
         Raises:
             UserError: a threshold is not from 0 to 1.
         """
-        seen = self._see(map(as_image, images), self._thresholds(threshold, overlap), self._predict)
-        return (self._read(image, found) for image, found in seen)
+        return self._stream(map(as_image, images), self._thresholds(threshold, overlap))
+
+    def _stream(
+        self, images: Iterator[np.ndarray], thresholds: dict[str, float]
+    ) -> Iterator[Result]:
+        begun: deque[tuple[np.ndarray, Windows, tqdm]] = deque()
+
+        def parts() -> Iterator[np.ndarray]:
+            for image in images:
+                windows = Windows(image.shape[:2], **self._windows)
+                total = len(windows.spans)
+                hidden = None if total > 1 else True  # None: unless stderr is a terminal
+                bar = tqdm(desc="windows", total=total, leave=False, delay=2, disable=hidden)
+                begun.append((image, windows, bar))
+                for top, left, bottom, right in windows.spans.tolist():
+                    yield image[top:bottom, left:right]
+
+        num_things, overlap = self.categories.num_things, thresholds["overlap_threshold"]
+        for part, found in self._see(parts(), thresholds, self._predict):
+            image, windows, bar = begun[0]
+            bar.update()
+            if windows.add(self._task.read(found, np.array(part.shape[:2]))):
+                begun.popleft()
+                bar.close()
+                joined = windows.join(self._task, num_things, overlap)
+                yield Result(self.task, self.categories, image, joined)
 
     def track(
         self,

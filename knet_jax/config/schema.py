@@ -204,6 +204,10 @@ WITH_THINGS = {
     ),
     "data.min_things": Key(0, ZERO, "pictures with fewer are not trained on; crowds aside"),
     "data.eval_multiple": Key(0, rules.MULTIPLE, "of the canvas's sides in evaluation"),
+    "eval.window": Key(
+        (), rules.WINDOW, "larger pictures are seen in parts of this size, each as one of its own"
+    ),
+    "eval.window_step": Key((), rules.WINDOW, "from one part to the next, at most the window"),
 }
 PANOPTIC = {
     "eval.instance_threshold": Key(0.3, SHARE, "least score of a thing"),

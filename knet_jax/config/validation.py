@@ -50,8 +50,8 @@ def validate(
                 raise UserError(f"config.{section}.{key} is None, which a training alone fills in")
     _check_batches(config, num_devices, parts)
     _check_model(config.model)
+    _check_window(config)
     if config.task == "semantic":
-        _check_window(config)
         return
     max_things, num_proposals = config.data.max_things, config.model.num_proposals
     if max_things > num_proposals:
@@ -95,7 +95,7 @@ def _check_window(config: ConfigDict) -> None:
             f"config.eval.window, {window}, so that no pixel is left out"
         )
     multiple = config.data.eval_multiple
-    if window and multiple % STRIDE:
+    if config.task == "semantic" and window and multiple % STRIDE:
         raise UserError(
             f"config.data.eval_multiple is {multiple}; accepted with config.eval.window: multiples "
             f"of {STRIDE}, so that windows meet at the pixels of the masks"

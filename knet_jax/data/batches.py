@@ -86,6 +86,7 @@ def eval_batch(
     recipes: Sequence[WholePicture | Crop],
     positions: np.ndarray,
     rows: slice,
+    window: tuple[int, int] | tuple[()],
     index: int,
 ) -> Prepared:
     """Some rows of a batch for evaluation by each of the recipes, not augmented and without targets.
@@ -95,29 +96,38 @@ def eval_batch(
     Args:
         split: where the pictures come from.
         recipes: how they are changed.
-        positions: int [batches, pictures], of the pictures in the split; `EMPTY` where there is none.
+        positions: int [batches, pictures, 3], of the pictures in the split, and top and left of the
+            part that is shown; the position is `EMPTY` where there is none.
         rows: which of a batch are wanted.
+        window: height and width of the parts; () shows whole pictures.
         index: of the batch.
     """
     shown = positions[index]
-    sizes = map(tuple, split.sizes[shown[shown != EMPTY]].tolist())
+    sizes = split.sizes[shown[shown[:, 0] != EMPTY, 0]]
+    sizes = map(tuple, np.minimum(sizes, window or sizes).tolist())
     # The canvases of a batch hold each of its pictures.
     fits = np.max([[recipe.eval_canvas(size) for recipe in recipes] for size in sizes], axis=0)
     scales = tuple(empty_batch(len(shown[rows]), canvas) for canvas in map(tuple, fits.tolist()))
     truths, failures = [], []
-    for place, position in enumerate(shown[rows].tolist()):
+    opened = EMPTY
+    for place, (position, top, left) in enumerate(shown[rows].tolist()):
         if position == EMPTY:
             continue
-        record = split.record(position)
-        try:
-            image, loaded = _load(split, record)
-        except UserError as error:
-            failures.append(Failure(record.file_name, str(error)))
-            continue
+        if position != opened:  # parts of a picture follow each other
+            record = split.record(position)
+            try:
+                image, loaded = _load(split, record)
+            except UserError as error:
+                failures.append(Failure(record.file_name, str(error)))
+                continue
+            opened = position
+        height, width = window or record.size
+        part = image[top : top + height, left : left + width]
         for batch, recipe in zip(scales, recipes):
-            view = transforms.whole(recipe.eval_size(record.size))
-            fill(batch, place, position, image, view)
-        truths.append((position, split.kind.truth(loaded)))
+            view = transforms.whole(recipe.eval_size(part.shape[:2]))
+            fill(batch, place, position, part, view)
+        if (top, left) == (0, 0):
+            truths.append((position, split.kind.truth(loaded)))
     return Prepared(scales, truths, failures)
 
 

@@ -22,6 +22,7 @@ from absl import flags
 from knet_jax.data import batches, prepared_split, recipes, records, sampler, shards
 from knet_jax.data.prepared_split import Split
 from knet_jax.data.sources import by_name
+from knet_jax.inference.multiscale import Pair, corners
 from knet_jax.structs import EMPTY, Batch
 from knet_jax.system import processes, shared_memory, workers
 from knet_jax.system.errors import UserError
@@ -136,6 +137,8 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     ratios: Sequence[float] = (1.0,),
+    window: Pair | tuple[()] = (),
+    step: Pair | tuple[()] = (),
 ) -> Iterator[tuple[tuple[Batch, ...], list[tuple[int, Any]]]]:
     """Every picture once, not augmented, grouped by the canvas, flat ones first.
 
@@ -150,10 +153,13 @@ def eval_batches(
         process_index: which share of every batch this process wants.
         process_count: how many processes share a batch.
         ratios: the scales at which pictures are shown, times that of the config.
+        window: height and width of the parts in which a larger picture comes, one after the other, as
+            pictures of their own; () for whole ones.
+        step: from one part to the next.
 
     Yields:
         (the same pictures at every ratio, batches with batch_size / process_count rows and without
-        targets; [(id, truth at original size)] of the images that are not empty; the truth is what
+        targets; [(id, truth at original size)] of the pictures that begin in it; the truth is what
         `Split.truth` returns).
 
     Raises:
@@ -163,23 +169,47 @@ def eval_batches(
     rows = _process_rows(batch_size, process_index, process_count)
     scaled = recipes.at_ratios(recipe, ratios)
     sizes = split.sizes[:limit]
+    shown = np.minimum(sizes, window) if window else sizes
     # Millions of pictures have few sizes, and fewer canvases.
-    keys, of_key = np.unique(sizes.astype(np.int64) @ (1 << 32, 1), return_inverse=True)
+    keys, of_key = np.unique(shown.astype(np.int64) @ (1 << 32, 1), return_inverse=True)
     canvases = [recipe.eval_canvas(divmod(key, 1 << 32)) for key in keys.tolist()]
     canvases, of_size = np.unique(canvases, axis=0, return_inverse=True)
     of_picture = of_size.ravel()[of_key]
     positions = []
+    share = batch_size // process_count
     for number in range(len(canvases)):
         group = np.flatnonzero(of_picture == number).astype(np.int32)
         padded = np.pad(group, (0, -len(group) % batch_size), constant_values=EMPTY)
-        positions.append(padded.reshape(-1, batch_size))
+        # All parts of a picture are of one process; the others have as many batches.
+        each = [
+            _parts(pictures.ravel(), sizes, window, step)
+            for pictures in padded.reshape(-1, process_count, share).swapaxes(0, 1)
+        ]
+        length = -(-max(map(len, each)) // share) * share
+        padding = [((0, length - len(parts)), (0, 0)) for parts in each]
+        each = [np.pad(*both, constant_values=EMPTY) for both in zip(each, padding)]
+        positions.append(np.concatenate([parts.reshape(-1, share, 3) for parts in each], axis=1))
     positions = np.concatenate(positions)
-    make = functools.partial(batches.eval_batch, split, scaled, positions, rows)
+    make = functools.partial(batches.eval_batch, split, scaled, positions, rows, window)
     results = _run_workers(grain.MapDataset.range(len(positions)).map(make), recipe, len(sizes))
     # Arrays of a worker lie in shared memory, each an open file. A batch is soon gone, but truths
     # may be kept for long. (A pipe is no way out: Grain waits 25 s for a worker that is stopped
     # while it writes something large.)
     return ((scales, jax.tree.map(_copy_array, truths)) for scales, truths, _ in results)
+
+
+def _parts(
+    pictures: np.ndarray, sizes: np.ndarray, window: Pair | tuple[()], step: Pair | tuple[()]
+) -> np.ndarray:
+    """int32 [p, 3]: position, top and left of all parts of pictures."""
+    if not window:
+        return np.pad(pictures[:, None], ((0, 0), (0, 2)))
+    parts = [
+        (picture, *corner)
+        for picture in pictures[pictures != EMPTY].tolist()
+        for corner in corners(sizes[picture], window, step)
+    ]
+    return np.array(parts, np.int32).reshape(-1, 3)
 
 
 def _copy_array(leaf: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from knet_jax.inference.resampling import both_to_original
 from knet_jax.inference.segment_ranking import best_classes
@@ -48,3 +50,11 @@ def observe(seen: Pass, *, num_things: int) -> Activity:
     y, x = both_to_original(seen, sizes, masks.shape[2:], square, masks.dtype)
     maps = jnp.einsum("bih,bnhw,bjw->bnij", y, probs, x)
     return Activity(jnp.round(255 * maps).astype(jnp.uint8), labels.astype(jnp.int32), scores)
+
+
+def average(parts: Sequence[Activity]) -> Activity:
+    """Joins what kernels do in the windows of one picture: the mean map, and the class of best score."""
+    maps, labels, scores = map(np.stack, zip(*parts))
+    best = scores.argmax(0)[None]
+    labels, scores = (np.take_along_axis(each, best, axis=0)[0] for each in (labels, scores))
+    return Activity(maps.mean(0).round().astype(np.uint8), labels, scores)

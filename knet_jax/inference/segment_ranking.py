@@ -54,14 +54,14 @@ def rank_segments(
         overlap_threshold: least share of the area that must be owned.
 
     Returns:
-        int16 [b, n + 1]: the id of each mask, 0 where it is not kept and for the owner n of nothing;
-        and `labels`, `scores` and `kernels` of `Fused`.
+        int16, or int32 from 2^15 masks on, [b, n + 1]: the id of each mask, 0 where it is not kept and
+        for the owner n of nothing; and `labels`, `scores` and `kernels` of `Fused`.
     """
     n = eligible.shape[1]
     kept = eligible & (area > 0) & (owned / jnp.maximum(area, 1) >= overlap_threshold)
     order = jnp.argsort(jnp.where(kept, -scores, jnp.inf), axis=1)
     place = jnp.argsort(order, axis=1)
-    ids = jnp.where(kept, 1 + place, 0).astype(jnp.int16)
+    ids = jnp.where(kept, 1 + place, 0).astype(jnp.int16 if n < 2**15 else jnp.int32)
     last = jnp.arange(n) < kept.sum(1)[:, None]
     take = partial(jnp.take_along_axis, indices=order, axis=1, mode="promise_in_bounds")
     return (

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from knet_jax.metrics.counts import mean_of_defined, none_if_undefined, rows_of_classes
 from knet_jax.segmentation import rle
@@ -31,7 +30,7 @@ RECALLS = np.linspace(0, 1, 101)
 SIZES = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 """Ranges of area in pixels, both ends included, by the suffix of their names."""
 MAX_PREDICTIONS = 100
-"""How many predictions of a class in a picture count, those of the highest scores."""
+"""How many predictions of a class in a picture count by default, those of the highest scores."""
 
 RIGHT, WRONG, IGNORED = 1, 0, -1
 NUMBERS = (
@@ -86,8 +85,7 @@ def merge(*counts: InstanceCounts) -> InstanceCounts:
 
 def mask_iou(predicted: list[dict], true: list[dict], iscrowd: np.ndarray) -> np.ndarray:
     """Computes the IoU of masks; of a crowd, the share of the prediction that lies on it."""
-    iou = coco_mask.iou(predicted, true, iscrowd.astype(np.uint8))
-    return np.reshape(iou, (len(predicted), len(true)))
+    return rle.iou(predicted, true, iscrowd)
 
 
 def boundary_iou(predicted: list[dict], true: list[dict], iscrowd: np.ndarray) -> np.ndarray:
@@ -108,6 +106,7 @@ def count(
     num_classes: int,
     image_id: int = 0,
     overlap: Overlap = mask_iou,
+    max_predictions: int = MAX_PREDICTIONS,
 ) -> InstanceCounts:
     """Matches the instances of one picture.
 
@@ -118,6 +117,8 @@ def count(
         image_id: of predictions of equal score, those of the smaller id come first, as in COCOeval;
             of equal ids, those that are merged first.
         overlap: `mask_iou` or `boundary_iou`.
+        max_predictions: how many of a class count; COCO's numbers are of 100, too few for a picture with
+            more things.
     """
     instances, where = (*truth, *prediction), f"picture {image_id}"
     sizes = {tuple(one.rle["size"]) for one in instances}
@@ -129,7 +130,7 @@ def count(
     for label in sorted({instance.label for instance in (*truth, *prediction)}):
         true = [instance for instance in truth if instance.label == label]
         found = [instance for instance in prediction if instance.label == label]
-        found = sorted(found, key=lambda instance: -instance.score)[:MAX_PREDICTIONS]
+        found = sorted(found, key=lambda instance: -instance.score)[:max_predictions]
         crowd = np.array([instance.iscrowd for instance in true], bool)
         masks, true_masks = ([instance.rle for instance in each] for each in (found, true))
         # One by one: pycocotools takes no list of more than 255.

@@ -41,6 +41,47 @@ def box(rle: dict[str, Any]) -> tuple[int, int, int, int]:
     return tuple(map(int, coco_mask.toBbox(rle)))
 
 
+def move(rle: dict[str, Any], corner: tuple[int, int], size: tuple[int, int]) -> dict[str, Any]:
+    """Places a mask into a larger picture, without a pixel of which that is larger than the mask.
+
+    Args:
+        rle: of a mask [h, w].
+        corner: the picture's row and column at which the mask begins.
+        size: height and width of the picture.
+    """
+    # A run begins or ends where a pixel differs from the one above it.
+    changes = np.diff(decode(rle).astype(np.int8), axis=0, prepend=0, append=0)
+    columns, rows = np.nonzero(changes.T)
+    at = (corner[1] + columns) * size[0] + corner[0] + rows
+    # One that ends at the bottom goes on where another one begins, at the top of the next column.
+    at, times = np.unique(at, return_counts=True)
+    ends = np.union1d(at[times == 1], size[0] * size[1])
+    counts = np.diff(ends, prepend=0).tolist()
+    return coco_mask.frPyObjects({"size": [*size], "counts": counts}, *size)
+
+
+def merge(masks: Sequence[dict[str, Any]], intersect: bool = False) -> dict[str, Any]:
+    """Merges masks of one size: their union, or their intersection."""
+    return coco_mask.merge(masks, intersect)
+
+
+def iou(
+    masks: Sequence[dict[str, Any]],
+    others: Sequence[dict[str, Any]],
+    iscrowd: np.ndarray | None = None,
+) -> np.ndarray:
+    """Computes the intersection over union of masks of one size, [m, n].
+
+    Args:
+        masks: m.
+        others: n.
+        iscrowd: bool [n], of which others the share of the mask that lies on it is taken instead.
+    """
+    iscrowd = np.zeros(len(others), bool) if iscrowd is None else iscrowd
+    found = coco_mask.iou(masks, others, iscrowd.astype(np.uint8))
+    return np.reshape(found, (len(masks), len(others)))
+
+
 def to_json(rle: dict[str, Any]) -> dict[str, Any]:
     """Converts run lengths to what JSON can hold: counts as text."""
     counts = rle["counts"]

@@ -20,10 +20,11 @@ from knet_jax.analysis.gallery import Gallery
 from knet_jax.analysis.page import PAGE
 from knet_jax.data import pipeline
 from knet_jax.data.prepared_split import Split
-from knet_jax.inference.activity import observe
+from knet_jax.inference.activity import Activity, average, observe
 from knet_jax.inference.forward import lookahead, run_windows
 from knet_jax.inference.multiscale import both_ways, canvas_of
 from knet_jax.inference.resampling import ResultCanvas
+from knet_jax.inference.windows import Windows
 from knet_jax.knet import KNet
 from knet_jax.metrics.counts import Prediction, Rounds, Tally, without_nan
 from knet_jax.saved.checkpoints import check_writable
@@ -76,9 +77,10 @@ class Evaluator:
         options = config.eval
         self._scales = options.get("scales", (1.0,))
         self._flip = options.get("flip", False)
-        window, step = (options.get(key, ()) for key in ("window", "window_step"))
+        self._overlap = options.get("overlap_threshold", 0.0)
+        within, self._windows = self.task.place_windows(options)
         stages = tuple(range(model.num_stages + 1))[0 if inside else -1 :]
-        look = partial(run_windows, model=model, stages=stages, window=window, step=step)
+        look = partial(run_windows, model=model, stages=stages, **within)
         self._look = on_devices(look, in_axes=(None, 0))
         self._observe = on_devices(partial(observe, num_things=model.sizes.num_things))
         # Pictures come in many sizes: only this small program is compiled for each canvas.
@@ -100,7 +102,9 @@ class Evaluator:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             ratios=self._scales,
+            **self._windows,
         )
+        begun: dict[int, tuple[Any, list[Windows], list[Activity | None]]] = {}
 
         def start(scales: Sequence[Batch]) -> Any:
             split = partial(split_over, num_devices=len(self._devices))
@@ -118,17 +122,31 @@ class Evaluator:
             activity = self._observe(rounds[-1][0]) if is_inside else None
             return [predict(passes, sizes) for passes in rounds], activity
 
+        num_things = self.split.categories.num_things
         for batch, truths, results in lookahead((b[0], t, start(b)) for b, t in elements):
             results = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), results)
-            rows = {int(index): i for i, index in enumerate(batch.id)}
-            predictions = []
             for index, truth in truths:
-                i = rows[index]
+                count = len(results[0]) if index < self._inside else 1
+                size = self.split.sizes[index]
+                begun[index] = truth, [Windows(size, **self._windows) for _ in range(count)], []
+            predictions = []
+            for i, index in enumerate(batch.id.tolist()):
+                if index == EMPTY:
+                    continue
+                truth, windows, activities = begun[index]
                 rounds, activity = jax.tree.map(lambda x, i=i: x[i], results)
-                if index >= self._inside:
-                    rounds, activity = rounds[-1:], None
-                *earlier, last = (self.task.read(one, batch.original_size[i]) for one in rounds)
-                predictions.append(Prediction(index, truth, last, earlier, activity))
+                activities.append(activity)
+                shown = [
+                    each.add(self.task.read(one, batch.original_size[i]))
+                    for each, one in zip(windows, rounds[-len(windows) :])
+                ]
+                if all(shown):
+                    *earlier, last = (
+                        each.join(self.task, num_things, self._overlap) for each in windows
+                    )
+                    activity = average(activities) if index < self._inside else None
+                    predictions.append(Prediction(index, truth, last, earlier, activity))
+                    del begun[index]
             yield predictions
 
     def evaluate(

@@ -96,6 +96,6 @@ class Kind(abc.ABC):
         """The annotation at the picture's original size, as the task's metric takes it."""
 
 
-def map_dtype(greatest: int) -> type[np.unsignedinteger]:
-    """The smallest type that holds 0 to `greatest`: uint8 or uint16."""
-    return np.uint8 if greatest <= 255 else np.uint16
+def map_dtype(greatest: int) -> np.dtype:
+    """The smallest type that holds 0 to `greatest`: uint8, uint16 or uint32."""
+    return np.min_scalar_type(greatest)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,8 +110,9 @@ def draw(split: str, index: int, image_side: tuple[int, int]) -> Drawing:
         if rng.random() < WITH_CROWD:
             crowds.add(len(labels))
             _draw_crowd(rng, image, slots, labels)
+        areas = np.bincount(slots.ravel(), minlength=len(labels)).tolist()
         for _ in range(rng.integers(1, MAX_THINGS, endpoint=True)):
-            _draw_thing(rng, image, slots, labels)
+            _draw_thing(rng, image, slots, labels, areas)
     if rng.random() < WITH_VOID:
         _draw_void(rng, image, slots)
     return _finish(rng, image, slots, labels, crowds)
@@ -156,6 +158,24 @@ def draw_video(
             mask = _fill(outline @ np.array([[cos, sin], [-sin, cos]]) + center, size)
             image[mask], seen[mask] = colors[i], len(labels) + i
         yield _finish(rng, image, seen, [*labels, *things], set())
+
+
+def draw_large(seed: int, size: tuple[int, int], num_things: int) -> Drawing:
+    """Draws a picture of a height and width with so many things of the same sizes on stuff as dense as
+    in small ones, without crowds and void. The things must leave each other room."""
+    rng = np.random.default_rng(seed)
+    image, slots = np.zeros((*size, 3), np.float32), np.zeros(size, np.int32)
+    labels = [-1, *range(len(THINGS), len(THINGS) + len(STUFF))]
+    tile = sum(SAMPLE_SIDE) // 2
+    for top, left in product(*(range(0, side, tile) for side in size)):
+        part = np.s_[top : top + tile, left : left + tile]
+        image[part], drawn, shown = _draw_stuff(rng, *slots[part].shape)
+        slots[part] = (np.array(shown) - len(THINGS) + 1)[drawn]
+    areas = np.bincount(slots.ravel(), minlength=len(labels)).tolist()
+    wanted = len(labels) + num_things
+    while len(labels) < wanted:
+        _draw_thing(rng, image, slots, labels, areas)
+    return _finish(rng, image, slots, labels, set())
 
 
 def _finish(
@@ -294,19 +314,27 @@ def _fill(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _draw_thing(rng, image: np.ndarray, slots: np.ndarray, labels: list[int]) -> None:
+def _draw_thing(rng, image: np.ndarray, slots: np.ndarray, labels: list, areas: list) -> None:
     """Draws a thing over what there is, unless that would hide another one too much."""
     label = int(rng.integers(len(THINGS)))
     outline = _outline(rng, THINGS[label], rng.uniform(*RADII))
-    mask = _fill(outline + rng.random(2) * slots.shape[::-1], slots.shape)
-    before = np.bincount(slots.ravel(), minlength=len(labels))
-    after = np.bincount(slots[~mask], minlength=len(labels))
+    corners = outline + rng.random(2) * slots.shape[::-1]
+    # Of a large picture only the part around it is looked at.
+    left, top = np.maximum(np.rint(corners.min(0)).astype(int), 0)
+    right, bottom = np.rint(corners.max(0)).astype(int) + 1
+    image, slots = image[top:bottom, left:right], slots[top:bottom, left:right]
+    mask = _fill(corners - (left, top), slots.shape)
+    hidden, pixels = np.unique(slots[mask], return_counts=True)
+    before = np.array(areas)[hidden]
     full_area = cv2.contourArea(outline.astype(np.float32))
-    if mask.sum() < LEAST_VISIBLE * full_area or np.any(after < LEAST_VISIBLE * before):
+    if mask.sum() < LEAST_VISIBLE * full_area or np.any(before - pixels < LEAST_VISIBLE * before):
         return
     image[mask] = _color(rng, label) * rng.uniform(0.85, 1.0)
+    for slot, count in zip(hidden, pixels.tolist()):
+        areas[slot] -= count
     slots[mask] = len(labels)
     labels.append(label)
+    areas.append(int(mask.sum()))
 
 
 def _draw_crowd(rng, image: np.ndarray, slots: np.ndarray, labels: list[int]) -> None:
