@@ -221,6 +221,8 @@ BAD = {
         ("model.num_stuff", 53, "num_stuff is 53; accepted: 0 where config.task is 'instance'"),
         ("data.num_train", 1, "no key config.data.num_train; "),
         ("eval.num_results", None, "config.eval.num_results is missing"),
+        ("eval.window", (512, 500), r"eval.window is \(512, 500\); accepted: \(\) for none"),
+        ("eval.window", (512, 512), r"window_step is \(\); accepted: .*no pixel is left out"),
     ),
     "ade20k_semantic": (
         ("model.num_proposals", 100, "num_proposals is 100; accepted: 0 where .*'semantic'"),
