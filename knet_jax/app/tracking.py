@@ -20,6 +20,9 @@ from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import Instance, PanopticMap, SegmentInfo
 from knet_jax.system.errors import UserError
 
+TWICE = 0.6
+"""IoU above which two masks of a frame are of one thing."""
+
 
 @dataclass(frozen=True)
 class Track:
@@ -77,25 +80,21 @@ class Tracker:
             kernels: [segments, c], of all segments of `result.prediction`, in their order.
 
         Returns:
-            The same result, in which every thing has its `track`; segments of one kernel share it.
+            The same result, in which every thing has its `track`; what is drawn twice shares it.
         """
         panoptic, num_things = result.panoptic, result.categories.num_things
         segments = list(panoptic.segments if panoptic else result.prediction)
-        things: dict[Any, list[int]] = {}  # the places of the segments of each
-        for i, segment in enumerate(segments):
-            if segment.label < num_things:
-                # A kernel that is sure of two classes has drawn one thing.
-                key = kernels[i].tobytes(), segment.label if self.same_class else None
-                things.setdefault(key, []).append(i)
-        seen = []
-        for i, *_ in things.values():
-            length = max(np.linalg.norm(kernels[i]), np.finfo(np.float32).tiny)
-            seen.append(Track(segments[i].label, kernels[i] / length, _mask(panoptic, segments[i])))
+        places = [i for i, segment in enumerate(segments) if segment.label < num_things]
+        lengths = np.linalg.norm(kernels, axis=1, keepdims=True)
+        kernels = kernels / np.maximum(lengths, np.finfo(np.float32).tiny)
+        drawn = [Track(segments[i].label, kernels[i], _mask(panoptic, segments[i])) for i in places]
 
-        found = dict(zip(self._identify(seen), seen))
-        for id, places in zip(found, things.values()):
-            for i in places:
-                segments[i] = segments[i]._replace(track=id)
+        firsts = self._first_of_same(drawn)
+        seen = {i: drawn[i] for i in firsts}
+        ids = dict(zip(seen, self._identify(list(seen.values()))))
+        for i, first in zip(places, firsts):
+            segments[i] = segments[i]._replace(track=ids[first])
+        found = {ids[i]: thing for i, thing in seen.items()}
         lost = {
             id: replace(track, unseen=track.unseen + 1)
             for id, track in self._tracks.items()
@@ -105,6 +104,21 @@ class Tracker:
         segments = tuple(segments)
         prediction = panoptic._replace(segments=segments) if panoptic else segments
         return replace(result, prediction=prediction)
+
+    def _first_of_same(self, drawn: list[Track]) -> list[int]:
+        """For every thing the place of the first one that is the same, drawn again by this or another
+        kernel; its own where there is none."""
+        masks = [thing.mask for thing in drawn]
+        iou = mask_iou(masks, masks, np.zeros(len(masks), bool))
+        firsts: list[int] = []
+        for i, thing in enumerate(drawn):
+            same = (
+                j
+                for j in dict.fromkeys(firsts)
+                if iou[j, i] > TWICE and (drawn[j].label == thing.label or not self.same_class)
+            )
+            firsts.append(next(same, i))
+        return firsts
 
     def _identify(self, seen: list[Track]) -> list[int]:
         """The identity of every thing of a frame."""
