@@ -176,7 +176,7 @@ def test_a_video_on_disk(tmp_path, segmenters, monkeypatch, task):
     assert ids[0] == ids[1] == ids[2] != ids[3]
     given = [id for id in ids[0] if id]
     assert 1 < len(set(given)) <= len(given)
-    assert len(set(given)) == len(given) or task == "instance"  # of one kernel, two classes
+    assert len(set(given)) == len(given) or task == "instance"
 
 
 def test_what_cannot_be_tracked_is_named(tmp_path, segmenters, monkeypatch):

@@ -106,18 +106,11 @@ class Tracker:
         return replace(result, prediction=prediction)
 
     def _first_of_same(self, drawn: list[Track]) -> list[int]:
-        """For every thing the place of the first one that is the same, drawn again by this or another
-        kernel; its own where there is none."""
-        masks = [thing.mask for thing in drawn]
-        iou = mask_iou(masks, masks, np.zeros(len(masks), bool))
+        """The place of every thing, or of the first one that is the same, drawn twice."""
+        same = (_iou(drawn, drawn) > TWICE) & self._may_be(drawn, drawn)
         firsts: list[int] = []
-        for i, thing in enumerate(drawn):
-            same = (
-                j
-                for j in dict.fromkeys(firsts)
-                if iou[j, i] > TWICE and (drawn[j].label == thing.label or not self.same_class)
-            )
-            firsts.append(next(same, i))
+        for i in range(len(drawn)):
+            firsts.append(next((j for j in firsts if same[j, i]), i))
         return firsts
 
     def _identify(self, seen: list[Track]) -> list[int]:
@@ -129,17 +122,22 @@ class Tracker:
         matched = {}
         if before and seen:
             cosine = np.array([t.kernel for t in before]) @ np.array([t.kernel for t in seen]).T
-            masks = ([track.mask for track in each] for each in (before, seen))
-            # It is negative where frames differ in size.
-            iou = mask_iou(*masks, np.zeros(len(seen), bool)).clip(0)
-            similarity = self.by_kernels * cosine + (1 - self.by_kernels) * iou
-            if self.same_class:
-                labels = np.array([track.label for track in before])
-                similarity[labels[:, None] != [track.label for track in seen]] = 0
-            similarity[similarity < self.least] = 0
+            similarity = self.by_kernels * cosine + (1 - self.by_kernels) * _iou(before, seen)
+            similarity[(similarity < self.least) | ~self._may_be(before, seen)] = 0
             pairs = zip(*linear_sum_assignment(similarity, maximize=True))
             matched = {column: ids[row] for row, column in pairs if similarity[row, column] > 0}
         return [matched.get(column) or next(self._new) for column in range(len(seen))]
+
+    def _may_be(self, some: list[Track], others: list[Track]) -> np.ndarray:
+        """bool [m, n]: which of some and others may be the same thing, by their classes."""
+        labels = np.array([thing.label for thing in some])
+        return (labels[:, None] == [thing.label for thing in others]) | (not self.same_class)
+
+
+def _iou(some: list[Track], others: list[Track]) -> np.ndarray:
+    """[m, n], 0 where frames differ in size."""
+    masks = ([thing.mask for thing in each] for each in (some, others))
+    return mask_iou(*masks, np.zeros(len(others), bool)).clip(0)
 
 
 def _mask(panoptic: PanopticMap | None, segment: SegmentInfo | Instance) -> dict[str, Any]:
