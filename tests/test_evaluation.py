@@ -60,6 +60,7 @@ def oracle(data, monkeypatch):
             np.zeros((len(ids), *side), np.int16),
             np.full((len(ids), SLOTS), EMPTY, np.int32),
             np.zeros((len(ids), SLOTS), np.float32),
+            np.zeros((len(ids), SLOTS), np.int32),
         )
         for i, index in enumerate(np.asarray(ids)):
             if index != EMPTY:
@@ -82,6 +83,7 @@ def oracle(data, monkeypatch):
             jax.ShapeDtypeStruct((b, *side), jnp.int16),
             jax.ShapeDtypeStruct((b, SLOTS), jnp.int32),
             jax.ShapeDtypeStruct((b, SLOTS), jnp.float32),
+            jax.ShapeDtypeStruct((b, SLOTS), jnp.int32),
         )
         return jax.pure_callback(look_up, shapes, seen.stage.kernels)
 
