@@ -80,7 +80,7 @@ def test_wrong_quality_fails(fixtures, tmp_path, monkeypatch, capsys, name, keys
 
 def test_segments_are_compared_as_a_partition():
     """Other numbers for the same segments agree; a label or a border that differs does not."""
-    fused = parity.Fused(None, np.array([[7, 7, 90]]), None)
+    fused = parity.Fused(None, np.array([[7, 7, 90]]), None, None)
     ids = np.array([[1, 1, 2, 2], [3, 3, 0, 0]])
     theirs = np.array([[2007, 2007, 1007, 1007], [90, 90, 133, 133]])
     assert parity.disagreement(ids, fused, 0, theirs) == 0

@@ -20,6 +20,9 @@ from knet_jax.segmentation.result import Result
 from knet_jax.segmentation.segments import Instance, PanopticMap, SegmentInfo
 from knet_jax.system.errors import UserError
 
+TWICE = 0.6
+"""IoU above which two masks of a frame are of one thing."""
+
 
 @dataclass(frozen=True)
 class Track:
@@ -77,25 +80,21 @@ class Tracker:
             kernels: [segments, c], of all segments of `result.prediction`, in their order.
 
         Returns:
-            The same result, in which every thing has its `track`; segments of one kernel share it.
+            The same result, in which every thing has its `track`; what is drawn twice shares it.
         """
         panoptic, num_things = result.panoptic, result.categories.num_things
         segments = list(panoptic.segments if panoptic else result.prediction)
-        things: dict[Any, list[int]] = {}  # the places of the segments of each
-        for i, segment in enumerate(segments):
-            if segment.label < num_things:
-                # A kernel that is sure of two classes has drawn one thing.
-                key = kernels[i].tobytes(), segment.label if self.same_class else None
-                things.setdefault(key, []).append(i)
-        seen = []
-        for i, *_ in things.values():
-            length = max(np.linalg.norm(kernels[i]), np.finfo(np.float32).tiny)
-            seen.append(Track(segments[i].label, kernels[i] / length, _mask(panoptic, segments[i])))
+        places = [i for i, segment in enumerate(segments) if segment.label < num_things]
+        lengths = np.linalg.norm(kernels, axis=1, keepdims=True)
+        kernels = kernels / np.maximum(lengths, np.finfo(np.float32).tiny)
+        drawn = [Track(segments[i].label, kernels[i], _mask(panoptic, segments[i])) for i in places]
 
-        found = dict(zip(self._identify(seen), seen))
-        for id, places in zip(found, things.values()):
-            for i in places:
-                segments[i] = segments[i]._replace(track=id)
+        firsts = self._first_of_same(drawn)
+        seen = {i: drawn[i] for i in firsts}
+        ids = dict(zip(seen, self._identify(list(seen.values()))))
+        for i, first in zip(places, firsts):
+            segments[i] = segments[i]._replace(track=ids[first])
+        found = {ids[i]: thing for i, thing in seen.items()}
         lost = {
             id: replace(track, unseen=track.unseen + 1)
             for id, track in self._tracks.items()
@@ -106,6 +105,14 @@ class Tracker:
         prediction = panoptic._replace(segments=segments) if panoptic else segments
         return replace(result, prediction=prediction)
 
+    def _first_of_same(self, drawn: list[Track]) -> list[int]:
+        """The place of every thing, or of the first one that is the same, drawn twice."""
+        same = (_iou(drawn, drawn) > TWICE) & self._may_be(drawn, drawn)
+        firsts: list[int] = []
+        for i in range(len(drawn)):
+            firsts.append(next((j for j in firsts if same[j, i]), i))
+        return firsts
+
     def _identify(self, seen: list[Track]) -> list[int]:
         """The identity of every thing of a frame."""
         # It takes half a second to import, which others need not wait.
@@ -115,17 +122,22 @@ class Tracker:
         matched = {}
         if before and seen:
             cosine = np.array([t.kernel for t in before]) @ np.array([t.kernel for t in seen]).T
-            masks = ([track.mask for track in each] for each in (before, seen))
-            # It is negative where frames differ in size.
-            iou = mask_iou(*masks, np.zeros(len(seen), bool)).clip(0)
-            similarity = self.by_kernels * cosine + (1 - self.by_kernels) * iou
-            if self.same_class:
-                labels = np.array([track.label for track in before])
-                similarity[labels[:, None] != [track.label for track in seen]] = 0
-            similarity[similarity < self.least] = 0
+            similarity = self.by_kernels * cosine + (1 - self.by_kernels) * _iou(before, seen)
+            similarity[(similarity < self.least) | ~self._may_be(before, seen)] = 0
             pairs = zip(*linear_sum_assignment(similarity, maximize=True))
             matched = {column: ids[row] for row, column in pairs if similarity[row, column] > 0}
         return [matched.get(column) or next(self._new) for column in range(len(seen))]
+
+    def _may_be(self, some: list[Track], others: list[Track]) -> np.ndarray:
+        """bool [m, n]: which of some and others may be the same thing, by their classes."""
+        labels = np.array([thing.label for thing in some])
+        return (labels[:, None] == [thing.label for thing in others]) | (not self.same_class)
+
+
+def _iou(some: list[Track], others: list[Track]) -> np.ndarray:
+    """[m, n], 0 where frames differ in size."""
+    masks = ([thing.mask for thing in each] for each in (some, others))
+    return mask_iou(*masks, np.zeros(len(others), bool)).clip(0)
 
 
 def _mask(panoptic: PanopticMap | None, segment: SegmentInfo | Instance) -> dict[str, Any]:
