@@ -197,7 +197,8 @@ class Result:
 
         Returns:
             A list of annotations of instances or semantic classes; of a panoptic map one annotation
-            with `segments_info`, each of which has its mask too.
+            with `segments_info`, each of which has its mask too. What is tracked through a video has
+            its `track_id`.
         """
         records = [
             {
