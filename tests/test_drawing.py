@@ -13,7 +13,7 @@ from knet_jax.segmentation.drawing import (
     CELL,
     FONT,
     THUMBNAIL,
-    Row,
+    Compared,
     as_panoptic,
     class_colors,
     draw,
@@ -140,7 +140,7 @@ def test_panel_holds_pictures_of_any_size():
     def row(height, width):
         image = np.full((height, width, 3), 120, np.uint8)
         truth = halves(SegmentInfo(1, SKY), SegmentInfo(2, CAT), (height, width))
-        return Row(f"{height}", image, truth, PanopticMap(np.zeros_like(truth.ids), ()))
+        return Compared(f"{height}", image, truth, PanopticMap(np.zeros_like(truth.ids), ()))
 
     rows = [row(96, 128), row(128, 96), row(1500, 3000)]
     pictures = [panel([r], CATEGORIES) for r in rows]

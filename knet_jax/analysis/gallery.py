@@ -8,7 +8,7 @@ import numpy as np
 
 from knet_jax.data.prepared_split import Split
 from knet_jax.metrics.counts import Prediction
-from knet_jax.segmentation.drawing import Row
+from knet_jax.segmentation.drawing import Compared
 from knet_jax.system import processes
 
 
@@ -36,9 +36,9 @@ class Gallery:
         kept = chain.from_iterable(processes.exchange(self._kept))
         return sorted(kept, key=lambda one: one.index)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Compared]:
         """The same pictures with truth and prediction, to be drawn."""
         return [
-            Row(self._split.file_name(i), self._split.image(i), truth, prediction)
+            Compared(self._split.file_name(i), self._split.image(i), truth, prediction)
             for i, truth, prediction, *_ in self.kept()
         ]

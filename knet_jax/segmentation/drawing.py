@@ -53,7 +53,7 @@ Segmentation = PanopticMap | Sequence[Instance] | np.ndarray
 """A panoptic map, instances, or integer labels [H, W]: 1 + class, 0 = none."""
 
 
-class Row(NamedTuple):
+class Compared(NamedTuple):
     """One row of a panel: a picture, its truth and what was predicted."""
 
     title: str
@@ -175,7 +175,7 @@ def as_panoptic(
     )
 
 
-def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:
+def panel(rows: Sequence[Compared], categories: Categories) -> np.ndarray:
     """Draws pictures one under another, each as image | truth | prediction.
 
     Small pictures are enlarged until names can be read, large ones are reduced.
@@ -193,7 +193,7 @@ def panel(rows: Sequence[Row], categories: Categories) -> np.ndarray:
     )
 
 
-def _strip(row: Row, categories: Categories) -> np.ndarray:
+def _strip(row: Compared, categories: Categories) -> np.ndarray:
     """Draws one row of a panel, captions above."""
     given = {"truth": row.truth, "prediction": row.prediction}
     return strip(draw_all(row.title, row.image, given, categories))
