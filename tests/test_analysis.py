@@ -96,6 +96,13 @@ def test_what_is_found_twice_and_what_is_too_faint_to_be_shown():
     assert found.calibration[2:, 2].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
 
 
+def test_however_many_things_a_picture_has_all_are_looked_at():
+    masks = np.eye(150, dtype=np.uint8).reshape(150, 10, 15)
+    things = tuple(Instance(rle.encode(mask), CAT, 0.9) for mask in masks)
+    verdicts = findings.judge(findings.compare(things, things))
+    assert [verdict.kind for verdict in verdicts] == [RIGHT] * 150
+
+
 def test_sums_over_a_picture():
     overlaps = findings.compare(TRUTH, FOUND)
     found = findings.find(overlaps, findings.judge(overlaps), CATEGORIES, IDLE)
