@@ -17,7 +17,9 @@ from knet_jax.metrics.counts import Prediction
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Categories, Instance, PanopticMap, SegmentInfo
 from knet_jax.structs import Pass, Stage
+from knet_jax.system.errors import UserError
 from knet_jax.tasks import TASKS
+from knet_jax.training.evaluation import analyse
 
 DOG, CAT, GRASS, NOTHING = range(4)
 CATEGORIES = Categories(("dog", "cat", "grass"), (1, 2, 3), 2)
@@ -94,6 +96,13 @@ def test_what_is_found_twice_and_what_is_too_faint_to_be_shown():
     # By score all count, but for what lies on the crowd of its class.
     assert found.calibration[:, 0].tolist() == [0, 0, 1, 0, 0, 0, 0, 1, 1, 1]
     assert found.calibration[2:, 2].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+
+
+def test_however_many_things_a_picture_has_all_are_looked_at():
+    masks = np.eye(150, dtype=np.uint8).reshape(150, 10, 15)
+    things = tuple(Instance(rle.encode(mask), CAT, 0.9) for mask in masks)
+    verdicts = findings.judge(findings.compare(things, things))
+    assert [verdict.kind for verdict in verdicts] == [RIGHT] * 150
 
 
 def test_sums_over_a_picture():
@@ -251,10 +260,22 @@ def test_a_perfect_network_has_no_worst_picture(tmp_path):
     assert "no scores" in (tmp_path / page.PAGE).read_text()
 
 
+def test_how_many_pictures_is_a_number_of_pictures():
+    for limit in (0, -1, 2.5, "3", True):
+        with pytest.raises(UserError, match=f"limit is {limit!r}; accepted: a whole number of at"):
+            analyse("nowhere", limit=limit)
+
+
 def test_a_chart_draws_what_it_is_given():
     drawn = page.bars(["a", "<b>"], {"x": [50.0, None], "y": [100.0, 0.0]})
     heights = [float(x) for x in re.findall(r'width="24" height="([\d.]+)"', drawn)]
     assert heights == [90, 180, 0] and "&lt;b&gt;" in drawn
+    # What stands below the groups has room, and lies within the chart.
+    labels = [f"{i} of many" for i in range(10, 14)]
+    drawn = page.bars(labels, {"x": [1.0] * 4})
+    at = [float(re.search(rf'x="([\d.]+)"[^>]*>{label}<', drawn)[1]) for label in labels]
+    ends = (0, *at, float(re.search(r'width="([\d.]+)" font', drawn)[1]))
+    assert min(np.diff(at)) > 6 * 10 and min(np.diff(ends)[[0, -1]]) > 3 * 10
     row = page.table(["", "a", "b", "c"], [("r", 1, 3, 0)], is_heat=True)
     assert re.findall(r",0\.\d+\)", row) == [",0.21)", ",0.64)", ",0.00)"]
     assert page.table(["n"], [["a", None], ["b", 1.25]]).count("<td") == 2

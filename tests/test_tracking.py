@@ -192,6 +192,11 @@ def test_what_cannot_be_tracked_is_named(tmp_path, segmenters, monkeypatch):
     sees = segmenters["panoptic"]
     with pytest.raises(UserError, match="threshold is 2; accepted"):
         sees.track([], threshold=2)
+    for see in (sees.track, sees.stream):
+        with pytest.raises(
+            UserError, match="a.avi is one path; accepted: a list of pictures, or fra"
+        ):
+            see(tmp_path / "a.avi")
     with monkeypatch.context() as patch:
         patch.setattr(sees, "config", ConfigDict({"eval": {"window": (64, 64)}}))
         with pytest.raises(UserError, match=r"config.eval.window is \(64, 64\): .*accepted: \(\)"):

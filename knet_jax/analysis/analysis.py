@@ -180,10 +180,8 @@ class Analysis:
         for verdict in judged.verdicts:
             if verdict.kind == RIGHT:
                 continue
-            if verdict.kind == MISSED:
-                mask = _mask(one.truth, verdict.truth)
-            else:
-                mask = _mask(one.prediction, verdict.prediction)
+            side = "truth" if verdict.kind == MISSED else "prediction"
+            mask = _mask(getattr(one, side), getattr(verdict, side))
             mask = cv2.resize(mask, marked.shape[1::-1], interpolation=cv2.INTER_NEAREST)
             lines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
             cv2.drawContours(marked, lines, -1, page.COLORS[verdict.kind], 3)

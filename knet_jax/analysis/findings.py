@@ -120,32 +120,30 @@ def compare(truth: Any, prediction: Any) -> Overlaps:
 
     Args:
         truth: a `PanopticMap`, a sequence of `Instance`, or a map of labels.
-        prediction: of the same kind. Of instances, best first, 100 count.
+        prediction: of the same kind; of instances all count, however many a picture has.
     """
-    is_map = isinstance(truth, np.ndarray)
-    if is_map:
+    has_scores = not isinstance(truth, np.ndarray)
+    if not has_scores:
         truth, prediction = map(PanopticMap.of_labels, (truth, prediction))
-    if isinstance(truth, PanopticMap):
-        true, found = truth.segments, prediction.segments
-        areas = np.bincount(segment_index(truth).ravel(), minlength=len(true) + 1)[1:]
-    else:
-        found = prediction[: instance.MAX_PREDICTIONS]
-        true, areas = truth, np.array([rle.area(one.rle) for one in truth], np.int64)
+    has_map = isinstance(truth, PanopticMap)
+    true, found = (each.segments if has_map else each for each in (truth, prediction))
     true_labels, labels = (
         np.array([one.label for one in each], np.int64) for each in (true, found)
     )
     crowd = np.array([one.iscrowd for one in true], bool)
     own_crowd = crowd[:, None] & (true_labels[:, None] == labels)
-    if isinstance(truth, PanopticMap):
+    if has_map:
+        areas = np.bincount(segment_index(truth).ravel(), minlength=len(true) + 1)[1:]
         iou, spared = panoptic.compare(truth, prediction, own_crowd)
     else:
         masks, true_masks = ([one.rle for one in each] for each in (found, true))
+        areas = np.array([rle.area(mask) for mask in true_masks], np.int64)
         iou = instance.mask_iou(masks, true_masks, crowd).T
         spared = (np.where(own_crowd, iou, 0) > 0.5).any(0)
     scores = np.array([one.score for one in found], np.float64)
     iou = np.where(crowd[:, None], 0, iou)
-    is_shown = (scores >= MIN_SCORE) | isinstance(truth, PanopticMap)
-    return Overlaps(true_labels, areas, crowd, labels, scores, iou, spared, is_shown, not is_map)
+    is_shown = (scores >= MIN_SCORE) | has_map
+    return Overlaps(true_labels, areas, crowd, labels, scores, iou, spared, is_shown, has_scores)
 
 
 def judge(overlaps: Overlaps) -> list[Verdict]:

@@ -32,7 +32,8 @@ figure { margin: 1em 0 }
 img { max-width: 100% } svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: 13px; margin: .5em 0 }
 td, th { padding: 2px 7px; text-align: right; font-weight: normal } th { color: #555 }
-th:first-child { text-align: left; white-space: nowrap } thead th { vertical-align: bottom; border-bottom: 1px solid #ccc }
+th:first-child { text-align: left; white-space: nowrap; max-width: 24em; overflow: hidden;
+  text-overflow: ellipsis } thead th { vertical-align: bottom; border-bottom: 1px solid #ccc }
 .wide { overflow-x: auto } .tall thead th:not(:first-child) { writing-mode: vertical-rl;
   transform: rotate(180deg); text-align: left; max-height: 12em }
 .kernels { display: flex; flex-wrap: wrap; gap: 10px } .kernels figure { margin: 0; width: 110px }
@@ -271,8 +272,9 @@ def table(head: Iterable[Any], rows: Iterable[Sequence[Any]], is_heat: bool = Fa
 
 def bars(labels: Sequence[Any], series: Mapping[str, Sequence[float | None]]) -> str:
     """A chart of values in percent, a group of bars for each label. SVG."""
-    height, base, group = 180, 200, 30 + 26 * len(series)
-    width = max(260, 40 + group * len(labels))
+    height, base, longest = 180, 200, max((len(str(label)) for label in labels), default=0)
+    group = max(30 + 26 * len(series), 12 + 6 * longest)
+    width, first = max(260, 40 + group * len(labels)), 40 + (group - 26 * len(series)) // 2
     marks = "".join(
         f'<path d="M36 {base - height * y / 100}H{width}" stroke="#ddd"/><text x="32" '
         f'y="{base - height * y / 100 + 4}" text-anchor="end">{y}</text>'
@@ -284,12 +286,12 @@ def bars(labels: Sequence[Any], series: Mapping[str, Sequence[float | None]]) ->
         marks += f'<text x="{left + 14}" y="-5">{escape(name)}</text>'
         for i, value in enumerate(values):
             if value is not None:
-                x, tall = 50 + group * i + 26 * j, height * min(max(value, 0), 100) / 100
+                x, tall = first + group * i + 26 * j, height * min(max(value, 0), 100) / 100
                 marks += f'<rect x="{x}" y="{base - tall:.1f}" width="24" height="{tall:.1f}" '
                 marks += f'fill="{hue}"/><text x="{x + 12}" y="{base - tall - 3:.1f}" '
                 marks += f'text-anchor="middle">{value:.0f}</text>'
     for i, label in enumerate(labels):
-        middle = 50 + group * i + 13 * len(series)
+        middle = first + group * i + 13 * len(series)
         marks += f'<text x="{middle}" y="{base + 16}" text-anchor="middle">{_cell(label)}</text>'
     return (
         f'<svg viewBox="0 -16 {width} {base + 42}" width="{width}" font-size="11" fill="#444">'

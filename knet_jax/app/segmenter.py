@@ -143,7 +143,7 @@ class Segmenter:
         Raises:
             UserError: a threshold is not from 0 to 1.
         """
-        return self._stream(map(as_image, images), self._thresholds(threshold, overlap))
+        return self._stream(as_images(images), self._thresholds(threshold, overlap))
 
     def _stream(
         self, images: Iterator[np.ndarray], thresholds: dict[str, float]
@@ -203,7 +203,7 @@ class Segmenter:
                 "and none to be tracked by; accepted: ()"
             )
         tracker, thresholds = tracker or Tracker(), self._thresholds(threshold, overlap)
-        seen = self._see(map(as_image, frames), thresholds, self._predict_with_kernels)
+        seen = self._see(as_images(frames), thresholds, self._predict_with_kernels)
         return (
             tracker.update(self._read(image, found), kernels[found.labels != EMPTY])
             for image, (found, kernels) in seen
@@ -285,6 +285,13 @@ class Segmenter:
                 )
             outputs.append((members, output))
         return outputs
+
+
+def as_images(images: Iterable[Image]) -> Iterator[np.ndarray]:
+    """Reads or copies one picture after the other. Raises UserError where they are a single path."""
+    if isinstance(images, str | os.PathLike):
+        raise UserError(f"{images} is one path; accepted: a list of pictures, or frames of a video")
+    return map(as_image, images)
 
 
 def as_image(image: Image) -> np.ndarray:

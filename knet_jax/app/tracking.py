@@ -17,7 +17,6 @@ from knet_jax.config.rules import MOST_STEPS, is_number, is_whole
 from knet_jax.metrics.instance import mask_iou
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.result import Result
-from knet_jax.segmentation.segments import Instance, PanopticMap, SegmentInfo
 from knet_jax.system.errors import UserError
 
 TWICE = 0.6
@@ -87,7 +86,9 @@ class Tracker:
         places = [i for i, segment in enumerate(segments) if segment.label < num_things]
         lengths = np.linalg.norm(kernels, axis=1, keepdims=True)
         kernels = kernels / np.maximum(lengths, np.finfo(np.float32).tiny)
-        drawn = [Track(segments[i].label, kernels[i], _mask(panoptic, segments[i])) for i in places]
+        things = [segments[i] for i in places]
+        masks = [rle.encode(panoptic.ids == s.id) if panoptic else s.rle for s in things]
+        drawn = [Track(s.label, kernels[i], mask) for s, i, mask in zip(things, places, masks)]
 
         firsts = self._first_of_same(drawn)
         seen = {i: drawn[i] for i in firsts}
@@ -138,7 +139,3 @@ def _iou(some: list[Track], others: list[Track]) -> np.ndarray:
     """[m, n], 0 where frames differ in size."""
     masks = ([thing.mask for thing in each] for each in (some, others))
     return mask_iou(*masks, np.zeros(len(others), bool)).clip(0)
-
-
-def _mask(panoptic: PanopticMap | None, segment: SegmentInfo | Instance) -> dict[str, Any]:
-    return rle.encode(panoptic.ids == segment.id) if panoptic else segment.rle

@@ -91,8 +91,8 @@ def _check_window(config: ConfigDict) -> None:
     window, step = config.eval.window, config.eval.window_step
     if len(step) != len(window) or any(move > side for move, side in zip(step, window)):
         raise UserError(
-            f"config.eval.window_step is {step}; accepted: (height, width) of at most "
-            f"config.eval.window, {window}, so that no pixel is left out"
+            f"config.eval.window_step is {step}; accepted where config.eval.window is {window}: "
+            + ("(height, width) of at most these, so that no pixel is left out" if window else "()")
         )
     multiple = config.data.eval_multiple
     if config.task == "semantic" and window and multiple % STRIDE:

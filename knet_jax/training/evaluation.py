@@ -18,6 +18,7 @@ from tqdm import tqdm
 from knet_jax.analysis.analysis import Analysis
 from knet_jax.analysis.gallery import Gallery
 from knet_jax.analysis.page import PAGE
+from knet_jax.config.rules import MOST_STEPS, is_whole
 from knet_jax.data import pipeline
 from knet_jax.data.prepared_split import Split
 from knet_jax.inference.activity import Activity, average, observe
@@ -238,6 +239,8 @@ def evaluate(
         UserError: there is no such model or checkpoint, or it does not fit the data or the output.
     """
     folder = None if isinstance(model, Model) else local_path("workdir", model)
+    if not (limit is None or is_whole(limit, 1, MOST_STEPS)):
+        raise UserError(f"limit is {limit!r}; accepted: a whole number of at least 1, or None")
     if not (folder or output):
         raise UserError("output is missing: an opened model does not say where results go")
     output = local_path("output", output or folder)
