@@ -219,7 +219,7 @@ def test_an_evaluation_sees_windows_as_a_segmenter_does(tiny_models, tmp_path, t
     sees, evaluator = Segmenter(run), Evaluator(run.network, split, run.config, jax.devices()[:1])
     theirs = list(evaluator.predictions(run.variables))
     assert sorted(one.index for one in theirs) == [0, 1, 2]
-    for index, _, prediction in theirs:
+    for index, _, prediction, *_ in theirs:
         ours = sees(split.image(index), threshold=0.2 if task == "panoptic" else 0.0).prediction
         if task == "instance":
             assert len(ours) == len(prediction) > 20  # more than a window's
