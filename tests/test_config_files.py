@@ -7,6 +7,7 @@ import pytest
 import knet_jax
 from knet_jax.config import files
 from knet_jax.config.files import load_config
+from knet_jax.config.schema import flatten
 from knet_jax.config.validation import validate
 from knet_jax.system.errors import UserError
 
@@ -37,7 +38,7 @@ def spec(tmp_path):
 
 
 def get(config, key):
-    for part in key.split("."):
+    for part in filter(None, key.split(".")):
         config = config[part]
     return config
 
@@ -220,6 +221,29 @@ def test_an_empty_value_is_no_default(spec, tmp_path):
     )
     change_saved(tmp_path, lambda saved: saved.update(eval={}))
     refuse("no key config.eval", files.load_saved_config, tmp_path)
+
+
+ODD = (None, "x", "", [], {}, {"a": 1}, [[1]], ["a", "b"], -1, 0, 1.5, True, 1e999, 10**30, "1")
+
+
+@pytest.mark.parametrize("of", ("shapes_panoptic:tiny", "ade20k_semantic:uper"))
+def test_odd_values_of_a_saved_config_are_sound_or_end_in_one_line(of, tmp_path):
+    """Nothing but a UserError, whatever stands where."""
+    config = load_config(of)
+    files.save_config(config, tmp_path)
+    refused = 0
+    for key in flatten(config):
+        *sections, last = key.split(".")
+        for value in ODD:
+            saved = config.to_dict()
+            get(saved, ".".join(sections))[last] = value
+            (tmp_path / "config.json").write_text(json.dumps(saved))
+            try:
+                validate(files.load_saved_config(tmp_path))
+            except UserError as error:
+                assert "\n" not in str(error), error
+                refused += 1
+    assert refused > 8 * len(flatten(config))
 
 
 def test_a_workdir_without_a_readable_config_is_named(tmp_path):
