@@ -127,6 +127,7 @@ def test_programs_and_flags_are_there(capsys):
             (
                 "runs/demo/analysis/index.html",
                 "out/videos/shapes.json",
+                "runs/many/log.jsonl",
                 "large_segments.png",
                 "out/large/contact_sheet.jpg",
             ),
@@ -140,7 +141,7 @@ def test_a_page_does_what_it_says(page, results, tmp_path):
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     for kind, code in blocks(ROOT / "docs" / page, "bash", "python"):
         if kind == "bash":
-            wanted = r"^(?:\.venv/bin/)?knet (?=shapes|(predict|eval) .*runs/demo( |$))"
+            wanted = r"^(?:\.venv/bin/)?knet (?=shapes|train .*:tiny|(predict|eval) .*runs/demo( |$))"
             lines = code.replace("\\\n", " ").splitlines()
             lines = [line for line in lines if re.match(wanted, line)]
             code = "\n".join(
