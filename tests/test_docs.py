@@ -141,7 +141,9 @@ def test_a_page_does_what_it_says(page, results, tmp_path):
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     for kind, code in blocks(ROOT / "docs" / page, "bash", "python"):
         if kind == "bash":
-            wanted = r"^(?:\.venv/bin/)?knet (?=shapes|train .*:tiny|(predict|eval) .*runs/demo( |$))"
+            wanted = (
+                r"^(?:\.venv/bin/)?knet (?=shapes|train .*:tiny|(predict|eval) .*runs/demo( |$))"
+            )
             lines = code.replace("\\\n", " ").splitlines()
             lines = [line for line in lines if re.match(wanted, line)]
             code = "\n".join(
