@@ -60,7 +60,8 @@ class Analysis:
         self._split, self._task, self._model = split, task, model
         self._num_images = min(num_images, len(split))
         categories, num_kernels = split.categories, model["num_proposals"] + model["num_stuff"]
-        self._rounds = Rounds(task.metric, categories, model["num_stages"])
+        self.rounds = Rounds(task.metric, categories, model["num_stages"])
+        """Scores of the pictures that are looked at, after every update."""
         self._found = findings.no_findings(len(categories.names), num_kernels)
         self._num_objects: dict[int, int] = {}
         self._gallery = Gallery(split, NUM_SHOWN, self._num_images)
@@ -71,7 +72,7 @@ class Analysis:
         predictions = [one for one in predictions if one.index < self._num_images]
         self._gallery.add(predictions)
         for one in predictions:
-            self._rounds.add(one, self._split.image_id(one.index))
+            self.rounds.add(one, self._split.image_id(one.index))
             overlaps = findings.compare(one.truth, one.prediction)
             verdicts = findings.judge(overlaps)
             maps = (one.truth, one.prediction) if isinstance(one.truth, np.ndarray) else None
@@ -103,7 +104,7 @@ class Analysis:
         names, has_proposals = self._split.categories.names, self._model["num_proposals"] > 0
         report = dict(about) | {
             "num_images": int(found.pictures),
-            "rounds": self._rounds.rows(),
+            "rounds": self.rounds.rows(),
             "classes": rows_of_classes(self._split.categories, dict(zip(KINDS, found.kinds.T))),
             "confusion": _confusion(found, names, "segments" if has_proposals else "pixels"),
             "sizes": _sizes(found),
@@ -140,7 +141,7 @@ class Analysis:
         for low, high in zip(NUMBERS, (*NUMBERS[1:], None)):
             only = {i for i, n in self._num_objects.items() if low <= n < (high or np.inf)}
             count = sum(processes.exchange(len(only)))
-            score = self._rounds.scores(only)[name]
+            score = self.rounds.scores(only)[name]
             has_truth = count and (low or self._model["num_stuff"])
             row = {"from": low, "below": high, "images": count, name: score if has_truth else None}
             rows.append(row)

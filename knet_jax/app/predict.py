@@ -74,7 +74,8 @@ def predict_files(
     pictures, videos = find_sources(paths, output)
     if track and not videos:
         raise UserError(
-            f"track: no video among the {len(pictures)} files that are named; accepted: {', '.join(VIDEOS)}"
+            f"track: no video among the {len(pictures)} files that are named; accepted: "
+            + ", ".join(VIDEOS)
         )
     ids = None
     if image_info and pictures:

@@ -17,10 +17,10 @@ from knet_jax.knet import KNet, normalize
 from knet_jax.structs import Batch, Output, Pass, Sizes, Stage
 
 
-def run_network(variables: Any, batch: Batch, *, model: KNet, stage: int = -1) -> Stage:
-    """Runs the network on a batch of one device and returns a stage, the last one by default."""
-    [stage_] = run_rounds(variables, batch, model=model, stages=(stage,))
-    return stage_
+def run_network(variables: Any, batch: Batch, *, model: KNet) -> Stage:
+    """Runs the network on a batch of one device and returns its last stage."""
+    [last] = run_rounds(variables, batch, model=model, stages=(-1,))
+    return last
 
 
 def run_rounds(

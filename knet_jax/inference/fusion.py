@@ -41,7 +41,8 @@ class Fused(NamedTuple):
     """Panoptic maps of a batch, padded to one canvas."""
 
     ids: jax.Array
-    """int16 (int32 from 2^15 masks on) [b, H, W]: 0 = void, 1 + i = the i-th kept segment, best score first."""
+    """int16, or int32 from 2^15 masks on, [b, H, W]: 0 = void, 1 + i = the i-th kept segment, best
+    score first."""
     labels: jax.Array
     """int32 [b, n]: class of each kept segment, `EMPTY` after the last."""
     scores: jax.Array

@@ -386,7 +386,8 @@ def _is_free(box: Sequence[float], taken: Sequence[Sequence[float]]) -> bool:
 def _name(segment: SegmentInfo, categories: Categories) -> tuple[str, str]:
     """Returns the name of a segment, and what may be left out: its score, or that it is a crowd.
 
-    What is tracked through a video has the number of its track, and no score. Where no font has the letters of the name, the id of the class stands for it.
+    What is tracked through a video has the number of its track, and no score. Where no font has the
+    letters of the name, the id of the class stands for it.
     """
     name = categories.names[segment.label]
     if _typeface(name) is None:

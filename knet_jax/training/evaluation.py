@@ -271,7 +271,7 @@ def evaluate(
     num_scored, boundaries = 0, Tally(metric, categories)
     num_updates = model.network.num_stages
     inside = Analysis(split, task, config.model, num_images) if analysis else None
-    after = Rounds(metric, categories, num_updates) if rounds else None
+    after = inside.rounds if analysis else Rounds(metric, categories, num_updates)
     files = None
     if results:
         files = processes.on_main(
@@ -284,10 +284,11 @@ def evaluate(
         gallery.add(predictions)
         for index, truth, result, *_ in predictions if boundary else ():
             boundaries.add(index, truth, result, split.image_id(index), metric.boundary_iou)
-        for one in predictions if rounds else ():
-            after.add(one, split.image_id(one.index))
         if analysis:
             inside.add(predictions)
+        elif rounds:
+            for one in predictions:
+                after.add(one, split.image_id(one.index))
         if files:
             found = [(one.index, one.prediction) for one in predictions]
             for index, result in chain.from_iterable(processes.exchange(found)):

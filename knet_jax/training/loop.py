@@ -65,8 +65,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
     """Trains a network, or goes on with a run that was stopped.
 
     The run lives in the workdir: config.json, checkpoints/, log.jsonl, events/ for TensorBoard,
-    pictures/, analysis/, curve.png. Where it holds an unfinished run of this config, that goes on from its last
-    checkpoint, to the same numbers as if it had never stopped.
+    pictures/, analysis/, curve.png. Where it holds an unfinished run of this config, that goes on from
+    its last checkpoint, to the same numbers as if it had never stopped.
 
     Args:
         config: from `load_config`.
