@@ -122,6 +122,24 @@ def test_who_is_believed_where_windows_differ():
     assert [one[:2] for one in found_in(pair)] == [(0, pytest.approx(0.6)), (0, 0.4)]
 
 
+def test_what_ends_in_a_window_does_not_go_on_beyond_it():
+    """Windows of columns 0 to 31 and 16 to 47 agree in all but two columns of what they share. Joined is
+    what neither shows to its end, and not what the first one shows whole."""
+
+    def bar(start, end):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[8:24, start:end] = 1
+        return (Instance(rle.encode(mask), 0, 0.9),)
+
+    for left, right, areas in (
+        ((10, 32), (0, 24), [30 * 16]),
+        ((10, 30), (0, 24), [24 * 16, 20 * 16]),
+    ):
+        windows = Windows((32, 48), (32, 32), (32, 16))
+        joined = join("instance", windows, [bar(*left), bar(*right)])
+        assert sorted((rle.area(one.rle) for one in joined), reverse=True) == areas
+
+
 def test_windows_vote():
     """By their scores and by how far inside of them a pixel lies; votes of one mind add up."""
 
