@@ -36,6 +36,21 @@ def wide(dtype) -> jnp.dtype:
     return jnp.promote_types(jnp.float32, dtype)
 
 
+@jax.custom_vjp
+def sum_over_devices(x: jax.Array) -> jax.Array:
+    """The sum of an array over the devices that `jax.pmap` maps over, the same on each.
+
+    Where several processes share their CPUs it is taken in the order of the devices, as one process
+    takes it, since gloo's order depends on how many processes there are.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        return jax.lax.all_gather(x, AXIS).sum(0)
+    return jax.lax.psum(x, AXIS)
+
+
+sum_over_devices.defvjp(lambda x: (sum_over_devices(x), None), lambda _, g: (sum_over_devices(g),))
+
+
 he_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 KEPT = "kept"
@@ -138,9 +153,10 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         else:
             x = x.astype(wide(x.dtype))
-            count = jax.lax.psum(x.size // x.shape[-1], AXIS)
-            mean = keep(jax.lax.pmean(x.mean((0, 1, 2)), AXIS))
-            var = keep(jax.lax.pmean(((x - mean) ** 2).mean((0, 1, 2)), AXIS))
+            devices = jax.lax.axis_size(AXIS)
+            count = devices * (x.size // x.shape[-1])
+            mean = keep(sum_over_devices(x.mean((0, 1, 2))) / devices)
+            var = keep(sum_over_devices(((x - mean) ** 2).mean((0, 1, 2))) / devices)
             unbiased = var * (count / max(count - 1, 1))
             running_mean.value += BATCH_NORM_STEP * (mean - running_mean.value)
             running_var.value += BATCH_NORM_STEP * (unbiased - running_var.value)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from knet_jax import losses
 from knet_jax.knet import KNet, normalize
 from knet_jax.matching import LossWeights
-from knet_jax.nn.layers import AXIS
+from knet_jax.nn.layers import AXIS, sum_over_devices
 from knet_jax.objectives import Judgement
 from knet_jax.structs import Batch
 from knet_jax.tasks import Task
@@ -93,7 +93,7 @@ def part_key(seed: int, step: jax.Array, part: jax.Array) -> jax.Array:
 
 def count_targets(part: Batch, *, task: Task) -> losses.Counts:
     """What the losses of a part of a batch are divided by, summed over all devices."""
-    return jax.lax.psum(task.count(task.unpack(part.targets)), AXIS)
+    return jax.tree.map(sum_over_devices, task.count(task.unpack(part.targets)))
 
 
 def accumulate(
@@ -162,9 +162,9 @@ def update(
         the next state, and scalars: every loss term, their sum, the gradient norm before clipping,
         the measures of the task, and the sum of `stops` if there are any.
     """
-    grads = jax.lax.psum(grads, AXIS)
+    grads = jax.tree.map(sum_over_devices, grads)
     judgement = jax.tree.map(lambda *parts: sum(parts), *judgements)
-    (terms, measures), stops = jax.lax.psum((judgement, stops), AXIS)
+    (terms, measures), stops = jax.tree.map(sum_over_devices, (judgement, stops))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = terms | {
