@@ -10,11 +10,10 @@ import pytest
 from knet_jax.data import transforms
 from knet_jax.inference.any_size import (
     Framing,
-    find_rivals,
     resize_into_canvas,
     size_in_canvas,
 )
-from knet_jax.inference.resampling import ResultCanvas, both_to_original
+from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.structs import EMPTY, Pass, Sizes, Stage
 from knet_jax.tasks import TASKS
 
@@ -119,6 +118,24 @@ def test_results_are_those_of_evaluation(task):
             assert np.all(one["labels"][beyond] == EMPTY)
 
 
+def test_maps_of_any_size_are_those_of_evaluation():
+    """Of one pixel, one row or column, the whole array; smaller and larger than what was shown."""
+    _, _, sizes = scene("panoptic")
+    original_size = np.int32([(1, 1), (2, 170), (150, 3), (160, 181), (37, 90), (159, 64)])
+    size = np.int32([(96, 128), (9, 128), (96, 5), (96, 128), (96, 120), (80, 33)])
+    stage = scene("panoptic", seed=2, b=len(size))[0].stage
+    seen = Pass(stage, size, np.int32([(96, 128)] * len(size)), np.zeros(len(size), bool))
+    row, shape = TASKS["panoptic"], (160, 181)
+    options = row.choose_options(sizes, OPTIONS)
+    canvas = ResultCanvas.of(size, original_size)
+    expected = jax.jit(partial(row.predict, canvas=canvas, **options))((seen,), original_size)
+    ids = jax.jit(partial(row.predict_any_size, shape=shape, **options))(seen, original_size)["ids"]
+    for i, (height, width) in enumerate(original_size):
+        ours, theirs = np.asarray(ids[i]), np.asarray(expected.ids[i])
+        assert (ours[:height, :width] == theirs[:height, :width]).mean() > 0.999, original_size[i]
+        assert ours.any() and not ours[height:].any() and not ours[:, width:].any()
+
+
 def test_padding_and_company_change_nothing():
     """A picture alone, in an array of its size, gives what it gives beside another, padded."""
     seen, original_size, sizes = scene("panoptic", seed=1)
@@ -133,19 +150,3 @@ def test_padding_and_company_change_nothing():
         if array.ndim > 2:
             together = together[..., :60, :85]
         np.testing.assert_allclose(np.asarray(array, float), together.astype(float), atol=1e-6)
-
-
-def test_nobody_who_wins_a_pixel_of_a_tile_is_left_out():
-    values = np.random.default_rng(0).uniform(0.9, 1, (9, 2, 12, 16)).astype(np.float32)
-    values *= np.linspace(0.8, 1, 9)[:, None, None, None]
-    values[8, :, :, 8:] = 0
-    size = np.int32([(40, 60), (48, 51)])
-    seen = Pass(None, size, np.int32([(48, 64)] * 2), np.array([False, True]))
-    y, x = both_to_original(seen, 2 * size, (12, 16), (96, 120), np.float32)
-    y_tiles, x_tiles = (jnp.stack(jnp.split(w, 4, axis=1)) for w in (y, x))
-    rivals = np.array(find_rivals(jnp.asarray(values), y_tiles, x_tiles.swapaxes(2, 3)))
-    assert rivals.any((0, 1))[8] and rivals.any(2).all() and rivals.mean() < 0.8
-    best = np.einsum("bhi,nbij,bwj->nbhw", y, values, x).argmax(0)
-    for i, row in enumerate(np.split(best, 4, axis=1)):
-        for j, tile in enumerate(np.split(row, 4, axis=2)):
-            assert rivals[i, j, np.unique(tile)].all()

@@ -52,6 +52,7 @@ ELEMENTWISE = {
     "limits": lambda x: jnp.maximum(x, 1) + jnp.minimum(x, 0),
     "choice": lambda x: jnp.where((x > 0) & (x < 2) | (x <= -1), x, 2 * x),
     "choice of truths": lambda x: jnp.where(x > 0, x < 1, x != -2),
+    "opposite": lambda x: ~(x > 0),
     "whole numbers": lambda x: x.astype(int) // 2 + x.astype(int) % 3,
     "remainder": lambda x: jax.lax.rem(x.astype(jnp.int32), jnp.int32(3)),
     "types": lambda x: x.astype(jnp.int16) * jnp.int16(2),
@@ -84,6 +85,7 @@ REDUCTIONS = {
     "sum": lambda x: x.sum((1, 2)),
     "mean": lambda x: x.mean((0, 2)),
     "largest": lambda x: x.max(1),
+    "least": lambda x: x.min((0, 2)),
     "place of the largest": lambda x: jnp.round(x).argmax(2),
     "sorted": lambda x: jnp.sort(x, axis=2),
     "order of equals": lambda x: jnp.argsort(jnp.floor(x / 3), axis=2),
@@ -106,6 +108,13 @@ GATHERS = {
     ),
     "elements of each": lambda x: jnp.take_along_axis(
         x, jnp.argsort(x, axis=2), axis=2, mode="promise_in_bounds"
+    ),
+    "a table of rows": lambda x: jnp.take(x, jnp.array([[3, 0], [1, 4]]), axis=1, mode="clip"),
+    "part from a computed place": lambda x: jax.lax.dynamic_slice(
+        x, (0, jnp.int32(x.sum()) % 3, jnp.int32(x.max()) + 9), (1, 2, 3)
+    ),
+    "counts": lambda x: (
+        jnp.zeros(4, int).at[abs(x.astype(int)).reshape(-1) % 4].add(1, mode="promise_in_bounds")
     ),
     "columns of each": lambda x: jax.vmap(partial(jnp.take, axis=1, mode="clip"))(
         x, jnp.round(x[:, 0, :4]).astype(int)

@@ -35,6 +35,7 @@ ELEMENTWISE: dict[str, Any] = {
     "min": "Min",
     "mul": "Mul",
     "neg": "Neg",
+    "not": "Not",
     "or": "Or",
     "sign": "Sign",
     "sqrt": "Sqrt",
@@ -183,12 +184,26 @@ def _gather(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     if params["mode"] == modes.CLIP:
         limit = g.op("Sub", g.dim(shape[axes[0]]), g.constant(np.int64([1])))
         places = g.op("Max", g.op("Min", places, limit), g.constant(np.int64([0])))
-    y = _turn(g, g.read(x), [*batch, *axes, *whole])
-    y = g.op("GatherND", y, places, batch_dims=len(batch))
-    # First the axes of the indices, then those of the slices, for which JAX names other places.
-    offsets = list(numbers.offset_dims)
-    others = [i for i in range(eqn.outvars[0].aval.ndim) if i not in offsets]
-    return [Tensor(_turn(g, y, np.argsort([*others, *offsets]).tolist()))]
+    # JAX names where the axes of the slices are in the result; the others are those of the indices.
+    slices = list(numbers.offset_dims)
+    others = [i for i in range(eqn.outvars[0].aval.ndim) if i not in slices]
+    if batch:
+        y = _turn(g, g.read(x), [*batch, *axes, *whole])
+        y = g.op("GatherND", y, places, batch_dims=len(batch))
+        order = [*others, *slices]
+    else:
+        places = g.reshape(places, eqn.invars[1].aval.shape[:-1])
+        y = g.op("Gather", g.read(x), places, axis=axes[0])
+        order = [*slices[: axes[0]], *others, *slices[axes[0] :]]
+    return [Tensor(_turn(g, y, np.argsort(order).tolist()))]
+
+
+def _scatter_add(g: Graph, eqn: JaxprEqn, x: str, places: str, updates: str) -> str:
+    """Numbers that are added to those of a list."""
+    if eqn.invars[0].aval.ndim != 1 or eqn.params["dimension_numbers"].update_window_dims:
+        raise UserError("what is added to slices, or to more than one axis, has no translation")
+    places = g.reshape(_cast(g, places, np.int64), eqn.invars[2].aval.shape)
+    return g.op("ScatterElements", x, places, updates, axis=0, reduction="add")
 
 
 # Everything else.
@@ -234,6 +249,17 @@ def _slice(g: Graph, eqn: JaxprEqn, x: str) -> str:
     steps = eqn.params["strides"] or [1] * len(start)
     axes = g.constant(np.arange(len(start)))
     return g.op("Slice", x, g.shape(start), g.shape(limit), axes, g.shape(steps))
+
+
+def _dynamic_slice(g: Graph, eqn: JaxprEqn, x: str, *starts: str) -> str:
+    sizes, zero = g.shape(eqn.params["slice_sizes"]), g.constant(np.int64([0]))
+    last = g.op("Sub", g.shape(eqn.invars[0].aval.shape), sizes)
+    starts = [
+        g.op("Reshape", _cast(g, start, np.int64), g.constant(np.int64([1]))) for start in starts
+    ]
+    start = g.op("Max", g.op("Min", g.op("Concat", *starts, axis=0), last), zero)
+    axes = g.constant(np.arange(len(starts)))
+    return g.op("Slice", x, start, g.op("Add", start, sizes), axes)
 
 
 def _split(g: Graph, eqn: JaxprEqn, x: str) -> list[str]:
@@ -395,12 +421,15 @@ PLAIN: dict[str, Callable[..., str | list[str]]] = {
     "concatenate": _concatenate,
     "dim_as_value": _dim_as_value,
     "dot_general": _dot,
+    "dynamic_slice": _dynamic_slice,
     "pad": _pad,
     "reduce_max": _reduce("ReduceMax"),
+    "reduce_min": _reduce("ReduceMin"),
     "reduce_sum": _reduce("ReduceSum"),
     "reduce_window_max": _max_pool,
     "reshape": _reshape,
     "scan": _scan,
+    "scatter-add": _scatter_add,
     "slice": _slice,
     "sort": _sort,
     "split": _split,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from knet_jax.inference import postprocess
+from knet_jax.inference.fusion import GROUP, MASK_STRIDE, SLACK, TileAxis
 from knet_jax.inference.postprocess import ROWS, best_pairs
 from knet_jax.inference.resampling import ResultCanvas, both_to_original, taps
 from knet_jax.inference.segment_ranking import best_classes, find_eligible, rank_segments
@@ -23,11 +24,11 @@ from knet_jax.structs import EMPTY, Pass
 
 Results = dict[str, jax.Array]
 
-TILE, COLUMNS = 64, 8
-"""Masks compete in tiles of 64 rows of pixels, of which 8 share the width of a picture."""
+TILE = 16
+"""Logits along each side of the tiles in which masks compete."""
 
-ROUNDING = 1e-5
-"""Relative slack of the bounds, far above the rounding of float32."""
+IN = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+"""Of indices that there are: nothing needs to be done about others."""
 
 
 class Framing(NamedTuple):
@@ -105,10 +106,15 @@ def resize_into_canvas(
 # After the network.
 
 
+def inside_picture(original_size: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Which pixels of a canvas belong to the picture of a size [2]. bool [H, W]."""
+    rows, columns = (jnp.arange(side) < original_size[i] for i, side in enumerate(shape))
+    return rows[:, None] & columns
+
+
 def inside_pictures(original_size: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Which pixels of a canvas belong to the pictures of some sizes [b, 2]. bool [b, H, W]."""
-    rows, columns = (jnp.arange(side) < original_size[:, i, None] for i, side in enumerate(shape))
-    return rows[:, :, None] & columns[:, None, :]
+    return jax.vmap(partial(inside_picture, shape=shape))(original_size)
 
 
 def at_stride_4(masks: jax.Array) -> jax.Array:
@@ -134,111 +140,183 @@ def predict_panoptic(
     instance_threshold: float,
     overlap_threshold: float,
 ) -> Results:
-    """The map of `fusion.predict_panoptic`: in each tile, of the masks that may win a pixel there.
+    """The map of `fusion.predict_panoptic`, one tile of one picture after the other.
 
     Returns:
         ids int32 [b, H, W]: 0 = void, 1 + i = segment i; labels int32 [b, n] and scores [b, n] of
         the segments, best first, `EMPTY` and 0 after the last.
     """
-    b, n, k = seen.stage.logits.shape
+    k = seen.stage.logits.shape[2]
     scores, labels = best_classes(seen.stage.logits, num_things)
-    probs = at_stride_4(seen.stage.masks)
-    nothing = jnp.zeros((n, b), jnp.int32)
 
-    # Tiles: weights of their rows [rows, b, TILE, 2h] and columns [columns, b, 2w, side].
-    rows, side = (shape[0] + TILE - 1) // TILE, (shape[1] + COLUMNS - 1) // COLUMNS
-    num_pixels = rows * TILE, COLUMNS * side
-    y, x = both_to_original(seen, original_size, probs.shape[2:], num_pixels, probs.dtype)
-    x, inside = x.swapaxes(1, 2), inside_pictures(original_size, num_pixels)
-    y_tiles = y.reshape(b, rows, TILE, -1).swapaxes(0, 1)
-    x_tiles = x.reshape(b, -1, COLUMNS, side).transpose(2, 0, 1, 3)
-    inside_tiles = inside.reshape(b, rows, TILE, COLUMNS, side).transpose(1, 3, 0, 2, 4)
-    rivals = find_rivals(scores.T[:, :, None, None] * probs, y_tiles, x_tiles)
+    def fuse_one(picture: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The owner of every pixel [H, W], n for nobody; and of each mask [n] whether it may be kept,
+        and the pixels that it owns and has."""
+        masks, scores, size, original_size = picture
+        n = len(scores)
+        tiles = _Tiles.of(masks, size, original_size, shape)
+        owner = tiles.merge(tiles.map(partial(_find_owners, scores)))
+        owner = jnp.where(inside_picture(original_size, shape), owner, n)
+        owned = _count(owner, n + 1)[:n]
+        num_proposals = n - (k - num_things)
+        [eligible] = find_eligible(owned[None], scores[None], num_proposals, instance_threshold)
+        area = tiles.map(partial(_count_half, eligible)).sum((0, 1))
+        return owner, eligible, owned, area
 
-    def fuse(y: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        """The owner of each pixel of a tile [b, TILE, side], n for nobody; what each owns [n, b]."""
-        x, inside, rivals = tile
-
-        def compete(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            best, owner = state
-            value = choose(scores.T, i)[:, None, None] * at_pixels(choose(probs, i), y, x)
-            return jnp.maximum(value, best), jnp.where(value > best, i, owner)
-
-        def count(i: jax.Array, owned: jax.Array) -> jax.Array:
-            return put(owned, i, (owner == i).sum((1, 2)))
-
-        nobody = (
-            jnp.where(inside, -1, jnp.inf).astype(probs.dtype),
-            jnp.full(inside.shape, n, jnp.int32),
-        )
-        _, owner = for_each(rivals, compete, nobody)
-        return owner, for_each(rivals, count, nothing)
-
-    def fuse_row(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        y, *tiles = row
-        return jax.lax.map(partial(fuse, y), (x_tiles, *tiles))
-
-    def measure(i: jax.Array, area: jax.Array) -> jax.Array:
-        mask = (at_pixels(choose(probs, i), y, x) >= 0.5) & inside
-        return put(area, i, mask.sum((1, 2)))
-
-    owner, owned = jax.lax.map(fuse_row, (y_tiles, inside_tiles, rivals))
-    owner = owner.transpose(2, 0, 3, 1, 4).reshape(b, *num_pixels)[:, : shape[0], : shape[1]]
-    owned = owned.sum((0, 1)).T
-    eligible = find_eligible(owned, scores, n - (k - num_things), instance_threshold)
-    area = for_each(eligible.sum(0) > 0, measure, nothing).T
-    ids, labels, scores, _ = rank_segments(eligible, owned, area, labels, scores, overlap_threshold)
-    ids = jax.vmap(partial(jnp.take, mode="clip"))(ids, owner)
+    pictures = seen.stage.masks, scores, seen.size, original_size
+    owner, *counts = jax.lax.map(fuse_one, pictures)
+    ids, labels, scores, _ = rank_segments(*counts, labels, scores, overlap_threshold)
+    ids = jax.vmap(choose)(ids, owner)
     return {"ids": ids.astype(jnp.int32), "labels": labels, "scores": scores}
 
 
-def choose(arrays: jax.Array, i: jax.Array) -> jax.Array:
-    """The i-th of some arrays [n, …]."""
-    return jnp.take(arrays, i, axis=0, mode="clip")
+class _Tile(NamedTuple):
+    """A part of a picture, and the logits around it."""
+
+    logits: jax.Array
+    """[n, c, c']"""
+    y: TileAxis
+    """Its matrices `GROUP` times: `double` [g, d, c], `resample` [g, p, d]."""
+    x: TileAxis
+    """With `double` [c', d'] and `resample` [d', q]."""
+
+    @property
+    def inside(self) -> jax.Array:
+        """Which pixels are of the tile and of the picture. bool [p, q]."""
+        return self.y.inside[:, None] & self.x.inside
+
+    def values(self, kernels: jax.Array, factors: jax.Array | float = 1) -> jax.Array:
+        """Probabilities of `GROUP` masks at the pixels, by factors [g, 1, 1]. -> [g, p, q]."""
+        # Products of two arrays of matrices, or of one with a matrix: ONNX has no others.
+        matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        logits = matmul(self.y.double, choose(self.logits, kernels))
+        probs = factors * jax.nn.sigmoid(matmul(logits, self.x.double))
+        return matmul(self.y.resample, matmul(probs, self.x.resample))
 
 
-def put(numbers: jax.Array, i: jax.Array, new: jax.Array) -> jax.Array:
-    """Numbers [n, b], with new ones [b] in row i."""
-    return jnp.where(jnp.arange(numbers.shape[0])[:, None] == i, new, numbers)
+class _Tiles(NamedTuple):
+    """A picture in r x c tiles, whose sizes in pixels follow from its own."""
+
+    logits: jax.Array
+    """[n, h, w]"""
+    y: TileAxis
+    x: TileAxis
+    """As `_Tile.x`."""
+    places: tuple[jax.Array, jax.Array]
+    """int32 [H] and [W]: at which row (column) of all tiles' those of the picture lie."""
+
+    @classmethod
+    def of(
+        cls, masks: jax.Array, size: jax.Array, original_size: jax.Array, shape: Sequence[int]
+    ) -> _Tiles:
+        """Cuts a picture of masks [n, h, w], the size that the network saw, its own and its canvas'."""
+
+        def cut(i: int) -> tuple[TileAxis, jax.Array]:
+            num_logits = masks.shape[1 + i]
+            count = -(-num_logits // TILE)
+            offsets = jnp.arange((shape[i] + count - 1) // count)
+            step = jax.lax.div(original_size[i] + (count - 1), jnp.int32(count))
+            pixels = jnp.arange(count)[:, None] * step + offsets
+            inside = (offsets < step) & (pixels < original_size[i])
+            span = 2 * MASK_STRIDE * num_logits / count
+            ends = size[i], original_size[i]
+            axis = TileAxis.of(pixels, inside, *ends, num_logits, span, masks.dtype)
+            # Pixels that do not count have no probability.
+            axis = axis._replace(resample=axis.resample * inside[:, :, None])
+            pixels = jnp.minimum(jnp.arange(shape[i]), original_size[i] - 1)
+            return axis, jax.lax.div(pixels, step) * offsets.shape[0] + jax.lax.rem(pixels, step)
+
+        (y, rows), (x, columns) = cut(0), cut(1)
+        x = x._replace(double=x.double.swapaxes(1, 2), resample=x.resample.swapaxes(1, 2))
+        return cls(masks, y, x, (rows, columns))
+
+    def map(self, visit: Callable[[_Tile], jax.Array]) -> jax.Array:
+        """`visit` of each tile, in an array [r, c, …]."""
+
+        def visit_row(y: TileAxis) -> jax.Array:
+            row = window(self.logits, y.columns, axis=1)
+            double, resample = (
+                jnp.broadcast_to(m, (GROUP, *m.shape)) for m in (y.double, y.resample)
+            )
+            y = y._replace(double=double, resample=resample)
+
+            def visit_one(x: TileAxis) -> jax.Array:
+                return visit(_Tile(window(row, x.columns, axis=2), y, x))
+
+            return jax.lax.map(visit_one, self.x)
+
+        return jax.lax.map(visit_row, self.y)
+
+    def merge(self, tiles: jax.Array) -> jax.Array:
+        """The picture [H, W] of tiles [r, c, p, q]."""
+        r, c, p, q = tiles.shape
+        rows, columns = self.places
+        canvas = choose(tiles.transpose(0, 2, 1, 3).reshape(r * p, c * q), rows)
+        return choose(canvas, columns, axis=1)
 
 
-def for_each(chosen: jax.Array, visit: Callable[[jax.Array, Any], Any], state: Any) -> Any:
-    """The last state of `visit(i, state) -> state` for every i that is chosen, bool [n], in order."""
-    numbers = jnp.arange(len(chosen), dtype=jnp.int32)
-    order = jnp.argsort(jnp.where(chosen, numbers, len(chosen)))
-    count = chosen.sum(dtype=jnp.int32)
-    return jax.lax.fori_loop(0, count, lambda i, s: visit(choose(order, i), s), state)
+def _find_owners(scores: jax.Array, tile: _Tile) -> jax.Array:
+    """The mask of the largest score x probability at every pixel, the first of equals. int32 [p, q].
 
-
-def find_rivals(values: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-    """Which masks may be the highest at a pixel of each tile.
-
-    A pixel is a mean of at most three neighbours at stride 4, in both directions. So none of a mask's
-    is higher than the highest of nine, and the winner is no lower than the lowest of another's nine.
-
-    Args:
-        values: [n, b, h, w] at stride 4, not negative.
-        y: weights of the rows of tiles, [r, b, H, h].
-        x: weights of their columns, [c, b, w, W].
-
-    Returns:
-        bool [r, c, n].
+    Masks compete in the order of what they can reach at most, until that is less than what every
+    pixel already has.
     """
+    n = len(scores)
+    bound = scores * jax.nn.sigmoid(tile.logits.max((1, 2))) * (1 + SLACK)
+    order = jnp.argsort(-bound).astype(jnp.int32)
+    bound = choose(bound, order)
 
-    def highest(x: jax.Array, *window: int) -> jax.Array:
-        window = (1, 1, *window)
-        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, (1,) * 4, "VALID")
+    def is_open(state: tuple[jax.Array, ...]) -> jax.Array:
+        visited, best, _ = state
+        return (visited < n) & (choose(bound, jnp.minimum(visited, n - 1)) >= best.min())
 
-    def read(weights: jax.Array) -> jax.Array:
-        """Which threes have a part in tiles, by the largest weights. [t, b, h] -> [t, b, h - 2]"""
-        return (highest(weights[:, :, None], 1, 3)[:, :, 0] > 0).astype(weights.dtype)
+    def compete(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        visited, best, owner = state
+        places = jnp.minimum(visited + jnp.arange(GROUP), n - 1)  # the last may repeat
+        kernels = jnp.sort(choose(order, places))
+        values = tile.values(kernels, choose(scores, kernels)[:, None, None])
+        top, who = values.max(0), choose(kernels, values.argmax(0))
+        wins = (top > best) | ((top == best) & (who < owner))
+        return visited + GROUP, jnp.maximum(top, best), jnp.where(wins, who, owner)
 
-    lowest = -highest(-values, 3, 3)
-    may_win = (highest(values, 3, 3) >= (1 - ROUNDING) * lowest.max(0)).swapaxes(0, 1)
-    b, n, h, w = may_win.shape
-    may_win = may_win.astype(y.dtype).reshape(b, n * h, w)  # one product of matrices a picture
-    may_win = jnp.matmul(may_win, read(x.max(3)).transpose(1, 2, 0)).reshape(b, n, h, -1) > 0
-    return jnp.einsum("bnhc,rbh->rcn", may_win.astype(y.dtype), read(y.max(2))) > 0
+    best = jnp.where(tile.inside, -1, jnp.inf).astype(scores.dtype)
+    state = jnp.int32(0), best, jnp.full(best.shape, n, jnp.int32)
+    return jax.lax.while_loop(is_open, compete, state)[2]
+
+
+def _count_half(wanted: jax.Array, tile: _Tile) -> jax.Array:
+    """Pixels of probability one half or more of the wanted masks, bool [n]. -> int32 [n], else 0."""
+    n = len(wanted)
+    everywhere = tile.logits.min((1, 2)) > SLACK
+    nowhere = tile.logits.max((1, 2)) < -SLACK
+    counted = wanted & ~everywhere & ~nowhere
+    order = jnp.argsort(jnp.where(counted, 0, 1)).astype(jnp.int32)
+    count = counted.sum(dtype=jnp.int32)
+
+    def measure(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        visited, area = state
+        places = visited + jnp.arange(GROUP)
+        kernels = choose(order, jnp.minimum(places, n - 1))
+        half = (tile.values(kernels) >= 0.5).sum((1, 2))
+        return visited + GROUP, area.at[kernels].add(jnp.where(places < count, half, 0), **IN)
+
+    area = jnp.where(wanted & everywhere, tile.inside.sum(), 0).astype(jnp.int32)
+    return jax.lax.while_loop(lambda s: s[0] < count, measure, (jnp.int32(0), area))[1]
+
+
+def _count(numbers: jax.Array, n: int) -> jax.Array:
+    """How often each number from 0 to n - 1 occurs. int32 [n]."""
+    return jnp.zeros(n, jnp.int32).at[numbers.reshape(-1)].add(1, **IN)
+
+
+def choose(array: jax.Array, i: jax.Array, axis: int = 0) -> jax.Array:
+    """What is at indices of an axis, all of which there are."""
+    return array.at[(slice(None),) * axis + (i,)].get(**IN)
+
+
+def window(array: jax.Array, i: jax.Array, axis: int) -> jax.Array:
+    """What is at successive indices of an axis, all of which there are."""
+    return jax.lax.dynamic_slice_in_dim(array, i[0], len(i), axis)
 
 
 def predict_instances(

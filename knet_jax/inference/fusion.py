@@ -51,38 +51,49 @@ class Fused(NamedTuple):
     """int32 [b, n]: which kernel each kept segment is, of no meaning after the last."""
 
 
-class _Axis(NamedTuple):
-    """How the tiles of one axis are resampled from mask logits, for one picture."""
+class TileAxis(NamedTuple):
+    """How the tiles of one axis are resampled from mask logits, for one picture, t tiles of p pixels."""
 
     columns: jax.Array
-    """int32 [tiles, c]: the logits that a tile needs (stride 8)."""
+    """int32 [t, c]: the logits that a tile needs (stride 8), one after the other."""
     double: jax.Array
-    """[tiles, d, c]: from them to logits at stride 4."""
+    """[t, d, c]: from them to logits at stride 4."""
     resample: jax.Array
-    """[tiles, TILE, d]: from probabilities at stride 4 to the pixels of the tile."""
+    """[t, p, d]: from probabilities at stride 4 to the pixels of the tile."""
     inside: jax.Array
-    """bool [tiles, TILE]: pixels of the picture."""
+    """bool [t, p]: pixels of the picture."""
 
+    @classmethod
+    def of(
+        cls, pixels, inside, size, original_size, num_logits: int, span: float, dtype
+    ) -> TileAxis:
+        """Resampling along one axis: logits -> x2 -> sigmoid -> input size, cropped -> original.
 
-def _axis(size, original_size, num_logits: int, num_pixels: int, shrink: float, dtype) -> _Axis:
-    """Resampling along one axis: logits -> x2 -> sigmoid -> input size, cropped -> original."""
-    num_rows = 2 * num_logits
-    # A tile spans at most TILE * shrink input pixels; on top come the taps at both ends.
-    d = min(int(TILE * shrink) // MASK_STRIDE + 4, num_rows)
-    c = min(d // 2 + 2, num_logits)
+        Args:
+            pixels: int32 [t, p], those of each tile in ascending order.
+            inside: bool [t, p], which of them are of the picture.
+            size: [] of the resized picture within the input.
+            original_size: [] of the picture.
+            num_logits: of a mask.
+            span: pixels of the input, at most, from the first to the last that is inside of a tile.
+            dtype: of the weights.
+        """
+        num_rows = 2 * num_logits
+        # On top of what a tile spans come the taps at both ends.
+        d = min(int(span) // MASK_STRIDE + 4, num_rows)
+        c = min(d // 2 + 2, num_logits)
 
-    def tile(start: jax.Array) -> _Axis:
-        pixels = start + jnp.arange(TILE)
-        reads = Reads.of(pixels, size, original_size, num_rows, 1 / MASK_STRIDE, dtype)
-        first, _ = reads.lower
-        rows = jnp.minimum(first[0] + jnp.arange(d), num_rows - 1)
+        def tile(pixels: jax.Array, inside: jax.Array) -> TileAxis:
+            reads = Reads.of(pixels, size, original_size, num_rows, 1 / MASK_STRIDE, dtype)
+            first, _ = reads.lower
+            rows = jnp.minimum(first.min(), num_rows - d) + jnp.arange(d)
 
-        above, above_fraction = taps(rows.astype(dtype), 0.5, num_logits)
-        columns = jnp.minimum(above[0] + jnp.arange(c), num_logits - 1)
-        double = matrix(above, above_fraction, num_logits, columns)
-        return _Axis(columns, double, reads.weights(rows), pixels < original_size)
+            above, above_fraction = taps(rows.astype(dtype), 0.5, num_logits)
+            columns = jnp.minimum(above[0], num_logits - c) + jnp.arange(c)
+            double = matrix(above, above_fraction, num_logits, columns)
+            return cls(columns, double, reads.weights(rows), inside)
 
-    return jax.vmap(tile)(jnp.arange(0, num_pixels, TILE))
+        return jax.vmap(tile)(pixels, inside)
 
 
 class _Tiles(NamedTuple):
@@ -92,9 +103,9 @@ class _Tiles(NamedTuple):
     """int32 [t]."""
     logits: jax.Array
     """[t, n, c, c'] the part of every mask that the tile is resampled from."""
-    y: _Axis
+    y: TileAxis
     """[t, …]."""
-    x: _Axis
+    x: TileAxis
     inside: jax.Array
     """bool [t, TILE, TILE]."""
 
@@ -118,8 +129,14 @@ def _cut(masks, size, original_size, canvas: ResultCanvas) -> _Tiles:
     ty, tx = canvas.height // TILE, canvas.width // TILE
 
     def one(logits, size, original_size):
-        y = _axis(size[0], original_size[0], h, canvas.height, canvas.shrink, masks.dtype)
-        x = _axis(size[1], original_size[1], w, canvas.width, canvas.shrink, masks.dtype)
+        def axis(i: int, num_logits: int, num_pixels: int) -> TileAxis:
+            pixels = jnp.arange(num_pixels).reshape(-1, TILE)
+            inside = pixels < original_size[i]
+            span = TILE * canvas.shrink
+            args = (size[i], original_size[i], num_logits, span, masks.dtype)
+            return TileAxis.of(pixels, inside, *args)
+
+        y, x = axis(0, h, canvas.height), axis(1, w, canvas.width)
         near = jnp.take(jnp.take(logits, y.columns, axis=1), x.columns, axis=3)
         near = near.transpose(1, 3, 0, 2, 4).reshape(ty * tx, n, *near.shape[2::2])
         y = jax.tree.map(lambda array: jnp.repeat(array, tx, axis=0), y)

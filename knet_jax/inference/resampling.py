@@ -93,10 +93,9 @@ def taps(position: jax.Array, scale: jax.Array | float, size) -> tuple[jax.Array
 
 
 def matrix(lower: jax.Array, fraction: jax.Array, size, columns: jax.Array) -> jax.Array:
-    """Bilinear weights as rows over `columns`; columns that repeat an index count once."""
-    first = jnp.concatenate([jnp.ones_like(columns[:1], bool), columns[1:] != columns[:-1]])
-    is_lower = (lower[:, None] == columns) & first
-    is_upper = (jnp.minimum(lower + 1, size - 1)[:, None] == columns) & first
+    """Bilinear weights as rows over `columns`, all different."""
+    is_lower = lower[:, None] == columns
+    is_upper = jnp.minimum(lower + 1, size - 1)[:, None] == columns
     return jnp.where(is_lower, 1 - fraction[:, None], 0) + jnp.where(is_upper, fraction[:, None], 0)
 
 
