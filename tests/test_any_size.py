@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from knet_jax.data import transforms
+from knet_jax.inference import any_size
 from knet_jax.inference.any_size import (
     Framing,
     resize_into_canvas,
     size_in_canvas,
 )
-from knet_jax.inference.resampling import ResultCanvas
+from knet_jax.inference.resampling import ResultCanvas, both_to_original
 from knet_jax.structs import EMPTY, Pass, Sizes, Stage
 from knet_jax.tasks import TASKS
 
@@ -118,14 +119,46 @@ def test_results_are_those_of_evaluation(task):
             assert np.all(one["labels"][beyond] == EMPTY)
 
 
+def test_owners_and_areas_of_tiles_are_those_of_whole_masks():
+    """In nine tiles of a padded picture; half of the masks are there twice, one covers everything."""
+    n, canvas, size, original_size = 48, (288, 320), (250, 300), (150, 170)
+    rng = np.random.default_rng(2)
+    masks = np.array(jax.image.resize(rng.normal(0, 5, (n, 5, 6)), (n, 36, 40), "cubic"))
+    scores = rng.uniform(0.2, 0.9, n).astype(np.float32)
+    masks[n // 2 :], scores[n // 2 :] = masks[: n // 2], scores[: n // 2]
+    masks[0], scores[0] = 9, 0.05
+    masks = jnp.asarray(masks, jnp.float32)
+    wanted = jnp.arange(n) % 3 < 2
+
+    sizes = jnp.asarray([size]), jnp.asarray([original_size])
+    seen = Pass(None, sizes[0], jnp.asarray([canvas]), jnp.zeros(1, bool))
+    [y], [x] = both_to_original(seen, sizes[1], (72, 80), original_size, jnp.float32)
+    probs = y @ any_size.at_stride_4(masks[None])[:, 0] @ x.T
+    owners = (scores[:, None, None] * probs).argmax(0)
+    areas = jnp.where(wanted, (probs >= 0.5).sum((1, 2)), 0)
+
+    @jax.jit
+    def fuse(masks):
+        tiles = any_size._Tiles.of(masks, sizes[0][0], sizes[1][0], (160, 181))
+        find = partial(any_size._find_owners, jnp.asarray(scores))
+        areas = tiles.map(partial(any_size._count_half, wanted)).sum((0, 1))
+        return tiles.merge(tiles.map(find)), areas
+
+    found, counted = fuse(masks)
+    assert (found[:150, :170] == owners).mean() > 0.999 and len(np.unique(owners)) > 9
+    np.testing.assert_allclose(counted, areas, atol=3)
+    assert counted[0] == 150 * 170
+    found, _ = fuse(jnp.full_like(masks, 30.0))
+    assert np.unique(found[:150, :170]).tolist() == [scores.argmax()]
+
+
 def test_maps_of_any_size_are_those_of_evaluation():
     """Of one pixel, one row or column, the whole array; smaller and larger than what was shown."""
-    _, _, sizes = scene("panoptic")
+    stage, sizes, shape = scene("panoptic", seed=2, b=6)[0].stage, scene("panoptic")[2], (160, 181)
     original_size = np.int32([(1, 1), (2, 170), (150, 3), (160, 181), (37, 90), (159, 64)])
     size = np.int32([(96, 128), (9, 128), (96, 5), (96, 128), (96, 120), (80, 33)])
-    stage = scene("panoptic", seed=2, b=len(size))[0].stage
-    seen = Pass(stage, size, np.int32([(96, 128)] * len(size)), np.zeros(len(size), bool))
-    row, shape = TASKS["panoptic"], (160, 181)
+    seen = Pass(stage, size, np.int32([(96, 128)] * 6), np.zeros(6, bool))
+    row = TASKS["panoptic"]
     options = row.choose_options(sizes, OPTIONS)
     canvas = ResultCanvas.of(size, original_size)
     expected = jax.jit(partial(row.predict, canvas=canvas, **options))((seen,), original_size)
