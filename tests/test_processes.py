@@ -16,6 +16,7 @@ from tiny_training import overrides_of
 
 from knet_jax import evaluate, load_config
 from knet_jax.config.validation import validate
+from knet_jax.saved.checkpoints import Checkpoints
 from knet_jax.system import processes
 from knet_jax.system.errors import UserError
 from knet_jax.training.logs import read_log
@@ -255,6 +256,21 @@ def test_two_processes_train_what_one_does(runs, alone):
     written = json.loads((workdir / "analysis" / "analysis.json").read_text())
     assert (written["step"], written["num_images"]) == (6, 5)
     assert "stops" not in read_log(workdir)[0]
+
+
+@pytest.mark.slow
+def test_as_many_devices_train_the_same_bits(runs):
+    """However they belong to processes, with statistics over all of them."""
+    changes = {"model.neck.norm": "batch", "model.dropout": 0.0, "train.steps": 3}
+    written = []
+    for num_processes in (1, 2):
+        workdir = runs.folder / f"bits_{num_processes}"
+        words = runs.words(workdir, "semantic", **changes, **{"train.eval_every": 3})
+        runs.run(words, num_processes, 4 // num_processes)
+        with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+            digests = checkpoints._read_record(3)["arrays"]
+        written.append((losses_of(workdir), scores_of(workdir), digests))
+    assert written[0] == written[1] and len(written[0][0]) == 3
 
 
 @pytest.mark.slow
