@@ -24,7 +24,7 @@ def take(count, config, task, batch_size=2):
     """A split, and batches of it."""
     split = tiny_coco.split_in_memory(config, "train", task)
     batches = pipeline.train_batches(split, config, batch_size, seed=0, start=0)
-    return split, [batch for batch, _ in itertools.islice(batches, count)]
+    return split, list(itertools.islice(batches, count))
 
 
 def coco_config(folder, task, change=None, **changes):
