@@ -234,7 +234,10 @@ BAD = {
         ("eval.window_step", (32, 32), r"window_step is \(32, 32\); accepted .*is \(\): \(\)$"),
         ("eval.overlap_threshold", 0.5, "no key config.eval.overlap_threshold; "),
     ),
-    "folder_semantic": (("data.classes", None, "config.data.classes is missing"),),
+    "folder_semantic": (
+        ("data.classes", None, "config.data.classes is missing"),
+        ("data.ignore_index", 65536, "is 65536; accepted: a whole number from 0 to 65535"),
+    ),
 }
 
 

@@ -254,7 +254,7 @@ FOLDER = {
     "data.images": Key("images/{split}", TEXT, "the folder of pictures, below the root"),
     "data.labels": Key("labels/{split}", TEXT, "the folder of index PNGs"),
     "data.classes": Key("classes.txt", TEXT, "the names of the classes, one a line"),
-    "data.ignore_index": Key(255, ZERO, "the index that is no class"),
+    "data.ignore_index": Key(255, rules.whole(0, 2**16 - 1), "the index that is no class"),
 }
 SHAPES = {
     "data.num_train": Key(REQUIRED, rules.STEPS, "pictures to train on"),

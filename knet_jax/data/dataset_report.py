@@ -36,7 +36,7 @@ def find_suspicious(split: Split, config_data: Any) -> list[str]:
 
     Args:
         split: is not decoded; what was counted when it was prepared is read.
-        config_data: `config.data`.
+        config_data: `config.data`, completed.
     """
     names = split.categories.names
     counts = np.array(split.columns["pixels" if split.task == "semantic" else "segments"])
@@ -60,7 +60,7 @@ def find_suspicious(split: Split, config_data: Any) -> list[str]:
                     f"--config.data.ignore_index={index}"
                 )
     elif most := int(split.num_things.max()):
-        slots = config_data.max_things or most
+        slots = config_data.max_things
         if overfull := int((split.num_things > slots).sum()):
             found.append(
                 f"{overfull} pictures have more than config.data.max_things = {slots} things (up to "
@@ -69,9 +69,6 @@ def find_suspicious(split: Split, config_data: Any) -> list[str]:
             )
     elif sum(split.columns["crowds"]):
         found.append("all things are crowds (iscrowd: 1), which are not learned")
-    fields = recipes.RECIPES[split.task]._fields
-    if None in [config_data[name] for name in fields]:  # training takes it from the data
-        return found
     height, width = np.median(split.sizes, axis=0).astype(int).tolist()
     shown = recipes.find(split.task, config_data).eval_size((height, width))
     if height > 2 * shown[0]:
