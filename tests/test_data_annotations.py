@@ -11,12 +11,11 @@ import tiny_maps
 from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 
-from knet_jax.data import pipeline, transforms
+from knet_jax.data import pipeline
 from knet_jax.data.annotations import semantic
-from knet_jax.data.annotations.instance import InstanceKind, LoadedInstances, StoredInstance
 from knet_jax.data.annotations.kind import Record
 from knet_jax.segmentation.segments import Instance
-from knet_jax.structs import EMPTY, InstanceTargets
+from knet_jax.structs import EMPTY
 from knet_jax.system.errors import UserError
 
 
@@ -180,17 +179,6 @@ def test_pictures_without_instances(tmp_path):
     config.min_things = 1
     assert pipeline.steps_per_epoch(split, config, 2) == 1
     assert all((batch.id == 4).all() for batch in take(3, config, "instance")[1])
-
-
-def test_a_crop_of_instances_shows_the_window():
-    mask = np.random.default_rng(0).integers(0, 2, (40, 50)).astype(np.uint8)
-    stored = StoredInstance(run_lengths.encode(np.asfortranarray(mask))["counts"], 3, False, 9.0)
-    targets = InstanceTargets(np.zeros((1, 2, 16, 4), np.uint8), np.full((1, 2), EMPTY, np.int32))
-    view = transforms.View((40, 50), (5, 9), (32, 40))
-    InstanceKind(None).fill(targets, 0, LoadedInstances([stored], (40, 50)), view)
-    expected = quarters(mask[5:37, 9:49], (32, 40), False, (32, 64))
-    np.testing.assert_array_equal(unpack(targets.masks)[0, 0], expected)
-    assert targets.labels.tolist() == [[3, EMPTY]]
 
 
 # Maps of classes.

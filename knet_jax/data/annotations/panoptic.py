@@ -107,7 +107,11 @@ class PanopticKind(Kind):
         values = [1 + slot for slot in range(len(things))]
         values += [1 + max_things + kind for kind in kinds]
         ids = [segment.id for segment in things + stuff]
-        transforms.sample_segments(loaded.rgb, view, ids, values, targets.segment_map[place])
+        segment_map = targets.segment_map[place]
+        rows, columns = transforms.sampled_source(view, segment_map.shape, loaded.rgb.shape[:2])
+        sampled = image_files.segment_ids(loaded.rgb[rows].take(columns, axis=1))
+        values = np.array(values, segment_map.dtype)
+        segment_map[: len(rows), : len(columns)] = transforms.lookup(sampled, ids, values)
         targets.labels[place, : len(things)] = [segment.label for segment in things]
         targets.stuff_labels[place, kinds] = [segment.label for segment in stuff]
 
