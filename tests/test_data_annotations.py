@@ -224,17 +224,6 @@ def test_semantic_targets(tmp_path):
             assert not a.image[place, height:].any() and not a.image[place, :, width:].any()
     assert changed >= 6
 
-    # The flip is drawn after the window, so it mirrors what would be seen without it.
-    config.flip = 0.0
-    _, plain = take(4, config, "semantic")
-    config.flip = 1.0
-    _, flipped = take(4, config, "semantic")
-    for a, b in zip(plain, flipped):
-        np.testing.assert_array_equal(a.size, b.size)
-        for place, (height, width) in enumerate(a.size):
-            one, two = (x.targets.label_map[place, :height, :width] for x in (a, b))
-            assert (one == two[:, ::-1]).mean() > 0.97  # ties of the nearest pixel
-
 
 def test_more_than_255_classes_need_sixteen_bits(tmp_path):
     root = tiny_maps.write_folder(tmp_path, values=(0, 7, 299, 65535))
@@ -248,14 +237,8 @@ def test_more_than_255_classes_need_sixteen_bits(tmp_path):
     assert batch.targets.label_map.dtype == np.uint16 and batch.targets.label_map.max() == 300
 
 
-def test_encoded_maps():
-    for greatest, dtype in ((0, np.uint8), (255, np.uint8), (256, np.uint16)):
-        label_map = np.random.default_rng(0).integers(0, greatest + 1, (9, 11))
-        label_map[0, 0] = greatest
-        record = Record(b"", 0, "", (9, 11), semantic.encode_map(label_map))
-        decoded = semantic.SemanticKind(None).load(record)
-        assert decoded.dtype == dtype
-        np.testing.assert_array_equal(decoded, label_map)
+def test_damaged_maps_are_named():
+    record = Record(b"", 0, "", (9, 11), semantic.encode_map(np.zeros((9, 11), int)))
     color = cv2.imencode(".png", np.zeros((9, 11, 3), np.uint8))[1].tobytes()
     for broken, message in (
         (record._replace(size=(11, 9)), "is 11x9 where 9x11 is expected"),

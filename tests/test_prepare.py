@@ -29,7 +29,6 @@ def test_mistakes_end_in_one_line(capsys):
             ("--config", "shapes_panoptic", "--beam_options=-x"),
             "--beam_options needs --beam_runner",
         ),
-        (("--config", "shapes_panoptic", "--config.task=depth"), "config.task is 'depth'"),
         (("--config", "shapes_panoptic", "--config.data.flip=2"), "config.data.flip is 2"),
         (("--config", "shapes_panoptic", "--config.task=semantic"), "config.data.canvas"),
     ):
