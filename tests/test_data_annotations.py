@@ -21,7 +21,7 @@ from knet_jax.system.errors import UserError
 
 def take(count, config, task, batch_size=2):
     """A split, and batches of it."""
-    split = tiny_coco.split_in_memory(config, "train", task)
+    split = pipeline.load_split(config, "train", task)
     batches = pipeline.train_batches(split, config, batch_size, seed=0, start=0)
     return split, list(itertools.islice(batches, count))
 
@@ -34,13 +34,13 @@ def coco_config(folder, task, change=None, **changes):
         root, prefix = tiny_coco.write(folder, splits=("train",)), "panoptic_"
     if change:
         tiny_coco.edit(root, change, prefix=prefix)
-    return tiny_coco.data_config("", root, **changes)
+    return tiny_coco.data_config(folder / "prepared", root, **changes)
 
 
 def maps_config(folder, **changes):
     """A config of a small dataset of label maps, three pictures a split."""
     root = tiny_maps.write_folder(folder)
-    return tiny_coco.data_config("", root, **tiny_maps.FOLDER | changes)
+    return tiny_coco.data_config(folder / "prepared", root, **tiny_maps.FOLDER | changes)
 
 
 def quarters(mask, size, flip, canvas):
@@ -226,10 +226,11 @@ def test_semantic_targets(tmp_path):
 
 
 def test_more_than_255_classes_need_sixteen_bits(tmp_path):
-    root = tiny_maps.write_folder(tmp_path, values=(0, 7, 299, 65535))
+    root = tiny_maps.write_folder(tmp_path / "maps", values=(0, 7, 299, 65535))
     (root / "classes.txt").write_text("".join(f"class {i}\n" for i in range(300)))
     changes = tiny_maps.FOLDER | {"ignore_index": 65535}
-    split, [batch] = take(1, tiny_coco.data_config("", root, **changes), "semantic")
+    config = tiny_coco.data_config(tmp_path, root, **changes)
+    split, [batch] = take(1, config, "semantic")
     _, indices = tiny_maps.draw(0, tiny_maps.SIZES[0], (0, 7, 299, 65535))
     truth = split.truth(0)
     assert truth.dtype == np.uint16

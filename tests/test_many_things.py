@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_coco
 import tiny_training
 
-from knet_jax.data import recipes
+from knet_jax.data import pipeline, recipes
 from knet_jax.data.annotations.kind import map_dtype
 from knet_jax.data.batches import train_batch
 from knet_jax.data.sampler import EpochSampler
@@ -45,7 +44,7 @@ def case(request, monkeypatch, tmp_path):
     changes = {f"data.{key}": value for key, value in changes.items()}
     changes["model.num_proposals"] = COUNT
     config = tiny_training.config_of(request.param, tmp_path, **changes)
-    split = tiny_coco.split_in_memory(config.data, "val", request.param)
+    split = pipeline.load_split(config.data, "val", request.param)
     return TASKS[request.param], config, split
 
 

@@ -11,9 +11,7 @@ import numpy as np
 from pycocotools import mask as run_lengths
 
 from knet_jax.data import shards
-from knet_jax.data.annotations import by_task
 from knet_jax.data.prepared_split import Split
-from knet_jax.data.sources import by_name
 from knet_jax.segmentation import image_files
 
 # Deliberately not things first, and with gaps.
@@ -24,6 +22,12 @@ CATEGORIES = [
     {"id": 12, "name": "cat", "isthing": 1},
 ]
 GRASS, DOG, SKY, CAT = 7, 3, 90, 12
+THINGS = (
+    (DOG, 0, (slice(10, 30), slice(5, 25))),
+    (CAT, 0, (slice(20, 45), slice(15, 45))),
+    (CAT, 1, (slice(5, 12), slice(40, 60))),
+)
+"""Category, crowd and place of the things of every picture; the dog and the cat overlap."""
 
 
 def data_config(data_dir: Path, root: Path | str = "", **changes) -> ml_collections.ConfigDict:
@@ -72,23 +76,6 @@ def examined(source) -> SimpleNamespace:
         )
 
 
-def split_in_memory(config, split: str, task: str) -> SimpleNamespace:
-    """What the loader needs of a split, straight from a dataset's files; nothing is prepared."""
-    examples = examined(by_name.find(config, split, task))
-    records = examples.records
-    kind = by_task.KINDS[task](examples.categories)
-    return SimpleNamespace(
-        task=task,
-        kind=kind,
-        categories=examples.categories,
-        sizes=np.array([record.size for record in records], np.int32),
-        num_things=np.array([kind.tally(record)[0] for record in records], np.int32),
-        record=records.__getitem__,
-        image=lambda i: image_files.load_image(records[i].image, records[i].size),
-        truth=lambda i: kind.truth(kind.load(records[i])),
-    )
-
-
 def draw(index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     """A picture, its map of ids and its segments: sky above grass, a dog, a cat and a crowd."""
     rng = np.random.default_rng(index)
@@ -98,9 +85,7 @@ def draw(index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray, l
     regions = [
         (SKY, 0, (slice(0, height // 2), slice(None))),
         (GRASS, 0, (slice(height // 2, height - 3), slice(None))),
-        (DOG, 0, (slice(10, 30), slice(5, 25))),
-        (CAT, 0, (slice(20, 45), slice(15, 45))),
-        (CAT, 1, (slice(5, 12), slice(40, 60))),
+        *THINGS,
     ]
     segments = []
     for number, (category, crowd, region) in enumerate(regions, start=1):
@@ -148,14 +133,9 @@ def write_panoptic(path: Path, ids: np.ndarray) -> None:
 
 
 def instance_masks(height: int, width: int) -> list[tuple[int, int, np.ndarray]]:
-    """Category, crowd and mask of the things of a picture; the dog and the cat overlap."""
-    regions = [
-        (DOG, 0, (slice(10, 30), slice(5, 25))),
-        (CAT, 0, (slice(20, 45), slice(15, 45))),
-        (CAT, 1, (slice(5, 12), slice(40, 60))),
-    ]
+    """Category, crowd and mask of the things of a picture."""
     masks = []
-    for category, crowd, region in regions:
+    for category, crowd, region in THINGS:
         mask = np.zeros((height, width), np.uint8)
         mask[region] = 1
         masks.append((category, crowd, mask))
