@@ -48,14 +48,7 @@ def train_batch(
     """Some rows of a training batch, augmented.
 
     A broken picture is replaced by the next one of its group. Where none of several is sound, the
-    place stays empty.
-
-    Args:
-        split: where the pictures come from.
-        recipe: how they are changed.
-        epochs: which pictures the batch shows.
-        rows: which of them are wanted.
-        index: of the batch, counted from the start of training.
+    place stays empty. The index is counted from the start of training.
     """
     number, members = epochs.batch(index)
     group = epochs.groups[number]
@@ -95,7 +88,7 @@ def eval_batch(
 
     Args:
         split: where the pictures come from.
-        recipes: how they are changed.
+        recipes: how they are shown.
         positions: int [batches, pictures, 3], of the pictures in the split, and top and left of the
             part that is shown; the position is `EMPTY` where there is none.
         rows: which of a batch are wanted.

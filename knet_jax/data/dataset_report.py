@@ -152,11 +152,7 @@ def _summarize(findings: list[Finding], split: Split) -> list[str]:
 
 
 def sheet(split: Split, count: int = 12) -> np.ndarray:
-    """Draws annotated pictures from all over a split, side by side.
-
-    Args:
-        split: where the pictures come from.
-        count: how many are taken; broken ones are left out.
+    """Draws annotated pictures from all over a split, side by side. Broken ones are left out.
 
     Returns:
         uint8 [H, W, 3], RGB.

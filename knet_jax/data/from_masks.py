@@ -87,11 +87,7 @@ def write_panoptic_dataset(
 
 
 def order_classes(named: Categories, things: Sequence[str]) -> tuple[dict[int, int], Categories]:
-    """Puts the things before the stuff.
-
-    Args:
-        named: the classes by their index in the maps, all of them stuff.
-        things: names of those whose things are told apart.
+    """Puts the things before the stuff, which all of the named classes are.
 
     Returns:
         {index in the maps: label}, and the classes, things first; the id of a class is its index
@@ -118,18 +114,10 @@ def read_maps(
     void: int,
     colors: Mapping[int, int],
 ) -> PanopticMap:
-    """The segments of a picture.
+    """The segments of a picture. Raises UserError where a map is missing, broken or does not fit.
 
-    Args:
-        pair: the picture and its map of classes.
-        instance_maps: the folder of maps of instances; None where regions are things.
-        indices: {index in the maps: label}.
-        categories: the classes, things first.
-        void: the index of pixels of unknown class.
-        colors: as of `index_maps.read_indices`.
-
-    Raises:
-        UserError: a map is missing, broken or does not fit.
+    `indices` and `categories` are as of `order_classes`, `colors` as of `index_maps.read_indices`;
+    without a folder of maps of instances regions are things.
     """
     classes = index_maps.read_indices(examine.read_file(pair.png), str(pair.png), colors)
     examine.read_picture(pair.path, classes.shape)
@@ -157,12 +145,9 @@ def read_maps(
 def split_class(
     mask: np.ndarray, instances: np.ndarray | None, is_thing: bool
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """The segments of one class.
+    """The segments of a class that has the pixels of a mask, bool [H, W].
 
-    Args:
-        mask: the pixels of the class, bool [H, W].
-        instances: numbers of things, int [H, W]; None where connected regions are things.
-        is_thing: whether the class is one of things.
+    Things have numbers, int [H, W]; None where connected regions are things.
 
     Yields:
         (mask of a segment, whether it is a crowd).

@@ -217,10 +217,7 @@ def _run_workers(
 ) -> Iterator[batches.Prepared]:
     """Computes the elements of a dataset in worker processes, in order.
 
-    Args:
-        dataset: of functions that give a `Prepared`.
-        recipe: says how many workers there are, and which share of pictures may be broken.
-        num_pictures: how many there are, of which a share may be broken.
+    The recipe says how many workers there are, and which share of the pictures may be broken.
 
     Raises:
         UserError: too many pictures are broken, or a worker was ended.

@@ -29,13 +29,10 @@ class Record(NamedTuple):
 
 
 class Kind(abc.ABC):
-    """The annotations of a task.
+    """The annotations of a task in a dataset of some classes.
 
     Three forms of an annotation occur: as a dataset's files hold it (`Record.annotation`), as TFDS
     stores it (`features`), and decoded (what `load` returns).
-
-    Args:
-        categories: the classes of the dataset.
     """
 
     def __init__(self, categories: Categories):

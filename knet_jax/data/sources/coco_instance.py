@@ -25,12 +25,8 @@ def examine_file(
     """Reads an instance annotation file, showing progress.
 
     Of a picture, an annotation whose mask or category is no good is left out and named. A picture
-    without annotation is a picture without things.
-
-    Args:
-        supercategories: whether categories that only group others are classes too.
-        annotations: the file.
-        pictures: folders in which its pictures may lie.
+    without annotation is a picture without things. Categories that only group others are classes if
+    `supercategories` is set.
 
     Raises:
         UserError: the file is not what it should be.

@@ -26,10 +26,6 @@ def examine_file(annotations: Path, pictures: Sequence[Path]) -> records.Example
     Of a picture, a segment that its PNG does not show is left out and named. Pixels of a PNG that
     belong to no listed segment are void, and named too.
 
-    Args:
-        annotations: the file.
-        pictures: folders in which its pictures may lie.
-
     Raises:
         UserError: the file is not what it should be.
     """
