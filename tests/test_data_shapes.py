@@ -107,8 +107,6 @@ def test_names_hold_everything_that_matters():
     assert len(names) == 5
 
 
-def test_bad_configs_are_named():
+def test_sides_that_are_too_short_are_named():
     with pytest.raises(UserError, match=r"config\.data\.image_side is \(8, 128\); accepted: sides"):
         find(image_side=(8, 128))
-    with pytest.raises(UserError, match=r"split 'test' must be one of \['train', 'val'\]"):
-        find("test")
