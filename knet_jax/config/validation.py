@@ -74,7 +74,7 @@ def _check_batches(config: ConfigDict, num_devices: int, parts: Sequence[str]) -
                 f"config.{part}.batch_size is {config[part].batch_size}; accepted: "
                 f"multiples of the {num_devices} devices"
             )
-    per_device = max(train.batch_size // num_devices, 1)
+    per_device = train.batch_size // num_devices
     if "train" in parts and per_device % min(per_device, train.microbatch):
         raise UserError(
             f"config.train.microbatch is {train.microbatch}; accepted: a divisor of the "

@@ -91,8 +91,3 @@ class Kind(abc.ABC):
     @abc.abstractmethod
     def truth(self, loaded: Any) -> Any:
         """The annotation at the picture's original size, as the task's metric takes it."""
-
-
-def map_dtype(greatest: int) -> np.dtype:
-    """The smallest type that holds 0 to `greatest`: uint8, uint16 or uint32."""
-    return np.min_scalar_type(greatest)
