@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from pycocotools import mask as run_lengths
 
 from knet_jax.data import records
 from knet_jax.data.annotations import instance, panoptic, semantic
 from knet_jax.data.annotations.kind import Record
 from knet_jax.data.prepared_split import split_name
-from knet_jax.segmentation import image_files, published_classes
+from knet_jax.segmentation import image_files, published_classes, rle
 from knet_jax.segmentation.published_classes import PATTERNS as STUFF
 from knet_jax.segmentation.published_classes import SHAPES as THINGS
 from knet_jax.system.errors import UserError
@@ -202,21 +201,13 @@ def annotate_panoptic(drawing: Drawing) -> panoptic.PanopticAnnotation:
 
 def annotate_instances(drawing: Drawing) -> tuple[instance.StoredInstance, ...]:
     """The visible parts of a drawing's things and crowds."""
-    masks = {
-        slot: np.asfortranarray(drawing.slots == slot, np.uint8)
-        for slot, label in enumerate(drawing.labels)
-        if 0 <= label < len(THINGS)
-    }
-    return tuple(
-        instance.StoredInstance(
-            run_lengths.encode(mask)["counts"],
-            drawing.labels[slot],
-            slot in drawing.crowds,
-            float(mask.sum()),
-        )
-        for slot, mask in masks.items()
-        if mask.any()
-    )
+    found = []
+    for slot, label in enumerate(drawing.labels):
+        mask, is_crowd = drawing.slots == slot, slot in drawing.crowds
+        if 0 <= label < len(THINGS) and mask.any():
+            counts = rle.encode(mask)["counts"]
+            found.append(instance.StoredInstance(counts, label, is_crowd, float(mask.sum())))
+    return tuple(found)
 
 
 def annotate_semantic(drawing: Drawing) -> bytes:
