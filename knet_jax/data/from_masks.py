@@ -52,11 +52,7 @@ def write_panoptic_dataset(
         UserError: a folder or file is missing, the classes make no sense, or no picture can be
             used.
     """
-    check_split(split)
-    folders = {"images": images, "class_maps": class_maps, "instance_maps": instance_maps}
-    for flag, path in folders.items():
-        if path and not path.is_dir():
-            raise UserError(f"--{flag}: there is no folder {path}")
+    check_places(split, images=images, class_maps=class_maps, instance_maps=instance_maps)
     if not names.is_file():
         raise UserError(f"--names: there is no file {names}")
     named, colors = class_lists.read_class_list(names, void, source="--names")
@@ -210,10 +206,13 @@ def write_instances(
     )
 
 
-def check_split(split: str) -> None:
-    """Raises UserError where the name of a split would lead to another folder."""
+def check_places(split: str, **folders: Path | None) -> None:
+    """Raises UserError where the name of a split would lead to another folder, or one is missing."""
     if Path(split).name != split or split == "..":
         raise UserError(f"--split={split}; accepted: a name without folders, such as train")
+    for flag, path in folders.items():
+        if path and not path.is_dir():
+            raise UserError(f"--{flag}: there is no folder {path}")
 
 
 def link(picture: Path, place: Path) -> None:
