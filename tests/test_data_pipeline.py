@@ -90,11 +90,12 @@ def test_slices(shapes):
     np.testing.assert_array_equal(part.sizes, whole.sizes[4:7])
     np.testing.assert_array_equal(part.num_things, whole.num_things[4:7])
     assert [part.file_name(i) for i in range(3)] == [whole.file_name(i) for i in range(4, 7)]
-    for spec in (
-        *("", "a b", "train[", "train[x]", "train+val", "train[:1]+train[2:3]"),
-        *("train[3:3]", "train[30:]", "train[:3"),
+    for spec, message in (
+        *((spec, "must be a name or a slice") for spec in ("", "a b", "train[", "train+val")),
+        *((spec, "cannot be read") for spec in ("train[x]", "train[30:]")),
+        *((spec, "holds no picture") for spec in ("train[3:3]", "train[5:3]", "train[24:]")),
     ):
-        with pytest.raises(UserError, match="config.data"):
+        with pytest.raises(UserError, match=f"^config.data: split .* {message}"):
             pipeline.load_split(config, spec, "panoptic")
 
 
