@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_coco
 from coco_readers import InstanceFile
-from PIL import ExifTags, Image
+from PIL import Image
 from pycocotools import mask as run_lengths
 
 from knet_jax.data.sources import by_name
@@ -475,15 +475,3 @@ def test_names_of_files_lead_nowhere_else(tmp_path):
     tiny_coco.edit(root, replace("file_name", "\ud800", "images", 1), prefix="instances_")
     [problem] = scan(root, "instance").problems
     assert problem == r"'\ud800': its name is not in UTF-8, left out"
-
-
-def test_picture_turned_by_exif(tmp_path):
-    root = write(tmp_path / "coco")
-    path = picture(root)
-    image, exif = Image.open(path), Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    # The annotation is drawn on the upright picture, or on the stored one: both are right.
-    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
-    assert scan(root).problems == []
-    image.save(path, exif=exif)
-    assert scan(root).problems == []

@@ -30,19 +30,6 @@ def test_semantic_report(tmp_path):
     assert "2 pictures decoded" in report and "0 broken pictures" in report
 
 
-def test_panoptic_report_counts_crowds_as_ignored(tmp_path):
-    root = tiny_coco.write(tmp_path / "coco", splits=("train",))
-    config = tiny_coco.data_config(tmp_path / "prepared", root)
-    split = pipeline.load_split(config, "train", "panoptic")
-    truths = [split.truth(i) for i in range(5)]
-    ignored = sum(
-        int(np.isin(t.ids, [0, *(s.id for s in t.segments if s.iscrowd)]).sum()) for t in truths
-    )
-    total = sum(truth.ids.size for truth in truths)
-    report = dataset_report.report(split)
-    assert line_of(report, "ignored:").startswith(f"ignored: {100 * ignored / total:.2f} %")
-
-
 def test_instance_report_and_sheet(tmp_path, monkeypatch):
     """Overlaps and hidden masks are counted; a broken picture is named, and not drawn."""
     root = tiny_coco.write_instances(tmp_path / "coco", splits=("train",))

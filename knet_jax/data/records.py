@@ -110,8 +110,8 @@ def describe(metadata: Mapping[str, Any], count: int, num_pixels: int) -> str:
     ]
     width = max(len(name) for name in categories.names)
     for label, (name, text) in enumerate(zip(categories.names, texts)):
-        kind = "thing" if label < categories.num_things else "stuff"
-        lines.append(f"  {name:<{width}}  {kind}  {text}")
+        sort = "thing" if label < categories.num_things else "stuff"
+        lines.append(f"  {name:<{width}}  {sort}  {text}")
     problems = metadata["problems"]
     lines.append(f"{len(problems)} problems" + (":" if problems else ""))
     lines += [f"  {problem}" for problem in problems[:MAX_PROBLEMS]]
