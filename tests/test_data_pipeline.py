@@ -336,7 +336,7 @@ def test_the_end_of_a_worker_is_one_line(shapes):
             return self
 
         def mp_prefetch(self, options, worker_init_fn):
-            yield batches.Prepared((), [], [])
+            yield batches.Prepared((), [], {})
             raise RuntimeError("terminated unexpectedly with exit code -9")
 
     iterator = pipeline._run_workers(Killed(), recipe, 24)

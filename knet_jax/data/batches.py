@@ -20,13 +20,6 @@ MAX_REPLACEMENTS = 8
 """How many pictures are tried for one place in a batch."""
 
 
-class Failure(NamedTuple):
-    """A picture that was left out."""
-
-    file_name: str
-    reason: str
-
-
 class Prepared(NamedTuple):
     """What a worker hands over."""
 
@@ -34,8 +27,8 @@ class Prepared(NamedTuple):
     """The same pictures prepared by each recipe; one batch in training."""
     truths: list[tuple[int, Any]]
     """(position, truth) of the pictures; none in training."""
-    failures: list[Failure]
-    """The pictures that were left out."""
+    failures: dict[str, str]
+    """What is wrong with the pictures that were left out, by the names of their files."""
 
 
 def train_batch(
@@ -55,7 +48,7 @@ def train_batch(
     wanted = range(len(members))[rows]
     batch = empty_batch(len(wanted), recipe.train_canvases[number])
     batch = batch._replace(targets=split.kind.empty(recipe, number, len(wanted)))
-    failures = []
+    failures = {}
     for place, row in enumerate(wanted):
         member = np.searchsorted(group, members[row])
         for attempt in range(min(MAX_REPLACEMENTS, len(group))):
@@ -65,7 +58,7 @@ def train_batch(
             try:
                 image, loaded = _load(split, record)
             except UserError as error:
-                failures.append(Failure(record.file_name, str(error)))
+                failures[record.file_name] = str(error)
                 continue
             view = split.kind.train_view(recipe, loaded, rng)
             fill(batch, place, position, image, view)
@@ -101,7 +94,7 @@ def eval_batch(
     # The canvases of a batch hold each of its pictures.
     fits = np.max([[recipe.eval_canvas(size) for recipe in recipes] for size in sizes], axis=0)
     scales = tuple(empty_batch(len(shown[rows]), canvas) for canvas in map(tuple, fits.tolist()))
-    truths, failures = [], []
+    truths, failures = [], {}
     opened = EMPTY
     for place, (position, top, left) in enumerate(shown[rows].tolist()):
         if position == EMPTY:
@@ -111,7 +104,7 @@ def eval_batch(
             try:
                 image, loaded = _load(split, record)
             except UserError as error:
-                failures.append(Failure(record.file_name, str(error)))
+                failures[record.file_name] = str(error)
                 continue
             opened = position
         height, width = window or record.size

@@ -236,10 +236,10 @@ def _run_workers(
         with workers.starting() if recipe.num_workers else contextlib.nullcontext():
             first = list(itertools.islice(iterator, 1))
         for prepared in itertools.chain(first, iterator):
-            for failure in prepared.failures:
-                if failure.file_name not in broken:
-                    broken.add(failure.file_name)
-                    log.warning("broken picture %s: %s", failure.file_name, failure.reason)
+            for name, reason in prepared.failures.items():
+                if name not in broken:
+                    broken.add(name)
+                    log.warning("broken picture %s: %s", name, reason)
             allowed = recipe.max_broken_share * max(num_pictures, LEAST)
             if len(broken) > min(allowed, num_pictures - 1):
                 raise UserError(
