@@ -172,7 +172,6 @@ def test_rules():
 
 BAD = {
     "coco_panoptic": (
-        ("task", "depth", "config.task is 'depth'; accepted: panoptic, instance, semantic"),
         (
             "model.num_proposals",
             0,
@@ -182,14 +181,11 @@ BAD = {
         ("model.channels", 100, "config.model.channels is 100; accepted: multiples of config.mo"),
         ("model.auxiliary_channels", 256, "auxiliary_channels is 256; accepted: 0 where"),
         ("model.neck.name", "uper", "no key config.model.neck.(sine|coordinates)"),
-        ("model.backbone.depth", (1,), "no key .*backbone.depth; did you mean model.backbone.dep"),
         (
             "train.steps",
             10**30,
             "train.steps is 10+; accepted: a whole number from 0 to 21474",
         ),
-        ("eval.batch_size", 10**9, "is 1000000000; accepted: a whole number from 1 to 65536"),
-        ("model.backbone.norm", None, "config.model.backbone.norm is missing; accepted: frozen_b"),
         ("data.canvas", (800, 1333), r"data.canvas is \(800, 1333\); .*multiples of 32"),
         ("data.short_side", (640, 801), r"data.short_side \(640, 801\) .* do not fit"),
         ("data.long_side", 1345, "long_side 1345 do not fit into config.data.canvas"),
@@ -197,7 +193,6 @@ BAD = {
         ("data.dataset", "ade20k", "'panoptic'; accepted: semantic where config.data.dataset is"),
         ("data.crop", (1, 1), "no key config.data.crop; "),
         ("data.canvas", None, "config.data.canvas is missing; accepted: "),
-        ("loss.diec", 4.0, "no key config.loss.diec; did you mean loss.dice"),
         ("train.batch_size", 18, "train.batch_size is 18; accepted: multiples of the 4 devices"),
         ("train.microbatch", 3, "train.microbatch is 3; accepted: a divisor of the 4 images"),
         ("eval.batch_size", 6, "eval.batch_size is 6; accepted: multiples of the 4 devices"),
@@ -206,7 +201,6 @@ BAD = {
     "coco_instance": (
         ("model.num_stuff", 53, "num_stuff is 53; accepted: 0 where config.task is 'instance'"),
         ("eval.window", (512, 500), r"eval.window is \(512, 500\); accepted: \(\) for none"),
-        ("eval.window", (512, 512), r"window_step is \(\); accepted .*no pixel is left out"),
     ),
     "ade20k_semantic": (
         ("model.num_proposals", 100, "num_proposals is 100; accepted: 0 where .*'semantic'"),
