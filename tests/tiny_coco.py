@@ -10,8 +10,7 @@ import ml_collections
 import numpy as np
 from pycocotools import mask as run_lengths
 
-from knet_jax.data import shards
-from knet_jax.data.prepared_split import Split
+from knet_jax.data import prepared_split
 from knet_jax.segmentation import image_files
 
 # Deliberately not things first, and with gaps.
@@ -64,10 +63,9 @@ def data_config(data_dir: Path, root: Path | str = "", **changes) -> ml_collecti
 def examined(source) -> SimpleNamespace:
     """What is written of a dataset, and what is said of it."""
     with tempfile.TemporaryDirectory() as folder:
-        plan = shards.plan(source, Path(folder))
-        list(shards.write_locally(1, plan.parts))
-        split = Split(shards.finish(source, plan, Path(folder)), source.split)
-        metadata = json.loads((split.directory / "metadata.json").read_text())
+        directory, _ = prepared_split.prepare(source, Path(folder))
+        split = prepared_split.Split(directory, source.split)
+        metadata = json.loads((directory / "metadata.json").read_text())
         return SimpleNamespace(
             categories=split.categories,
             count=len(split),

@@ -120,7 +120,7 @@ def _sort(path: Path, rows: sqlite3.Connection) -> tuple[Content, list[str]]:
                 has_masks |= bool(known.get("segmentation"))
                 used |= {category} if isinstance(category, int) else set()
     if absent:
-        raise KeyError(*absent)
+        raise KeyError(*sorted(absent))
     rows.execute(INDEX)
     unknown = rows.execute(
         "SELECT image_id FROM annotations "
