@@ -37,12 +37,6 @@ def coco_config(folder, task, change=None, **changes):
     return tiny_coco.data_config(folder / "prepared", root, **changes)
 
 
-def maps_config(folder, **changes):
-    """A config of a small dataset of label maps, three pictures a split."""
-    root = tiny_maps.write_folder(folder)
-    return tiny_coco.data_config(folder / "prepared", root, **tiny_maps.FOLDER | changes)
-
-
 def quarters(mask, size, flip, canvas):
     """The pixels that targets average, by a nearest resize of a whole mask, a flip and padding."""
     rows, columns = (
@@ -134,10 +128,6 @@ def test_panoptic_pictures_without_things_and_ids_that_are_not_listed(tmp_path):
 # Instances.
 
 
-def unpack(masks):
-    return np.unpackbits(masks, axis=-1)
-
-
 def test_instance_targets(tmp_path):
     split, batches = take(6, coco_config(tmp_path, "instance"), "instance")
     flips = set()
@@ -151,11 +141,11 @@ def test_instance_targets(tmp_path):
             drawn = tiny_coco.instance_masks(*batch.original_size[place])[:2]  # then a crowd
             drawn.sort(key=lambda one: -int(one[2].sum()))
             assert labels[place].tolist() == [{3: 0, 12: 1}[one[0]] for one in drawn] + [EMPTY] * 6
-            for (_, _, mask), bits in zip(drawn, unpack(masks[place])):
+            for (_, _, mask), bits in zip(drawn, np.unpackbits(masks[place], axis=-1)):
                 expected = quarters(mask, batch.size[place], flip, (height, width))
                 np.testing.assert_array_equal(bits, expected)
             assert not masks[place, 2:].any()
-            dog, cat = unpack(masks[place, :2])
+            dog, cat = np.unpackbits(masks[place, :2], axis=-1)
             assert (dog & cat).any() and (dog & ~cat).any() and (cat & ~dog).any()  # overlaps stay
     assert flips == {False, True}
 
@@ -192,7 +182,8 @@ def expected_map(index, size):
 
 def test_semantic_targets(tmp_path):
     """A picture whose colors are its labels shows the label map of its own crop."""
-    config = maps_config(tmp_path, photometric=False)
+    root = tiny_maps.write_folder(tmp_path / "maps")
+    config = tiny_coco.data_config(tmp_path, root, **tiny_maps.FOLDER, photometric=False)
     for i, size in enumerate(tiny_maps.SIZES):
         image = np.repeat(80 * expected_map(i, size)[..., None], 3, -1)
         quality = [cv2.IMWRITE_JPEG_QUALITY, 100]
