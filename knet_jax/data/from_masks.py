@@ -16,7 +16,7 @@ import tqdm
 
 from knet_jax.data.sources import examine, folder, index_maps
 from knet_jax.segmentation import class_lists, image_files, rle
-from knet_jax.segmentation.coco_files import PanopticResults
+from knet_jax.segmentation.coco_files import PanopticResults, image_entry
 from knet_jax.segmentation.segments import Categories, PanopticMap, SegmentInfo
 from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import write_json_lists
@@ -71,8 +71,7 @@ def write_panoptic_dataset(
             problems.append(f"{pair.name}: {error}, left out")
             continue
         link(pair.path, root / split / pair.name)
-        height, width = found.ids.shape
-        pictures.append({"id": number, "file_name": pair.name, "height": height, "width": width})
+        pictures.append(image_entry(number, pair.name, found.ids.shape))
         annotations.extend(describe_things(found, number, len(annotations), categories))
     if not pictures:
         raise UserError(f"no picture of {images} can be used; {problems[0]}")

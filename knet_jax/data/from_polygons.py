@@ -17,6 +17,7 @@ import yaml
 from knet_jax.data.from_masks import check_places, describe_thing, link, write_instances
 from knet_jax.data.sources import examine, index_maps
 from knet_jax.segmentation import class_lists, rle
+from knet_jax.segmentation.coco_files import image_entry
 from knet_jax.segmentation.segments import printable
 from knet_jax.system.errors import UserError
 
@@ -82,9 +83,9 @@ def write_instance_dataset(
             return ((number, *pickle.load(read)) for number in range(1, count + 1))
 
         def pictures() -> Iterator[dict]:
-            for number, path, name, (height, width), _ in find_all():
+            for number, path, name, size, _ in find_all():
                 link(path, root / split / name)
-                yield {"id": number, "file_name": name, "height": height, "width": width}
+                yield image_entry(number, name, size)
 
         def annotations() -> Iterator[dict]:
             ids = itertools.count(1)
