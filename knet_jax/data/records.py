@@ -90,7 +90,7 @@ def features(task: str) -> tfds.features.FeaturesDict:
 
 
 def digest(metadata: Mapping[str, Any], columns: Sequence[Path]) -> str:
-    """A digest of what metadata.json holds, but for the one itself, and of the files of `COLUMNS`."""
+    """A digest of what metadata.json holds, but for the digest itself, and of the files of `COLUMNS`."""
     content = {key: value for key, value in metadata.items() if key != "digest"}
     found = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for path in columns:
@@ -110,8 +110,8 @@ def describe(metadata: Mapping[str, Any], count: int, num_pixels: int) -> str:
     ]
     width = max(len(name) for name in categories.names)
     for label, (name, text) in enumerate(zip(categories.names, texts)):
-        sort = "thing" if label < categories.num_things else "stuff"
-        lines.append(f"  {name:<{width}}  {sort}  {text}")
+        what = "thing" if label < categories.num_things else "stuff"
+        lines.append(f"  {name:<{width}}  {what}  {text}")
     problems = metadata["problems"]
     lines.append(f"{len(problems)} problems" + (":" if problems else ""))
     lines += [f"  {problem}" for problem in problems[:MAX_PROBLEMS]]
