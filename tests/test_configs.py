@@ -6,17 +6,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from knet_jax.config.files import load_config
 from knet_jax.data import recipes
 from knet_jax.data.annotations import by_task
+from knet_jax.data.canvas import empty_batch
 from knet_jax.matching import LossWeights
 from knet_jax.model import make_model
 from knet_jax.saved import checkpoint_record
 from knet_jax.segmentation.segments import Categories
-from knet_jax.structs import Batch
 from knet_jax.tasks import TASKS
 from knet_jax.training import optim, train_step
 
@@ -65,10 +64,8 @@ def batch_of(config, num_images):
     num_classes = config.model.num_things + config.model.num_stuff
     names = tuple(map(str, range(num_classes)))
     categories = Categories(names, tuple(range(num_classes)), config.model.num_things)
-    sizes = np.tile(np.int32([canvas]), (num_images, 1))
-    image = np.zeros((num_images, *canvas, 3), np.uint8)
     targets = by_task.KINDS[config.task](categories).empty(recipe, 0, num_images)
-    return Batch(image, targets, sizes, sizes, np.arange(num_images, dtype=np.int32))
+    return empty_batch(num_images, canvas)._replace(targets=targets)
 
 
 def count(params):
