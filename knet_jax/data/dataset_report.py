@@ -15,6 +15,8 @@ from knet_jax.system.errors import UserError
 
 CELL = 480
 """Longer side, in pixels, of a picture on the sheet."""
+MOST_DRAWN = 12
+"""How many pictures are drawn on it."""
 NO_CLASS = {"void", "background", "unlabeled", "unlabelled", "ignore", "ignored"}
 """Names of classes that may be none."""
 
@@ -150,7 +152,7 @@ def _summarize(findings: list[Finding], split: Split) -> list[str]:
     ]
 
 
-def sheet(split: Split, count: int = 12) -> np.ndarray:
+def sheet(split: Split) -> np.ndarray:
     """Draws annotated pictures from all over a split, side by side. Broken ones are left out.
 
     Returns:
@@ -160,7 +162,7 @@ def sheet(split: Split, count: int = 12) -> np.ndarray:
         UserError: all of them are broken.
     """
     cells = []
-    for index in np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)):
+    for index in np.unique(np.linspace(0, len(split) - 1, MOST_DRAWN).round().astype(int)):
         try:
             image, truth = split.image(index), split.truth(index)
         except UserError:
