@@ -104,7 +104,10 @@ def test_commands_teach(capsys):
             assert "coco_panoptic: Panoptic K-Net on COCO" in said
             assert "variants: small, ms3x, r101, r101_dcn, swin_l, swin_t, " in said
     assert status_of("train", "--config", "coco_panoptic:r101", "-h") == 0
-    assert "  --config.model.backbone.depths=(3, 4, 23, 3)\n" in capsys.readouterr().out
+    depths = (
+        "  --config.model.backbone.depths=(3, 4, 23, 3)\n      blocks; (3, 4, 23, 3) is ResNet-101"
+    )
+    assert f"{depths}; accepted: four numbers from 1 to 100" in capsys.readouterr().out
 
 
 def test_what_a_command_lacks_is_named(capsys):

@@ -6,19 +6,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
 
 from knet_jax.config.files import load_config
 from knet_jax.data import recipes
 from knet_jax.data.annotations import by_task
+from knet_jax.data.canvas import empty_batch
 from knet_jax.matching import LossWeights
 from knet_jax.model import make_model
-from knet_jax.nn.layers import AXIS
 from knet_jax.saved import checkpoint_record
 from knet_jax.segmentation.segments import Categories
-from knet_jax.structs import Batch
 from knet_jax.tasks import TASKS
 from knet_jax.training import optim, train_step
 
@@ -67,10 +64,8 @@ def batch_of(config, num_images):
     num_classes = config.model.num_things + config.model.num_stuff
     names = tuple(map(str, range(num_classes)))
     categories = Categories(names, tuple(range(num_classes)), config.model.num_things)
-    sizes = np.tile(np.int32([canvas]), (num_images, 1))
-    image = np.zeros((num_images, *canvas, 3), np.uint8)
     targets = by_task.KINDS[config.task](categories).empty(recipe, 0, num_images)
-    return Batch(image, targets, sizes, sizes, np.arange(num_images, dtype=np.int32))
+    return empty_batch(num_images, canvas)._replace(targets=targets)
 
 
 def count(params):
@@ -118,49 +113,23 @@ def test_the_whole_step_at_full_width(spec):
         assert stage.kernels.shape == (1, num_kernels, sizes.channels)
         assert stage.masks.shape[:2] == (1, num_kernels)
     optimizer, _ = optim.make_optimizer(config.optim, params, 100, config.train.batch_size)
-    trainable = optim.trainable(config.optim.groups, params)
-
-    def step(state, part, key):
-        counts = train_step.count_targets(part, task=task)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, batch_stats, judgement = train_step.accumulate(
-            zeros,
-            state.params,
-            state.batch_stats,
-            part,
-            counts,
-            key,
-            model=model,
-            task=task,
-            weights=LossWeights(**config.loss),
-        )
-        return train_step.update(
-            state,
-            grads,
-            batch_stats,
-            (judgement,),
-            optimizer=optimizer,
-            trainable=trainable,
-            ema_decay=0.0,
-        )
-
+    step = train_step.make_train_step(
+        jax.devices()[:1],
+        model=model,
+        task=task,
+        optimizer=optimizer,
+        trainable=optim.trainable(config.optim.groups, params),
+        weights=LossWeights(**config.loss),
+        seed=0,
+    )
     state = train_step.TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
         params,
         variables.get("batch_stats", {}),
         jax.eval_shape(optimizer.init, params),
     )
-    everywhere = PartitionSpec()
-    on_one_device = partial(
-        jax.shard_map,
-        mesh=Mesh(jax.devices()[:1], (AXIS,)),
-        in_specs=everywhere,
-        out_specs=everywhere,
-        check_vma=False,
-    )
-    after, metrics = jax.eval_shape(
-        on_one_device(step), state, batch_of(config, 2), jax.random.key(0)
-    )
+    batch = jax.tree.map(lambda x: x[None], batch_of(config, 2))
+    after, metrics = jax.eval_shape(step, state, [batch])
     shape = partial(jax.tree.map, lambda x: (x.shape, x.dtype))
     assert shape(after) == shape(state)
     stages = {name.split("/")[1] for name in metrics if name.startswith("loss/stage")}

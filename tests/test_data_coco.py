@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_coco
 from coco_readers import InstanceFile
-from PIL import ExifTags, Image
+from PIL import Image
 from pycocotools import mask as run_lengths
 
 from knet_jax.data.sources import by_name
@@ -194,7 +194,6 @@ BROKEN = {
             for change, message in (
                 (of_all("annotations", remove, "segments_info"), "no segment"),
                 (of_all("annotations", replace, "file_name", None), "file_name is None; .* file"),
-                (of_all("images", replace, "file_name", "/a"), "file_name leads out of .*"),
                 (of_all("annotations", replace, "image_id", 5), "no annotation"),
             )
         ),
@@ -250,11 +249,6 @@ def list_twice(content):
 
 
 PANOPTIC_PROBLEMS = [
-    (
-        lambda root: picture(root).unlink(),
-        r"train_1\.jpg: .*1\.jpg is missing, left out",
-        WITHOUT_1,
-    ),
     (lambda root: png(root).unlink(), r"train_1\.jpg: .*1\.png is missing, left out", WITHOUT_1),
     (
         lambda root: shutil.copy(png(root, 0), png(root)),
@@ -481,15 +475,3 @@ def test_names_of_files_lead_nowhere_else(tmp_path):
     tiny_coco.edit(root, replace("file_name", "\ud800", "images", 1), prefix="instances_")
     [problem] = scan(root, "instance").problems
     assert problem == r"'\ud800': its name is not in UTF-8, left out"
-
-
-def test_picture_turned_by_exif(tmp_path):
-    root = write(tmp_path / "coco")
-    path = picture(root)
-    image, exif = Image.open(path), Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    # The annotation is drawn on the upright picture, or on the stored one: both are right.
-    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
-    assert scan(root).problems == []
-    image.save(path, exif=exif)
-    assert scan(root).problems == []

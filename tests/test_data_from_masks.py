@@ -9,6 +9,7 @@ import tiny_coco
 from programs import status_of
 from pycocotools.coco import COCO
 
+from knet_jax.data import pipeline
 from knet_jax.data.from_masks import write_panoptic_dataset
 from knet_jax.data.from_polygons import write_instance_dataset
 from knet_jax.system.errors import UserError
@@ -55,8 +56,8 @@ def arguments(masks, **changes):
 
 def test_the_loader_and_pycocotools_read_the_maps_back(masks):
     assert write_panoptic_dataset(**arguments(masks)) == []
-    config = tiny_coco.data_config("", masks / "DATA")
-    split = tiny_coco.split_in_memory(config, "train", "panoptic")
+    config = tiny_coco.data_config(masks / "prepared", masks / "DATA")
+    split = pipeline.load_split(config, "train", "panoptic")
     assert split.categories.names == ("cell", "fiber", "background", "soil")
     assert (len(split.sizes), split.categories.num_things) == (2, 2)
     truth = split.truth(1)
@@ -69,7 +70,7 @@ def test_the_loader_and_pycocotools_read_the_maps_back(masks):
     # The fiber has no number in the map of instances.
     assert [info.iscrowd for info in truth.segments if info.label == 1] == [True]
 
-    instances = tiny_coco.split_in_memory(config, "train", "instance").truth(0)
+    instances = pipeline.load_split(config, "train", "instance").truth(0)
     cell, fiber = (0, 100.0, False), (1, 100.0, True)
     assert sorted((i.label, i.area, i.iscrowd) for i in instances) == [cell, cell, fiber]
 
@@ -138,9 +139,8 @@ def test_polygons_of_labelme_and_yolo(masks, form):
         masks / "photos", masks / "photos", masks / "DATA", "train", names
     )
     assert [problem.split(": ")[0] for problem in problems] == ["a.jpg", "deep/b.png"]
-    split = tiny_coco.split_in_memory(
-        tiny_coco.data_config("", masks / "DATA"), "train", "instance"
-    )
+    config = tiny_coco.data_config(masks / "prepared", masks / "DATA")
+    split = pipeline.load_split(config, "train", "instance")
     assert split.categories.names == ("bud", "cell")
     areas = [(1, 200.0), (0, 100.0)] if form == "labelme" else [(1, 100.0), (0, 100.0)]
     assert [(one.label, one.area) for one in split.truth(1)] == areas

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_coco
 
-from knet_jax.data import photometric, recipes, transforms
+from knet_jax.data import recipes
 from knet_jax.data.transforms import View
 
 ADE20K = {
@@ -60,17 +60,6 @@ def test_whole_pictures_may_be_evaluated_on_the_canvases_of_training():
         assert recipe.eval_canvas(size) == recipe.canvas
         if size[0] != size[1]:
             assert recipe.eval_canvas(size[::-1]) == recipe.canvas[::-1]
-
-
-def test_scaled_pictures_fit_the_scaled_canvas():
-    recipe = crop()
-    sizes = ((480, 640), (640, 480), (333, 500), (200, 201), (90, 1200))
-    for ratio, size in itertools.product((0.5, 0.75, 1.25, 1.75), sizes):
-        scaled = recipe.scaled(ratio)
-        resized, canvas = scaled.eval_size(size), scaled.eval_canvas(size)
-        assert all(a <= b and b % 32 == 0 for a, b in zip(resized, canvas))
-        wanted = [ratio * side for side in recipe.eval_size(size)]
-        np.testing.assert_allclose(resized, wanted, atol=2)
 
 
 # Crops.
@@ -132,14 +121,6 @@ def test_ignored_pixels_do_not_count_in_a_share():
     assert recipes.largest_share(label_map.astype(np.uint16)) == 0.75
 
 
-def test_photometric_distortion_is_drawn_on_request():
-    label_map = random_map(60, 80)
-    drawn = {view.distortion for view in draws(crop(), label_map, 20)}
-    assert len(drawn) > 10
-    plain = {view.distortion for view in draws(crop(photometric=False), label_map, 20)}
-    assert plain == {photometric.Distortion()}
-
-
 def test_a_window_of_a_map_equals_resizing_cropping_and_flipping():
     label_map = random_map(30, 41)
     for (size, (top, left)), flip in itertools.product(
@@ -154,19 +135,7 @@ def test_a_window_of_a_map_equals_resizing_cropping_and_flipping():
         np.testing.assert_array_equal(recipes.crop_map(label_map, view), expected)
 
 
-# Whole pictures.
-
-
-def test_whole_pictures_are_shown_whole():
-    recipe = whole_picture()
-    views = [recipe.train_view((60, 80), np.random.default_rng(i)) for i in range(100)]
-    for view in views:
-        short_side = min(view.size)
-        assert view == transforms.whole(
-            transforms.resized_size((60, 80), short_side, 128), view.flip
-        )
-    sides = {min(view.size) for view in views}
-    assert sides <= set(range(64, 97)) and len(sides) > 20
+# Which pictures share a batch, and its canvas.
 
 
 def test_groups_and_canvases():

@@ -27,22 +27,7 @@ def test_semantic_report(tmp_path):
         f"ignored: {100 * counts[0] / total:.2f} % of the pixels; 0 pictures have no label"
     )
     assert re.search(rf"floor .* {100 * counts[2] / total:.2f} % of the pixels", split.description)
-    assert "1 problems:" in split.description
-    assert "1.png is missing, left out" in split.description
     assert "2 pictures decoded" in report and "0 broken pictures" in report
-
-
-def test_panoptic_report_counts_crowds_as_ignored(tmp_path):
-    root = tiny_coco.write(tmp_path / "coco", splits=("train",))
-    config = tiny_coco.data_config(tmp_path / "prepared", root)
-    split = pipeline.load_split(config, "train", "panoptic")
-    truths = [split.truth(i) for i in range(5)]
-    ignored = sum(
-        int(np.isin(t.ids, [0, *(s.id for s in t.segments if s.iscrowd)]).sum()) for t in truths
-    )
-    total = sum(truth.ids.size for truth in truths)
-    report = dataset_report.report(split)
-    assert line_of(report, "ignored:").startswith(f"ignored: {100 * ignored / total:.2f} %")
 
 
 def test_instance_report_and_sheet(tmp_path, monkeypatch):
@@ -75,15 +60,10 @@ def test_instance_report_and_sheet(tmp_path, monkeypatch):
     assert "4 pictures decoded" in report and "1 broken pictures:" in report
     assert "train_1.jpg: the picture is truncated" in report
 
-    for count, shown in ((12, 4), (2, 2), (1, 1)):
-        sheet = dataset_report.sheet(split, count)
-        assert sheet.dtype == np.uint8
-        assert sheet.shape[1] // dataset_report.CELL == min(3, shown)
-        rows = np.array_split(sheet, -(-shown // 3))
-        cells = [cell for row in rows for cell in np.array_split(row, min(3, shown), axis=1)]
-        assert [bool((cell != 255).any()) for cell in cells] == [
-            i < shown for i in range(len(cells))
-        ]
+    sheet = dataset_report.sheet(split)
+    assert sheet.dtype == np.uint8 and sheet.shape[1] // dataset_report.CELL == 3
+    cells = [cell for row in np.array_split(sheet, 2) for cell in np.array_split(row, 3, axis=1)]
+    assert [bool((cell != 255).any()) for cell in cells] == [True] * 4 + [False] * 2
 
 
 def test_what_is_suspicious_is_said(tmp_path):

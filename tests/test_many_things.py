@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_coco
 import tiny_training
 
-from knet_jax.data import recipes
-from knet_jax.data.annotations.kind import map_dtype
+from knet_jax.data import pipeline, recipes
 from knet_jax.data.batches import train_batch
 from knet_jax.data.sampler import EpochSampler
 from knet_jax.data.sources import shapes
@@ -45,7 +43,7 @@ def case(request, monkeypatch, tmp_path):
     changes = {f"data.{key}": value for key, value in changes.items()}
     changes["model.num_proposals"] = COUNT
     config = tiny_training.config_of(request.param, tmp_path, **changes)
-    split = tiny_coco.split_in_memory(config.data, "val", request.param)
+    split = pipeline.load_split(config.data, "val", request.param)
     return TASKS[request.param], config, split
 
 
@@ -67,7 +65,6 @@ def test_each_has_a_slot_a_kernel_and_a_loss(case, slots):
     [batch] = train_batch(split, recipe, epochs, slice(None), 0).batches
     labels = np.bincount(batch.targets.labels[0], minlength=5)
     assert labels[:5].tolist() == [slots // 5] * 5
-    assert [map_dtype(n) for n in (255, 256, 65535, 65536)] == ["u1", "u2", "u2", "u4"]
     if config.task == "panoptic":
         assert batch.targets.segment_map.dtype == np.uint16
         assert {*range(1, 1 + slots)} < set(np.unique(batch.targets.segment_map).tolist())

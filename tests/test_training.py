@@ -55,7 +55,7 @@ def untried(tmp_path_factory):
     """A tiny run's config, what makes its step, its first state, and a batch of it."""
     config = config_of("panoptic", tmp_path_factory.mktemp("data"))
     split = pipeline.load_split(config.data, "train", "panoptic")
-    batch, _ = next(pipeline.train_batches(split, config.data, 4, 0, 0))
+    batch = next(pipeline.train_batches(split, config.data, 4, 0, 0))
     model = make_model(**config.model)
     variables = variables_of(model)
     params = variables["params"]

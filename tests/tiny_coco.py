@@ -10,10 +10,7 @@ import ml_collections
 import numpy as np
 from pycocotools import mask as run_lengths
 
-from knet_jax.data import shards
-from knet_jax.data.annotations import by_task
-from knet_jax.data.prepared_split import Split
-from knet_jax.data.sources import by_name
+from knet_jax.data import prepared_split
 from knet_jax.segmentation import image_files
 
 # Deliberately not things first, and with gaps.
@@ -24,6 +21,12 @@ CATEGORIES = [
     {"id": 12, "name": "cat", "isthing": 1},
 ]
 GRASS, DOG, SKY, CAT = 7, 3, 90, 12
+THINGS = (
+    (DOG, 0, (slice(10, 30), slice(5, 25))),
+    (CAT, 0, (slice(20, 45), slice(15, 45))),
+    (CAT, 1, (slice(5, 12), slice(40, 60))),
+)
+"""Category, crowd and place of the things of every picture; the dog and the cat overlap."""
 
 
 def data_config(data_dir: Path, root: Path | str = "", **changes) -> ml_collections.ConfigDict:
@@ -60,33 +63,15 @@ def data_config(data_dir: Path, root: Path | str = "", **changes) -> ml_collecti
 def examined(source) -> SimpleNamespace:
     """What is written of a dataset, and what is said of it."""
     with tempfile.TemporaryDirectory() as folder:
-        plan = shards.plan(source, Path(folder))
-        list(shards.write_locally(1, plan.parts))
-        split = Split(shards.finish(source, plan, Path(folder)), source.split)
-        metadata = json.loads((split.directory / "metadata.json").read_text())
+        directory, _ = prepared_split.prepare(source, Path(folder))
+        split = prepared_split.Split(directory, source.split)
+        metadata = json.loads((directory / "metadata.json").read_text())
         return SimpleNamespace(
             categories=split.categories,
             count=len(split),
             records=[split.record(index) for index in range(len(split))],
             problems=metadata["problems"],
         )
-
-
-def split_in_memory(config, split: str, task: str) -> SimpleNamespace:
-    """What the loader needs of a split, straight from a dataset's files; nothing is prepared."""
-    examples = examined(by_name.find(config, split, task))
-    records = examples.records
-    kind = by_task.KINDS[task](examples.categories)
-    return SimpleNamespace(
-        task=task,
-        kind=kind,
-        categories=examples.categories,
-        sizes=np.array([record.size for record in records], np.int32),
-        num_things=np.array([kind.tally(record)[0] for record in records], np.int32),
-        record=records.__getitem__,
-        image=lambda i: image_files.load_image(records[i].image, records[i].size),
-        truth=lambda i: kind.truth(kind.load(records[i])),
-    )
 
 
 def draw(index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
@@ -98,9 +83,7 @@ def draw(index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray, l
     regions = [
         (SKY, 0, (slice(0, height // 2), slice(None))),
         (GRASS, 0, (slice(height // 2, height - 3), slice(None))),
-        (DOG, 0, (slice(10, 30), slice(5, 25))),
-        (CAT, 0, (slice(20, 45), slice(15, 45))),
-        (CAT, 1, (slice(5, 12), slice(40, 60))),
+        *THINGS,
     ]
     segments = []
     for number, (category, crowd, region) in enumerate(regions, start=1):
@@ -148,14 +131,9 @@ def write_panoptic(path: Path, ids: np.ndarray) -> None:
 
 
 def instance_masks(height: int, width: int) -> list[tuple[int, int, np.ndarray]]:
-    """Category, crowd and mask of the things of a picture; the dog and the cat overlap."""
-    regions = [
-        (DOG, 0, (slice(10, 30), slice(5, 25))),
-        (CAT, 0, (slice(20, 45), slice(15, 45))),
-        (CAT, 1, (slice(5, 12), slice(40, 60))),
-    ]
+    """Category, crowd and mask of the things of a picture."""
     masks = []
-    for category, crowd, region in regions:
+    for category, crowd, region in THINGS:
         mask = np.zeros((height, width), np.uint8)
         mask[region] = 1
         masks.append((category, crowd, mask))

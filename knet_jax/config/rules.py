@@ -24,10 +24,10 @@ MOST_SIDE = 2**14
 """The longest side of a picture or a canvas, in pixels."""
 
 
-def is_number(value: Any, least: float = -math.inf) -> bool:
-    """Whether a value is a finite number of at least `least`."""
+def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether a value is a finite number within bounds."""
     kind = isinstance(value, int | float) and not isinstance(value, bool)
-    return kind and least <= value and abs(value) <= sys.float_info.max
+    return kind and least <= value <= most and abs(value) <= sys.float_info.max
 
 
 def is_whole(value: Any, least: int, most: int) -> bool:
@@ -59,10 +59,6 @@ def one_of(*choices: Any) -> Rule:
 
 def _is_positive(value: Any) -> bool:
     return is_number(value) and value > 0
-
-
-def _is_share(value: Any) -> bool:
-    return is_number(value, 0) and value <= 1
 
 
 def _is_side(value: Any) -> bool:
@@ -104,11 +100,11 @@ SIDE = whole(1, MOST_SIDE)
 WEIGHT = (lambda value: is_number(value, 0), "a weight of at least 0")
 POSITIVE = (_is_positive, "a number above 0")
 NON_NEGATIVE = (lambda value: is_number(value, 0), "a number of at least 0")
-EPOCHS = (lambda value: is_number(value, 0) and value <= 10**6, "a number from 0 to 1000000")
+EPOCHS = (lambda value: is_number(value, 0, 10**6), "a number from 0 to 1000000")
 DIVISOR = (lambda value: is_number(value, 1), "a divisor of at least 1")
-SHARE = (_is_share, "a number between 0 and 1")
-ABOVE_0 = (lambda value: _is_share(value) and value > 0, "a share above 0, at most 1")
-BELOW_1 = (lambda value: _is_share(value) and value < 1, "a number from 0, below 1")
+SHARE = (lambda value: is_number(value, 0, 1), "a number between 0 and 1")
+ABOVE_0 = (lambda value: is_number(value, 0, 1) and value > 0, "a share above 0, at most 1")
+BELOW_1 = (lambda value: is_number(value, 0, 1) and value < 1, "a number from 0, below 1")
 RANGE = (
     lambda value: several(_is_positive, 2, 2)(value) and value[0] <= value[1] <= MOST_SIDE,
     f"(smallest, largest) above 0, at most {MOST_SIDE}",

@@ -170,6 +170,8 @@ EVERY = {
     "train.checkpoint_every": Key(1000, rules.STEPS, "in steps"),
     "train.keep": Key(3, ONE, "how many of the last checkpoints stay, beside the best"),
     "eval.batch_size": Key(8, ONE, "images of an evaluation's batch, over all devices"),
+    "eval.window": Key((), rules.WINDOW, "the part of a large picture that is shown at a time"),
+    "eval.window_step": Key((), rules.WINDOW, "from one to the next, at most the window"),
     "eval.num_pictures": Key(4, ZERO, "how many pictures each evaluation draws"),
     "eval.analysis": Key(
         16,
@@ -204,10 +206,6 @@ WITH_THINGS = {
     ),
     "data.min_things": Key(0, ZERO, "pictures with fewer are not trained on; crowds aside"),
     "data.eval_multiple": Key(0, rules.MULTIPLE, "of the canvas's sides in evaluation"),
-    "eval.window": Key(
-        (), rules.WINDOW, "larger pictures are seen in parts of this size, each as one of its own"
-    ),
-    "eval.window_step": Key((), rules.WINDOW, "from one part to the next, at most the window"),
 }
 PANOPTIC = {
     "eval.instance_threshold": Key(0.3, SHARE, "least score of a thing"),
@@ -246,15 +244,13 @@ SEMANTIC = {
         (1.0,), rules.SCALES, "sizes of a picture over which probabilities are averaged"
     ),
     "eval.flip": Key(False, YES_NO, "averages over mirrored pictures too"),
-    "eval.window": Key((), rules.WINDOW, "the part of a large picture that is shown at a time"),
-    "eval.window_step": Key((), rules.WINDOW, "from one to the next, at most the window"),
 }
 
 FOLDER = {
     "data.images": Key("images/{split}", TEXT, "the folder of pictures, below the root"),
     "data.labels": Key("labels/{split}", TEXT, "the folder of index PNGs"),
     "data.classes": Key("classes.txt", TEXT, "the names of the classes, one a line"),
-    "data.ignore_index": Key(255, ZERO, "the index that is no class"),
+    "data.ignore_index": Key(255, rules.whole(0, 2**16 - 1), "the index that is no class"),
 }
 SHAPES = {
     "data.num_train": Key(REQUIRED, rules.STEPS, "pictures to train on"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -49,15 +48,19 @@ def validate(
             if value is None:
                 raise UserError(f"config.{section}.{key} is None, which a training alone fills in")
     _check_batches(config, num_devices, parts)
-    _check_model(config.model)
+    model = config.model
+    if model.kernel_interaction and model.channels % model.num_heads:
+        raise UserError(
+            f"config.model.channels is {model.channels}; accepted: "
+            f"multiples of config.model.num_heads, {model.num_heads}"
+        )
     _check_window(config)
     if config.task == "semantic":
         return
-    max_things, num_proposals = config.data.max_things, config.model.num_proposals
-    if max_things > num_proposals:
+    if config.data.max_things > model.num_proposals:
         raise UserError(
-            f"config.data.max_things is {max_things}; accepted: at most "
-            f"config.model.num_proposals, {num_proposals}, one kernel a thing"
+            f"config.data.max_things is {config.data.max_things}; accepted: at most "
+            f"config.model.num_proposals, {model.num_proposals}, one kernel a thing"
         )
 
 
@@ -71,19 +74,11 @@ def _check_batches(config: ConfigDict, num_devices: int, parts: Sequence[str]) -
                 f"config.{part}.batch_size is {config[part].batch_size}; accepted: "
                 f"multiples of the {num_devices} devices"
             )
-    per_device = max(train.batch_size // num_devices, 1)
+    per_device = train.batch_size // num_devices
     if "train" in parts and per_device % min(per_device, train.microbatch):
         raise UserError(
             f"config.train.microbatch is {train.microbatch}; accepted: a divisor of the "
             f"{per_device} images that each device gets of a batch"
-        )
-
-
-def _check_model(model: Mapping[str, Any]) -> None:
-    if model["kernel_interaction"] and model["channels"] % model["num_heads"]:
-        raise UserError(
-            f"config.model.channels is {model['channels']}; accepted: "
-            f"multiples of config.model.num_heads, {model['num_heads']}"
         )
 
 

@@ -20,13 +20,6 @@ MAX_REPLACEMENTS = 8
 """How many pictures are tried for one place in a batch."""
 
 
-class Failure(NamedTuple):
-    """A picture that was left out."""
-
-    file_name: str
-    reason: str
-
-
 class Prepared(NamedTuple):
     """What a worker hands over."""
 
@@ -34,8 +27,8 @@ class Prepared(NamedTuple):
     """The same pictures prepared by each recipe; one batch in training."""
     truths: list[tuple[int, Any]]
     """(position, truth) of the pictures; none in training."""
-    failures: list[Failure]
-    """The pictures that were left out."""
+    failures: dict[str, str]
+    """What is wrong with the pictures that were left out, by the names of their files."""
 
 
 def train_batch(
@@ -48,21 +41,14 @@ def train_batch(
     """Some rows of a training batch, augmented.
 
     A broken picture is replaced by the next one of its group. Where none of several is sound, the
-    place stays empty.
-
-    Args:
-        split: where the pictures come from.
-        recipe: how they are changed.
-        epochs: which pictures the batch shows.
-        rows: which of them are wanted.
-        index: of the batch, counted from the start of training.
+    place stays empty. The index is counted from the start of training.
     """
     number, members = epochs.batch(index)
     group = epochs.groups[number]
     wanted = range(len(members))[rows]
     batch = empty_batch(len(wanted), recipe.train_canvases[number])
     batch = batch._replace(targets=split.kind.empty(recipe, number, len(wanted)))
-    failures = []
+    failures = {}
     for place, row in enumerate(wanted):
         member = np.searchsorted(group, members[row])
         for attempt in range(min(MAX_REPLACEMENTS, len(group))):
@@ -72,7 +58,7 @@ def train_batch(
             try:
                 image, loaded = _load(split, record)
             except UserError as error:
-                failures.append(Failure(record.file_name, str(error)))
+                failures[record.file_name] = str(error)
                 continue
             view = split.kind.train_view(recipe, loaded, rng)
             fill(batch, place, position, image, view)
@@ -95,7 +81,7 @@ def eval_batch(
 
     Args:
         split: where the pictures come from.
-        recipes: how they are changed.
+        recipes: how they are shown.
         positions: int [batches, pictures, 3], of the pictures in the split, and top and left of the
             part that is shown; the position is `EMPTY` where there is none.
         rows: which of a batch are wanted.
@@ -108,7 +94,7 @@ def eval_batch(
     # The canvases of a batch hold each of its pictures.
     fits = np.max([[recipe.eval_canvas(size) for recipe in recipes] for size in sizes], axis=0)
     scales = tuple(empty_batch(len(shown[rows]), canvas) for canvas in map(tuple, fits.tolist()))
-    truths, failures = [], []
+    truths, failures = [], {}
     opened = EMPTY
     for place, (position, top, left) in enumerate(shown[rows].tolist()):
         if position == EMPTY:
@@ -118,7 +104,7 @@ def eval_batch(
             try:
                 image, loaded = _load(split, record)
             except UserError as error:
-                failures.append(Failure(record.file_name, str(error)))
+                failures[record.file_name] = str(error)
                 continue
             opened = position
         height, width = window or record.size

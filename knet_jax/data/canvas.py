@@ -20,14 +20,9 @@ def empty_batch(count: int, canvas: tuple[int, int]) -> Batch:
 
 
 def fill(batch: Batch, place: int, position: int, image: np.ndarray, view: transforms.View) -> None:
-    """Writes a picture into a batch.
+    """Writes a view of a picture, uint8 [h, w, 3], into a row of a batch.
 
-    Args:
-        batch: written in place.
-        place: row of the batch.
-        position: of the picture in its split, which becomes its id.
-        image: uint8 [h, w, 3].
-        view: what is shown of it.
+    Its id becomes its position in the split.
     """
     transforms.place_image(image, view, batch.image[place])
     batch.size[place] = view.shown

@@ -11,11 +11,12 @@ import tqdm
 from knet_jax.data import recipes, shards
 from knet_jax.data.prepared_split import Split
 from knet_jax.segmentation import drawing, rle
-from knet_jax.segmentation.segments import PanopticMap
 from knet_jax.system.errors import UserError
 
 CELL = 480
 """Longer side, in pixels, of a picture on the sheet."""
+MOST_DRAWN = 12
+"""How many pictures are drawn on it."""
 NO_CLASS = {"void", "background", "unlabeled", "unlabelled", "ignore", "ignored"}
 """Names of classes that may be none."""
 
@@ -36,7 +37,7 @@ def find_suspicious(split: Split, config_data: Any) -> list[str]:
 
     Args:
         split: is not decoded; what was counted when it was prepared is read.
-        config_data: `config.data`.
+        config_data: `config.data`, completed.
     """
     names = split.categories.names
     counts = np.array(split.columns["pixels" if split.task == "semantic" else "segments"])
@@ -60,7 +61,7 @@ def find_suspicious(split: Split, config_data: Any) -> list[str]:
                     f"--config.data.ignore_index={index}"
                 )
     elif most := int(split.num_things.max()):
-        slots = config_data.max_things or most
+        slots = config_data.max_things
         if overfull := int((split.num_things > slots).sum()):
             found.append(
                 f"{overfull} pictures have more than config.data.max_things = {slots} things (up to "
@@ -69,9 +70,6 @@ def find_suspicious(split: Split, config_data: Any) -> list[str]:
             )
     elif sum(split.columns["crowds"]):
         found.append("all things are crowds (iscrowd: 1), which are not learned")
-    fields = recipes.RECIPES[split.task]._fields
-    if None in [config_data[name] for name in fields]:  # training takes it from the data
-        return found
     height, width = np.median(split.sizes, axis=0).astype(int).tolist()
     shown = recipes.find(split.task, config_data).eval_size((height, width))
     if height > 2 * shown[0]:
@@ -121,7 +119,7 @@ def _inspect(split: Split, index: int) -> Finding | str:
     labelled = int(pixels.sum())
     pixels[0] = painted.ids.size - labelled
     covered = 0
-    if isinstance(truth, tuple) and not isinstance(truth, PanopticMap):  # instances may overlap
+    if split.task == "instance":  # only these may overlap
         covered = sum(rle.area(one.rle) for one in truth if not one.iscrowd) - labelled
     hidden = sum(segment.id not in seen for segment in painted.segments)
     return Finding(pixels, covered, hidden)
@@ -154,12 +152,8 @@ def _summarize(findings: list[Finding], split: Split) -> list[str]:
     ]
 
 
-def sheet(split: Split, count: int = 12) -> np.ndarray:
-    """Draws annotated pictures from all over a split, side by side.
-
-    Args:
-        split: where the pictures come from.
-        count: how many are taken; broken ones are left out.
+def sheet(split: Split) -> np.ndarray:
+    """Draws annotated pictures from all over a split, side by side. Broken ones are left out.
 
     Returns:
         uint8 [H, W, 3], RGB.
@@ -168,7 +162,7 @@ def sheet(split: Split, count: int = 12) -> np.ndarray:
         UserError: all of them are broken.
     """
     cells = []
-    for index in np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)):
+    for index in np.unique(np.linspace(0, len(split) - 1, MOST_DRAWN).round().astype(int)):
         try:
             image, truth = split.image(index), split.truth(index)
         except UserError:

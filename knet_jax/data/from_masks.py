@@ -16,7 +16,7 @@ import tqdm
 
 from knet_jax.data.sources import examine, folder, index_maps
 from knet_jax.segmentation import class_lists, image_files, rle
-from knet_jax.segmentation.coco_files import PanopticResults
+from knet_jax.segmentation.coco_files import PanopticResults, image_entry
 from knet_jax.segmentation.segments import Categories, PanopticMap, SegmentInfo
 from knet_jax.system.errors import UserError
 from knet_jax.system.output_files import write_json_lists
@@ -52,11 +52,7 @@ def write_panoptic_dataset(
         UserError: a folder or file is missing, the classes make no sense, or no picture can be
             used.
     """
-    check_split(split)
-    folders = {"images": images, "class_maps": class_maps, "instance_maps": instance_maps}
-    for flag, path in folders.items():
-        if path and not path.is_dir():
-            raise UserError(f"--{flag}: there is no folder {path}")
+    check_places(split, images=images, class_maps=class_maps, instance_maps=instance_maps)
     if not names.is_file():
         raise UserError(f"--names: there is no file {names}")
     named, colors = class_lists.read_class_list(names, void, source="--names")
@@ -75,8 +71,7 @@ def write_panoptic_dataset(
             problems.append(f"{pair.name}: {error}, left out")
             continue
         link(pair.path, root / split / pair.name)
-        height, width = found.ids.shape
-        pictures.append({"id": number, "file_name": pair.name, "height": height, "width": width})
+        pictures.append(image_entry(number, pair.name, found.ids.shape))
         annotations.extend(describe_things(found, number, len(annotations), categories))
     if not pictures:
         raise UserError(f"no picture of {images} can be used; {problems[0]}")
@@ -87,11 +82,7 @@ def write_panoptic_dataset(
 
 
 def order_classes(named: Categories, things: Sequence[str]) -> tuple[dict[int, int], Categories]:
-    """Puts the things before the stuff.
-
-    Args:
-        named: the classes by their index in the maps, all of them stuff.
-        things: names of those whose things are told apart.
+    """Puts the things before the stuff, which all of the named classes are.
 
     Returns:
         {index in the maps: label}, and the classes, things first; the id of a class is its index
@@ -118,18 +109,10 @@ def read_maps(
     void: int,
     colors: Mapping[int, int],
 ) -> PanopticMap:
-    """The segments of a picture.
+    """The segments of a picture. Raises UserError where a map is missing, broken or does not fit.
 
-    Args:
-        pair: the picture and its map of classes.
-        instance_maps: the folder of maps of instances; None where regions are things.
-        indices: {index in the maps: label}.
-        categories: the classes, things first.
-        void: the index of pixels of unknown class.
-        colors: as of `index_maps.read_indices`.
-
-    Raises:
-        UserError: a map is missing, broken or does not fit.
+    `indices` and `categories` are as of `order_classes`, `colors` as of `index_maps.read_indices`;
+    without a folder of maps of instances regions are things.
     """
     classes = index_maps.read_indices(examine.read_file(pair.png), str(pair.png), colors)
     examine.read_picture(pair.path, classes.shape)
@@ -157,12 +140,9 @@ def read_maps(
 def split_class(
     mask: np.ndarray, instances: np.ndarray | None, is_thing: bool
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """The segments of one class.
+    """The segments of a class that has the pixels of a mask, bool [H, W].
 
-    Args:
-        mask: the pixels of the class, bool [H, W].
-        instances: numbers of things, int [H, W]; None where connected regions are things.
-        is_thing: whether the class is one of things.
+    Things have numbers, int [H, W]; None where connected regions are things.
 
     Yields:
         (mask of a segment, whether it is a crowd).
@@ -225,10 +205,13 @@ def write_instances(
     )
 
 
-def check_split(split: str) -> None:
-    """Raises UserError where the name of a split would lead to another folder."""
+def check_places(split: str, **folders: Path | None) -> None:
+    """Raises UserError where the name of a split would lead to another folder, or one is missing."""
     if Path(split).name != split or split == "..":
         raise UserError(f"--split={split}; accepted: a name without folders, such as train")
+    for flag, path in folders.items():
+        if path and not path.is_dir():
+            raise UserError(f"--{flag}: there is no folder {path}")
 
 
 def link(picture: Path, place: Path) -> None:

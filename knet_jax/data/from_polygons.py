@@ -14,16 +14,15 @@ import numpy as np
 import tqdm
 import yaml
 
-from knet_jax.data.from_masks import check_split, describe_thing, link, write_instances
+from knet_jax.data.from_masks import check_places, describe_thing, link, write_instances
 from knet_jax.data.sources import examine, index_maps
 from knet_jax.segmentation import class_lists, rle
+from knet_jax.segmentation.coco_files import image_entry
 from knet_jax.segmentation.segments import printable
 from knet_jax.system.errors import UserError
 
 CIRCLE = np.exp(2j * np.pi * np.arange(64) / 64)
 """Corners of the polygon that stands for a circle: 64 complex numbers of length 1."""
-
-
 MOST_SHARE = 2.0
 """Corners may lie outside of the picture; beyond this share of a side they are taken for pixels."""
 
@@ -57,10 +56,7 @@ def write_instance_dataset(
     Raises:
         UserError: a folder or file is missing or of another form, or no picture can be used.
     """
-    check_split(split)
-    for flag, folder in (("images", images), ("labels", labels)):
-        if not folder.is_dir():
-            raise UserError(f"--{flag}: there is no folder {folder}")
+    check_places(split, images=images, labels=labels)
     listed = read_names(names) if names else {}
     count, used, problems = 0, set(), []
     with tempfile.TemporaryFile() as read:  # there may be more than memory holds
@@ -87,9 +83,9 @@ def write_instance_dataset(
             return ((number, *pickle.load(read)) for number in range(1, count + 1))
 
         def pictures() -> Iterator[dict]:
-            for number, path, name, (height, width), _ in find_all():
+            for number, path, name, size, _ in find_all():
                 link(path, root / split / name)
-                yield {"id": number, "file_name": name, "height": height, "width": width}
+                yield image_entry(number, name, size)
 
         def annotations() -> Iterator[dict]:
             ids = itertools.count(1)

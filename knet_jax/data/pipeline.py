@@ -81,7 +81,7 @@ def train_batches(
     start: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[tuple[Batch, tuple[str, ...]]]:
+) -> Iterator[Batch]:
     """Batches without end, augmented.
 
     Args:
@@ -89,26 +89,19 @@ def train_batches(
         config_data: `config.data`.
         batch_size: pictures in a batch, of all processes together.
         seed: of order and augmentation.
-        start: how many examples (of all processes) have been seen before.
+        start: how many examples (of all processes) have been seen before, whole batches.
         process_index: which share of every batch this process wants.
         process_count: how many processes share a batch.
 
     Yields:
-        (batch with batch_size / process_count rows, names of the files that were broken and
-        replaced in it).
+        a batch with batch_size / process_count rows.
 
     Raises:
-        UserError: the sizes do not agree, or too many pictures are broken.
+        UserError: too many pictures are broken.
     """
     recipe = recipes.find(split.task, config_data)
-    rows = _process_rows(batch_size, process_index, process_count)
-    if start % batch_size:
-        raise UserError(
-            f"{start} examples have been seen, which config.train.batch_size {batch_size} does not "
-            "divide: only such a batch size can go on from here"
-        )
-    if seed < 0:
-        raise UserError(f"config.seed {seed} must not be negative")
+    share = batch_size // process_count
+    rows = slice(process_index * share, (process_index + 1) * share)
     overfull = int(np.sum(split.num_things > recipe.max_things))
     if overfull:
         log.warning(
@@ -123,10 +116,7 @@ def train_batches(
     make = functools.partial(batches.train_batch, split, recipe, epochs, rows)
     dataset = grain.MapDataset.range(start // batch_size, ENDLESS).map(make)
     results = _run_workers(dataset, recipe, len(split.sizes))
-    return (
-        (batch, tuple(failure.file_name for failure in failures))
-        for (batch,), _, failures in results
-    )
+    return (batch for (batch,), _, _ in results)
 
 
 def eval_batches(
@@ -163,10 +153,15 @@ def eval_batches(
         `Split.truth` returns).
 
     Raises:
-        UserError: too many pictures are broken.
+        UserError: processes cannot share a batch, or too many pictures are broken.
     """
     recipe = recipes.find(split.task, config_data)
-    rows = _process_rows(batch_size, process_index, process_count)
+    if batch_size % process_count:
+        raise UserError(
+            f"config.eval.batch_size {batch_size} must be a multiple of the {process_count} processes"
+        )
+    share = batch_size // process_count
+    rows = slice(process_index * share, (process_index + 1) * share)
     scaled = recipes.at_ratios(recipe, ratios)
     sizes = split.sizes[:limit]
     shown = np.minimum(sizes, window) if window else sizes
@@ -176,7 +171,6 @@ def eval_batches(
     canvases, of_size = np.unique(canvases, axis=0, return_inverse=True)
     of_picture = of_size.ravel()[of_key]
     positions = []
-    share = batch_size // process_count
     for number in range(len(canvases)):
         group = np.flatnonzero(of_picture == number).astype(np.int32)
         padded = np.pad(group, (0, -len(group) % batch_size), constant_values=EMPTY)
@@ -216,16 +210,6 @@ def _copy_array(leaf: Any) -> Any:
     return np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
-def _process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size % process_count:
-        raise UserError(
-            f"config.train.batch_size {batch_size} must be a multiple of the "
-            f"{process_count} processes"
-        )
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
-
-
 def _run_workers(
     dataset: grain.MapDataset,
     recipe: recipes.WholePicture | recipes.Crop,
@@ -233,10 +217,7 @@ def _run_workers(
 ) -> Iterator[batches.Prepared]:
     """Computes the elements of a dataset in worker processes, in order.
 
-    Args:
-        dataset: of functions that give a `Prepared`.
-        recipe: says how many workers there are, and which share of pictures may be broken.
-        num_pictures: how many there are, of which a share may be broken.
+    The recipe says how many workers there are, and which share of the pictures may be broken.
 
     Raises:
         UserError: too many pictures are broken, or a worker was ended.
@@ -255,10 +236,10 @@ def _run_workers(
         with workers.starting() if recipe.num_workers else contextlib.nullcontext():
             first = list(itertools.islice(iterator, 1))
         for prepared in itertools.chain(first, iterator):
-            for failure in prepared.failures:
-                if failure.file_name not in broken:
-                    broken.add(failure.file_name)
-                    log.warning("broken picture %s: %s", failure.file_name, failure.reason)
+            for name, reason in prepared.failures.items():
+                if name not in broken:
+                    broken.add(name)
+                    log.warning("broken picture %s: %s", name, reason)
             allowed = recipe.max_broken_share * max(num_pictures, LEAST)
             if len(broken) > min(allowed, num_pictures - 1):
                 raise UserError(

@@ -142,6 +142,12 @@ class Split:
             [chosen] = tfds.core.ReadInstruction.from_spec(spec).to_absolute(splits)
         except (ValueError, AssertionError) as error:
             raise UserError(f"config.data: split '{spec}' cannot be read: {error}") from error
+        self.sizes = sizes[chosen.from_ : chosen.to]
+        """int32 [n, 2]: height and width of the pictures."""
+        self.num_things = things[chosen.from_ : chosen.to]
+        """int32 [n]: how many things each picture shows, crowds left out."""
+        if not len(self):
+            raise UserError(f"config.data: split '{spec}' holds no picture")
         with self._damage_named():
             # Pictures are left encoded: decoding is ours.
             decoders = {
@@ -150,12 +156,6 @@ class Split:
                 if isinstance(feature, tfds.features.Image)
             }
             self._source = builder.as_data_source(spec, decoders=decoders)
-        self.sizes = sizes[chosen.from_ : chosen.to]
-        """int32 [n, 2]: height and width of the pictures."""
-        self.num_things = things[chosen.from_ : chosen.to]
-        """int32 [n]: how many things each picture shows, crowds left out."""
-        if not len(self):
-            raise UserError(f"config.data: split '{spec}' holds no picture")
 
     @contextlib.contextmanager
     def _damage_named(self) -> Iterator[None]:

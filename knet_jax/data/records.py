@@ -90,12 +90,7 @@ def features(task: str) -> tfds.features.FeaturesDict:
 
 
 def digest(metadata: Mapping[str, Any], columns: Sequence[Path]) -> str:
-    """A digest of the metadata of a prepared split, but for the one that they hold themselves.
-
-    Args:
-        metadata: what metadata.json holds.
-        columns: files of what is known of every picture.
-    """
+    """A digest of what metadata.json holds, but for the digest itself, and of the files of `COLUMNS`."""
     content = {key: value for key, value in metadata.items() if key != "digest"}
     found = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for path in columns:
@@ -105,13 +100,7 @@ def digest(metadata: Mapping[str, Any], columns: Sequence[Path]) -> str:
 
 
 def describe(metadata: Mapping[str, Any], count: int, num_pixels: int) -> str:
-    """What a prepared split holds, as a text for people: counts, classes, problems.
-
-    Args:
-        metadata: what metadata.json holds.
-        count: number of pictures.
-        num_pixels: of all of them together.
-    """
+    """What a prepared split of so many pictures and pixels holds, as a text for people."""
     categories = Categories.of(metadata["categories"])
     kind = by_task.KINDS[metadata["task"]](categories)
     summary, texts = kind.describe(metadata["columns"], num_pixels)
@@ -121,8 +110,8 @@ def describe(metadata: Mapping[str, Any], count: int, num_pixels: int) -> str:
     ]
     width = max(len(name) for name in categories.names)
     for label, (name, text) in enumerate(zip(categories.names, texts)):
-        kind = "thing" if label < categories.num_things else "stuff"
-        lines.append(f"  {name:<{width}}  {kind}  {text}")
+        what = "thing" if label < categories.num_things else "stuff"
+        lines.append(f"  {name:<{width}}  {what}  {text}")
     problems = metadata["problems"]
     lines.append(f"{len(problems)} problems" + (":" if problems else ""))
     lines += [f"  {problem}" for problem in problems[:MAX_PROBLEMS]]

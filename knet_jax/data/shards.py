@@ -84,23 +84,19 @@ class Plan(NamedTuple):
     """As of `records.Examples`."""
 
 
-def plan(source: records.Source, folder: Path) -> Plan:
+def plan(source: records.Source, unfinished: Path) -> Plan:
     """Divides a dataset, unless that was done before all was killed.
-
-    Args:
-        source: what to write.
-        folder: for what is unfinished.
 
     Raises:
         UserError: the dataset cannot be used.
     """
-    done = folder / "parts" / f"plan-{knet_jax.__version__}"
+    done = unfinished / "parts" / f"plan-{knet_jax.__version__}"
     for draft in done.parent.glob("*.draft"):  # of what was killed
         draft.unlink(missing_ok=True)
     if done.exists():
         return pickle.loads(done.read_bytes())
     examples = source.examine()
-    for needed in (done.parent, folder / str(records.VERSION)):
+    for needed in (done.parent, unfinished / str(records.VERSION)):
         needed.mkdir(parents=True, exist_ok=True)
     size = max(RECORDS_PER_FILE, math.ceil(examples.count / MAX_FILES))
     count, entries = math.ceil(examples.count / size), iter(examples.entries)
@@ -118,13 +114,9 @@ def plan(source: records.Source, folder: Path) -> Plan:
 
 
 def write(path: str | Path, num_threads: int = 1) -> int:
-    """Writes a shard, unless that has been done.
+    """Writes the shard of the file of a `Part`, unless that has been done.
 
     A picture that cannot be used is left out and named.
-
-    Args:
-        path: of the file of its `Part`.
-        num_threads: that read pictures.
 
     Returns:
         how many pictures it was to hold.
@@ -171,7 +163,7 @@ def write_locally(num_workers: int, parts: Sequence[Path]) -> Iterator[int]:
 
     Args:
         num_workers: how many processes; 0 is one for each core.
-        parts: of a `Plan`.
+        parts: those of a `Plan`.
 
     Yields:
         how many pictures a shard that is done was to hold.
@@ -238,13 +230,8 @@ def beam_writer(flags: Sequence[str]) -> Write:
     return write_all
 
 
-def finish(source: records.Source, made: Plan, folder: Path) -> Path:
+def finish(source: records.Source, made: Plan, unfinished: Path) -> Path:
     """Puts together what is known of the shards, when all are written.
-
-    Args:
-        source: what was written.
-        made: how it was divided.
-        folder: for what is unfinished.
 
     Returns:
         the folder of the prepared split, to be moved to its place.
@@ -260,7 +247,7 @@ def finish(source: records.Source, made: Plan, folder: Path) -> Path:
     if made.place and not any(values.any() for values in counts.values()):
         first = problems[0] if problems else "nothing is annotated"
         raise UserError(f"{made.place} can be used, the first of {len(problems)} problems: {first}")
-    prepared = folder / str(records.VERSION)
+    prepared = unfinished / str(records.VERSION)
     columns = [prepared / name for name in records.COLUMNS]
     for path, field in zip(columns, ("sizes", "num_things")):
         np.save(path, np.concatenate([getattr(shard, field) for shard in shards]))

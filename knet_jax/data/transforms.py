@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from knet_jax.data import photometric
-from knet_jax.segmentation.image_files import NUM_IDS, segment_ids
+from knet_jax.segmentation.image_files import NUM_IDS
 
 TARGET_STRIDE = 4
 """Pixels of a canvas for one of the masks that are learned, along each axis."""
@@ -112,32 +112,6 @@ def sampled_source(
         view.rows(sampled_positions(shape[0], view.shown[0]), size[0]),
         view.columns(sampled_positions(shape[1], view.shown[1]), size[1]),
     )
-
-
-def sample_segments(
-    panoptic: np.ndarray,
-    view: View,
-    ids: Sequence[int],
-    values: Sequence[int],
-    segment_map: np.ndarray,
-) -> None:
-    """Writes the segments at the pixels that targets average, without resizing any map.
-
-    Equals a centre-aligned nearest resize of the whole map, a crop and a flip as the view says, a
-    padding to the canvas and a choice of rows and columns {4i + 1, 4i + 2}, but reads only the
-    pixels that are chosen (test_sampling_equals_resizing_everything).
-
-    Args:
-        panoptic: uint8 [h, w, 3], ids as colors.
-        view: what is seen of the picture.
-        ids: ids of the segments to keep.
-        values: what stands for each of them in the result; 0 stands for all others.
-        segment_map: [canvas height / 2, canvas width / 2], written in place where the view lies.
-    """
-    rows, columns = sampled_source(view, segment_map.shape, panoptic.shape[:2])
-    sampled = segment_ids(panoptic[rows].take(columns, axis=1))
-    values = np.asarray(values, segment_map.dtype)
-    segment_map[: len(rows), : len(columns)] = lookup(sampled, ids, values)
 
 
 def lookup(id_map: np.ndarray, ids: Sequence[int], values: np.ndarray) -> np.ndarray:

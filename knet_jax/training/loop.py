@@ -203,7 +203,7 @@ def _run(config: ConfigDict, workdir: Path, all_ready: Callable[[], None]) -> Ru
         jax.process_count(),
     )
     num_parts = share // parts.num_images
-    feed = lookahead((b.id, train_step.to_devices(b, devices, num_parts)) for b, _ in batches)
+    feed = lookahead((b.id, train_step.to_devices(b, devices, num_parts)) for b in batches)
     check = partial(check_finite, split=split, checkpoints=checkpoints, start=start)
     unchecked, told, alone = None, 0, processes.is_alone()
     reloads = alone and devices[0].platform == "cpu"

@@ -29,20 +29,8 @@ class StoredInstance(NamedTuple):
     """As annotated."""
 
 
-class LoadedInstances(NamedTuple):
-    """The things of a picture; masks stay run lengths until one is needed."""
-
-    instances: Sequence[StoredInstance]
-    size: tuple[int, int]
-    """Height and width of the picture."""
-
-    def rle(self, instance: StoredInstance) -> dict[str, Any]:
-        """The mask of one of the things, in COCO's form."""
-        return {"size": list(self.size), "counts": instance.counts}
-
-
 class InstanceKind(Kind):
-    """Things with masks that may overlap."""
+    """Things with masks that may overlap, which stay run lengths until one is needed."""
 
     @staticmethod
     def features() -> dict[str, Any]:
@@ -75,12 +63,10 @@ class InstanceKind(Kind):
     ) -> tuple[str, Sequence[str]]:
         return describe_counts(**counts)
 
-    def load(self, record: Record) -> LoadedInstances:
-        return LoadedInstances(record.annotation, record.size)
+    def load(self, record: Record) -> Record:
+        return record
 
-    def train_view(
-        self, recipe: WholePicture, loaded: LoadedInstances, rng: np.random.Generator
-    ) -> View:
+    def train_view(self, recipe: WholePicture, loaded: Record, rng: np.random.Generator) -> View:
         return recipe.train_view(loaded.size, rng)
 
     def empty(self, recipe: WholePicture, group: int, count: int) -> InstanceTargets:
@@ -90,22 +76,25 @@ class InstanceKind(Kind):
             np.full((count, recipe.max_things), EMPTY, np.int32),
         )
 
-    def fill(
-        self, targets: InstanceTargets, place: int, loaded: LoadedInstances, view: View
-    ) -> None:
+    def fill(self, targets: InstanceTargets, place: int, loaded: Record, view: View) -> None:
         num_slots, height, packed_width = targets.masks.shape[1:]
         bits = np.zeros((height, 8 * packed_width), np.uint8)
         rows, columns = transforms.sampled_source(view, bits.shape, loaded.size)
-        shown = [instance for instance in loaded.instances if not instance.iscrowd]
+        shown = [instance for instance in loaded.annotation if not instance.iscrowd]
         for slot, instance in enumerate(largest(shown, num_slots)):
             # Run lengths go down the columns, and so does the memory of a decoded mask.
-            mask = rle.decode(loaded.rle(instance))
+            mask = rle.decode(_run_lengths(instance, loaded.size))
             bits[: len(rows), : len(columns)] = mask.T[columns].take(rows, axis=1).T
             targets.masks[place, slot] = np.packbits(bits, axis=-1)
             targets.labels[place, slot] = instance.label
 
-    def truth(self, loaded: LoadedInstances) -> tuple[Instance, ...]:
+    def truth(self, loaded: Record) -> tuple[Instance, ...]:
         return tuple(
-            Instance(loaded.rle(one), one.label, iscrowd=one.iscrowd, area=one.area)
-            for one in loaded.instances
+            Instance(_run_lengths(one, loaded.size), one.label, iscrowd=one.iscrowd, area=one.area)
+            for one in loaded.annotation
         )
+
+
+def _run_lengths(instance: StoredInstance, size: tuple[int, int]) -> dict[str, Any]:
+    """The mask of a thing in a picture of a size, in COCO's form."""
+    return {"size": list(size), "counts": instance.counts}

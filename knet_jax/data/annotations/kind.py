@@ -29,13 +29,10 @@ class Record(NamedTuple):
 
 
 class Kind(abc.ABC):
-    """The annotations of a task.
+    """The annotations of a task in a dataset of some classes.
 
     Three forms of an annotation occur: as a dataset's files hold it (`Record.annotation`), as TFDS
     stores it (`features`), and decoded (what `load` returns).
-
-    Args:
-        categories: the classes of the dataset.
     """
 
     def __init__(self, categories: Categories):
@@ -94,8 +91,3 @@ class Kind(abc.ABC):
     @abc.abstractmethod
     def truth(self, loaded: Any) -> Any:
         """The annotation at the picture's original size, as the task's metric takes it."""
-
-
-def map_dtype(greatest: int) -> np.dtype:
-    """The smallest type that holds 0 to `greatest`: uint8, uint16 or uint32."""
-    return np.min_scalar_type(greatest)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from knet_jax.data import transforms
-from knet_jax.data.annotations.kind import Kind, Record, map_dtype
+from knet_jax.data.annotations.kind import Kind, Record
 from knet_jax.data.recipes import WholePicture
 from knet_jax.data.transforms import View
 from knet_jax.segmentation import image_files
@@ -89,8 +89,9 @@ class PanopticKind(Kind):
     def empty(self, recipe: WholePicture, group: int, count: int) -> PanopticTargets:
         height, width = recipe.train_canvases[group]
         num_stuff = self.categories.num_stuff
+        dtype = np.min_scalar_type(recipe.max_things + num_stuff)
         return PanopticTargets(
-            np.zeros((count, height // 2, width // 2), map_dtype(recipe.max_things + num_stuff)),
+            np.zeros((count, height // 2, width // 2), dtype),
             np.full((count, recipe.max_things), EMPTY, np.int32),
             np.full((count, num_stuff), EMPTY, np.int32),
         )
@@ -107,7 +108,11 @@ class PanopticKind(Kind):
         values = [1 + slot for slot in range(len(things))]
         values += [1 + max_things + kind for kind in kinds]
         ids = [segment.id for segment in things + stuff]
-        transforms.sample_segments(loaded.rgb, view, ids, values, targets.segment_map[place])
+        segment_map = targets.segment_map[place]
+        rows, columns = transforms.sampled_source(view, segment_map.shape, loaded.rgb.shape[:2])
+        sampled = image_files.segment_ids(loaded.rgb[rows].take(columns, axis=1))
+        values = np.array(values, segment_map.dtype)
+        segment_map[: len(rows), : len(columns)] = transforms.lookup(sampled, ids, values)
         targets.labels[place, : len(things)] = [segment.label for segment in things]
         targets.stuff_labels[place, kinds] = [segment.label for segment in stuff]
 

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from knet_jax.data import recipes
-from knet_jax.data.annotations.kind import Kind, Record, map_dtype
+from knet_jax.data.annotations.kind import Kind, Record
 from knet_jax.data.recipes import Crop
 from knet_jax.data.transforms import View
 from knet_jax.segmentation import image_files
@@ -56,7 +56,7 @@ class SemanticKind(Kind):
         return recipe.train_view(loaded, rng)
 
     def empty(self, recipe: Crop, group: int, count: int) -> SemanticTargets:
-        dtype = map_dtype(len(self.categories.names))
+        dtype = np.min_scalar_type(len(self.categories.names))
         return SemanticTargets(np.zeros((count, *recipe.train_canvases[group]), dtype))
 
     def fill(self, targets: SemanticTargets, place: int, loaded: np.ndarray, view: View) -> None:
@@ -64,10 +64,10 @@ class SemanticKind(Kind):
         targets.label_map[place, :height, :width] = recipes.crop_map(loaded, view)
 
     def truth(self, loaded: np.ndarray) -> np.ndarray:
-        return loaded.astype(map_dtype(len(self.categories.names)))
+        return loaded.astype(np.min_scalar_type(len(self.categories.names)))
 
 
 def encode_map(label_map: np.ndarray) -> bytes:
     """Encodes a map [H, W] of labels below 65 536 as a PNG of 8 bits, or of 16 where needed."""
-    dtype = map_dtype(label_map.max(initial=0))
+    dtype = np.min_scalar_type(label_map.max(initial=0))
     return cv2.imencode(".png", label_map.astype(dtype))[1].tobytes()

@@ -20,14 +20,5 @@ DATASETS = {
 
 
 def find(config_data, split: str, task: str) -> records.Source:
-    """A split of the dataset that `config.data` names.
-
-    Args:
-        config_data: `config.data`, validated.
-        split: name of the split.
-        task: `config.task`.
-
-    Raises:
-        UserError: the split cannot be found.
-    """
+    """A split of the dataset that `config.data` names. Raises UserError where there is none."""
     return DATASETS[config_data.dataset][task](config_data, split)

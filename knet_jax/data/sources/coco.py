@@ -26,9 +26,8 @@ FILES = {
     "panoptic": (coco_panoptic.PREFIX, coco_panoptic.examine_file),
     "semantic": (coco_panoptic.PREFIX, coco_panoptic.examine_file_as_labels),
 }
-"""For each task, how its annotation files' names begin, and the function that examines one."""
-
-
+"""For each task, how its annotation files' names begin, and the function that examines one with the
+folders in which its pictures may lie."""
 LAYOUTS = (
     "annotations/{prefix}{split}.json",
     "annotations/{prefix}{split}*.json",

@@ -25,27 +25,20 @@ def examine_file(
     """Reads an instance annotation file, showing progress.
 
     Of a picture, an annotation whose mask or category is no good is left out and named. A picture
-    without annotation is a picture without things.
-
-    Args:
-        supercategories: whether categories that only group others are classes too.
-        annotations: the file.
-        pictures: folders in which its pictures may lie.
+    without annotation is a picture without things. Categories that only group others are classes if
+    `supercategories` is set.
 
     Raises:
         UserError: the file is not what it should be.
     """
-    categories, rows, problems = coco_json.read(
-        annotations, "instance", functools.partial(_read_classes, supercategories)
-    )
-    labels = {id: label for label, id in enumerate(categories.dataset_ids)}
-    read = functools.partial(_read_picture, pictures, labels)
-    return coco_json.examples(annotations, categories, rows, read, problems)
+    read_classes = functools.partial(_read_classes, supercategories)
+    read_picture = functools.partial(_read_picture, pictures)
+    return coco_json.examine(annotations, "instance", read_classes, read_picture)
 
 
 def _read_classes(supercategories: bool, content: coco_json.Content) -> Categories:
     listed = content.categories
-    if content.num_annotations and not content.has_masks:
+    if content.lacks_masks:
         raise UserError("its annotations have boxes only; accepted: masks, in 'segmentation'")
     if not supercategories:
         groups = [(one.get("supercategory"), one.get("name")) for one in listed]

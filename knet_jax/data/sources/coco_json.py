@@ -6,6 +6,7 @@ disk, in a temporary file of about twice the size, in the folder SQLITE_TMPDIR, 
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -33,28 +34,26 @@ class Content(NamedTuple):
     categories: Sequence[Mapping]
     used: set[int]
     """The ids of categories that annotations have."""
-    num_annotations: int
-    has_masks: bool
-    """Whether any annotation has a segmentation."""
+    lacks_masks: bool
+    """Whether there are annotations, none of which has a segmentation."""
 
 
-def read(
+def examine(
     path: Path,
     kind: str,
     read_categories: Callable[[Content], Categories],
-) -> tuple[Categories, sqlite3.Connection, list[str]]:
+    read_picture: Callable[..., tuple[Record, Sequence[str]]],
+) -> records.Examples:
     """Reads an annotation file in constant memory, showing progress.
 
     An image without an id is left out, since nothing can be its annotation.
 
     Args:
         path: of the JSON.
-        kind: "panoptic" or "instance", for messages.
+        kind: "panoptic", where a picture has one annotation, or "instance".
         read_categories: makes the classes of the file's content.
-
-    Returns:
-        the classes, the images and annotations as `TABLES` on disk, and a line for each image that
-        has no id, or annotations but no entry, and for each name that several classes have.
+        read_picture: takes {category id: label}, and (image, the JSON of each of its annotations);
+            returns the record, and what is wrong with it.
 
     Raises:
         UserError: the file is not what it should be, or there is no room to sort it.
@@ -63,11 +62,6 @@ def read(
     try:
         content, problems = _sort(path, rows)
         categories = read_categories(content)
-        twice = sorted({name for name in categories.names if categories.names.count(name) > 1})
-        problems += [
-            f"several categories are called {name!r:.40}, and stay apart" for name in twice
-        ]
-        return categories, rows, problems
     except UserError as error:
         raise UserError(f"config.data.root: {path}: {error}") from error
     except (ValueError, OSError, RecursionError) as error:
@@ -81,10 +75,26 @@ def read(
         raise UserError(
             f"config.data.root: {path} is not COCO {kind} JSON: {error!r:.200}"
         ) from error
+    twice = sorted({name for name in categories.names if categories.names.count(name) > 1})
+    problems += [f"several categories are called {name!r:.40}, and stay apart" for name in twice]
+    if kind == "panoptic":
+        several = rows.execute(
+            "SELECT image_id FROM annotations GROUP BY image_id HAVING COUNT(*) > 1 "
+            "ORDER BY MIN(number)"
+        )
+        problems += [
+            f"image {id}: annotated more than once, the first one counts" for (id,) in several
+        ]
+    labels = {id: label for label, id in enumerate(categories.dataset_ids)}
+    read = functools.partial(read_picture, labels)
+    [(count,)] = rows.execute("SELECT COUNT(*) FROM images")
+    place = f"config.data.root: no picture of {path}"
+    return records.Examples(categories, count, _entries(rows), read, problems, place)
 
 
 def _sort(path: Path, rows: sqlite3.Connection) -> tuple[Content, list[str]]:
-    """Fills the tables. Returns what `read_categories` of `read` takes, and the problems."""
+    """Fills the tables. Returns what the classes follow from, and a line for each image that has no
+    id, or annotations but no entry."""
     rows.executescript(TABLES)
     categories, used, num_annotations, has_masks = [], set(), 0, False
     problems, absent = [], set(LISTS)
@@ -110,7 +120,7 @@ def _sort(path: Path, rows: sqlite3.Connection) -> tuple[Content, list[str]]:
                 has_masks |= bool(known.get("segmentation"))
                 used |= {category} if isinstance(category, int) else set()
     if absent:
-        raise KeyError(*absent)
+        raise KeyError(*sorted(absent))
     rows.execute(INDEX)
     unknown = rows.execute(
         "SELECT image_id FROM annotations "
@@ -120,7 +130,7 @@ def _sort(path: Path, rows: sqlite3.Connection) -> tuple[Content, list[str]]:
     problems += [
         f"image {id}: annotated but not among the file's images, left out" for (id,) in unknown
     ]
-    return Content(categories, used, num_annotations, has_masks), problems
+    return Content(categories, used, num_annotations > 0 and not has_masks), problems
 
 
 def _add_image(rows: sqlite3.Connection, image: Mapping, text: bytes) -> list[str]:
@@ -133,25 +143,6 @@ def _add_image(rows: sqlite3.Connection, image: Mapping, text: bytes) -> list[st
     if not is_sound or not rows.execute(add, (id, text)).rowcount:
         raise UserError(f"image id {id!r:.40}; accepted: whole numbers of 64 bits, each once")
     return []
-
-
-def ids_of_several(rows: sqlite3.Connection) -> list[int | None]:
-    """The ids of images that have several annotations."""
-    several = "GROUP BY image_id HAVING COUNT(*) > 1 ORDER BY MIN(number)"
-    return [id for (id,) in rows.execute(f"SELECT image_id FROM annotations {several}")]
-
-
-def examples(
-    path: Path,
-    categories: Categories,
-    rows: sqlite3.Connection,
-    read: Callable[[tuple[Mapping, Sequence[bytes]]], tuple[Record, Sequence[str]]],
-    problems: Sequence[str],
-) -> records.Examples:
-    """What a file holds. Its function `read` takes (image, the JSON of each of its annotations)."""
-    [(count,)] = rows.execute("SELECT COUNT(*) FROM images")
-    place = f"config.data.root: no picture of {path}"
-    return records.Examples(categories, count, _entries(rows), read, problems, place)
 
 
 def _entries(rows: sqlite3.Connection) -> Iterator[tuple[str, tuple[Mapping, list[bytes]]]]:

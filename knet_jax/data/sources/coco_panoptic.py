@@ -26,10 +26,6 @@ def examine_file(annotations: Path, pictures: Sequence[Path]) -> records.Example
     Of a picture, a segment that its PNG does not show is left out and named. Pixels of a PNG that
     belong to no listed segment are void, and named too.
 
-    Args:
-        annotations: the file.
-        pictures: folders in which its pictures may lie.
-
     Raises:
         UserError: the file is not what it should be.
     """
@@ -54,14 +50,8 @@ def examine_file_as_labels(annotations: Path, pictures: Sequence[Path]) -> recor
 def _examine(
     annotations: Path, pictures: Sequence[Path], read_picture: Callable
 ) -> records.Examples:
-    categories, rows, problems = coco_json.read(annotations, "panoptic", _read_classes)
-    labels = {id: label for label, id in enumerate(categories.dataset_ids)}
-    problems += [
-        f"image {id}: annotated more than once, the first one counts"
-        for id in coco_json.ids_of_several(rows)
-    ]
-    read = functools.partial(read_picture, annotations.with_suffix(""), pictures, labels)
-    return coco_json.examples(annotations, categories, rows, read, problems)
+    read = functools.partial(read_picture, annotations.with_suffix(""), pictures)
+    return coco_json.examine(annotations, "panoptic", _read_classes, read)
 
 
 def _read_classes(content: coco_json.Content) -> Categories:

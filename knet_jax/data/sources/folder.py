@@ -43,8 +43,6 @@ def find(config_data, split: str) -> records.Source:
             raise UserError(f"config.data.{key}: split '{split}' needs the {kind} {path}")
         paths[key] = path
     index = config_data.ignore_index
-    if not 0 <= index <= index_maps.MAX_INDEX:
-        raise UserError(f"config.data.ignore_index {index} must be in [0, {index_maps.MAX_INDEX}]")
     folders = [paths["images"], paths["labels"]]
     inside = (path for top in folders for path in top.rglob("*") if path.is_dir())
     facts = [examine.state(path) for path in (*paths.values(), *sorted(inside))]

@@ -49,10 +49,10 @@ def examine_pairs(
     there is a remedy.
 
     Args:
-        pairs: the pictures, each with its PNG file.
+        pairs: the pictures.
         categories: the classes; their `dataset_ids` are indices of the PNG files.
         ignored: indices that stand for no class.
-        source: the folder of the pictures.
+        source: the folder of the pictures, for messages.
         remedy: what a user can do about other indices, which then are an error.
         colors: as of `read_indices`.
 

@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from pycocotools import mask as run_lengths
 
 from knet_jax.data import records
 from knet_jax.data.annotations import instance, panoptic, semantic
 from knet_jax.data.annotations.kind import Record
 from knet_jax.data.prepared_split import split_name
-from knet_jax.segmentation import image_files, published_classes
+from knet_jax.segmentation import image_files, published_classes, rle
 from knet_jax.segmentation.published_classes import PATTERNS as STUFF
 from knet_jax.segmentation.published_classes import SHAPES as THINGS
 from knet_jax.system.errors import UserError
@@ -36,8 +35,8 @@ LEAST_SIDE = 48
 """Pixels below which things do not fit."""
 NUM_SAMPLES, SAMPLE_SIDE = 12, (96, 128)
 """Pictures that are written for a user, and their sides in pixels."""
-VIDEO_SIZE = (128, 128)
-"""Height and width of videos, in pixels."""
+VIDEO_SIZE, VIDEO_THINGS = (128, 128), 5
+"""Height and width of videos, in pixels, and how many things they show."""
 WITHOUT_THINGS, WITH_CROWD, WITH_VOID = 0.1, 0.1, 0.2
 """Shares of the pictures: without things, with a crowd, with a void patch."""
 
@@ -45,15 +44,12 @@ WITHOUT_THINGS, WITH_CROWD, WITH_VOID = 0.1, 0.1, 0.2
 def find(task: str, config_data, split: str) -> records.Source:
     """A split of the pictures that `config.data` asks for, named after all they depend on.
 
-    Raises:
-        UserError: there is no such split, or its sides are too small.
+    Raises UserError where their sides are too small.
     """
     counts = {
         split_name(config_data.val_split): config_data.num_val,
         split_name(config_data.train_split): config_data.num_train,
     }
-    if split not in counts:
-        raise UserError(f"config.data: split '{split}' must be one of {sorted(counts)}")
     count, sides = counts[split], config_data.image_side
     if sides[0] < LEAST_SIDE:
         raise UserError(
@@ -118,13 +114,7 @@ def draw(split: str, index: int, image_side: tuple[int, int]) -> Drawing:
     return _finish(rng, image, slots, labels, crowds)
 
 
-def draw_video(
-    seed: int,
-    num_frames: int,
-    size: tuple[int, int] = VIDEO_SIZE,
-    speed: float = 4.0,
-    num_things: int = 5,
-) -> Iterator[Drawing]:
+def draw_video(seed: int, num_frames: int, speed: float = 4.0) -> Iterator[Drawing]:
     """Draws a video: things of two classes that cross, hide each other, go and return.
 
     Each swings to and fro, some beyond the borders, and turns; which one is in front stays.
@@ -132,30 +122,29 @@ def draw_video(
     Args:
         seed: of everything random.
         num_frames: how many.
-        size: height and width, in pixels.
         speed: the most that the middle of a thing moves from frame to frame, in pixels.
-        num_things: how many.
 
     Returns:
         The frames, in which a segment has the same number throughout, also where nothing is seen
         of it.
     """
     rng = np.random.default_rng((zlib.crc32(b"video"), seed))
-    background, slots, labels = _draw_stuff(rng, *size)
+    background, slots, labels = _draw_stuff(rng, *VIDEO_SIZE)
     classes = rng.choice(len(THINGS), 2, replace=False)
-    things = [int(classes[i % 2]) for i in range(num_things)]
+    things = [int(classes[i % 2]) for i in range(VIDEO_THINGS)]
     outlines = [_outline(rng, THINGS[label], rng.uniform(*RADII)) for label in things]
     colors = [_color(rng, label) * rng.uniform(0.85, 1.0) for label in things]
     # Along x and y: the middle of the swing, how far it reaches, and where in it the video begins.
-    middle = rng.uniform(0.3, 0.7, (num_things, 2)) * size[::-1]
-    reach = rng.uniform((0.3, 0.1), (0.9, 0.4), (num_things, 2)) * size[::-1]
-    start, turn = rng.uniform(0, 2 * np.pi, (num_things, 2)), rng.uniform(-0.05, 0.05, num_things)
+    of_each = VIDEO_THINGS, 2
+    middle = rng.uniform(0.3, 0.7, of_each) * VIDEO_SIZE[::-1]
+    reach = rng.uniform((0.3, 0.1), (0.9, 0.4), of_each) * VIDEO_SIZE[::-1]
+    start, turn = rng.uniform(0, 2 * np.pi, of_each), rng.uniform(-0.05, 0.05, VIDEO_THINGS)
     for time in range(num_frames):
         image, seen = background.copy(), slots.copy()
         middles = middle + reach * np.sin(start + speed / np.sqrt(2) / reach * time)
         for i, (outline, center, angle) in enumerate(zip(outlines, middles, turn * time)):
             cos, sin = np.cos(angle), np.sin(angle)
-            mask = _fill(outline @ np.array([[cos, sin], [-sin, cos]]) + center, size)
+            mask = _fill(outline @ np.array([[cos, sin], [-sin, cos]]) + center, VIDEO_SIZE)
             image[mask], seen[mask] = colors[i], len(labels) + i
         yield _finish(rng, image, seen, [*labels, *things], set())
 
@@ -212,21 +201,13 @@ def annotate_panoptic(drawing: Drawing) -> panoptic.PanopticAnnotation:
 
 def annotate_instances(drawing: Drawing) -> tuple[instance.StoredInstance, ...]:
     """The visible parts of a drawing's things and crowds."""
-    masks = {
-        slot: np.asfortranarray(drawing.slots == slot, np.uint8)
-        for slot, label in enumerate(drawing.labels)
-        if 0 <= label < len(THINGS)
-    }
-    return tuple(
-        instance.StoredInstance(
-            run_lengths.encode(mask)["counts"],
-            drawing.labels[slot],
-            slot in drawing.crowds,
-            float(mask.sum()),
-        )
-        for slot, mask in masks.items()
-        if mask.any()
-    )
+    found = []
+    for slot, label in enumerate(drawing.labels):
+        mask, is_crowd = drawing.slots == slot, slot in drawing.crowds
+        if 0 <= label < len(THINGS) and mask.any():
+            counts = rle.encode(mask)["counts"]
+            found.append(instance.StoredInstance(counts, label, is_crowd, float(mask.sum())))
+    return tuple(found)
 
 
 def annotate_semantic(drawing: Drawing) -> bytes:
