@@ -235,7 +235,13 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
     metadata = {
         "format": "pt",  # loaders of other libraries ask for it
         CLASSES_KEY: json.dumps(opened.categories.names),
-        MODEL_KEY: About(opened.config.to_dict(), opened.categories, opened.step).to_json(),
+        MODEL_KEY: json.dumps(
+            {
+                "config": opened.config.to_dict(),
+                "categories": opened.categories._asdict(),
+                "step": opened.step,
+            }
+        ),
     }
     draft = draft_of(output)
     try:
