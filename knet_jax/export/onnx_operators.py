@@ -332,22 +332,19 @@ def _platform_index(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tenso
 
 
 def _branch(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+    branches = eqn.params["branches"]
     which, *arguments = inputs
     if which.array is not None:
-        return g.run(eqn.params["branches"][which.array], arguments)
-    return _plain(_cond)(g, eqn, inputs)
-
-
-def _cond(g: Graph, eqn: JaxprEqn, which: str, *inputs: str) -> list[str]:
-    branches = eqn.params["branches"]
+        return g.run(branches[which.array], arguments)
     if len(branches) != 2:
         raise UserError("ONNX has branches of two cases only")
-    arguments = [Tensor(name) for name in inputs]
+    shapes = [v.aval.shape for v in eqn.invars[1:]]
+    arguments = [Tensor(g.read(g.fill(x, shape))) for x, shape in zip(arguments, shapes)]
     no, yes = (g.body("branch", branch, arguments, []) for branch in branches)
     names = [g.new_name("if") for _ in eqn.outvars]
-    which = _cast(g, which, bool)
+    which = _cast(g, which.name, bool)
     g.nodes.append(helper.make_node("If", [which], names, then_branch=yes, else_branch=no))
-    return names
+    return [Tensor(name) for name in names]
 
 
 def _while(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
