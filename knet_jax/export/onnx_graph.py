@@ -86,11 +86,7 @@ class Dim:
 
 
 class Graph:
-    """The model as it grows.
-
-    Args:
-      operators: by the name of the primitive.
-    """
+    """The model as it grows, by operators that are named after primitives of JAX."""
 
     def __init__(self, operators: Mapping[str, Operator]):
         self._operators = operators

@@ -191,11 +191,7 @@ class Checkpoints:
             ) from error
 
     def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Adds the scores of an evaluation to a saved step, once that is on disk.
-
-        Args:
-            step: one that has been saved.
-            scores: the scores by name, those of `metrics` among them.
+        """Adds the scores of an evaluation, by name, to a saved step, once that is on disk.
 
         Raises:
             UserError: the save failed.

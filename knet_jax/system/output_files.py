@@ -35,9 +35,6 @@ class Stems:
 
         `city/7.jpg` gives `city/7`, and where that is taken `city/7.jpg`. Names that are too long are
         cut, and what cannot be printed becomes `_`.
-
-        Args:
-            name: of the picture's file.
         """
         path, number = PurePath(name), 1
         folders = [part for part in path.parts[:-1] if part not in (path.anchor, "..")]
@@ -82,13 +79,9 @@ class PngFolder:
 
 
 def local_path(name: str, path: str | Path) -> Path:
-    """The path that a user gave, which must lead into this machine's file system.
+    """The path that a user gave in an argument, which must lead into this machine's file system.
 
     `gs://bucket/run` would quietly be a folder `gs:` here.
-
-    Args:
-        name: of the argument, for messages.
-        path: its value.
 
     Raises:
         UserError: it is an address.
