@@ -72,5 +72,5 @@ def test_another_backbone_is_named_with_the_flag_that_fits(weights, spec, name, 
 
 def test_what_holds_no_backbone_is_named(tmp_path):
     save_file({"head.weight": np.zeros((2, 2), np.float32)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"a\.safetensors: .*no backbone|a\.safetensors: "):
+    with pytest.raises(UserError, match=r"a\.safetensors: it holds no backbone that is known here"):
         check_backbone(tmp_path / "a.safetensors", load_config("coco_panoptic").model)

@@ -32,19 +32,12 @@ UPRIGHT = draw("val", 2, (100, 130)).image[:96, :64]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The folder of a run for each task."""
-    root = tmp_path_factory.mktemp("models")
-    return {task: tiny_runs.write(root / task, task) for task in TASKS}
-
-
-@pytest.fixture(scope="module")
-def expected(folders):
+def expected(tiny_models):
     """task -> what this project says about each picture."""
 
     @functools.cache
     def of(task):
-        model = open_model(folders[task])
+        model = open_model(tiny_models[task])
         return [segment(model, image) for image in PICTURES]
 
     return of
@@ -72,12 +65,14 @@ def check(results, expected, sizes):
         assert agreement(ours, result_of(results, i, size)) > 0.98
 
 
-def test_onnx_of_classes(folders, expected, tmp_path):
+def test_onnx_of_classes(tiny_models, expected, tmp_path):
     """For two pictures of one size; the file says what its numbers mean."""
     pytest.importorskip("onnxruntime")
     onnx, path = pytest.importorskip("onnx"), tmp_path / "new" / "semantic.onnx"
     fixed = {"size": (64, 96), "batch": 2}
-    done = model_file.export_model(folders["semantic"], path, "onnx", image=PICTURES[0], **fixed)
+    done = model_file.export_model(
+        tiny_models["semantic"], path, "onnx", image=PICTURES[0], **fixed
+    )
     assert done.path == path and done.agreement > 0.98
     inputs = inputs_of(*PICTURES, shape=fixed["size"])
     check(formats.open_onnx(path)(**inputs), expected("semantic"), inputs["size"])
@@ -94,9 +89,9 @@ def test_onnx_of_classes(folders, expected, tmp_path):
     assert metadata["config"]["task"] == metadata["task"] == "semantic"
 
 
-def test_stablehlo_by_the_thresholds_of_the_config_beside_the_model(folders, expected):
+def test_stablehlo_by_the_thresholds_of_the_config_beside_the_model(tiny_models, expected):
     """By a threshold that leaves things out, which a comparison at another one would miss."""
-    folder, changes = folders["panoptic"], ["--config.eval.instance_threshold=0.985"]
+    folder, changes = tiny_models["panoptic"], ["--config.eval.instance_threshold=0.985"]
     some = segment(open_model(folder, overrides=changes), PICTURES[0])
     assert agreement(some, expected("panoptic")[0]) < 0.9
     done = model_file.export_model(
@@ -104,6 +99,7 @@ def test_stablehlo_by_the_thresholds_of_the_config_beside_the_model(folders, exp
     )
     assert done.path == folder / "model.stablehlo.npz"
     assert done.agreement > 0.98
+    done.path.unlink()
 
 
 # A process in which this project cannot be imported runs the lines of the documentation on every
@@ -134,7 +130,7 @@ for folder in map(pathlib.Path, sys.argv[2:]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heading, tasks", [("StableHLO", ["instance"]), ("ONNX", TASKS)])
-def test_files_run_without_this_project(heading, tasks, folders, expected, tmp_path):
+def test_files_run_without_this_project(heading, tasks, tiny_models, expected, tmp_path):
     if heading == "ONNX":
         pytest.importorskip("onnxruntime")
     pair = inputs_of(*PICTURES)
@@ -144,7 +140,7 @@ def test_files_run_without_this_project(heading, tasks, folders, expected, tmp_p
         place.mkdir()
         suffix = formats.FORMATS[heading.lower()].suffix
         model_file.export_model(
-            folders[task], place / f"model{suffix}", heading.lower(), image=PICTURES[0]
+            tiny_models[task], place / f"model{suffix}", heading.lower(), image=PICTURES[0]
         )
         Image.fromarray(PICTURES[0]).save(place / "photo.png")
         np.savez(place / "pair_inputs.npz", **pair)
@@ -165,7 +161,7 @@ def test_files_run_without_this_project(heading, tasks, folders, expected, tmp_p
         check(read["photo"], expected(task)[:1], pair["size"])
         check(read["pair"], expected(task), pair["size"])
         # On a canvas of its own, which stands upright.
-        ours = segment(open_model(folders[task]), UPRIGHT)
+        ours = segment(open_model(tiny_models[task]), UPRIGHT)
         check(dict(np.load(tmp_path / task / "upright.npz")), [ours], upright["size"])
 
 
@@ -233,8 +229,8 @@ def test_agreement_is_the_overlap_of_segments():
     assert agreement(labels, {"labels": np.array([[0, 1], [1, -1]])}) == 0.5
 
 
-def test_what_is_refused(folders, tmp_path, monkeypatch):
-    folder = folders["semantic"]
+def test_what_is_refused(tiny_models, tmp_path, monkeypatch):
+    folder = tiny_models["semantic"]
     (tmp_path / "not a model").mkdir()
     for arguments, words in (
         ({"source": tmp_path / "nowhere"}, ["nowhere", "no such folder or file"]),
@@ -253,11 +249,11 @@ def test_what_is_refused(folders, tmp_path, monkeypatch):
         formats.find_format("onnx")
 
 
-def test_a_file_that_says_something_else_is_not_written(folders, tmp_path, monkeypatch):
+def test_a_file_that_says_something_else_is_not_written(tiny_models, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     shape = (48, 64)
     nothing = {"labels": np.full(shape, -1)}
     monkeypatch.setattr(model_file, "segment", lambda model, image: nothing)
     with pytest.raises(UserError, match="is not written: .* by 0.0%"):
-        model_file.export_model(folders["semantic"], tmp_path / "model", "onnx", size=shape)
+        model_file.export_model(tiny_models["semantic"], tmp_path / "model", "onnx", size=shape)
     assert not list(tmp_path.iterdir())
