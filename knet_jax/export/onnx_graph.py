@@ -28,6 +28,9 @@ INTEGER = (int, np.integer)
 WIDE = {"int8": "int32", "int16": "int32", "uint16": "int32"}
 """Types that runtimes have few kernels for, and what they are computed in."""
 
+UNFOLDED = ("dim_as_value", "platform_index")
+"""Primitives without inputs whose results are not those of this machine."""
+
 CALLS = ("jit", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 """Primitives that are programs of their own."""
 
@@ -211,7 +214,7 @@ class Graph:
         if name in CALLS:
             inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
             return self.run(inner, inputs)
-        if name != "dim_as_value" and (folded := _fold(eqn, inputs)):
+        if name not in UNFOLDED and (folded := _fold(eqn, inputs)):
             return folded
         if name not in self._operators:
             raise UserError(f"there is no ONNX operator for the primitive {name!r} of jax")
