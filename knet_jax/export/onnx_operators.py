@@ -28,7 +28,6 @@ ELEMENTWISE: dict[str, Any] = {
     "ge": "GreaterOrEqual",
     "gt": "Greater",
     "le": "LessOrEqual",
-    "log": "Log",
     "logistic": "Sigmoid",
     "lt": "Less",
     "max": "Max",
@@ -40,7 +39,6 @@ ELEMENTWISE: dict[str, Any] = {
     "sqrt": "Sqrt",
     "sub": "Sub",
     "convert_element_type": lambda g, eqn, x: _cast(g, x, eqn.params["new_dtype"]),
-    "log1p": lambda g, eqn, x: g.op("Log", g.op("Add", x, _one(g, eqn))),
     "ne": lambda g, eqn, x, y: g.op("Not", g.op("Equal", x, y)),
     "rem": lambda g, eqn, x, y: g.op("Mod", x, y, fmod=1),
     "rsqrt": lambda g, eqn, x: g.op("Reciprocal", g.op("Sqrt", x)),
@@ -48,10 +46,6 @@ ELEMENTWISE: dict[str, Any] = {
     "name": lambda g, eqn, x: x,
     "stop_gradient": lambda g, eqn, x: x,
 }
-
-
-def _one(g: Graph, eqn: JaxprEqn) -> str:
-    return g.constant(np.ones((), eqn.outvars[0].aval.dtype))
 
 
 def _cast(g: Graph, x: str, dtype: Any) -> str:
