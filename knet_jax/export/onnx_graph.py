@@ -76,9 +76,6 @@ class Dim:
     def __sub__(self, other: Any) -> Dim:
         return self.of(self.graph, "Sub", self, other)
 
-    def __rsub__(self, other: Any) -> Dim:
-        return self.of(self.graph, "Sub", other, self)
-
     def __mul__(self, other: Any) -> Dim:
         return self.of(self.graph, "Mul", self, other)
 
