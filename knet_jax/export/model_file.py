@@ -18,7 +18,7 @@ from knet_jax.export.formats import find_format
 from knet_jax.saved.checkpoints import check_writable
 from knet_jax.saved.models import Model, open_model
 from knet_jax.system.errors import UserError
-from knet_jax.system.output_files import draft_of
+from knet_jax.system.output_files import drafted
 
 LEAST_AGREEMENT = 0.98
 """The least agreement of a file with the model that it was made of. Pixels where two segments are
@@ -88,9 +88,8 @@ def export_model(
     weights = {name: np.asarray(array) for name, array in variables.items()}
     framings = program.make_framings(model.config, size)
     function = program.make_program(model.config, model.network, framings)
-    draft = draft_of(path)
     bar = tqdm(total=3, desc="translating", unit="step", leave=False, delay=1)
-    try:
+    with drafted(path) as draft, bar:
         form.write(draft, function, weights, program.input_shapes(size, batch), model)
         bar.set_description("trying the file")
         bar.update()
@@ -105,8 +104,4 @@ def export_model(
                 f"{path} is not written: its segments of a picture overlap those of the model by "
                 f"{share:.1%}; accepted: at least {LEAST_AGREEMENT:.0%}"
             )
-        draft.replace(path)
-    finally:
-        bar.close()
-        draft.unlink(missing_ok=True)
     return Exported(path, model, share)

@@ -37,7 +37,7 @@ from knet_jax.saved.weight_files import (
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError, naming_file
-from knet_jax.system.output_files import draft_of
+from knet_jax.system.output_files import drafted
 
 # From a file to a model.
 
@@ -243,16 +243,13 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
             }
         ),
     }
-    draft = draft_of(output)
-    try:
-        save_file(tensors, draft, metadata)
-        draft.replace(output)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if not code:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(output)) from error
-    finally:
-        draft.unlink(missing_ok=True)
+    with drafted(output) as draft:
+        try:
+            save_file(tensors, draft, metadata)
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if not code:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
     size = sum(x.nbytes for x in tensors.values()) / 2**20
     return f"wrote {len(tensors)} tensors of step {opened.step} ({size:.1f} MiB) to {output}"
