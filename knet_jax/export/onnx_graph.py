@@ -160,7 +160,7 @@ class Graph:
             sizes = [size if isinstance(size, INTEGER) else -1 for size in sizes]
         return self.op("Reshape", name, self.shape(sizes))
 
-    def fill(self, tensor: Tensor, shape: Sequence[Any] = ()) -> Tensor:
+    def fill(self, tensor: Tensor, shape: Sequence[Any]) -> Tensor:
         """A tensor whose axes have their length, which `shape` says."""
         if tensor.full:
             return tensor
