@@ -149,7 +149,7 @@ class Graph:
 
     def shape(self, sizes: Sequence[Any]) -> str:
         """The name of an int64 tensor that holds a shape."""
-        if all(isinstance(size, INTEGER) for size in sizes):
+        if is_static(sizes):
             return self.constant(np.array(sizes, np.int64))
         return self.op("Concat", *map(self.dim, sizes), axis=0)
 

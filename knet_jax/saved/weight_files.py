@@ -223,10 +223,16 @@ READERS = {
 
 
 def _find_entries(found: Mapping[str, Any]) -> dict[str, Tensors]:
-    """Every set of tensors in a file by the name of its entry."""
+    """Every set of tensors in a file by the name of its entry, as the network calls them."""
     entries = {}
     for entry, named in found.items():
-        tensors = _find_tensors(named)
+        if not isinstance(named, Mapping):
+            continue
+        tensors = {
+            WRAPPED.sub("", name): x
+            for name, x in named.items()
+            if isinstance(name, str) and isinstance(x, np.ndarray)
+        }
         plain = {name: x for name, x in tensors.items() if not name.startswith("ema_")}
         if plain:
             entries[entry] = plain
@@ -235,17 +241,6 @@ def _find_entries(found: Mapping[str, Any]) -> dict[str, Tensors]:
         if average:
             entries[BUFFERS] = plain | average
     return entries
-
-
-def _find_tensors(named: Any) -> Tensors:
-    """The tensors of a dict, without what modules around the network added to their names."""
-    if not isinstance(named, Mapping):
-        return {}
-    return {
-        WRAPPED.sub("", name): x
-        for name, x in named.items()
-        if isinstance(name, str) and isinstance(x, np.ndarray)
-    }
 
 
 # Names.
