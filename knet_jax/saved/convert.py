@@ -19,7 +19,13 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from knet_jax.config.files import CONVERSION_NAME, apply_overrides, load_config, save_config
+from knet_jax.config.files import (
+    CONVERSION_NAME,
+    apply_overrides,
+    complete_saved,
+    load_config,
+    save_config,
+)
 from knet_jax.config.validation import validate
 from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
@@ -86,7 +92,8 @@ def import_weights(
             weights = read_weights(source, entry)
         if not config and not weights.about:
             raise UserError("it has no config; give its --config, such as coco_panoptic")
-    config = config or apply_overrides(weights.about.config, overrides)
+        saved = None if config else complete_saved(weights.about.config)
+    config = config or apply_overrides(saved, overrides)
     validate(config, parts=())
     template = variable_shapes(make_model(**config.model))
     with naming_file(source):
