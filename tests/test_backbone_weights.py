@@ -44,7 +44,6 @@ def weights(tmp_path_factory):
     "spec, name, flags",
     [
         ("coco_panoptic", "resnet50", ""),
-        ("coco_instance:small", "resnet50", ""),
         ("folder_semantic:small", "resnet50_v1c", ""),
         ("coco_panoptic:small,swin_t", "swin_t", ""),
         ("ade20k_semantic", "resnet50", '"--config.model.backbone.deep_stem=False"'),
@@ -52,7 +51,6 @@ def weights(tmp_path_factory):
         ("coco_panoptic:r101", "resnet50", '"--config.model.backbone.depths=(3, 4, 6, 3)"'),
         ("coco_panoptic:swin_l", "swin_t", '(2, 2, 6, 2)" "--config.model.backbone.channels=96"'),
         ("folder_semantic:convnext_t", "convnext_t", ""),
-        ("coco_panoptic:convnext_b", "convnext_t", '--config.model.backbone.channels=96"'),
         ("coco_panoptic:swin_t", "convnext_t", '"--config.model.backbone.name=convnext"'),
         ("coco_panoptic:small,vit_s", "vit_s", ""),
         ("coco_panoptic:vit_b", "vit_s", '--config.model.backbone.channels=384"'),
@@ -72,5 +70,5 @@ def test_another_backbone_is_named_with_the_flag_that_fits(weights, spec, name, 
 
 def test_what_holds_no_backbone_is_named(tmp_path):
     save_file({"head.weight": np.zeros((2, 2), np.float32)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"a\.safetensors: .*no backbone|a\.safetensors: "):
+    with pytest.raises(UserError, match=r"a\.safetensors: it holds no backbone that is known here"):
         check_backbone(tmp_path / "a.safetensors", load_config("coco_panoptic").model)

@@ -8,14 +8,7 @@ from knet_jax.saved.class_names import find_categories
 from knet_jax.segmentation import published_classes
 from knet_jax.system.errors import UserError
 
-ROOT = Path(__file__).parents[1]
-TINY = "configs/coco_panoptic.py:tiny"
-
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(ROOT)
+TINY = "coco_panoptic:tiny"
 
 
 def test_where_names_of_classes_come_from(tmp_path):
@@ -66,11 +59,11 @@ def test_where_names_of_classes_come_from(tmp_path):
     with pytest.raises(UserError, match="--categories=gone.txt: there is no such file"):
         find_categories(small, (), Path("gone.txt"))
 
-    ade = load_config("configs/ade20k_semantic.py")
+    ade = load_config("ade20k_semantic")
     assert find_categories(ade, (), None)[0].names == published_classes.ADE20K
-    instance = load_config("configs/coco_instance.py")
+    instance = load_config("coco_instance")
     assert find_categories(instance, (), None)[0] == published_classes.find("coco", "instance")
-    semantic = load_config("configs/coco_semantic.py")
+    semantic = load_config("coco_semantic")
     assert find_categories(semantic, (), None)[0].num_things == 0
 
 

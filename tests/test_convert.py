@@ -255,10 +255,14 @@ def test_numbers_of_other_types_become_ours(tmp_path, save):
 # From a model to a file.
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, save, monkeypatch):
-    path = tmp_path / "b.safetensors"
-    convert(save(make_tensors()), tmp_path / "run")
-    said = export_weights(tmp_path / "run", path)
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, save, monkeypatch, capsys):
+    path, run = tmp_path / "b.safetensors", tmp_path / "run"
+    flags = ("--config", PANOPTIC, *SMALL)
+    assert status_of("convert", save(make_tensors()), "--output", run, *flags) == 0
+    said = capsys.readouterr().out
+    assert f"\nwrote {run}, which {run}/conversion.json describes\n" in said
+    assert status_of("convert", run, "--output", path) == 0
+    said = capsys.readouterr().out
     assert re.match(r"wrote \d+ tensors of step 0 \(\d+\.\d MiB\) to .*b\.safetensors", said)
 
     def fill_disk(tensors, path, metadata):

@@ -13,6 +13,7 @@ import pytest
 import tiny_runs
 from flax.traverse_util import flatten_dict
 from PIL import Image
+from programs import status_of
 
 from knet_jax.config.files import load_config
 from knet_jax.data.sources.shapes import draw
@@ -32,19 +33,12 @@ UPRIGHT = draw("val", 2, (100, 130)).image[:96, :64]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The folder of a run for each task."""
-    root = tmp_path_factory.mktemp("models")
-    return {task: tiny_runs.write(root / task, task) for task in TASKS}
-
-
-@pytest.fixture(scope="module")
-def expected(folders):
+def expected(tiny_models):
     """task -> what this project says about each picture."""
 
     @functools.cache
     def of(task):
-        model = open_model(folders[task])
+        model = open_model(tiny_models[task])
         return [segment(model, image) for image in PICTURES]
 
     return of
@@ -72,12 +66,14 @@ def check(results, expected, sizes):
         assert agreement(ours, result_of(results, i, size)) > 0.98
 
 
-def test_onnx_of_classes(folders, expected, tmp_path):
+def test_onnx_of_classes(tiny_models, expected, tmp_path):
     """For two pictures of one size; the file says what its numbers mean."""
     pytest.importorskip("onnxruntime")
     onnx, path = pytest.importorskip("onnx"), tmp_path / "new" / "semantic.onnx"
     fixed = {"size": (64, 96), "batch": 2}
-    done = model_file.export_model(folders["semantic"], path, "onnx", image=PICTURES[0], **fixed)
+    done = model_file.export_model(
+        tiny_models["semantic"], path, "onnx", image=PICTURES[0], **fixed
+    )
     assert done.path == path and done.agreement > 0.98
     inputs = inputs_of(*PICTURES, shape=fixed["size"])
     check(formats.open_onnx(path)(**inputs), expected("semantic"), inputs["size"])
@@ -94,16 +90,21 @@ def test_onnx_of_classes(folders, expected, tmp_path):
     assert metadata["config"]["task"] == metadata["task"] == "semantic"
 
 
-def test_stablehlo_by_the_thresholds_of_the_config_beside_the_model(folders, expected):
+def test_stablehlo_by_the_thresholds_of_the_config_beside_the_model(
+    tiny_models, expected, tmp_path, capsys
+):
     """By a threshold that leaves things out, which a comparison at another one would miss."""
-    folder, changes = folders["panoptic"], ["--config.eval.instance_threshold=0.985"]
+    folder, changes = tiny_models["panoptic"], ["--config.eval.instance_threshold=0.985"]
     some = segment(open_model(folder, overrides=changes), PICTURES[0])
     assert agreement(some, expected("panoptic")[0]) < 0.9
-    done = model_file.export_model(
-        folder, size=(64, 96), batch=1, image=PICTURES[0], overrides=changes
-    )
-    assert done.path == folder / "model.stablehlo.npz"
-    assert done.agreement > 0.98
+    Image.fromarray(PICTURES[0]).save(tmp_path / "photo.png")
+    flags = ("--size", "64,96", "--batch", "1", "--image", tmp_path / "photo.png", *changes)
+    assert status_of("export", folder, *flags) == 0
+    path = folder / "model.stablehlo.npz"
+    said = capsys.readouterr().out
+    assert said.startswith(f"wrote {path}: panoptic, 9 classes, step 1, ")
+    assert float(re.search(r"overlap those of the model by (.*)%\n", said)[1]) > 98
+    path.unlink()
 
 
 # A process in which this project cannot be imported runs the lines of the documentation on every
@@ -134,7 +135,7 @@ for folder in map(pathlib.Path, sys.argv[2:]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heading, tasks", [("StableHLO", ["instance"]), ("ONNX", TASKS)])
-def test_files_run_without_this_project(heading, tasks, folders, expected, tmp_path):
+def test_files_run_without_this_project(heading, tasks, tiny_models, expected, tmp_path):
     if heading == "ONNX":
         pytest.importorskip("onnxruntime")
     pair = inputs_of(*PICTURES)
@@ -144,7 +145,7 @@ def test_files_run_without_this_project(heading, tasks, folders, expected, tmp_p
         place.mkdir()
         suffix = formats.FORMATS[heading.lower()].suffix
         model_file.export_model(
-            folders[task], place / f"model{suffix}", heading.lower(), image=PICTURES[0]
+            tiny_models[task], place / f"model{suffix}", heading.lower(), image=PICTURES[0]
         )
         Image.fromarray(PICTURES[0]).save(place / "photo.png")
         np.savez(place / "pair_inputs.npz", **pair)
@@ -165,7 +166,7 @@ def test_files_run_without_this_project(heading, tasks, folders, expected, tmp_p
         check(read["photo"], expected(task)[:1], pair["size"])
         check(read["pair"], expected(task), pair["size"])
         # On a canvas of its own, which stands upright.
-        ours = segment(open_model(folders[task]), UPRIGHT)
+        ours = segment(open_model(tiny_models[task]), UPRIGHT)
         check(dict(np.load(tmp_path / task / "upright.npz")), [ours], upright["size"])
 
 
@@ -233,8 +234,8 @@ def test_agreement_is_the_overlap_of_segments():
     assert agreement(labels, {"labels": np.array([[0, 1], [1, -1]])}) == 0.5
 
 
-def test_what_is_refused(folders, tmp_path, monkeypatch):
-    folder = folders["semantic"]
+def test_what_is_refused(tiny_models, tmp_path, monkeypatch):
+    folder = tiny_models["semantic"]
     (tmp_path / "not a model").mkdir()
     for arguments, words in (
         ({"source": tmp_path / "nowhere"}, ["nowhere", "no such folder or file"]),
@@ -253,11 +254,11 @@ def test_what_is_refused(folders, tmp_path, monkeypatch):
         formats.find_format("onnx")
 
 
-def test_a_file_that_says_something_else_is_not_written(folders, tmp_path, monkeypatch):
+def test_a_file_that_says_something_else_is_not_written(tiny_models, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     shape = (48, 64)
     nothing = {"labels": np.full(shape, -1)}
     monkeypatch.setattr(model_file, "segment", lambda model, image: nothing)
     with pytest.raises(UserError, match="is not written: .* by 0.0%"):
-        model_file.export_model(folders["semantic"], tmp_path / "model", "onnx", size=shape)
+        model_file.export_model(tiny_models["semantic"], tmp_path / "model", "onnx", size=shape)
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import resource, threading
 import numpy as np
-from knet_jax.system.memory import keep_memory
+from knet_jax.system.backend import keep_memory
 
 def touch():
     np.ones(1 << 25)

@@ -15,7 +15,7 @@ import knet_jax.saved.models
 from knet_jax.config.files import load_config, save_config
 from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints
-from knet_jax.saved.convert import export_weights
+from knet_jax.saved.convert import export_weights, import_weights
 from knet_jax.saved.models import load_init_weights, open_model
 from knet_jax.saved.parameter_names import to_reference
 from knet_jax.saved.weight_files import MODEL_KEY
@@ -173,6 +173,10 @@ def test_a_model_of_a_stranger_is_refused_in_one_line(workdir, tmp_path):
         with pytest.raises(UserError) as caught:
             open_model(tmp_path / "a.safetensors")
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    text = json.dumps(with_config(data=5))
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "a.safetensors", {MODEL_KEY: text})
+    with pytest.raises(UserError, match=r"a\.safetensors: "):
+        import_weights(tmp_path / "a.safetensors", None, tmp_path / "other")
     # An expression that never ends is of no use here, and not tried.
     groups = [["all", "(.*)*(.*)*(.*)*x", 1.0, 1.0]]
     changed = config | {"optim": config["optim"] | {"groups": groups}}

@@ -14,7 +14,7 @@ import pytest
 from programs import largest_file
 
 from knet_jax.segmentation.drawing import save_picture
-from knet_jax.system.output_files import JsonList, PngFolder, Stems, write_json
+from knet_jax.system.output_files import JsonList, PngFolder, Stems, write_json, write_json_lists
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +49,7 @@ def test_no_file_is_half_written(tmp_path):
     writers = {
         "a.jpg": lambda path: save_picture(path, noise),
         "a.json": lambda path: write_json(path, list(range(999))),
+        "b.json": lambda path: write_json_lists(path, {"a": range(999)}),
         "a.png": lambda path: PngFolder(path.parent).write(path.name, noise),
     }
     for name, write in writers.items():

@@ -72,16 +72,6 @@ def test_what_joins_no_processes_is_named(environ, given, words):
         processes.find_cluster(environ, *given)
 
 
-def test_one_process_needs_nothing():
-    with processes.joined(), processes.main_speaks(), processes.together() as all_ready:
-        all_ready()
-        assert processes.is_main() and processes.is_alone()
-        assert processes.exchange(3) == [3] and processes.from_main(lambda: 4) == 4
-        tree = {"x": np.zeros(2)}
-        assert processes.broadcast(tree) is tree
-        processes.check_same({"config.seed": 1})
-
-
 def test_addresses_are_no_paths(tmp_path):
     for key in ("data.root", "data.data_dir"):
         with pytest.raises(

@@ -24,21 +24,12 @@ def test_what_dead_processes_left_is_removed(tmp_path, monkeypatch):
     assert shared_memory.claim.__wrapped__() == ""
 
 
-def test_names_of_segments(monkeypatch):
-    monkeypatch.setattr(segments, "_make_filename", segments._make_filename)
-    config = multiprocessing.current_process()._config
-    monkeypatch.setitem(config, "semprefix", config["semprefix"])
-    shared_memory.name_segments(f"{shared_memory.PREFIX}0")
-    segment = segments.SharedMemory(create=True, size=1)
-    segment.close()
-    segment.unlink()
-    assert segment.name.startswith(f"{shared_memory.PREFIX}0_")
-    semaphore = multiprocessing.get_context("spawn").Semaphore()
-    assert semaphore._semlock.name.startswith(f"/{shared_memory.PREFIX}0-")
-
-
 def test_all_workers_share_under_the_claim():
     with workers.starting():
         semaphore = multiprocessing.get_context("spawn").Semaphore()
-    claimed = shared_memory.claim()
-    assert claimed == "" or semaphore._semlock.name.startswith(f"/{claimed}-")
+        segment = segments.SharedMemory(create=True, size=1)
+    segment.close()
+    segment.unlink()
+    if claimed := shared_memory.claim():
+        assert semaphore._semlock.name.startswith(f"/{claimed}-")
+        assert segment.name.startswith(f"{claimed}_")

@@ -29,7 +29,6 @@ MOST_REASONS = 10
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.add_argument("images", nargs="*", metavar="IMAGES", help="what to segment")
     parser.picture_flags()
     parser.flag("address", "of a Ray cluster; default: $RAY_ADDRESS, else Ray is started here")
@@ -48,7 +47,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def main(args: Namespace) -> int:
-    """Runs the command. Returns its exit status."""
     if len(args.images) != 1:
         raise UserError("accepted: one IMAGES, a folder, a .txt or a .parquet")
     summary = predict_batch(

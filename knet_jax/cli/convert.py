@@ -28,7 +28,6 @@ from knet_jax.system.errors import UserError
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.add_argument("paths", nargs="*", metavar="CHECKPOINT|MODEL", help="what to convert")
     parser.config_flag()
     parser.flag("output", "the model to be made, a folder; of a model, a .safetensors")

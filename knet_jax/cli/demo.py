@@ -52,7 +52,6 @@ def end(signum: int, *_: Any) -> NoReturn:
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.flag("model", "folder of a run, or file or folder of a conversion", required=True)
     parser.checkpoint_flags()
     parser.flag("host", "address to listen at; 0.0.0.0 is all of this machine", "127.0.0.1")
@@ -74,7 +73,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def main(args: Namespace) -> None:
-    """Runs the command."""
     signal.signal(signal.SIGTERM, end)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         # The server, which hears SIGTERM only, ends with it.

@@ -21,7 +21,6 @@ from knet_jax.training.evaluation import evaluate
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.flag("workdir", "the folder of a trained run", required=True)
     parser.checkpoint_flags()
     parser.flag("limit", "evaluate only the first so many pictures", type=number(int, 1))
@@ -38,7 +37,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def main(args: Namespace) -> None:
-    """Runs the command."""
     with joined(args.coordinator, args.num_processes, args.process_id, args.heartbeat):
         evaluate(
             args.workdir,

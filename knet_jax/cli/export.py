@@ -22,7 +22,6 @@ from knet_jax.system.errors import UserError
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.add_argument("paths", nargs="*", metavar="MODEL", help="folder or file of a model")
     parser.flag("format", "what kind of file", "stablehlo", choices=list(FORMATS))
     parser.flag(
@@ -35,7 +34,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def main(args: Namespace) -> None:
-    """Runs the command."""
     if len(args.paths) != 1:
         raise UserError("name one model: the folder of a run, or of a conversion, or its file")
     path, model, share = export_model(

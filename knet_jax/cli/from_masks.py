@@ -24,7 +24,6 @@ from knet_jax.data.from_masks import write_panoptic_dataset
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.reads_config = False
     parser.flag("images", "folder of pictures", required=True)
     parser.flag("class_maps", "folder of PNG files: the class of each pixel", required=True)
@@ -37,7 +36,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def main(args: Namespace) -> int:
-    """Runs the command. Returns its exit status."""
     problems = write_panoptic_dataset(
         images=Path(args.images),
         class_maps=Path(args.class_maps),

@@ -22,7 +22,6 @@ from knet_jax.data.from_polygons import write_instance_dataset
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.reads_config = False
     parser.flag("images", "folder of pictures", required=True)
     parser.flag("labels", "folder of their annotations", required=True)
@@ -32,7 +31,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def main(args: Namespace) -> int:
-    """Runs the command. Returns its exit status."""
     images, labels, root = map(Path, (args.images, args.labels, args.root))
     names = Path(args.names) if args.names else None
     problems = write_instance_dataset(images, labels, root, args.split, names)

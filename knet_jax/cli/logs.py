@@ -13,13 +13,11 @@ from knet_jax.training.logs import plot_curves
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.reads_config = False
     parser.add_argument("workdirs", nargs="*", metavar="WORKDIR", help="of a run")
 
 
 def main(args: Namespace) -> None:
-    """Runs the command."""
     if not args.workdirs:
         raise UserError("accepted: WORKDIR ..., the folders of runs")
     for workdir in args.workdirs:

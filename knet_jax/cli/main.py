@@ -26,7 +26,8 @@ COMMANDS = {
     "logs": "draws the curves of a run",
     "shapes": "writes some drawn pictures, or a video, to try a model of shapes on",
 }
-"""Commands, each a module of this folder with `add_flags(parser)` and `main(args)`."""
+"""Commands, each a module of this folder: `add_flags(parser)` adds its flags, and `main(args)` runs it
+and may return an exit status."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

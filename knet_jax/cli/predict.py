@@ -25,7 +25,6 @@ from knet_jax.system.errors import UserError
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.add_argument("paths", nargs="*", metavar="PICTURE|FOLDER|VIDEO", help="what to segment")
     parser.picture_flags()
     parser.flag(
@@ -42,7 +41,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def main(args: Namespace) -> int:
-    """Runs the command. Returns its exit status."""
     if not args.paths:
         raise UserError("no picture is named: PICTURE|FOLDER|VIDEO … --model DIR")
     problems = predict_files(

@@ -24,7 +24,6 @@ from knet_jax.system.errors import UserError
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.config_flag(required=True)
     parser.switch("check", "examine what is prepared, and draw a sheet of it")
     parser.flag("output", "where --check puts its sheets", "runs/check")
@@ -36,7 +35,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def main(args: Namespace) -> None:
-    """Runs the command."""
     config = load_config(args.config, args.overrides)
     if args.beam_options and not args.beam_runner:
         raise UserError("--beam_options needs --beam_runner, such as --beam_runner=FlinkRunner")

@@ -17,14 +17,12 @@ from knet_jax.system.errors import UserError
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.reads_config = False
     parser.add_argument("folder", nargs="*", metavar="FOLDER", help="created if need be")
     parser.switch("video", "write a video, and no pictures")
 
 
 def main(args: Namespace) -> None:
-    """Runs the command."""
     if len(args.folder) != 1:
         raise UserError("accepted: FOLDER, where the pictures go")
     folder = Path(args.folder[0])

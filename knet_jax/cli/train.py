@@ -18,14 +18,12 @@ from knet_jax.training.loop import train
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags of the command."""
     parser.config_flag(required=True)
     parser.flag("workdir", "where the run lives; default: runs/NAME_VARIANT")
     parser.process_flags()
 
 
 def main(args: Namespace) -> None:
-    """Runs the command."""
     with joined(args.coordinator, args.num_processes, args.process_id, args.heartbeat):
         config = load_config(args.config, args.overrides)
         train(config, args.workdir or default_workdir(args.config))

@@ -1,8 +1,6 @@
 """`python -m knet_jax.export`, the same as `knet export`."""
 
-import runpy
-import sys
+from knet_jax.cli.main import run
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "export")
-    runpy.run_module("knet_jax.cli.main", run_name="__main__")
+    run("export", "knet export")

@@ -23,13 +23,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def describe(model: Model, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a file: what its user has to know, as values that JSON takes.
-
-    Args:
-        model: what is exported.
-        inputs: shapes and types by name.
-        outputs: shapes and types by name.
-    """
+    """The metadata of a file: what its user has to know, as values that JSON takes."""
 
     def shapes(arrays: Mapping[str, Any]) -> dict[str, Any]:
         return {

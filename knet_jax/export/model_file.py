@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from knet_jax.export import program
 from knet_jax.export.agreement import agreement, draw_picture, segment
-from knet_jax.export.formats import Format, find_format
+from knet_jax.export.formats import find_format
 from knet_jax.saved.checkpoints import check_writable
 from knet_jax.saved.models import Model, open_model
 from knet_jax.system.errors import UserError
-from knet_jax.system.output_files import draft_of
+from knet_jax.system.output_files import drafted
 
 LEAST_AGREEMENT = 0.98
 """The least agreement of a file with the model that it was made of. Pixels where two segments are
@@ -84,40 +84,24 @@ def export_model(
         model = replace(model, config=program.with_training_canvases(model.config))
     if image is None:
         image = draw_picture(size or program.LANDSCAPE)
-    draft = draft_of(path)
-    try:
-        share = _write_and_try(draft, form, model, size, batch, image)
+    variables = flatten_dict(model.variables, sep="/")
+    weights = {name: np.asarray(array) for name, array in variables.items()}
+    framings = program.make_framings(model.config, size)
+    function = program.make_program(model.config, model.network, framings)
+    bar = tqdm(total=3, desc="translating", unit="step", leave=False, delay=1)
+    with drafted(path) as draft, bar:
+        form.write(draft, function, weights, program.input_shapes(size, batch), model)
+        bar.set_description("trying the file")
+        bar.update()
+        count = batch or 1
+        sizes = np.tile(np.int32(image.shape[:2]), (count, 1))
+        results = form.open(draft)(np.repeat(image[None], count, 0), sizes)
+        bar.set_description("trying the model")
+        bar.update()
+        share = agreement(segment(model, image), {k: v[-1] for k, v in results.items()})
         if share < LEAST_AGREEMENT:
             raise UserError(
                 f"{path} is not written: its segments of a picture overlap those of the model by "
                 f"{share:.1%}; accepted: at least {LEAST_AGREEMENT:.0%}"
             )
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
     return Exported(path, model, share)
-
-
-def _write_and_try(
-    path: Path,
-    form: Format,
-    model: Model,
-    size: tuple[int, int] | None,
-    batch: int | None,
-    image: np.ndarray,
-) -> float:
-    """Writes a file, and gives its agreement with the model about a picture."""
-    variables = flatten_dict(model.variables, sep="/")
-    weights = {name: np.asarray(array) for name, array in variables.items()}
-    framings = program.make_framings(model.config, size)
-    function = program.make_program(model.config, model.network, framings)
-    with tqdm(total=3, desc="translating", unit="step", leave=False, delay=1) as bar:
-        form.write(path, function, weights, program.input_shapes(size, batch), model)
-        bar.set_description("trying the file")
-        bar.update()
-        count = batch or 1
-        sizes = np.tile(np.int32(image.shape[:2]), (count, 1))
-        results = form.open(path)(np.repeat(image[None], count, 0), sizes)
-        bar.set_description("trying the model")
-        bar.update()
-        return agreement(segment(model, image), {k: v[-1] for k, v in results.items()})

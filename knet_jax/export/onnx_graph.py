@@ -28,6 +28,9 @@ INTEGER = (int, np.integer)
 WIDE = {"int8": "int32", "int16": "int32", "uint16": "int32"}
 """Types that runtimes have few kernels for, and what they are computed in."""
 
+UNFOLDED = ("dim_as_value", "platform_index")
+"""Primitives without inputs whose results are not those of this machine."""
+
 CALLS = ("jit", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 """Primitives that are programs of their own."""
 
@@ -73,9 +76,6 @@ class Dim:
     def __sub__(self, other: Any) -> Dim:
         return self.of(self.graph, "Sub", self, other)
 
-    def __rsub__(self, other: Any) -> Dim:
-        return self.of(self.graph, "Sub", other, self)
-
     def __mul__(self, other: Any) -> Dim:
         return self.of(self.graph, "Mul", self, other)
 
@@ -86,11 +86,7 @@ class Dim:
 
 
 class Graph:
-    """The model as it grows.
-
-    Args:
-      operators: by the name of the primitive.
-    """
+    """The model as it grows, by operators that are named after primitives of JAX."""
 
     def __init__(self, operators: Mapping[str, Operator]):
         self._operators = operators
@@ -153,7 +149,7 @@ class Graph:
 
     def shape(self, sizes: Sequence[Any]) -> str:
         """The name of an int64 tensor that holds a shape."""
-        if all(isinstance(size, INTEGER) for size in sizes):
+        if is_static(sizes):
             return self.constant(np.array(sizes, np.int64))
         return self.op("Concat", *map(self.dim, sizes), axis=0)
 
@@ -164,7 +160,7 @@ class Graph:
             sizes = [size if isinstance(size, INTEGER) else -1 for size in sizes]
         return self.op("Reshape", name, self.shape(sizes))
 
-    def fill(self, tensor: Tensor, shape: Sequence[Any] = ()) -> Tensor:
+    def fill(self, tensor: Tensor, shape: Sequence[Any]) -> Tensor:
         """A tensor whose axes have their length, which `shape` says."""
         if tensor.full:
             return tensor
@@ -215,7 +211,7 @@ class Graph:
         if name in CALLS:
             inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
             return self.run(inner, inputs)
-        if name != "dim_as_value" and (folded := _fold(eqn, inputs)):
+        if name not in UNFOLDED and (folded := _fold(eqn, inputs)):
             return folded
         if name not in self._operators:
             raise UserError(f"there is no ONNX operator for the primitive {name!r} of jax")

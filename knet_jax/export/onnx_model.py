@@ -49,7 +49,7 @@ def convert(
     results = graph.run(closed, arguments)
     names = jax.tree.leaves({name: name for name in outputs})
     for name, result in zip(names, results):
-        graph.nodes.append(helper.make_node("Identity", [graph.read(graph.fill(result))], [name]))
+        graph.nodes.append(helper.make_node("Identity", [graph.read(result)], [name]))
 
     def describe(name: str, struct: jax.ShapeDtypeStruct) -> onnx.ValueInfoProto:
         shape = [d if isinstance(d, INTEGER) else str(d) for d in struct.shape]

@@ -28,7 +28,6 @@ ELEMENTWISE: dict[str, Any] = {
     "ge": "GreaterOrEqual",
     "gt": "Greater",
     "le": "LessOrEqual",
-    "log": "Log",
     "logistic": "Sigmoid",
     "lt": "Less",
     "max": "Max",
@@ -41,7 +40,6 @@ ELEMENTWISE: dict[str, Any] = {
     "sqrt": "Sqrt",
     "sub": "Sub",
     "convert_element_type": lambda g, eqn, x: _cast(g, x, eqn.params["new_dtype"]),
-    "log1p": lambda g, eqn, x: g.op("Log", g.op("Add", x, _one(g, eqn))),
     "ne": lambda g, eqn, x, y: g.op("Not", g.op("Equal", x, y)),
     "rem": lambda g, eqn, x, y: g.op("Mod", x, y, fmod=1),
     "rsqrt": lambda g, eqn, x: g.op("Reciprocal", g.op("Sqrt", x)),
@@ -49,10 +47,6 @@ ELEMENTWISE: dict[str, Any] = {
     "name": lambda g, eqn, x: x,
     "stop_gradient": lambda g, eqn, x: x,
 }
-
-
-def _one(g: Graph, eqn: JaxprEqn) -> str:
-    return g.constant(np.ones((), eqn.outvars[0].aval.dtype))
 
 
 def _cast(g: Graph, x: str, dtype: Any) -> str:
@@ -358,22 +352,19 @@ def _platform_index(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tenso
 
 
 def _branch(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
+    branches = eqn.params["branches"]
     which, *arguments = inputs
     if which.array is not None:
-        return g.run(eqn.params["branches"][which.array], arguments)
-    return _plain(_cond)(g, eqn, inputs)
-
-
-def _cond(g: Graph, eqn: JaxprEqn, which: str, *inputs: str) -> list[str]:
-    branches = eqn.params["branches"]
+        return g.run(branches[which.array], arguments)
     if len(branches) != 2:
         raise UserError("ONNX has branches of two cases only")
-    arguments = [Tensor(name) for name in inputs]
+    shapes = [v.aval.shape for v in eqn.invars[1:]]
+    arguments = [Tensor(g.read(g.fill(x, shape))) for x, shape in zip(arguments, shapes)]
     no, yes = (g.body("branch", branch, arguments, []) for branch in branches)
     names = [g.new_name("if") for _ in eqn.outvars]
-    which = _cast(g, which, bool)
+    which = _cast(g, which.name, bool)
     g.nodes.append(helper.make_node("If", [which], names, then_branch=yes, else_branch=no))
-    return names
+    return [Tensor(name) for name in names]
 
 
 def _while(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:

@@ -29,12 +29,7 @@ def leaf_paths(tree: Any) -> list[str]:
 
 
 def make_record(arrays: Mapping[str, np.ndarray], **fields: Any) -> dict[str, Any]:
-    """Makes the record of a step and some arrays.
-
-    Args:
-        arrays: the arrays by their paths.
-        fields: further entries of the record; whatever JSON can hold.
-    """
+    """Makes the record of arrays by their paths, with further entries of what JSON can hold."""
     record = fields | {"arrays": {path: _describe(array) for path, array in arrays.items()}}
     return record | {"digest": _digest_of_record(record)}
 
@@ -63,7 +58,7 @@ def check_fit(
         wanted: the arrays of the network, or their shapes, by path: all of the saved state, or whole
             parts of it (such as all paths that begin with `params/`).
         record: that of the checkpoint.
-        model: `config.model` of the network.
+        model: `config.model` of the network, for the message.
 
     Raises:
         UserError: a path, shape or dtype differs. The message also has the keys of
@@ -96,10 +91,6 @@ def model_differences(
     record: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
     """The keys of `config.model` in which a network is not the saved one.
-
-    Args:
-        record: that of the checkpoint.
-        model: `config.model` of the network.
 
     Returns:
         Both values of every such key, the saved one first; None stands for an absent one.

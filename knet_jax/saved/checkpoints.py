@@ -177,7 +177,8 @@ class Checkpoints:
         try:
             with silenced("orbax"):
                 self._manager.save(step, args=args)
-                for old in set(self.steps()[: -self._keep]) - self._best_steps():
+                best = set(map(self._best_by, self._metrics))
+                for old in set(self.steps()[: -self._keep]) - best:
                     self._manager.delete(old)
         except Exception as error:
             reason = _explain_disk_error(error, self.directory)
@@ -191,11 +192,7 @@ class Checkpoints:
             ) from error
 
     def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Adds the scores of an evaluation to a saved step, once that is on disk.
-
-        Args:
-            step: one that has been saved.
-            scores: the scores by name, those of `metrics` among them.
+        """Adds the scores of an evaluation, by name, to a saved step, once that is on disk.
 
         Raises:
             UserError: the save failed.
@@ -235,9 +232,6 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step with the largest first metric, or None if no step has been evaluated."""
         return self._best_by(self._metrics[0])
-
-    def _best_steps(self) -> set[int | None]:
-        return set(map(self._best_by, self._metrics))
 
     def _best_by(self, metric: str) -> int | None:
         values = ((self._scores.get(step, {}).get(metric), step) for step in self.steps())

@@ -19,7 +19,13 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from knet_jax.config.files import CONVERSION_NAME, apply_overrides, load_config, save_config
+from knet_jax.config.files import (
+    CONVERSION_NAME,
+    apply_overrides,
+    complete_saved,
+    load_config,
+    save_config,
+)
 from knet_jax.config.validation import validate
 from knet_jax.model import make_model, variable_shapes
 from knet_jax.saved.checkpoints import Checkpoints, check_writable
@@ -37,7 +43,7 @@ from knet_jax.saved.weight_files import (
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system.backend import start_backend
 from knet_jax.system.errors import UserError, naming_file
-from knet_jax.system.output_files import draft_of
+from knet_jax.system.output_files import drafted
 
 # From a file to a model.
 
@@ -86,7 +92,8 @@ def import_weights(
             weights = read_weights(source, entry)
         if not config and not weights.about:
             raise UserError("it has no config; give its --config, such as coco_panoptic")
-    config = config or apply_overrides(weights.about.config, overrides)
+        saved = None if config else complete_saved(weights.about.config)
+    config = config or apply_overrides(saved, overrides)
     validate(config, parts=())
     template = variable_shapes(make_model(**config.model))
     with naming_file(source):
@@ -235,18 +242,21 @@ def export_weights(source: Path, output: Path, checkpoint: str = "best", ema: bo
     metadata = {
         "format": "pt",  # loaders of other libraries ask for it
         CLASSES_KEY: json.dumps(opened.categories.names),
-        MODEL_KEY: About(opened.config.to_dict(), opened.categories, opened.step).to_json(),
+        MODEL_KEY: json.dumps(
+            {
+                "config": opened.config.to_dict(),
+                "categories": opened.categories._asdict(),
+                "step": opened.step,
+            }
+        ),
     }
-    draft = draft_of(output)
-    try:
-        save_file(tensors, draft, metadata)
-        draft.replace(output)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if not code:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(output)) from error
-    finally:
-        draft.unlink(missing_ok=True)
+    with drafted(output) as draft:
+        try:
+            save_file(tensors, draft, metadata)
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if not code:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
     size = sum(x.nbytes for x in tensors.values()) / 2**20
     return f"wrote {len(tensors)} tensors of step {opened.step} ({size:.1f} MiB) to {output}"

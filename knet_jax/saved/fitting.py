@@ -88,13 +88,7 @@ def fit_network(
 
 
 def fill_missing(found: Fit, template: Variables, config: ConfigDict) -> Variables:
-    """Adds to the weights of a file, where they lack something, what a new network has there.
-
-    Args:
-        found: the weights, from `fit_network`.
-        template: shapes and types of the network's variables.
-        config: that of the network.
-    """
+    """Adds to what `fit_network` found, where it lacks something, what a new network has there."""
     flat = flatten_dict(template, sep="/")
     arrays = found.arrays
     if arrays.keys() != flat.keys():

@@ -72,7 +72,8 @@ def open_model(
     if isinstance(overrides, str):
         raise UserError(f"overrides is {overrides!r}; accepted: a list, ['--config.x.y=value']")
     path = Path(path)
-    is_file = is_weight_file(path)
+    # Also where a file should be and is not.
+    is_file = path.is_file() or (path.suffix in READERS and not path.is_dir())
     if config and not is_file:
         raise UserError(f"config={config} is for a file of weights; {path} has its own config")
     if is_file and (str(checkpoint), ema) != ("best", False):
@@ -87,11 +88,6 @@ def open_model(
     with naming_file(path):
         check_class_counts(model.config, model.categories)
     return model
-
-
-def is_weight_file(path: Path) -> bool:
-    """Whether a path means a file of weights, even if there is none yet, and not a folder."""
-    return path.is_file() or (path.suffix in READERS and not path.is_dir())
 
 
 def _make_network(config: ConfigDict, dtype: str | None, num_devices: int) -> KNet:

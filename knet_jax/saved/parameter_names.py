@@ -335,12 +335,7 @@ def from_reference(
     template: Variables,
     original: Mapping[str, str] = MappingProxyType({}),
 ) -> Variables:
-    """Makes variables of tensors, all of which must belong together.
-
-    Args:
-        state: see `fit`.
-        template: see `fit`.
-        original: see `Fit.check`.
+    """Makes variables of tensors, all of which must belong together, see `fit` and `Fit.check`.
 
     Returns:
         The variables, in the types of the tensors.

@@ -107,34 +107,22 @@ class About(NamedTuple):
     categories: Categories
     step: int
 
-    def to_json(self) -> str:
-        """Writes it as a JSON object."""
-        return json.dumps(self._replace(categories=self.categories._asdict())._asdict())
-
-    @staticmethod
-    def from_json(text: str) -> About:
-        """Reads what `to_json` wrote."""
-        content = json.loads(text)
-        categories = Categories.of(content["categories"])
-        return About(dict(content["config"]), categories, int(content["step"]))
-
 
 class WeightFile(NamedTuple):
     """What a file holds, under the reference's names."""
 
     tensors: Tensors
-    """The tensors by the reference's names."""
     original: dict[str, str]
     """The name that each of them has in the file."""
-    surplus: tuple[str, ...] = ()
+    surplus: tuple[str, ...]
     """Names in the file of tensors that no network takes."""
-    entry: str = ""
+    entry: str
     """The entry of the file that they are from; "" is the top."""
-    entries: tuple[str, ...] = ()
+    entries: tuple[str, ...]
     """All entries of the file that hold tensors."""
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...]
     """Names of the classes, empty if the file does not say."""
-    about: About | None = None
+    about: About | None
     """What else makes it a model, if it is one."""
 
 
@@ -149,10 +137,10 @@ def read_weights(path: str | Path, entry: str = "") -> WeightFile:
     Raises:
         UserError: there is no such file, or it is of another kind, or broken, or has no such entry.
     """
-    content = _read(Path(path))
-    entries = _find_entries(content.entries)
+    content, listed, about = _read(Path(path))
+    entries = _find_entries(content)
     if not entries:
-        top = content.entries[""]
+        top = content[""]
         keys = ", ".join(str(key)[:40] for key in top) if isinstance(top, Mapping) else ""
         raise UserError(
             f"it holds no tensors by name but {keys[:200] or f'a {type(top).__name__}'}"
@@ -166,23 +154,19 @@ def read_weights(path: str | Path, entry: str = "") -> WeightFile:
             f"it has no entry {entry!r} of tensors; {suggest(entry, filter(None, entries))}"
         )
     tensors, original, surplus = bring_to_reference(entries[chosen])
-    names = content.classes if isinstance(content.classes, list | tuple) else ()
+    names = listed if isinstance(listed, list | tuple) else ()
     classes = tuple(name.strip() for name in names if isinstance(name, str))
-    return WeightFile(tensors, original, surplus, chosen, tuple(entries), classes, content.about)
+    return WeightFile(tensors, original, surplus, chosen, tuple(entries), classes, about)
 
 
 # Kinds of files.
 
-
-class _Content(NamedTuple):
-    entries: dict[str, Any]
-    """What may be a set of tensors, by the name of its entry; "" is the top."""
-    classes: Any = ()
-    """Names of the classes, if it is a list of names."""
-    about: About | None = None
+Content = tuple[dict[str, Any], Any, About | None]
+"""What may be a set of tensors, by the name of its entry, "" being the top; what may be a list of the
+names of classes; and what makes the file a model."""
 
 
-def _read(path: Path) -> _Content:
+def _read(path: Path) -> Content:
     if path.suffix not in READERS:
         raise UserError(f"accepted are {', '.join(READERS)} files")
     if not path.is_file():
@@ -194,36 +178,39 @@ def _read(path: Path) -> _Content:
         raise UserError(f"the file cannot be read: {one_line(error)[:300]}") from error
 
 
-def _read_npz(path: Path) -> _Content:
+def _read_npz(path: Path) -> Content:
     if not zipfile.is_zipfile(path):  # which numpy would offer to unpickle
         raise UserError("it is no npz")
     with zipfile.ZipFile(path) as archive:
         size = sum(info.file_size for info in archive.infolist())
     if size > MAX_COMPRESSION * path.stat().st_size:  # and might fill the memory
         raise UserError("it is compressed further than weights can be")
-    return _Content({"": dict(np.load(path, allow_pickle=False))})
+    return {"": dict(np.load(path, allow_pickle=False))}, None, None
 
 
-def _read_safetensors(path: Path) -> _Content:
+def _read_safetensors(path: Path) -> Content:
     with safe_open(path, "np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
-    classes = None
+    classes = about = None
     with suppress(ValueError):  # the metadata of others may mean anything by this name
         classes = json.loads(metadata.get(CLASSES_KEY, "[]"))
-    about = About.from_json(metadata[MODEL_KEY]) if MODEL_KEY in metadata else None
-    return _Content({"": tensors}, classes, about)
+    if MODEL_KEY in metadata:
+        content = json.loads(metadata[MODEL_KEY])
+        categories = Categories.of(content["categories"])
+        about = About(dict(content["config"]), categories, int(content["step"]))
+    return {"": tensors}, classes, about
 
 
-def _read_torch(path: Path) -> _Content:
+def _read_torch(path: Path) -> Content:
     content = torch_file.read(path)
     named = content if isinstance(content, Mapping) else {}
     # OpenMMLab writes the names of the classes; its later versions, one level further down.
     meta = named.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
-    about = meta.get("dataset_meta", meta)
-    about = about if isinstance(about, Mapping) else {}
-    return _Content({"": content, **named}, about.get("classes", about.get("CLASSES")))
+    dataset = meta.get("dataset_meta", meta)
+    dataset = dataset if isinstance(dataset, Mapping) else {}
+    return {"": content, **named}, dataset.get("classes", dataset.get("CLASSES")), None
 
 
 READERS = {
@@ -236,10 +223,16 @@ READERS = {
 
 
 def _find_entries(found: Mapping[str, Any]) -> dict[str, Tensors]:
-    """Every set of tensors in a file by the name of its entry."""
+    """Every set of tensors in a file by the name of its entry, as the network calls them."""
     entries = {}
     for entry, named in found.items():
-        tensors = _find_tensors(named)
+        if not isinstance(named, Mapping):
+            continue
+        tensors = {
+            WRAPPED.sub("", name): x
+            for name, x in named.items()
+            if isinstance(name, str) and isinstance(x, np.ndarray)
+        }
         plain = {name: x for name, x in tensors.items() if not name.startswith("ema_")}
         if plain:
             entries[entry] = plain
@@ -248,17 +241,6 @@ def _find_entries(found: Mapping[str, Any]) -> dict[str, Tensors]:
         if average:
             entries[BUFFERS] = plain | average
     return entries
-
-
-def _find_tensors(named: Any) -> Tensors:
-    """The tensors of a dict, without what modules around the network added to their names."""
-    if not isinstance(named, Mapping):
-        return {}
-    return {
-        WRAPPED.sub("", name): x
-        for name, x in named.items()
-        if isinstance(name, str) and isinstance(x, np.ndarray)
-    }
 
 
 # Names.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 import jax
 
 from knet_jax.system.errors import UserError, one_line
-from knet_jax.system.memory import keep_memory
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+"""Parameters of `mallopt` (malloc.h)."""
 
 
 def start_backend() -> None:
@@ -33,3 +36,18 @@ def start_backend() -> None:
         platforms = jax.config.jax_platforms
         reason = one_line(error) or "there are no such devices here"
         raise UserError(f"JAX_PLATFORMS={platforms}: {reason}") from error
+
+
+def keep_memory() -> None:
+    """Lets the allocator of the C library (glibc) keep what is freed, for the process's next arrays.
+
+    Otherwise it gives large arrays back to the system at once. A program of JAX on the CPU then gets
+    all its working memory anew at every call, page by page and filled with zeros: a quarter of the
+    time of a train step. The process stays as large as it once was. Takes effect for threads that
+    start later, so it is called before JAX starts its own. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_ARENA_MAX, 1)  # other arenas, of 64 MiB, map what is larger whatever the limit

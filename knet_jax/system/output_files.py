@@ -35,9 +35,6 @@ class Stems:
 
         `city/7.jpg` gives `city/7`, and where that is taken `city/7.jpg`. Names that are too long are
         cut, and what cannot be printed becomes `_`.
-
-        Args:
-            name: of the picture's file.
         """
         path, number = PurePath(name), 1
         folders = [part for part in path.parts[:-1] if part not in (path.anchor, "..")]
@@ -82,13 +79,9 @@ class PngFolder:
 
 
 def local_path(name: str, path: str | Path) -> Path:
-    """The path that a user gave, which must lead into this machine's file system.
+    """The path that a user gave in an argument, which must lead into this machine's file system.
 
     `gs://bucket/run` would quietly be a folder `gs:` here.
-
-    Args:
-        name: of the argument, for messages.
-        path: its value.
 
     Raises:
         UserError: it is an address.
@@ -105,21 +98,32 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """Gives the draft of a file to be written, which gets the file's name when all has gone well.
+
+    Raises:
+        OSError: the file, or its folder, cannot be written; the file is named.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_of(path)
+    with naming_output(path):
+        try:
+            yield draft
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file, whole or not at all, and its folder if need be.
 
     Raises:
         OSError: the file cannot be written; it is named.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = draft_of(path)
-    with naming_output(path):
-        try:
-            draft.write_bytes(data)
-            draft.replace(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+    with drafted(path) as draft:
+        draft.write_bytes(data)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -136,9 +140,8 @@ def write_json_lists(path: Path, lists: Mapping[str, Iterable[Any]]) -> dict[str
     Raises:
         OSError: the file cannot be written; it is named.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft, counts = draft_of(path), dict.fromkeys(lists, 0)
-    with naming_output(path), draft.open("w") as file:
+    counts = dict.fromkeys(lists, 0)
+    with drafted(path) as draft, draft.open("w") as file:
         for number, (key, entries) in enumerate(lists.items()):
             file.write(f"{', ' if number else '{'}{json.dumps(key)}: [")
             for entry in entries:
@@ -146,7 +149,6 @@ def write_json_lists(path: Path, lists: Mapping[str, Iterable[Any]]) -> dict[str
                 counts[key] += 1
             file.write("]")
         file.write("}")
-    draft.replace(path)
     return counts
 
 

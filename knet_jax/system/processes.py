@@ -32,8 +32,6 @@ T = TypeVar("T")
 
 HEARTBEAT = 100
 """Seconds without a sign of life after which a process is taken for dead."""
-FRAME = 256
-"""Bytes of a short message; longer ones take a second round."""
 CHUNK = 2**24
 """Bytes of arrays that are sent at a time."""
 
@@ -96,10 +94,7 @@ def find_cluster(
     that `srun` has started with several counts.
 
     Args:
-        environ: the variables of the process.
-        coordinator: see `joined`.
-        num_processes: likewise.
-        process_id: likewise.
+        environ: the variables of the process; the others are those of `joined`.
 
     Returns:
         Arguments of `jax.distributed.initialize`, which finds the rest; None for one process.
@@ -113,12 +108,11 @@ def find_cluster(
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
+    is_pod = "JOB_COMPLETION_INDEX" in environ and importlib.util.find_spec("kubernetes")
     is_cluster = (
         int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
         or int(environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1
-        or (
-            "JOB_COMPLETION_INDEX" in environ and importlib.util.find_spec("kubernetes") is not None
-        )
+        or is_pod
     )
     if (num_processes, process_id) == (None, None) and (is_cluster or coordinator is None):
         return {"coordinator_address": coordinator} if is_cluster else None
@@ -233,16 +227,10 @@ def exchange(value: T) -> list[T]:
 def _exchange(message: tuple[Any, str | None]) -> list[tuple[Any, str | None]]:
     """Tells (value, None) or (None, what went wrong)."""
     data = np.frombuffer(pickle.dumps(message), np.uint8)
-    head = np.zeros(FRAME, np.uint8)
-    head[:8] = np.frombuffer(np.int64(data.size).tobytes(), np.uint8)
-    head[8 : 8 + data.size] = data[: FRAME - 8]
-    heads = multihost_utils.process_allgather(head)
-    sizes = heads[:, :8].copy().view(np.int64)[:, 0]
-    rows = heads[:, 8:]
-    if sizes.max() > FRAME - 8:
-        # One of few lengths, since each is a program of its own.
-        length = 1 << int(sizes.max() - 1).bit_length()
-        rows = multihost_utils.process_allgather(np.pad(data, (0, length - data.size)))
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    # One of few lengths, since each is a program of its own.
+    length = 1 << int(sizes.max() - 1).bit_length()
+    rows = multihost_utils.process_allgather(np.pad(data, (0, length - data.size)))
     messages = [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
     for index, (_, error) in enumerate(messages):
         if error and not message[1]:
