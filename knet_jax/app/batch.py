@@ -216,16 +216,7 @@ def _segment(
     rows: Rows,
     stop: StopRequest,
 ) -> None:
-    """Gives pictures to actors until each has a row, with a progress bar.
-
-    Args:
-        pictures: that have none.
-        chunk: how many of them an actor gets at a time.
-        make: starts an actor.
-        most: how many actors there may be.
-        rows: where the rows go.
-        stop: ends it early.
-    """
+    """Gives pictures to at most `most` actors, `chunk` at a time, until each has a row."""
     import ray
 
     todo = deque((pictures[i : i + chunk], 1) for i in range(0, len(pictures), chunk))

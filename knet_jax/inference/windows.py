@@ -55,13 +55,7 @@ class Windows:
         return len(self._seen) == len(self.spans)
 
     def join(self, task: Any, num_things: int, overlap_threshold: float) -> Any:
-        """The result of the picture; that of a single window as it is.
-
-        Args:
-            task: a row of `tasks.TASKS`.
-            num_things: how many classes are things; they come first.
-            overlap_threshold: as of `join_panoptic`.
-        """
+        """The result of the picture, by a row of `TASKS`; that of a single window as it is."""
         if len(self.spans) == 1:
             return self._seen[0]
         return task.join(self._seen, self.spans, self.size, num_things, overlap_threshold)

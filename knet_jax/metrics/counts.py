@@ -45,9 +45,7 @@ def rows_of_classes(
 ) -> list[dict[str, Any]]:
     """Makes a row of every class: name, the dataset's id, and its number of each column, NaN as None.
 
-    Args:
-        categories: the classes.
-        columns: arrays [number of classes] by name.
+    Columns are arrays [number of classes].
     """
     return [
         {"name": name, "id": id} | {key: none_if_undefined(x[i]) for key, x in columns.items()}
@@ -74,12 +72,7 @@ def without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
 
 
 class Tally:
-    """Counts of the pictures that this process sees, by their position in the split.
-
-    Args:
-        metric: of the task, a module such as `metrics.panoptic`.
-        categories: the classes.
-    """
+    """Counts of the pictures that this process sees, by their position in the split."""
 
     def __init__(self, metric: ModuleType, categories: Categories):
         self._metric = metric
@@ -103,13 +96,7 @@ class Tally:
 
 
 class Rounds:
-    """Scores of the same pictures after every number of updates.
-
-    Args:
-        metric: of the task.
-        categories: the classes.
-        num_updates: of the network.
-    """
+    """Scores of the same pictures after every number of updates."""
 
     def __init__(self, metric: ModuleType, categories: Categories, num_updates: int):
         self._metric, self._categories = metric, categories

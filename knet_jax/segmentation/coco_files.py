@@ -184,13 +184,7 @@ class PanopticResults:
         self._pngs = PngFolder(self.path.with_suffix(""))
 
     def add(self, image_id: int, file_name: str, panoptic: PanopticMap) -> None:
-        """Writes the map of one picture, as a PNG named like the picture.
-
-        Args:
-            image_id: the id of the picture.
-            file_name: of the picture, subfolders included.
-            panoptic: its map.
-        """
+        """Writes the map of one picture, as a PNG named like the picture, subfolders included."""
         areas = np.bincount(segment_index(panoptic).ravel(), minlength=1 + len(panoptic.segments))
         infos = []
         for segment, area in zip(panoptic.segments, areas[1:].tolist()):
@@ -241,11 +235,6 @@ class InstanceResults:
 
     def add(self, image_id: int, file_name: str, instances: Sequence[Instance]) -> None:
         """Writes the instances of one picture.
-
-        Args:
-            image_id: the id of the picture.
-            file_name: of the picture, for messages.
-            instances: of the picture.
 
         Raises:
             UserError: there was a picture of the same id.

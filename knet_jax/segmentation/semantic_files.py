@@ -42,11 +42,9 @@ class SemanticResults:
         self._pngs = PngFolder(self.path.with_suffix(""))
 
     def add(self, image_id: int, file_name: str, labels: np.ndarray) -> None:
-        """Writes the map of one picture, as a PNG named like the picture.
+        """Writes the map of one picture, as a PNG named like the picture, subfolders included.
 
         Args:
-            image_id: the id of the picture.
-            file_name: of the picture, subfolders included.
             labels: integers [H, W], 1 + class, 0 = none.
 
         Raises:

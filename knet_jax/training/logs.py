@@ -157,9 +157,7 @@ class Progress:
     def update(self, step: int, values: Mapping[str, Any] | None = None) -> None:
         """Takes note of a step that is done, and shows the line if it is time to.
 
-        Args:
-            step: steps done in all.
-            values: named numbers, shown in their order; read only when they are shown.
+        The values, shown in their order, are read only then.
         """
         now = time.monotonic()
         self._times.append((step, now))
@@ -212,11 +210,7 @@ class Progress:
 
 
 class Interval:
-    """What the log says about the steps since its last record: means, speed, waiting for data.
-
-    Args:
-        batch_size: images of a step.
-    """
+    """What the log says about the steps since its last record: means, speed, waiting for data."""
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
