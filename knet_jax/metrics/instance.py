@@ -19,7 +19,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from knet_jax.metrics.counts import mean_of_defined, none_if_undefined, rows_of_classes
+from knet_jax.metrics.counts import mean_of_defined, rows_of_classes, without_nan
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Categories, Instance
 
@@ -200,7 +200,7 @@ def table(counts: InstanceCounts, categories: Categories) -> str:
         lines.append(
             f"{line(row['name'], row, precision)}  {row['objects']:7} {row['predictions']:9}"
         )
-    means = {k: none_if_undefined(np.float64(v)) for k, v in summarize(counts, categories).items()}
+    means = without_nan(summarize(counts, categories))
     with_objects = sum(row["objects"] > 0 for row in rows)
     lines += [
         "",
