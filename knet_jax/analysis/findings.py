@@ -207,10 +207,7 @@ def find(
     """The findings of one picture.
 
     Args:
-        overlaps: of its segments.
-        verdicts: about them.
         categories: the classes. Objects, whose sizes count, are things, or all where there are none.
-        activity: of the kernels in it.
         maps: true and predicted labels, whose pixels are the confusion; None takes the verdicts.
     """
     num_classes, nothing = len(categories.names), len(categories.names)

@@ -203,8 +203,6 @@ class Predictions:
 
     Args:
         folder: created if need be.
-        task: of the network.
-        categories: its classes.
         ids: of the pictures by `InputFile.name`; default: 1, 2, 3 …
     """
 

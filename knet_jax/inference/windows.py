@@ -219,8 +219,6 @@ def _vote(
 
     Args:
         seen: segments of windows, which share no pixel within one.
-        spans: of the windows.
-        size: height and width of the picture.
         numbers: of every window int32 [1 + segments], what a vote for each counts for; the first is
             that of void, 0, and so is that of a segment that does not count.
 

@@ -110,7 +110,6 @@ def read_class_list(
     """The classes of a text file that names one on every line, perhaps with its color.
 
     Args:
-        path: of the file.
         ignore_index: the line, counted from 0, that is no class.
         source: the option that the user gave the file with, for messages.
 
@@ -154,7 +153,6 @@ def parse_class_list(text: str, called: str, ignore_index: int | None = None) ->
     """The names of classes, by the number of their line.
 
     Args:
-        text: names a class on every line.
         called: how messages call the text.
         ignore_index: a line, counted from 0, that is no class.
 

@@ -171,9 +171,7 @@ def image_entry(image_id: int, file_name: str, size: tuple[int, int]) -> dict[st
 class PanopticResults:
     """Writes panoptic maps picture by picture; only the small records of the JSON stay in memory.
 
-    Args:
-        path: of the JSON, for example results/panoptic.json; PNG files go to results/panoptic/.
-        categories: the classes.
+    The JSON being results/panoptic.json, for example, PNG files go to results/panoptic/.
     """
 
     def __init__(self, path: str | Path, categories: Categories):
@@ -222,9 +220,7 @@ class PanopticResults:
 class InstanceResults:
     """Writes predicted instances picture by picture, as COCO's test server takes them.
 
-    Args:
-        path: of the JSON, for example results/instance.json; it appears when it is whole.
-        categories: the classes.
+    The JSON appears when it is whole.
     """
 
     def __init__(self, path: str | Path, categories: Categories):

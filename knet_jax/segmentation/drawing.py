@@ -140,11 +140,7 @@ def as_panoptic(
     """Flattens any segmentation of a picture into a panoptic map, where each pixel has one owner.
 
     Small instances hide large ones, and all hide crowds.
-
-    Args:
-        segmentation: as `draw` takes it.
-        size: height and width of the picture.
-        min_score: instances that score less are left out.
+    Instances that score less than `min_score` are left out.
     """
     if isinstance(segmentation, np.ndarray):
         segmentation = PanopticMap.of_labels(segmentation)

@@ -73,8 +73,6 @@ def iou(
     """Computes the intersection over union of masks of one size, [m, n].
 
     Args:
-        masks: m.
-        others: n.
         iscrowd: bool [n], of which others the share of the mask that lies on it is taken instead.
     """
     iscrowd = np.zeros(len(others), bool) if iscrowd is None else iscrowd

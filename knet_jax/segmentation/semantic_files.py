@@ -24,7 +24,6 @@ class SemanticResults:
             takes, or two where an id is above 255. Pixels without a class become 0, or the largest
             number where a class has the id 0. Where an id does not fit into two bytes, pixels are
             the positions of classes in the JSON's list, from 1, which are called `pixel` there.
-        categories: the classes.
     """
 
     def __init__(self, path: str | Path, categories: Categories):

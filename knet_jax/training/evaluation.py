@@ -49,8 +49,6 @@ class Evaluator:
     """Evaluates a split again and again, with whatever variables a run has reached.
 
     Args:
-        model: the network.
-        split: what to evaluate on.
         config: of the run; its `task`, `data` and `eval` are read.
         devices: of this process. They share its part of a batch, whose size all devices divide.
         limit: only the first so many pictures.
