@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system import processes
-
-State = TypeVar("State", bound=tuple)
 
 
 class Prediction(NamedTuple):
@@ -53,19 +51,6 @@ def rows_of_classes(
     ]
 
 
-def collect(counts: Mapping[int, State]) -> list[State]:
-    """The counts of all pictures in their order, so that sums are the same whoever saw which picture.
-
-    Args:
-        counts: of every picture that this process saw, by the picture's position in the split. Each
-            process must call this.
-    """
-    everything = {}
-    for part in processes.exchange(dict(counts)):
-        everything |= part
-    return [everything[index] for index in sorted(everything)]
-
-
 def without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
     """Converts numbers for JSON, NaN to None."""
     return {name: none_if_undefined(np.float64(score)) for name, score in scores.items()}
@@ -90,9 +75,14 @@ class Tally:
         Args:
             only: positions; pictures that this process has seen at others are left out.
         """
-        counts = {i: count for i, count in self._counts.items() if only is None or i in only}
-        # All at once, which is much faster than one by one.
-        return self._metric.merge(self._metric.no_counts(self._num_classes), *collect(counts))
+        own = {i: count for i, count in self._counts.items() if only is None or i in only}
+        counts = {}
+        for part in processes.exchange(own):
+            counts |= part
+        # In the order of the split, so that sums are the same whoever saw which picture; and all at
+        # once, which is much faster than one by one.
+        in_order = (counts[i] for i in sorted(counts))
+        return self._metric.merge(self._metric.no_counts(self._num_classes), *in_order)
 
 
 class Rounds:
