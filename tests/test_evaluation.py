@@ -83,14 +83,8 @@ def oracle(data, monkeypatch):
         assert not isinstance(seen.mirrored, bool) and seen.mirrored.shape == (len(seen.size),)
         assert num_things == 5 and (canvas.height, canvas.width) == side
         assert {"instance_threshold", "overlap_threshold"} <= set(options)
-        b = len(seen.size)
-        shapes = Fused(
-            jax.ShapeDtypeStruct((b, *side), jnp.int16),
-            jax.ShapeDtypeStruct((b, SLOTS), jnp.int32),
-            jax.ShapeDtypeStruct((b, SLOTS), jnp.float32),
-            jax.ShapeDtypeStruct((b, SLOTS), jnp.int32),
-        )
-        return jax.pure_callback(look_up, shapes, seen.stage.kernels)
+        nothing = look_up(np.full(len(seen.size), EMPTY))  # of the same shapes
+        return jax.pure_callback(look_up, nothing, seen.stage.kernels)
 
     def run_rounds(variables, batch, *, model, stages):
         b, height, width, _ = batch.image.shape

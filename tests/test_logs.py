@@ -131,7 +131,7 @@ def test_progress_in_a_file_is_a_line_now_and_then(monkeypatch):
     clock = iter([100.0, 110.0, 111.0, 150.0, 151.0])
     monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
     stream = io.StringIO()
-    progress = logs.Progress(10, seconds=30, stream=stream)
+    progress = logs.Progress(10, stream=stream)
     for step in (1, 2, 3, 4, 10):
         progress.update(step, {"loss": np.float32(1.23456), "images/s": 8})
     progress.close()

@@ -78,7 +78,7 @@ class Piece(NamedTuple):
 
 
 def join_instances(
-    seen: Seen, spans: np.ndarray, size: Pair, num_things: int, overlap_threshold: float = 0.0
+    seen: Seen, spans: np.ndarray, size: Pair, num_things: int, overlap_threshold: float
 ) -> tuple[Instance, ...]:
     """The instances of a picture from those of its windows, best score first."""
     found = []

@@ -97,7 +97,7 @@ class Rounds:
         for tally, result in zip(self._tallies, (*one.earlier, one.prediction), strict=True):
             tally.add(one.index, one.truth, result, image_id)
 
-    def scores(self, only: Container[int] | None = None) -> dict[str, float | None]:
+    def scores(self, only: Container[int]) -> dict[str, float | None]:
         """What the metric says after the last update, `only` as of `Tally.total`."""
         return self._summarize(self._tallies[-1], only)
 

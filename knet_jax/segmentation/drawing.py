@@ -392,7 +392,7 @@ def _font_size(image: np.ndarray) -> int:
 
 
 @functools.cache
-def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(_typeface(text) or FONT, size)
 
 

@@ -142,14 +142,14 @@ class Log:
 class Progress:
     """A line that says how far a run is and when it will be done.
 
-    On a terminal the line is rewritten; elsewhere a new one is printed every `seconds`.
+    On a terminal the line is rewritten; elsewhere a new one is printed every half minute.
     """
 
-    def __init__(self, total_steps: int, *, seconds: float = 30.0, stream: TextIO | None = None):
+    def __init__(self, total_steps: int, *, stream: TextIO | None = None):
         self._total = total_steps
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
-        self._interval = 0.2 if self._terminal else seconds
+        self._interval = 0.2 if self._terminal else 30.0
         self._shown = -math.inf
         # The first step is not among them: it compiles and says nothing about the rest.
         self._times: deque[tuple[int, float]] = deque(maxlen=200)
