@@ -12,7 +12,6 @@ from knet_jax.analysis.gallery import Gallery
 from knet_jax.config.files import load_config
 from knet_jax.data import pipeline
 from knet_jax.inference.activity import SIDE
-from knet_jax.inference.forward import lookahead
 from knet_jax.inference.fusion import Fused
 from knet_jax.metrics import panoptic
 from knet_jax.model import make_model
@@ -139,15 +138,3 @@ def test_the_first_pictures_are_looked_into(data, oracle):
         assert (
             one.activity.maps == 255
         ).all()  # of a single kernel that shares pixels with no other
-
-
-def test_lookahead_is_one_item_ahead():
-    drawn = []
-
-    def items():
-        for i in range(3):
-            drawn.append(i)
-            yield i
-
-    assert [(item, drawn[-1]) for item in lookahead(items())] == [(0, 1), (1, 2), (2, 2)]
-    assert list(lookahead(range(0))) == []

@@ -90,16 +90,6 @@ def test_pictures_share_programs_and_batches(tiny_models, monkeypatch):
     assert Segmenter(run)([]) == []
 
 
-def test_pictures_that_come_together_are_seen_as_alone(tiny_models, segmenters):
-    pictures = [picture(seed=seed) for seed in range(2)]
-    together = Segmenter(open_model(tiny_models["semantic"]), batch_size=3)(pictures)
-    for image, result in zip(pictures, together, strict=True):
-        alone = segmenters["semantic"](image)
-        assert [s.label for s in result.segments] == [s.label for s in alone.segments] != []
-        for a, b in zip(result.segments, alone.segments):
-            assert abs(a.score - b.score) < 1e-4 and (a.mask != b.mask).mean() < 1e-3
-
-
 @pytest.mark.parametrize(
     "task, sizes", [("semantic", [(1, 700)]), slow("panoptic", [(1, 1), (900, 2)])]
 )
