@@ -149,6 +149,9 @@ def test_boundaries_of_large_masks_are_compared():
     np.testing.assert_allclose(ious, [[shared / (sum(frame) - shared)]])
     small = [box(5, 5, 7, 7)], [box(6, 5, 7, 7)], np.array([False])
     np.testing.assert_allclose(boundary_iou(*small), mask_iou(*small))
+    hollow = [rle.encode(rle.decode(box(0, 0, 140, 100)) - rle.decode(box(4, 4, 132, 92)))]
+    filled = [box(0, 0, 140, 100)], np.array([False])
+    np.testing.assert_allclose(boundary_iou(hollow, *filled), mask_iou(hollow, *filled))
     crowd = [box(0, 0, 50, 50)], [box(0, 0, 100, 100)], np.array([True])
     np.testing.assert_allclose(boundary_iou(*crowd), [[1]])
 
