@@ -124,7 +124,7 @@ def test_the_first_pictures_are_looked_into(data, oracle):
     """The same pass of the network gives their earlier rounds and what the kernels did."""
     _, split = data
     evaluator = oracle(inside=3)
-    seen = {one.index: one for one in evaluator.predictions({})}
+    seen = {one.index: one for batch in evaluator.batches({}) for one in batch}
     assert sorted(seen) == list(range(8))
     for index, one in seen.items():
         real = [segment for segment in split.truth(index).segments if not segment.iscrowd]

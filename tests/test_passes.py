@@ -114,7 +114,7 @@ def label_maps(data, **options):
     config = config.copy_and_resolve_references()
     config.eval.update(options)
     evaluator = Evaluator(make_model(**config.model), split, config, jax.devices()[:1])
-    return {seen.index: seen.prediction for seen in evaluator.predictions({})}
+    return {seen.index: seen.prediction for batch in evaluator.batches({}) for seen in batch}
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Pictures in, segments out."""
 
+from itertools import chain
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,7 @@ def test_it_sees_what_an_evaluation_sees(tiny_models, tmp_path, task, overrides)
     split = pipeline.load_split(run.config.data, "val", task)
     evaluator = Evaluator(run.network, split, run.config, jax.devices()[:1])
     sees = Segmenter(run)
-    for prediction in evaluator.predictions(run.variables):
+    for prediction in chain.from_iterable(evaluator.batches(run.variables)):
         ours = sees(split.image(prediction.index), threshold=0.2).prediction
         theirs = prediction.prediction
         if task == "panoptic":

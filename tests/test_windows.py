@@ -215,7 +215,7 @@ def test_an_evaluation_sees_windows_as_a_segmenter_does(tiny_models, tmp_path, t
     run = with_windows(tiny_models[task], (64, 96), (32, 32), *data, "--config.data.num_val=3")
     split = pipeline.load_split(run.config.data, "val", task)
     sees, evaluator = Segmenter(run), Evaluator(run.network, split, run.config, jax.devices()[:1])
-    theirs = list(evaluator.predictions(run.variables))
+    theirs = [one for batch in evaluator.batches(run.variables) for one in batch]
     assert sorted(one.index for one in theirs) == [0, 1, 2]
     for index, _, prediction, *_ in theirs:
         ours = sees(split.image(index), threshold=0.2 if task == "panoptic" else 0.0).prediction

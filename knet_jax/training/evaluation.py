@@ -86,10 +86,6 @@ class Evaluator:
         predict = partial(self.task.predict, **self.task.choose_options(model.sizes, options))
         self._predict = cache(lambda canvas: on_devices(partial(predict, canvas=canvas)))
 
-    def predictions(self, variables: Any) -> Iterator[Prediction]:
-        """The results of this process's pictures, one after the other."""
-        return chain.from_iterable(self.batches(variables))
-
     def batches(self, variables: Any) -> Iterator[list[Prediction]]:
         """The results of this process's part of every batch; all processes have as many batches."""
         variables = replicate(variables, self._devices)
