@@ -27,6 +27,13 @@ SEVERAL_PASSES = (
 )
 
 
+WINDOWS = (
+    "--config.eval.window=(64, 96)",
+    "--config.eval.window_step=(32, 32)",
+    "--config.data.image_side=(96, 128)",
+)
+
+
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
@@ -40,20 +47,27 @@ def slow(*values):
         ("semantic", ("--config.data.image_side=(64, 64)",)),
         slow("panoptic", ("--config.data.eval_multiple=32",)),
         slow("semantic", SEVERAL_PASSES),
+        slow("panoptic", WINDOWS),
+        slow("instance", WINDOWS),
     ],
 )
 def test_it_sees_what_an_evaluation_sees(tiny_models, tmp_path, task, overrides):
-    overrides = [f"--config.data.data_dir={tmp_path}", "--config.data.num_val=3", *overrides]
-    run = open_model(tiny_models[task], overrides=overrides)
+    data = [f"--config.data.data_dir={tmp_path}", "--config.data.num_val=3"]
+    run = open_model(tiny_models[task], overrides=[*data, *overrides])
     split = pipeline.load_split(run.config.data, "val", task)
     evaluator = Evaluator(run.network, split, run.config, jax.devices()[:1])
     sees = Segmenter(run)
-    for prediction in chain.from_iterable(evaluator.batches(run.variables)):
-        ours = sees(split.image(prediction.index), threshold=0.2).prediction
-        theirs = prediction.prediction
-        if task == "panoptic":
+    threshold = 0.0 if task == "instance" else 0.2
+    predictions = list(chain.from_iterable(evaluator.batches(run.variables)))
+    assert sorted(prediction.index for prediction in predictions) == [0, 1, 2]
+    for index, _, theirs, *_ in predictions:
+        ours = sees(split.image(index), threshold).prediction
+        if task == "instance":
+            assert len(ours) == len(theirs) > 20  # more than a window's
+            assert sum(a.rle == b.rle for a, b in zip(ours, theirs)) > 0.9 * len(ours)
+        elif task == "panoptic":
             assert len(ours.segments) == len(theirs.segments) > 0
-            assert (ours.ids != theirs.ids).mean() < 1e-3
+            assert (ours.ids != theirs.ids).mean() < (0.02 if overrides is WINDOWS else 1e-3)
             np.testing.assert_allclose(
                 [s.score for s in ours.segments], [s.score for s in theirs.segments], rtol=1e-4
             )

@@ -1,6 +1,5 @@
 """Large pictures window by window: what the windows show becomes that of the picture."""
 
-import jax
 import numpy as np
 import pytest
 from tiny_runs import picture
@@ -13,7 +12,6 @@ from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Instance, PanopticMap, SegmentInfo
 from knet_jax.structs import EMPTY
 from knet_jax.tasks import TASKS
-from knet_jax.training.evaluation import Evaluator
 
 SIZE, NUM_THINGS = (150, 210), 3
 
@@ -206,22 +204,3 @@ def test_parts_of_large_pictures_come_together(tmp_path, tiny_models, count):
                 assert abs(shown.mean((0, 1)) - part.mean((0, 1))).max() < 3
     assert sorted(seen) == list(range(5))
     assert not any(list(spans) for _, spans, _ in seen.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["panoptic", "instance"])
-def test_an_evaluation_sees_windows_as_a_segmenter_does(tiny_models, tmp_path, task):
-    data = f"--config.data.data_dir={tmp_path}", "--config.data.image_side=(96, 128)"
-    run = with_windows(tiny_models[task], (64, 96), (32, 32), *data, "--config.data.num_val=3")
-    split = pipeline.load_split(run.config.data, "val", task)
-    sees, evaluator = Segmenter(run), Evaluator(run.network, split, run.config, jax.devices()[:1])
-    theirs = [one for batch in evaluator.batches(run.variables) for one in batch]
-    assert sorted(one.index for one in theirs) == [0, 1, 2]
-    for index, _, prediction, *_ in theirs:
-        ours = sees(split.image(index), threshold=0.2 if task == "panoptic" else 0.0).prediction
-        if task == "instance":
-            assert len(ours) == len(prediction) > 20  # more than a window's
-            assert sum(a.rle == b.rle for a, b in zip(ours, prediction)) > 0.9 * len(ours)
-        else:
-            assert len(ours.segments) == len(prediction.segments) > 1
-            assert (ours.ids == prediction.ids).mean() > 0.98
