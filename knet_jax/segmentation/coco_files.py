@@ -29,19 +29,14 @@ PART = 1 << 22
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def load(path: Path) -> Any:
-    """Reads a JSON in COCO's form, in any of Unicode's encodings.
+def parse(data: bytes) -> Any:
+    """The content of a JSON in COCO's form, in any of Unicode's encodings.
 
     What is null counts as absent, and an id may be written as a text.
 
     Raises:
-        OSError, ValueError or RecursionError: there is no such file, or it is no JSON.
+        ValueError or RecursionError: it is no JSON.
     """
-    return parse(path.read_bytes())
-
-
-def parse(data: bytes) -> Any:
-    """The content of a JSON, as `load` reads it."""
     return json.loads(data, object_hook=_tidy)
 
 
