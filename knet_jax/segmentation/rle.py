@@ -82,11 +82,7 @@ def iou(
 
 def to_json(rle: dict[str, Any]) -> dict[str, Any]:
     """Converts run lengths to what JSON can hold: counts as text."""
-    counts = rle["counts"]
-    return {
-        "size": [int(side) for side in rle["size"]],
-        "counts": counts.decode() if isinstance(counts, bytes) else counts,
-    }
+    return rle | {"counts": rle["counts"].decode()}
 
 
 def from_annotation(segmentation: Any, size: tuple[int, int]) -> tuple[dict, list[str]]:
