@@ -17,16 +17,10 @@ from knet_jax.knet import KNet, normalize
 from knet_jax.structs import Batch, Output, Pass, Sizes, Stage
 
 
-def run_network(variables: Any, batch: Batch, *, model: KNet) -> Stage:
-    """Runs the network on a batch of one device and returns its last stage."""
-    [last] = run_rounds(variables, batch, model=model, stages=(-1,))
-    return last
-
-
 def run_rounds(
-    variables: Any, batch: Batch, *, model: KNet, stages: Sequence[int]
+    variables: Any, batch: Batch, *, model: KNet, stages: Sequence[int] = (-1,)
 ) -> tuple[Stage, ...]:
-    """Runs the network once on a batch of one device and returns some of its stages."""
+    """Runs the network once on a batch of one device and returns some of its stages, or the last."""
     image = normalize(batch.image, batch.size, model.backbone.dtype)
     output = model.apply(variables, image)
     return tuple(stage_of(output, stage, model.sizes) for stage in stages)
