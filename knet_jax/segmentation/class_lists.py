@@ -38,7 +38,7 @@ def class_counts(config: ConfigDict, categories: Categories) -> dict[str, int]:
 
 
 def check_trained_classes(saved: dict[str, Any], categories: Categories) -> None:
-    """Checks that a checkpoint, which saved `Categories._asdict()`, knows the classes of the data.
+    """Checks that a checkpoint, which keeps `Categories._asdict()`, has the classes of the data.
 
     Raises:
         UserError: the names differ.

@@ -101,8 +101,11 @@ class Evaluator:
         )
         begun: dict[int, tuple[Any, list[Windows], list[Activity | None]]] = {}
 
+        def split(batch: Any) -> Any:
+            """Gives the arrays of a batch a leading axis over devices."""
+            return jax.tree.map(lambda x: x.reshape(len(self._devices), -1, *x.shape[1:]), batch)
+
         def start(scales: Sequence[Batch]) -> Any:
-            split = partial(split_over, num_devices=len(self._devices))
             seen = []
             for batch, mirrored in both_ways(scales, self._flip):
                 how = split((batch.size, canvas_of(batch), mirrored))
@@ -186,11 +189,6 @@ def describe_model(model: Model) -> str:
     for leaf in jax.tree.leaves(model.variables):
         digest.update(np.asarray(leaf).tobytes())
     return f"step {model.step}, {digest.hexdigest()[:10]}"
-
-
-def split_over(batch: Any, num_devices: int) -> Any:
-    """Gives the arrays of a batch a leading axis over devices."""
-    return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
 
 
 @processes.main_speaks()

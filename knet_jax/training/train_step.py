@@ -176,9 +176,6 @@ def update(
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 
-Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-
-
 def make_train_step(
     devices: list[jax.Device],
     *,
@@ -189,7 +186,7 @@ def make_train_step(
     weights: LossWeights,
     seed: int,
     ema_decay: float = 0.0,
-) -> Step:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the function that takes a training step on all devices, those of other processes too.
 
     It maps (state, batch in parts, `stops`) to (next state, scalars, see `update`); every array of a
