@@ -55,12 +55,14 @@ def test_it_sees_what_an_evaluation_sees(tiny_models, tmp_path, task, overrides)
     data = [f"--config.data.data_dir={tmp_path}", "--config.data.num_val=3"]
     run = open_model(tiny_models[task], overrides=[*data, *overrides])
     split = pipeline.load_split(run.config.data, "val", task)
-    evaluator = Evaluator(run.network, split, run.config, jax.devices()[:1])
+    evaluator = Evaluator(run.network, split, run.config, jax.devices()[:1], inside=2)
     sees = Segmenter(run)
     threshold = 0.0 if task == "instance" else 0.2
     predictions = list(chain.from_iterable(evaluator.batches(run.variables)))
     assert sorted(prediction.index for prediction in predictions) == [0, 1, 2]
-    for index, _, theirs, *_ in predictions:
+    for index, truth, theirs, earlier, activity in predictions:
+        np.testing.assert_equal(truth, split.truth(index))
+        assert bool(earlier) == (activity is not None) == (index < 2)  # looked into or not
         ours = sees(split.image(index), threshold).prediction
         if task == "instance":
             assert len(ours) == len(theirs) > 20  # more than a window's
