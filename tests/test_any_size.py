@@ -119,22 +119,6 @@ def test_results_are_those_of_evaluation(task):
             assert np.all(one["labels"][beyond] == EMPTY)
 
 
-def test_padding_and_company_change_nothing():
-    """A picture alone, in an array of its size, gives what it gives beside another, padded."""
-    seen, original_size, sizes = scene("panoptic", seed=1)
-    row = TASKS["panoptic"]
-    options = row.choose_options(sizes, OPTIONS)
-    predict = jax.jit(partial(row.predict_any_size, **options), static_argnames="shape")
-    both = predict(seen, original_size, shape=(160, 181))
-    first = jax.tree.map(lambda x: x[:1], seen)
-    alone = predict(first, original_size[:1], shape=(60, 85))
-    for name, array in alone.items():
-        together = np.asarray(both[name])[:1]
-        if array.ndim > 2:
-            together = together[..., :60, :85]
-        np.testing.assert_allclose(np.asarray(array, float), together.astype(float), atol=1e-6)
-
-
 def test_nobody_who_wins_a_pixel_of_a_tile_is_left_out():
     values = np.random.default_rng(0).uniform(0.9, 1, (9, 2, 12, 16)).astype(np.float32)
     values *= np.linspace(0.8, 1, 9)[:, None, None, None]
