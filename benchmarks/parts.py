@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from knet_jax.app.segmenter import Segmenter
 from knet_jax.data import pipeline, recipes
-from knet_jax.inference.forward import run_network
+from knet_jax.inference.forward import run_rounds
 from knet_jax.inference.resampling import ResultCanvas
 from knet_jax.knet import KNet
 from knet_jax.matching import LossWeights
@@ -186,7 +186,7 @@ def network(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     model = make_model(**config.model)
     batch = scenes.batch(case.batch, case.size, config, seed=0)
     variables, batch = jax.device_put((init_variables(model, config.seed), batch))
-    run = jax.jit(partial(run_network, model=model))
+    run = jax.jit(partial(run_rounds, model=model))
     times = measure_with_peak(lambda: run(variables, batch), repeat, case.precision)
     return times | {"flop": flops(run, variables, batch)}
 
@@ -301,7 +301,7 @@ def segmenter(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     pictures = list(rng.integers(0, 256, (case.batch, *case.original, 3)).astype(np.uint8))
 
     batch = jax.device_put(scenes.batch(case.batch, canvas, config, seed=0))
-    network = jax.jit(partial(run_network, model=model))
+    network = jax.jit(partial(run_rounds, model=model))
     whole, alone = in_turn(repeat, lambda: sees(pictures), lambda: network(variables, batch))
     record = timed(whole) | {"network_ms": statistics.median(alone[2:])}
     return record | {"overhead": record["median_ms"] / record["network_ms"] - 1}

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from knet_jax.inference.forward import run_network
+from knet_jax.inference.forward import run_rounds
 from knet_jax.model import init_variables, make_model, variable_shapes
 from knet_jax.structs import EMPTY, Batch, InstanceTargets, PanopticTargets, SemanticTargets, Stage
 
@@ -95,8 +95,8 @@ def stage(
         return _random(count, size, config)
     # As large as the network makes them.
     model = make_model(**config.model)
-    shapes = jax.eval_shape(
-        partial(run_network, model=model), variable_shapes(model), batch(1, size, config, 0)
+    [shapes] = jax.eval_shape(
+        partial(run_rounds, model=model), variable_shapes(model), batch(1, size, config, 0)
     )
     rngs = [np.random.default_rng(seed) for seed in range(count)]
     masks, logits = zip(*(_objects(rng, shapes.masks.shape[2:], config, things) for rng in rngs))
@@ -105,9 +105,9 @@ def stage(
 
 def _random(count: int, size: tuple[int, int], config: ConfigDict) -> Stage:
     model = make_model(**config.model)
-    run = jax.jit(partial(run_network, model=model))
+    run = jax.jit(partial(run_rounds, model=model))
     variables = init_variables(model, config.seed)
-    stages = [run(variables, batch(1, size, config, seed)) for seed in range(count)]
+    stages = [run(variables, batch(1, size, config, seed))[0] for seed in range(count)]
     _, masks, logits = jax.tree.map(
         lambda *each: np.concatenate(each).astype(np.float32), *jax.device_get(stages)
     )

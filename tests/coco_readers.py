@@ -98,7 +98,7 @@ class InstanceFile:
 
 
 def score_instance_files(
-    truth_path: str | Path, result_path: str | Path, overlap: instance.Overlap = instance.mask_iou
+    truth_path: str | Path, result_path: str | Path, overlap: instance.Overlap = rle.iou
 ) -> tuple[instance.InstanceCounts, Categories]:
     """Instance counts of a file of results against the truth; a picture without results has none."""
     truth = InstanceFile(truth_path)

@@ -56,6 +56,15 @@ def segmenters(tiny_models) -> dict:
 
 
 @pytest.fixture
+def predict_files(monkeypatch, segmenters):
+    """`predict_files` of the library, which takes the name of a task for a model."""
+    from knet_jax.app import predict
+
+    monkeypatch.setattr(predict, "load", lambda task, *_, **__: segmenters[task])
+    return predict.predict_files
+
+
+@pytest.fixture
 def torch_names(monkeypatch):
     """Makes something that pickles as `module.name`: torch_names("torch", "FloatStorage")."""
     modules = {}

@@ -167,19 +167,3 @@ def test_maps_of_any_size_are_those_of_evaluation():
         ours, theirs = np.asarray(ids[i]), np.asarray(expected.ids[i])
         assert (ours[:height, :width] == theirs[:height, :width]).mean() > 0.999, original_size[i]
         assert ours.any() and not ours[height:].any() and not ours[:, width:].any()
-
-
-def test_padding_and_company_change_nothing():
-    """A picture alone, in an array of its size, gives what it gives beside another, padded."""
-    seen, original_size, sizes = scene("panoptic", seed=1)
-    row = TASKS["panoptic"]
-    options = row.choose_options(sizes, OPTIONS)
-    predict = jax.jit(partial(row.predict_any_size, **options), static_argnames="shape")
-    both = predict(seen, original_size, shape=(160, 181))
-    first = jax.tree.map(lambda x: x[:1], seen)
-    alone = predict(first, original_size[:1], shape=(60, 85))
-    for name, array in alone.items():
-        together = np.asarray(both[name])[:1]
-        if array.ndim > 2:
-            together = together[..., :60, :85]
-        np.testing.assert_allclose(np.asarray(array, float), together.astype(float), atol=1e-6)

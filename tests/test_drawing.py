@@ -167,7 +167,7 @@ def test_the_same_scene_looks_the_same_in_all_forms():
         np.testing.assert_array_equal(draw(GRAY, other, CATEGORIES), wanted)
 
 
-def test_small_instances_are_in_front():
+def test_small_instances_are_in_front_and_crowds_behind():
     large, small = columns(0, 200, CAT, score=0.9), columns(50, 90, CAT, score=0.4)
     for instances in ((large, small), (small, large)):
         panoptic = as_panoptic(instances, (200, 300))
@@ -175,17 +175,12 @@ def test_small_instances_are_in_front():
         owner = {s.id: s.score for s in panoptic.segments} | {0: None}
         row = [owner[id] for id in panoptic.ids[3].tolist()]
         assert row == [0.9] * 50 + [0.4] * 40 + [0.9] * 110 + [None] * 100
-
-
-def test_crowds_are_behind_all_instances():
-    crowd, large = columns(30, 60, CAT)._replace(iscrowd=True), columns(0, 200, DOG)
+    # A crowd is behind all of them, however small it is.
+    crowd = columns(30, 60, CAT, iscrowd=True)
     for instances in ((large, crowd), (crowd, large)):
         panoptic = as_panoptic(instances, (200, 300))
-        assert [(s.label, s.iscrowd) for s in panoptic.segments] == [
-            (one.label, one.iscrowd) for one in instances
-        ]
-        large_id = 1 + instances.index(large)
-        assert panoptic.ids[3].tolist() == [large_id] * 200 + [0] * 100
+        assert [s.iscrowd for s in panoptic.segments] == [one.iscrowd for one in instances]
+        assert panoptic.ids[3].tolist() == [1 + instances.index(large)] * 200 + [0] * 100
     assert not as_panoptic((), (4, 5)).ids.any()
 
 

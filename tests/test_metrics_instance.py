@@ -14,7 +14,6 @@ from knet_jax.metrics.instance import (
     NUMBERS,
     boundary_iou,
     count,
-    mask_iou,
     merge,
     no_counts,
     per_class,
@@ -64,7 +63,7 @@ def scene(seed: int) -> tuple[tuple[Instance, ...], tuple[Instance, ...]]:
     return tuple(truth), tuple(prediction)
 
 
-def counted(scenes, overlap=mask_iou):
+def counted(scenes, overlap=rle.iou):
     ids = range(1, len(scenes) + 1)
     return merge(*(count(*pair, 3, id, overlap) for id, pair in zip(ids, scenes)))
 
@@ -148,7 +147,10 @@ def test_boundaries_of_large_masks_are_compared():
     shared = 2 * 4 * 100 + 132 * 4
     np.testing.assert_allclose(ious, [[shared / (sum(frame) - shared)]])
     small = [box(5, 5, 7, 7)], [box(6, 5, 7, 7)], np.array([False])
-    np.testing.assert_allclose(boundary_iou(*small), mask_iou(*small))
+    np.testing.assert_allclose(boundary_iou(*small), rle.iou(*small))
+    hollow = [rle.encode(rle.decode(box(0, 0, 140, 100)) - rle.decode(box(4, 4, 132, 92)))]
+    filled = [box(0, 0, 140, 100)], np.array([False])
+    np.testing.assert_allclose(boundary_iou(hollow, *filled), rle.iou(hollow, *filled))
     crowd = [box(0, 0, 50, 50)], [box(0, 0, 100, 100)], np.array([True])
     np.testing.assert_allclose(boundary_iou(*crowd), [[1]])
 

@@ -36,12 +36,6 @@ def test_equals_sets_of_pixels():
         )
 
 
-def test_a_pixel_without_prediction_is_wrong():
-    counts = counted("1122", "1022")
-    assert [column.tolist() for column in counts] == [[1, 2, 0], [2, 2, 0], [1, 2, 0]]
-    assert summarize(counts, CATEGORIES)["aAcc"] == 75
-
-
 def test_known_values_and_undefined_classes():
     """A class of neither map is in no mean, a class that is only predicted not in mAcc."""
     counts = counted("1111", "1113")

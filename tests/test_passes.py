@@ -10,7 +10,7 @@ import knet_jax.inference.forward
 from knet_jax.config.files import load_config
 from knet_jax.data import pipeline
 from knet_jax.inference.forward import stage_of
-from knet_jax.inference.multiscale import corners, cut, join, mirror
+from knet_jax.inference.multiscale import corners, cut, join
 from knet_jax.model import make_model
 from knet_jax.structs import Batch, Output, Sizes, Stage
 from knet_jax.training.evaluation import Evaluator
@@ -49,28 +49,6 @@ def test_kernels_without_a_class_get_the_mean_of_the_dense_classes_over_their_pi
     assert (jax.nn.sigmoid(stage_of(nothing, 0, sizes).logits) == 0).all()
     semantic = Output((Stage(None, output.stages[0].masks, None),), None)
     assert stage_of(semantic, 0, Sizes(0, 0, NUM_PROPOSALS + NUM_STUFF)).logits is None
-
-
-def test_mirrored_pictures_stay_in_their_corner():
-    batch = make_batch()
-    mirrored = mirror(batch)
-    np.testing.assert_array_equal(mirrored.image[0], batch.image[0, :, ::-1])
-    np.testing.assert_array_equal(mirrored.image[1, :33, :61], batch.image[1, :33, 60::-1])
-    assert not mirrored.image[1, 33:].any() and not mirrored.image[1, :, 61:].any()
-    np.testing.assert_array_equal(mirror(mirrored).image, batch.image)
-    assert (mirrored.image != batch.image).any()
-
-
-@pytest.mark.parametrize("window, step", [((64, 64), (32, 32)), ((64, 96), (64, 64))])
-def test_windows_cover_the_canvas_and_end_with_it(window, step):
-    for canvas in (64, 96), (96, 256), (32, 32), (160, 64):
-        covered = np.zeros(canvas, int)
-        where = corners(canvas, window, step)
-        for row, column in where:
-            part = covered[row : row + window[0], column : column + window[1]]
-            assert part.shape == tuple(map(min, canvas, window))
-            part += 1
-        assert covered.min() == 1 and len(where) == len(set(where))
 
 
 def test_windows_know_how_much_of_the_picture_they_show():
@@ -114,7 +92,7 @@ def label_maps(data, **options):
     config = config.copy_and_resolve_references()
     config.eval.update(options)
     evaluator = Evaluator(make_model(**config.model), split, config, jax.devices()[:1])
-    return {seen.index: seen.prediction for seen in evaluator.predictions({})}
+    return {seen.index: seen.prediction for batch in evaluator.batches({}) for seen in batch}
 
 
 @pytest.fixture

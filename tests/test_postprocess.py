@@ -97,16 +97,8 @@ def test_instances_equal_the_reference_at_any_size():
     best = check_instances(masks, logits, sizes, original_sizes)
     assert best.bits.shape == (len(SIZES), 18, 256, 384 // 8)
     assert best.labels.dtype == best.kernels.dtype == np.int32
-
-
-def test_kernels_of_one_class_and_classes_of_one_kernel():
-    masks, _ = case(2, 1, 3, 2)
-    logits = np.array([[[3.0, 2.0], [2.5, -9.0], [-4.0, -5.0]]])
-    best = check_instances(masks, logits, [(64, 96)], [(70, 100)], num_results=4)
-    assert best.labels[0].tolist() == [0, 0, 1, 0] and best.kernels[0].tolist() == [0, 1, 0, 2]
-    drawn = unpack(best.bits[0], (70, 100))
-    np.testing.assert_array_equal(drawn[0], drawn[2])  # the same kernel
-    assert (drawn[0] & drawn[1]).any()  # instances may overlap
+    few = check_instances(masks[:1], logits[:1], sizes[:1], original_sizes[:1], num_results=9)
+    assert len(set(few.kernels[0].tolist())) < 9  # of six: some stand for several classes
 
 
 def test_a_probability_of_one_half_is_not_inside():
@@ -157,37 +149,39 @@ def test_instances_share_the_masks_of_their_kernels():
 # Label maps.
 
 
-@pytest.mark.parametrize("stride", [4, 8])
-def test_label_maps_equal_the_reference_at_any_size(stride):
-    sizes, original_sizes = zip(*SIZES)
-    masks, _ = case(stride, len(SIZES), 7, 1, 64 // stride, 96 // stride)
-    seen = make_pass(masks, None, sizes, (64, 96))
+def check_labels(ours, scores, rounding=1e-4):
+    """Compares a map with the best of the scores [k, H, W] of classes; returns the classes in it."""
+    best = np.sort(scores, axis=0)
+    unsure = best[-1] - best[-2] < rounding
+    assert unsure.mean() < 0.01
+    ours = ours[: scores.shape[1], : scores.shape[2]]
+    assert ((ours == 1 + scores.argmax(0)) | unsure).all()
+    return set(ours.ravel().tolist())
+
+
+ODD = [((97, 131), (97, 131)), ((80, 131), (117, 200))]
+"""Inputs are no multiples of the stride: a mask of 13 x 17 has pixels of 7.5, one of 25 x 33 of 3.9."""
+
+
+@pytest.mark.parametrize(
+    "inside, rows, columns, pictures",
+    [
+        ((64, 96), 8, 12, SIZES),
+        ((64, 96), 16, 24, SIZES),
+        ((97, 131), 13, 17, ODD),
+        ((97, 131), 25, 33, ODD),
+    ],
+)
+def test_label_maps_equal_the_reference_at_any_size(inside, rows, columns, pictures):
+    sizes, original_sizes = zip(*pictures)
+    masks, _ = case(rows, len(pictures), 7, 1, rows, columns)
+    seen = make_pass(masks, None, sizes, inside)
     maps = run(predict_labels, [seen], original_sizes)
-    assert maps.dtype == np.uint8 and maps.shape == (len(SIZES), 384, 256)
+    assert maps.dtype == np.uint8
     found = set()
-    for ours, logits, size, (height, width) in zip(maps, masks, sizes, original_sizes):
-        full = to_picture(np.asarray(logits, float), (64, 96), size, (height, width))
-        best = np.sort(full, axis=0)
-        unsure = best[-1] - best[-2] < 1e-4  # rounding may decide here
-        wrong = (ours[:height, :width] != 1 + full.argmax(0)) & ~unsure
-        assert not wrong.any() and unsure.mean() < 0.01
-        found |= set(ours[:height, :width].ravel().tolist())
+    for ours, logits, size, original in zip(maps, masks, sizes, original_sizes):
+        found |= check_labels(ours, to_picture(np.asarray(logits, float), inside, size, original))
     assert found == set(range(1, 8))
-
-
-@pytest.mark.parametrize("rows, columns", [(13, 17), (25, 33)])
-def test_the_input_need_not_be_a_multiple_of_the_stride(rows, columns):
-    """97 x 131 pixels give 13 x 17 at stride 8, and 25 x 33 at stride 4: of 7.5 and 3.9 pixels."""
-    sizes, originals = np.array([(97, 131), (80, 131)], np.int32), [(97, 131), (117, 200)]
-    masks = np.random.default_rng(0).normal(0, 4, (2, 5, rows, columns))
-    seen = make_pass(masks, None, sizes, (97, 131))
-    maps = run(predict_labels, [seen], originals)
-    for ours, logits, size, (height, width) in zip(maps, masks, sizes, originals):
-        full = to_picture(logits, (97, 131), size, (height, width))
-        best = np.sort(full, axis=0)
-        unsure = best[-1] - best[-2] < 1e-4
-        assert ((ours[:height, :width] == 1 + full.argmax(0)) | unsure).all()
-        assert unsure.mean() < 0.01
 
 
 @pytest.mark.parametrize("num_classes, dtype", [(255, np.uint8), (256, np.uint16)])
@@ -220,7 +214,4 @@ def test_label_maps_of_scales_and_mirrored_pictures_average_probabilities(stride
             full = to_picture(masks, inside[i], size[i], (height, width))
             probs = np.exp(full) / np.exp(full).sum(0)
             mean += (probs[:, :, ::-1] if turn[i] else probs) / len(passes)
-        best = np.sort(mean, axis=0)
-        unsure = best[-1] - best[-2] < 1e-5
-        assert unsure.mean() < 0.01
-        assert not ((maps[i, :height, :width] != 1 + mean.argmax(0)) & ~unsure).any()
+        check_labels(maps[i], mean, rounding=1e-5)

@@ -13,7 +13,7 @@ import tiny_runs
 from coco_readers import PanopticFile
 from PIL import Image
 from programs import largest_file, status_of
-from tiny_runs import picture
+from tiny_runs import picture, write_video
 
 from knet_jax.app import predict
 from knet_jax.app.predictions import Predictions, find_ids, find_sources, predict_pictures
@@ -27,25 +27,11 @@ from knet_jax.system.errors import UserError
 TASKS = ("panoptic", "instance", "semantic")
 
 
-@pytest.fixture
-def predict_files(monkeypatch, segmenters):
-    """`predict.predict_files`, which takes the name of a task for a model."""
-    monkeypatch.setattr(predict, "load", lambda task, *_, **__: segmenters[task])
-    return predict.predict_files
-
-
 def write_pictures(folder, names):
     for seed, name in enumerate(names):
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(seed=seed)).save(place)
-
-
-def write_video(path, num_frames=5, size=(64, 96), rate=12, code="mp4v"):
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), rate, size[::-1])
-    for seed in range(num_frames):
-        writer.write(picture(*size, seed))
-    writer.release()
 
 
 def read_video(path):
@@ -142,7 +128,7 @@ def test_ids_are_those_of_a_test_set(predict_files, tmp_path, task, capsys):
 def test_no_file_of_the_user_is_overwritten(predict_files, tmp_path):
     write_pictures(tmp_path, ("overlays/q.jpg", "panoptic/a/q.png"))
     (tmp_path / "videos").mkdir()
-    write_video(tmp_path / "videos" / "clip.mp4", 1)
+    write_video(tmp_path / "videos" / "clip.mp4", [0])
     (tmp_path / "link").symlink_to(tmp_path)
     before = contents(tmp_path)
     for given in ("overlays/q.jpg", "panoptic/a/q.png", "videos/clip.mp4", "link/videos", "videos"):
@@ -307,7 +293,7 @@ def test_colors_stay_what_they_are(tmp_path):
 def test_a_video_that_is_cut_off_is_named_and_kept(tmp_path):
     for code, name in (("MJPG", "clip.avi"), ("VP80", "clip.webm")):
         path = tmp_path / name
-        write_video(path, 60, code=code)
+        write_video(path, range(60), code=code)
         [source] = sources(path)
         assert predict_video(Seer(), source, tmp_path) is None
         data = path.read_bytes()
@@ -334,7 +320,7 @@ def test_frames_of_other_sizes_are_kept(tmp_path):
             for number, image in enumerate(images):
                 yield self.result(image[: 60 - 10 * number])
 
-    write_video(tmp_path / "clip.mp4", 3)
+    write_video(tmp_path / "clip.mp4", range(3))
     [source] = sources(tmp_path / "clip.mp4")
     assert predict_video(Shrinks(), source, tmp_path) is None
     frames = read_video(tmp_path / "videos" / "clip.mp4")
@@ -342,7 +328,7 @@ def test_frames_of_other_sizes_are_kept(tmp_path):
 
 
 def test_a_video_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    write_video(tmp_path / "clip.mp4", 30, (200, 300))
+    write_video(tmp_path / "clip.mp4", range(30), (200, 300))
     [source] = sources(tmp_path / "clip.mp4")
     with largest_file(20_000):
         problem = predict_video(Seer(0), source, tmp_path)
@@ -376,7 +362,7 @@ def test_a_picture_of_any_size_is_skipped(tmp_path, capsys):
     claims_to_be(tmp_path / "4.jpg", 2000, 2000)
     claims_to_be(tmp_path / "4.png", 1, 2_000_000)
     write_pictures(tmp_path, ("5.jpg",))
-    write_video(tmp_path / "6.avi", 1, (1200, 1000), code="MJPG")
+    write_video(tmp_path / "6.avi", [0], (1200, 1000), code="MJPG")
     *pictures, video = sources(tmp_path)
     with semantic_predictions(tmp_path / "out") as predictions:
         problems = predict_pictures(Seer(), pictures, predictions)

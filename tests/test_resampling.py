@@ -43,25 +43,16 @@ def test_both_resizings_are_one_matrix(stride):
 
 
 def test_canvas_holds_all_pictures_and_there_are_few():
-    size = np.array([[800, 1216], [0, 0], [800, 1067]])
-    original_size = np.array([[427, 640], [0, 0], [480, 640]])
-    assert ResultCanvas.of(size, original_size) == ResultCanvas(512, 640, 2)
-    assert ResultCanvas.of(size[:1], original_size[:1]) == ResultCanvas(512, 640, 2)
-    assert ResultCanvas.of(np.array([[100, 100]]), np.array([[128, 129]])) == ResultCanvas(
-        128, 256, 1
-    )
-    assert ResultCanvas.of(np.array([[256, 256]]), np.array([[128, 128]])) == ResultCanvas(
-        128, 128, 2
-    )
-    assert ResultCanvas.of(np.array([[257, 257]]), np.array([[128, 128]])) == ResultCanvas(
-        128, 128, 4
-    )
-    assert ResultCanvas.of(np.array([[300, 100]]), np.array([[600, 200]])) == ResultCanvas(
-        640, 256, 1 / 2
-    )
-    assert ResultCanvas.of(np.array([[8, 8]]), np.array([[900, 800]])) == ResultCanvas(
-        1024, 896, 1 / 8
-    )
+    for size, original_size, canvas in (
+        ([(800, 1216), (0, 0), (800, 1067)], [(427, 640), (0, 0), (480, 640)], (512, 640, 2)),
+        ([(800, 1216)], [(427, 640)], (512, 640, 2)),
+        ([(100, 100)], [(128, 129)], (128, 256, 1)),
+        ([(256, 256)], [(128, 128)], (128, 128, 2)),
+        ([(257, 257)], [(128, 128)], (128, 128, 4)),
+        ([(300, 100)], [(600, 200)], (640, 256, 1 / 2)),
+        ([(8, 8)], [(900, 800)], (1024, 896, 1 / 8)),
+    ):
+        assert ResultCanvas.of(np.array(size), np.array(original_size)) == canvas
 
 
 RECIPE = WholePicture((800, 1344), (800, 800), 1333, 0.0, 100, 0, 0.0, 0, 0)

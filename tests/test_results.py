@@ -28,21 +28,12 @@ SKY = IDS == 3
 
 def test_a_panoptic_result():
     result = Result("panoptic", CATEGORIES, IMAGE, PANOPTIC)
+    assert [(s.name, s.is_thing, s.score, s.area, s.box) for s in result.segments] == [
+        ("sky", False, 0.9, 8, (2, 0, 3, 4)),
+        ("cat", True, 0.8, 4, (0, 0, 2, 2)),
+        ("dog", True, 0.4, 6, (0, 2, 3, 2)),
+    ]
     sky, cat, dog = result.segments
-    assert (sky.name, sky.is_thing, sky.score, sky.area, sky.box) == (
-        "sky",
-        False,
-        0.9,
-        8,
-        (2, 0, 3, 4),
-    )
-    assert (dog.name, dog.is_thing, dog.score, dog.area, dog.box) == (
-        "dog",
-        True,
-        0.4,
-        6,
-        (0, 2, 3, 2),
-    )
     assert result.instances == (cat, dog)
     np.testing.assert_array_equal(sky.mask, SKY)
     np.testing.assert_array_equal(rle.decode(sky.rle), SKY)

@@ -1,5 +1,7 @@
 """Pictures in, segments out."""
 
+from itertools import chain
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,13 @@ SEVERAL_PASSES = (
 )
 
 
+WINDOWS = (
+    "--config.eval.window=(64, 96)",
+    "--config.eval.window_step=(32, 32)",
+    "--config.data.image_side=(96, 128)",
+)
+
+
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
@@ -38,20 +47,29 @@ def slow(*values):
         ("semantic", ("--config.data.image_side=(64, 64)",)),
         slow("panoptic", ("--config.data.eval_multiple=32",)),
         slow("semantic", SEVERAL_PASSES),
+        slow("panoptic", WINDOWS),
+        slow("instance", WINDOWS),
     ],
 )
 def test_it_sees_what_an_evaluation_sees(tiny_models, tmp_path, task, overrides):
-    overrides = [f"--config.data.data_dir={tmp_path}", "--config.data.num_val=3", *overrides]
-    run = open_model(tiny_models[task], overrides=overrides)
+    data = [f"--config.data.data_dir={tmp_path}", "--config.data.num_val=3"]
+    run = open_model(tiny_models[task], overrides=[*data, *overrides])
     split = pipeline.load_split(run.config.data, "val", task)
-    evaluator = Evaluator(run.network, split, run.config, jax.devices()[:1])
+    evaluator = Evaluator(run.network, split, run.config, jax.devices()[:1], inside=2)
     sees = Segmenter(run)
-    for prediction in evaluator.predictions(run.variables):
-        ours = sees(split.image(prediction.index), threshold=0.2).prediction
-        theirs = prediction.prediction
-        if task == "panoptic":
+    threshold = 0.0 if task == "instance" else 0.2
+    predictions = list(chain.from_iterable(evaluator.batches(run.variables)))
+    assert sorted(prediction.index for prediction in predictions) == [0, 1, 2]
+    for index, truth, theirs, earlier, activity in predictions:
+        np.testing.assert_equal(truth, split.truth(index))
+        assert bool(earlier) == (activity is not None) == (index < 2)  # looked into or not
+        ours = sees(split.image(index), threshold).prediction
+        if task == "instance":
+            assert len(ours) == len(theirs) > 20  # more than a window's
+            assert sum(a.rle == b.rle for a, b in zip(ours, theirs)) > 0.9 * len(ours)
+        elif task == "panoptic":
             assert len(ours.segments) == len(theirs.segments) > 0
-            assert (ours.ids != theirs.ids).mean() < 1e-3
+            assert (ours.ids != theirs.ids).mean() < (0.02 if overrides is WINDOWS else 1e-3)
             np.testing.assert_allclose(
                 [s.score for s in ours.segments], [s.score for s in theirs.segments], rtol=1e-4
             )
@@ -88,16 +106,6 @@ def test_pictures_share_programs_and_batches(tiny_models, monkeypatch):
         np.testing.assert_array_equal(result.image, image)
     assert {count for count, _ in traced} == {1, 3}  # one that is alone is not padded
     assert Segmenter(run)([]) == []
-
-
-def test_pictures_that_come_together_are_seen_as_alone(tiny_models, segmenters):
-    pictures = [picture(seed=seed) for seed in range(2)]
-    together = Segmenter(open_model(tiny_models["semantic"]), batch_size=3)(pictures)
-    for image, result in zip(pictures, together, strict=True):
-        alone = segmenters["semantic"](image)
-        assert [s.label for s in result.segments] == [s.label for s in alone.segments] != []
-        for a, b in zip(result.segments, alone.segments):
-            assert abs(a.score - b.score) < 1e-4 and (a.mask != b.mask).mean() < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import cv2
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny_runs import picture
+from tiny_runs import picture, write_video
 
-from knet_jax.app import predict
 from knet_jax.app.tracking import Tracker
 from knet_jax.data.sources.shapes import draw_video
 from knet_jax.inference.forward import with_kernels
@@ -160,13 +159,9 @@ def test_every_thing_gets_its_kernel():
 
 
 @pytest.mark.parametrize("task", ["panoptic", pytest.param("instance", marks=pytest.mark.slow)])
-def test_a_video_on_disk(tmp_path, segmenters, monkeypatch, task):
-    monkeypatch.setattr(predict, "load", lambda task, *_, **__: segmenters[task])
-    writer = cv2.VideoWriter(str(tmp_path / "a.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 9, (96, 64))
-    for seed in (0, 0, 0, 1):
-        writer.write(picture(seed=seed))
-    writer.release()
-    predict.predict_files(task, [tmp_path / "a.avi"], tmp_path / "out", threshold=0.2, track=True)
+def test_a_video_on_disk(tmp_path, predict_files, task):
+    write_video(tmp_path / "a.avi", (0, 0, 0, 1), code="MJPG")
+    predict_files(task, [tmp_path / "a.avi"], tmp_path / "out", threshold=0.2, track=True)
     records = json.loads((tmp_path / "out" / "videos" / "a.json").read_text())
     if task == "panoptic":
         assert [record["image_id"] for record in records] == list(range(4))
@@ -179,11 +174,10 @@ def test_a_video_on_disk(tmp_path, segmenters, monkeypatch, task):
     assert len(set(given)) == len(given) or task == "instance"
 
 
-def test_what_cannot_be_tracked_is_named(tmp_path, segmenters, monkeypatch):
-    monkeypatch.setattr(predict, "load", lambda task, *_, **__: segmenters[task])
+def test_what_cannot_be_tracked_is_named(tmp_path, segmenters, predict_files, monkeypatch):
     cv2.imwrite(str(tmp_path / "1.png"), picture())
     (tmp_path / "a.avi").touch()
-    refused = partial(predict.predict_files, output=tmp_path / "out", track=True)
+    refused = partial(predict_files, output=tmp_path / "out", track=True)
     with pytest.raises(UserError, match="a semantic model has no things to track; accepted: panop"):
         refused("semantic", [tmp_path / "1.png", tmp_path / "a.avi"])
     with pytest.raises(UserError, match="track: no video among the 1 files .*; accepted: .avi"):

@@ -64,6 +64,14 @@ def picture(height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
+def write_video(path: Path, seeds=range(5), size=(64, 96), rate=12, code="mp4v") -> None:
+    """Writes a video of pictures."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), rate, size[::-1])
+    for seed in seeds:
+        writer.write(picture(*size, seed))
+    writer.release()
+
+
 def random_variables(shapes, rng: np.random.Generator):
     """Weights that see segments of all sorts, with scores from 0 to 1."""
 

@@ -49,8 +49,6 @@ class Analysis:
     But for the few pictures that will be shown it keeps sums, and the counts of the task's metric.
 
     Args:
-        split: that is evaluated.
-        task: row of `TASKS`.
         model: `config.model`.
         num_images: only the first so many pictures are looked at; their predictions have `earlier`
             results and `activity`.

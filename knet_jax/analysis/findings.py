@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from knet_jax.inference.activity import SIDE, Activity
-from knet_jax.metrics import instance, panoptic, semantic
+from knet_jax.metrics import panoptic, semantic
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import MIN_SCORE, Categories, PanopticMap, segment_index
 
@@ -138,7 +138,7 @@ def compare(truth: Any, prediction: Any) -> Overlaps:
     else:
         masks, true_masks = ([one.rle for one in each] for each in (found, true))
         areas = np.array([rle.area(mask) for mask in true_masks], np.int64)
-        iou = instance.mask_iou(masks, true_masks, crowd).T
+        iou = rle.iou(masks, true_masks, crowd).T
         spared = (np.where(own_crowd, iou, 0) > 0.5).any(0)
     scores = np.array([one.score for one in found], np.float64)
     iou = np.where(crowd[:, None], 0, iou)
@@ -207,10 +207,7 @@ def find(
     """The findings of one picture.
 
     Args:
-        overlaps: of its segments.
-        verdicts: about them.
         categories: the classes. Objects, whose sizes count, are things, or all where there are none.
-        activity: of the kernels in it.
         maps: true and predicted labels, whose pixels are the confusion; None takes the verdicts.
     """
     num_classes, nothing = len(categories.names), len(categories.names)

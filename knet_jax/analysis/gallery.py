@@ -13,13 +13,7 @@ from knet_jax.system import processes
 
 
 class Gallery:
-    """Keeps a few predictions from all over an evaluation, to draw them.
-
-    Args:
-        split: that is evaluated.
-        size: how many are kept.
-        num_images: how many are evaluated.
-    """
+    """Keeps `size` predictions from all over an evaluation of `num_images`, to draw them."""
 
     def __init__(self, split: Split, size: int, num_images: int):
         self._split = split

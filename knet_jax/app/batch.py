@@ -102,9 +102,8 @@ def predict_batch(
         Preempted: SIGTERM or Ctrl-C came; the rows that there are stay.
     """
     start = time.monotonic()
-    images, output = (
-        local_path(name, path).absolute() for name, path in (("images", images), ("output", output))
-    )
+    images = local_path("images", images).absolute()
+    output = local_path("output", output).absolute()
     model = os.path.abspath(model) if os.path.exists(model) else model
     try:
         import pyarrow  # noqa: F401
@@ -196,9 +195,8 @@ def _cluster(address: str | None, num_cpus: int) -> Iterator[Mapping[str, float]
             socket.create_connection((place[1], int(place[2])), timeout=10).close()
         try:
             connect()
-        except (
-            ConnectionError
-        ):  # of a busy head: a process that it forks for a client may die at once
+        except ConnectionError:
+            # A process that a busy head forks for a client may die at once.
             connect()
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"--address={address}: {one_line(error):.300}") from error
@@ -216,16 +214,7 @@ def _segment(
     rows: Rows,
     stop: StopRequest,
 ) -> None:
-    """Gives pictures to actors until each has a row, with a progress bar.
-
-    Args:
-        pictures: that have none.
-        chunk: how many of them an actor gets at a time.
-        make: starts an actor.
-        most: how many actors there may be.
-        rows: where the rows go.
-        stop: ends it early.
-    """
+    """Gives pictures to at most `most` actors, `chunk` at a time, until each has a row."""
     import ray
 
     todo = deque((pictures[i : i + chunk], 1) for i in range(0, len(pictures), chunk))

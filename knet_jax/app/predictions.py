@@ -203,8 +203,6 @@ class Predictions:
 
     Args:
         folder: created if need be.
-        task: of the network.
-        categories: its classes.
         ids: of the pictures by `InputFile.name`; default: 1, 2, 3 …
     """
 
@@ -282,16 +280,8 @@ def predict_pictures(
 ) -> list[str]:
     """Segments pictures from files, with a progress bar.
 
-    Args:
-        segmenter: of the model.
-        sources: the pictures.
-        predictions: where results go.
-        threshold: least score of a thing; default: that of the segmenter.
-        stop: ends it early.
-        max_megapixels: of a picture; larger ones are not read.
-
     Returns:
-        What was wrong with each picture that was not read.
+        What was wrong with each picture that was not read, such as one that is too large.
 
     Raises:
         Preempted: it was asked to stop.
@@ -331,7 +321,7 @@ def segment_sources(
         sources: what stands for the pictures.
         read: makes a picture, uint8 [H, W, 3], of one of them, or raises a UserError.
         skip: is called with those that could not be read, and the error.
-        threshold: least score of a thing; default: that of the segmenter.
+        threshold: as of the segmenter.
 
     Returns:
         The others with their results, in their order.

@@ -1,11 +1,4 @@
-"""Pictures in, segments out: a trained network as a function of pictures of any size.
-
-segmenter = knet_jax.load("runs/demo")  # or a file of weights
-result = segmenter("photo.jpg")
-for segment in result.segments:
-    print(segment.name, segment.score, segment.box)
-result.save("segments.png")
-"""
+"""Pictures in, segments out: a trained network as a function of pictures of any size."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from knet_jax.config.rules import MOST_STEPS, is_number, is_whole
-from knet_jax.metrics.instance import mask_iou
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.result import Result
 from knet_jax.system.errors import UserError
@@ -138,4 +137,4 @@ class Tracker:
 def _iou(some: list[Track], others: list[Track]) -> np.ndarray:
     """[m, n], 0 where frames differ in size."""
     masks = ([thing.mask for thing in each] for each in (some, others))
-    return mask_iou(*masks, np.zeros(len(others), bool)).clip(0)
+    return rle.iou(*masks).clip(0)

@@ -33,16 +33,7 @@ def predict_video(
     """Segments a video frame by frame, in constant memory, with a progress bar.
 
     Writes `videos/NAME.mp4`, and `videos/NAME.json`: what `Result.to_coco` gives, the number of the
-    frame, from 0 on, being the id of the picture.
-
-    Args:
-        segmenter: of the model.
-        source: the video.
-        folder: where results go.
-        threshold: least score of a thing; default: that of the segmenter.
-        stop: ends it early.
-        max_megapixels: of a frame; a video of larger ones is not read.
-        track: whether things get identities, as of `Segmenter.track`.
+    frame, from 0 on, being the id of the picture. With `track`, things have identities.
 
     Returns:
         What was wrong with the video; None where all of it could be read and written.
@@ -133,10 +124,7 @@ class _UnwritableError(UserError):
 class VideoWriter:
     """Writes a video, which appears when it is whole.
 
-    Args:
-        path: of the file.
-        rate: frames per second.
-        size: height and width.
+    Its size is (height, width), its rate frames per second.
 
     Raises:
         _UnwritableError: OpenCV does not take this, or has not written all frames in the end.

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from knet_jax.data import recipes
 from knet_jax.inference.any_size import Framing, resize_into_canvas
-from knet_jax.inference.forward import run_network
+from knet_jax.inference.forward import run_rounds
 from knet_jax.inference.multiscale import canvas_of
 from knet_jax.knet import KNet
 from knet_jax.structs import Batch, Pass
@@ -78,7 +78,7 @@ def make_program(config: ConfigDict, network: KNet, framings: Sequence[Framing])
     def see(framing: Framing, variables: Any, image: jax.Array, size: jax.Array) -> Any:
         shown, shown_size = resize_into_canvas(image, size, framing)
         batch = Batch(shown, None, shown_size, size, None)
-        stage = run_network(variables, batch, model=network)
+        [stage] = run_rounds(variables, batch, model=network)
         return task.predict_any_size(
             Pass(stage, shown_size, canvas_of(batch), jnp.zeros(image.shape[0], bool)),
             size,

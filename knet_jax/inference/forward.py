@@ -17,16 +17,10 @@ from knet_jax.knet import KNet, normalize
 from knet_jax.structs import Batch, Output, Pass, Sizes, Stage
 
 
-def run_network(variables: Any, batch: Batch, *, model: KNet) -> Stage:
-    """Runs the network on a batch of one device and returns its last stage."""
-    [last] = run_rounds(variables, batch, model=model, stages=(-1,))
-    return last
-
-
 def run_rounds(
-    variables: Any, batch: Batch, *, model: KNet, stages: Sequence[int]
+    variables: Any, batch: Batch, *, model: KNet, stages: Sequence[int] = (-1,)
 ) -> tuple[Stage, ...]:
-    """Runs the network once on a batch of one device and returns some of its stages."""
+    """Runs the network once on a batch of one device and returns some of its stages, or the last."""
     image = normalize(batch.image, batch.size, model.backbone.dtype)
     output = model.apply(variables, image)
     return tuple(stage_of(output, stage, model.sizes) for stage in stages)
@@ -44,9 +38,6 @@ def run_windows(
     """Runs the network on a batch of one device, on whole pictures or window by window.
 
     Args:
-        variables: of the network.
-        batch: without targets.
-        model: the network.
         stages: after how many updates masks are taken; -1 is the last.
         window: height and width of a window; () shows the pictures whole.
         step: from one window to the next.
@@ -80,17 +71,13 @@ def predict(
     """Computes the results of some pictures at their own size, all of it in one program.
 
     Args:
-        variables: of the network.
         batches: the same pictures in every pass, at its scale.
         mirrored: bool [b] of every pass, whether it shows them left for right.
         original_size: int32 [b, 2], height and width of the pictures, at most those of the canvas.
         thresholds: keywords of `results` that may differ from call to call.
-        model: the network.
         results: `predict` of the task; called with the passes, `original_size`, the canvas and the
             thresholds.
         canvas: static, of the results.
-        window: as of `run_windows`.
-        step: as of `run_windows`.
 
     Returns:
         What `results` gives: arrays with a leading axis of pictures.
@@ -108,10 +95,7 @@ def predict(
 
 
 def with_kernels(results: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes `results` of a task with things give also the kernels of these, as the last update left them.
-
-    Args:
-        results: `predict` of the task.
+    """Makes `predict` of a task give also the kernels of things, as the last update left them.
 
     Returns:
         A function of the same arguments, which gives the results and kernels [b, r, c], in the order

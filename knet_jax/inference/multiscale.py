@@ -18,9 +18,7 @@ Pair = tuple[int, int]
 def both_ways(scales: Sequence[Batch], flip: bool) -> Iterator[tuple[Batch, np.ndarray]]:
     """The batches of all passes, each with bool [b]: whether it shows its pictures mirrored.
 
-    Args:
-        scales: the same pictures at every scale, on the host.
-        flip: whether each scale is also shown mirrored.
+    `scales` has the same pictures at every scale, on the host; with `flip` each is also mirrored.
     """
     for batch in scales:
         for mirrored in (False, True) if flip else (False,):
@@ -65,9 +63,7 @@ def join(stages: Sequence[Stage], *, canvas: Pair, window: Pair, step: Pair) -> 
 
     Args:
         stages: of the windows, in the order of `corners`; masks [b, n, h, w].
-        canvas: height and width, multiples of the masks' stride as the next two are.
-        window: height and width.
-        step: from one window to the next.
+        canvas: like the window and the step, of multiples of the masks' stride.
 
     Returns:
         a stage with masks [b, n, H/stride, W/stride]; kernels and class logits, which every window

@@ -156,12 +156,8 @@ def to_original(
     """One axis from a map of the input to the picture: to the input's size, cropped, resized.
 
     Args:
-        size: [] of the resized picture within the input.
-        original_size: [] of the picture.
-        num_rows: of the map.
+        size, original_size, num_rows, scale: as of `Reads.of`.
         num_pixels: at least the original size; what lies beyond repeats the last pixel.
-        scale: rows of the map for a pixel of the input.
-        dtype: of the result.
         mirrored: [] whether the map shows the picture from its other end.
 
     Returns:
@@ -183,7 +179,6 @@ def both_to_original(
         original_size: int32 [b, 2], heights and widths of the pictures.
         num_rows: height and width of the maps.
         num_pixels: height and width of the result.
-        dtype: of the result.
 
     Returns:
         weights [b, H, rows] and [b, W, columns].

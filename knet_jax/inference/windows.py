@@ -55,13 +55,7 @@ class Windows:
         return len(self._seen) == len(self.spans)
 
     def join(self, task: Any, num_things: int, overlap_threshold: float) -> Any:
-        """The result of the picture; that of a single window as it is.
-
-        Args:
-            task: a row of `tasks.TASKS`.
-            num_things: how many classes are things; they come first.
-            overlap_threshold: as of `join_panoptic`.
-        """
+        """The result of the picture, by a row of `TASKS`; that of a single window as it is."""
         if len(self.spans) == 1:
             return self._seen[0]
         return task.join(self._seen, self.spans, self.size, num_things, overlap_threshold)
@@ -84,7 +78,7 @@ class Piece(NamedTuple):
 
 
 def join_instances(
-    seen: Seen, spans: np.ndarray, size: Pair, num_things: int, overlap_threshold: float = 0.0
+    seen: Seen, spans: np.ndarray, size: Pair, num_things: int, overlap_threshold: float
 ) -> tuple[Instance, ...]:
     """The instances of a picture from those of its windows, best score first."""
     found = []
@@ -225,8 +219,6 @@ def _vote(
 
     Args:
         seen: segments of windows, which share no pixel within one.
-        spans: of the windows.
-        size: height and width of the picture.
         numbers: of every window int32 [1 + segments], what a vote for each counts for; the first is
             that of void, 0, and so is that of a segment that does not count.
 

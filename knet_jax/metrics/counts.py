@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from knet_jax.segmentation.segments import Categories
 from knet_jax.system import processes
-
-State = TypeVar("State", bound=tuple)
 
 
 class Prediction(NamedTuple):
@@ -45,27 +43,12 @@ def rows_of_classes(
 ) -> list[dict[str, Any]]:
     """Makes a row of every class: name, the dataset's id, and its number of each column, NaN as None.
 
-    Args:
-        categories: the classes.
-        columns: arrays [number of classes] by name.
+    Columns are arrays [number of classes].
     """
     return [
         {"name": name, "id": id} | {key: none_if_undefined(x[i]) for key, x in columns.items()}
         for i, (name, id) in enumerate(zip(categories.names, categories.dataset_ids, strict=True))
     ]
-
-
-def collect(counts: Mapping[int, State]) -> list[State]:
-    """The counts of all pictures in their order, so that sums are the same whoever saw which picture.
-
-    Args:
-        counts: of every picture that this process saw, by the picture's position in the split. Each
-            process must call this.
-    """
-    everything = {}
-    for part in processes.exchange(dict(counts)):
-        everything |= part
-    return [everything[index] for index in sorted(everything)]
 
 
 def without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
@@ -74,12 +57,7 @@ def without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
 
 
 class Tally:
-    """Counts of the pictures that this process sees, by their position in the split.
-
-    Args:
-        metric: of the task, a module such as `metrics.panoptic`.
-        categories: the classes.
-    """
+    """Counts of the pictures that this process sees, by their position in the split."""
 
     def __init__(self, metric: ModuleType, categories: Categories):
         self._metric = metric
@@ -97,19 +75,18 @@ class Tally:
         Args:
             only: positions; pictures that this process has seen at others are left out.
         """
-        counts = {i: count for i, count in self._counts.items() if only is None or i in only}
-        # All at once, which is much faster than one by one.
-        return self._metric.merge(self._metric.no_counts(self._num_classes), *collect(counts))
+        own = {i: count for i, count in self._counts.items() if only is None or i in only}
+        counts = {}
+        for part in processes.exchange(own):
+            counts |= part
+        # In the order of the split, so that sums are the same whoever saw which picture; and all at
+        # once, which is much faster than one by one.
+        in_order = (counts[i] for i in sorted(counts))
+        return self._metric.merge(self._metric.no_counts(self._num_classes), *in_order)
 
 
 class Rounds:
-    """Scores of the same pictures after every number of updates.
-
-    Args:
-        metric: of the task.
-        categories: the classes.
-        num_updates: of the network.
-    """
+    """Scores of the same pictures after every number of updates."""
 
     def __init__(self, metric: ModuleType, categories: Categories, num_updates: int):
         self._metric, self._categories = metric, categories
@@ -120,7 +97,7 @@ class Rounds:
         for tally, result in zip(self._tallies, (*one.earlier, one.prediction), strict=True):
             tally.add(one.index, one.truth, result, image_id)
 
-    def scores(self, only: Container[int] | None = None) -> dict[str, float | None]:
+    def scores(self, only: Container[int]) -> dict[str, float | None]:
         """What the metric says after the last update, `only` as of `Tally.total`."""
         return self._summarize(self._tallies[-1], only)
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from knet_jax.metrics.counts import mean_of_defined, none_if_undefined, rows_of_classes
+from knet_jax.metrics.counts import mean_of_defined, rows_of_classes, without_nan
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Categories, Instance
 
@@ -83,21 +83,16 @@ def merge(*counts: InstanceCounts) -> InstanceCounts:
     return InstanceCounts(sum(objects), *(np.concatenate(arrays) for arrays in others))
 
 
-def mask_iou(predicted: list[dict], true: list[dict], iscrowd: np.ndarray) -> np.ndarray:
-    """Computes the IoU of masks; of a crowd, the share of the prediction that lies on it."""
-    return rle.iou(predicted, true, iscrowd)
-
-
 def boundary_iou(predicted: list[dict], true: list[dict], iscrowd: np.ndarray) -> np.ndarray:
-    """Computes the smaller of `mask_iou` and the IoU of the boundaries of the masks.
+    """Computes the smaller of `rle.iou` and the IoU of the boundaries of the masks.
 
     With it, AP becomes boundary AP (Cheng et al., CVPR 2021, arXiv 2103.16562), where a wrong
     outline of a large mask costs as much as that of a small one. The boundary of a mask is its part
     within 2 % of the picture's diagonal of its outline. Crowds are compared whole.
     """
     boundaries = [[_boundary(mask) for mask in masks] for masks in (predicted, true)]
-    whole = mask_iou(predicted, true, iscrowd)
-    return np.where(iscrowd, whole, np.minimum(whole, mask_iou(*boundaries, iscrowd)))
+    whole = rle.iou(predicted, true, iscrowd)
+    return np.where(iscrowd, whole, np.minimum(whole, rle.iou(*boundaries, iscrowd)))
 
 
 def count(
@@ -105,7 +100,7 @@ def count(
     prediction: Sequence[Instance],
     num_classes: int,
     image_id: int = 0,
-    overlap: Overlap = mask_iou,
+    overlap: Overlap = rle.iou,
     max_predictions: int = MAX_PREDICTIONS,
 ) -> InstanceCounts:
     """Matches the instances of one picture.
@@ -116,7 +111,7 @@ def count(
         num_classes: k.
         image_id: of predictions of equal score, those of the smaller id come first, as in COCOeval;
             of equal ids, those that are merged first.
-        overlap: `mask_iou` or `boundary_iou`.
+        overlap: `rle.iou` or `boundary_iou`.
         max_predictions: how many of a class count; COCO's numbers are of 100, too few for a picture with
             more things.
     """
@@ -200,7 +195,7 @@ def table(counts: InstanceCounts, categories: Categories) -> str:
         lines.append(
             f"{line(row['name'], row, precision)}  {row['objects']:7} {row['predictions']:9}"
         )
-    means = {k: none_if_undefined(np.float64(v)) for k, v in summarize(counts, categories).items()}
+    means = without_nan(summarize(counts, categories))
     with_objects = sum(row["objects"] > 0 for row in rows)
     lines += [
         "",

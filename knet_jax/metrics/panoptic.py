@@ -51,11 +51,7 @@ def count(
 ) -> PQCounts:
     """Matches the segments of one picture.
 
-    Args:
-        truth: the true map; a segment without pixels is a false negative.
-        prediction: the predicted map.
-        num_classes: k.
-        image_id: for messages.
+    A true segment without pixels is a false negative. The id of the picture is for messages.
     """
     where, sizes = f"picture {image_id}", (truth.ids.shape, prediction.ids.shape)
     assert sizes[0] == sizes[1], f"{where}: maps of {sizes}"
@@ -86,7 +82,6 @@ def compare(
     """Compares each of the t true segments of a picture with each of its p predicted ones.
 
     Args:
-        truth: the true map.
         prediction: the predicted map, whose segments all have pixels.
         is_own_crowd: bool [t, p], whether the one is a crowd of the other's class.
 

@@ -60,7 +60,7 @@ def _read_categories(config: ConfigDict, file: Path) -> Categories:
         if file.suffix == ".json":
             is_instance = config.task == "instance"
             read = class_lists.read_coco_things if is_instance else class_lists.read_coco_categories
-            categories = read(coco_files.load(file)["categories"])
+            categories = read(coco_files.parse(file.read_bytes())["categories"])
         else:
             names = class_lists.parse_class_list(file.read_text(encoding="utf-8-sig"), "it")
             categories = _number([*names.values()], config.model.num_things)

@@ -38,11 +38,7 @@ def class_counts(config: ConfigDict, categories: Categories) -> dict[str, int]:
 
 
 def check_trained_classes(saved: dict[str, Any], categories: Categories) -> None:
-    """Checks that a checkpoint was trained on the classes of the data.
-
-    Args:
-        saved: `Categories._asdict()`, as the checkpoint keeps it.
-        categories: of the data.
+    """Checks that a checkpoint, which keeps `Categories._asdict()`, has the classes of the data.
 
     Raises:
         UserError: the names differ.
@@ -69,12 +65,7 @@ def check_same_classes(train: Categories, val: Categories) -> None:
 
 
 def flag(entry: Mapping, key: str, default: int = 0) -> bool:
-    """A yes or no of a JSON file, such as `isthing` or `iscrowd`.
-
-    Args:
-        entry: of the file.
-        key: of the answer.
-        default: the answer where the entry has none.
+    """A yes or no of an entry of a JSON file, such as `isthing` or `iscrowd`.
 
     Raises:
         UserError: the value is neither 0 nor 1. (Python would take the text "0" for yes.)
@@ -119,7 +110,6 @@ def read_class_list(
     """The classes of a text file that names one on every line, perhaps with its color.
 
     Args:
-        path: of the file.
         ignore_index: the line, counted from 0, that is no class.
         source: the option that the user gave the file with, for messages.
 
@@ -163,7 +153,6 @@ def parse_class_list(text: str, called: str, ignore_index: int | None = None) ->
     """The names of classes, by the number of their line.
 
     Args:
-        text: names a class on every line.
         called: how messages call the text.
         ignore_index: a line, counted from 0, that is no class.
 

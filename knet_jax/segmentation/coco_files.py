@@ -29,19 +29,14 @@ PART = 1 << 22
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def load(path: Path) -> Any:
-    """Reads a JSON in COCO's form, in any of Unicode's encodings.
+def parse(data: bytes) -> Any:
+    """The content of a JSON in COCO's form, in any of Unicode's encodings.
 
     What is null counts as absent, and an id may be written as a text.
 
     Raises:
-        OSError, ValueError or RecursionError: there is no such file, or it is no JSON.
+        ValueError or RecursionError: it is no JSON.
     """
-    return parse(path.read_bytes())
-
-
-def parse(data: bytes) -> Any:
-    """The content of a JSON, as `load` reads it."""
     return json.loads(data, object_hook=_tidy)
 
 
@@ -171,9 +166,7 @@ def image_entry(image_id: int, file_name: str, size: tuple[int, int]) -> dict[st
 class PanopticResults:
     """Writes panoptic maps picture by picture; only the small records of the JSON stay in memory.
 
-    Args:
-        path: of the JSON, for example results/panoptic.json; PNG files go to results/panoptic/.
-        categories: the classes.
+    The JSON being results/panoptic.json, for example, PNG files go to results/panoptic/.
     """
 
     def __init__(self, path: str | Path, categories: Categories):
@@ -184,13 +177,7 @@ class PanopticResults:
         self._pngs = PngFolder(self.path.with_suffix(""))
 
     def add(self, image_id: int, file_name: str, panoptic: PanopticMap) -> None:
-        """Writes the map of one picture, as a PNG named like the picture.
-
-        Args:
-            image_id: the id of the picture.
-            file_name: of the picture, subfolders included.
-            panoptic: its map.
-        """
+        """Writes the map of one picture, as a PNG named like the picture, subfolders included."""
         areas = np.bincount(segment_index(panoptic).ravel(), minlength=1 + len(panoptic.segments))
         infos = []
         for segment, area in zip(panoptic.segments, areas[1:].tolist()):
@@ -228,9 +215,7 @@ class PanopticResults:
 class InstanceResults:
     """Writes predicted instances picture by picture, as COCO's test server takes them.
 
-    Args:
-        path: of the JSON, for example results/instance.json; it appears when it is whole.
-        categories: the classes.
+    The JSON appears when it is whole.
     """
 
     def __init__(self, path: str | Path, categories: Categories):
@@ -241,11 +226,6 @@ class InstanceResults:
 
     def add(self, image_id: int, file_name: str, instances: Sequence[Instance]) -> None:
         """Writes the instances of one picture.
-
-        Args:
-            image_id: the id of the picture.
-            file_name: of the picture, for messages.
-            instances: of the picture.
 
         Raises:
             UserError: there was a picture of the same id.

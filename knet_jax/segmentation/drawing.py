@@ -72,12 +72,8 @@ def draw(image: np.ndarray, segmentation: Segmentation, categories: Categories) 
     left out.
 
     Args:
-        image: uint8 [H, W, 3], RGB.
+        image: uint8 [H, W, 3], RGB, as the result.
         segmentation: of the same size.
-        categories: names of its labels.
-
-    Returns:
-        uint8 [H, W, 3], RGB.
     """
     panoptic = as_panoptic(segmentation, image.shape[:2])
     gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -96,13 +92,9 @@ def overlay(
     and pixels of no segment are left as they are.
 
     Args:
-        image: uint8 [H, W, 3], RGB.
+        image: uint8 [H, W, 3], RGB, as the result.
         segmentation: of the same size.
-        categories: names of its labels.
         side: longer side of what is drawn, in pixels; default: that of the picture.
-
-    Returns:
-        uint8 [h, w, 3], RGB.
 
     Raises:
         UserError: the side is no positive number.
@@ -122,11 +114,7 @@ def _paint(
 ) -> np.ndarray:
     """Paints segments over a picture, with outlines and names.
 
-    Args:
-        image: uint8 [H, W, 3].
-        panoptic: the segments.
-        categories: names of their labels.
-        opacities: of the pixels of no segment, and of every segment.
+    `opacities` are those of the pixels of no segment, and of every segment.
     """
     index, segments = segment_index(panoptic), panoptic.segments
     colors = np.array([(0, 0, 0), *segment_palette(panoptic, categories)])
@@ -152,11 +140,7 @@ def as_panoptic(
     """Flattens any segmentation of a picture into a panoptic map, where each pixel has one owner.
 
     Small instances hide large ones, and all hide crowds.
-
-    Args:
-        segmentation: as `draw` takes it.
-        size: height and width of the picture.
-        min_score: instances that score less are left out.
+    Instances that score less than `min_score` are left out.
     """
     if isinstance(segmentation, np.ndarray):
         segmentation = PanopticMap.of_labels(segmentation)
@@ -183,7 +167,10 @@ def panel(rows: Sequence[Compared], categories: Categories) -> np.ndarray:
     Returns:
         uint8 [H, W, 3], RGB.
     """
-    strips = [_strip(row, categories) for row in rows]
+    strips = []
+    for title, image, truth, prediction in rows:
+        given = {"truth": truth, "prediction": prediction}
+        strips.append(strip(draw_all(title, image, given, categories)))
     width = max(strip.shape[1] for strip in strips)
     return np.concatenate(
         [
@@ -191,12 +178,6 @@ def panel(rows: Sequence[Compared], categories: Categories) -> np.ndarray:
             for strip in strips
         ]
     )
-
-
-def _strip(row: Compared, categories: Categories) -> np.ndarray:
-    """Draws one row of a panel, captions above."""
-    given = {"truth": row.truth, "prediction": row.prediction}
-    return strip(draw_all(row.title, row.image, given, categories))
 
 
 def draw_all(
@@ -411,7 +392,7 @@ def _font_size(image: np.ndarray) -> int:
 
 
 @functools.cache
-def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(_typeface(text) or FONT, size)
 
 

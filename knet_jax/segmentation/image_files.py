@@ -34,9 +34,6 @@ def decode_image(data: bytes) -> np.ndarray:
 
     It is turned as its orientation says, as in the reference.
 
-    Args:
-        data: encoded picture.
-
     Returns:
         uint8 [height, width, 3], RGB.
 
@@ -110,10 +107,6 @@ def load_image(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
     It is turned as its EXIF orientation says, unless only the unturned one has the size of the
     annotation (test_exif_follows_the_annotation).
 
-    Args:
-        data: encoded picture.
-        size: height and width of its annotation, where these are known.
-
     Returns:
         uint8 [height, width, 3], RGB.
 
@@ -128,14 +121,7 @@ def load_image(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def load_panoptic(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decodes a panoptic PNG; its pixels stand for ids, see `segment_ids`.
-
-    Args:
-        data: encoded PNG.
-        size: expected height and width.
-
-    Returns:
-        uint8 [height, width, 3], RGB.
+    """Decodes a panoptic PNG to uint8 [height, width, 3], RGB, which `segment_ids` reads.
 
     Raises:
         UserError: it is no PNG, is damaged, or of another size.
@@ -154,14 +140,7 @@ def check_png(data: bytes) -> None:
 
 
 def load_label_map(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    """Decodes a grey PNG whose pixels are numbers.
-
-    Args:
-        data: encoded PNG.
-        size: expected height and width.
-
-    Returns:
-        uint8 or uint16 [height, width].
+    """Decodes a grey PNG whose pixels are numbers to uint8 or uint16 [height, width].
 
     Raises:
         UserError: the PNG is damaged, in color, or of another size.
@@ -174,14 +153,7 @@ def load_label_map(data: bytes, size: tuple[int, int]) -> np.ndarray:
 
 
 def segment_ids(rgb: np.ndarray) -> np.ndarray:
-    """The ids that COCO's panoptic colors stand for.
-
-    Args:
-        rgb: uint8 [h, w, 3].
-
-    Returns:
-        R + 256 G + 65536 B, int32 [h, w].
-    """
+    """The ids R + 256 G + 65536 B of COCO's panoptic colors: uint8 [h, w, 3] -> int32 [h, w]."""
     if not rgb.size:
         # Nothing is sampled of a picture that is one pixel wide. cv2 refuses empty arrays.
         return np.zeros(rgb.shape[:2], np.int32)

@@ -70,12 +70,9 @@ PATTERNS = ("stripes", "checks", "dots", "noise")
 def find(dataset: str, task: str) -> Categories | None:
     """The classes of a published dataset.
 
-    Args:
-        dataset: `config.data.dataset`.
-        task: `config.task`; in semantic segmentation all classes are stuff.
-
     Returns:
-        the classes, or None for a layout that has classes of the user's own.
+        the classes, in semantic segmentation all stuff; None for a layout that has classes of the
+        user's own.
     """
     if dataset == "coco":
         things, stuff = COCO_THINGS, COCO_STUFF

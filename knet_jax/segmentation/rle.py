@@ -73,8 +73,6 @@ def iou(
     """Computes the intersection over union of masks of one size, [m, n].
 
     Args:
-        masks: m.
-        others: n.
         iscrowd: bool [n], of which others the share of the mask that lies on it is taken instead.
     """
     iscrowd = np.zeros(len(others), bool) if iscrowd is None else iscrowd
@@ -84,11 +82,7 @@ def iou(
 
 def to_json(rle: dict[str, Any]) -> dict[str, Any]:
     """Converts run lengths to what JSON can hold: counts as text."""
-    counts = rle["counts"]
-    return {
-        "size": [int(side) for side in rle["size"]],
-        "counts": counts.decode() if isinstance(counts, bytes) else counts,
-    }
+    return rle | {"counts": rle["counts"].decode()}
 
 
 def from_annotation(segmentation: Any, size: tuple[int, int]) -> tuple[dict, list[str]]:

@@ -24,7 +24,6 @@ class SemanticResults:
             takes, or two where an id is above 255. Pixels without a class become 0, or the largest
             number where a class has the id 0. Where an id does not fit into two bytes, pixels are
             the positions of classes in the JSON's list, from 1, which are called `pixel` there.
-        categories: the classes.
     """
 
     def __init__(self, path: str | Path, categories: Categories):
@@ -42,11 +41,9 @@ class SemanticResults:
         self._pngs = PngFolder(self.path.with_suffix(""))
 
     def add(self, image_id: int, file_name: str, labels: np.ndarray) -> None:
-        """Writes the map of one picture, as a PNG named like the picture.
+        """Writes the map of one picture, as a PNG named like the picture, subfolders included.
 
         Args:
-            image_id: the id of the picture.
-            file_name: of the picture, subfolders included.
             labels: integers [H, W], 1 + class, 0 = none.
 
         Raises:

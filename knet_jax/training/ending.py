@@ -24,8 +24,6 @@ def check_finite(done: Any, *, split: Split, checkpoints: Checkpoints, start: in
 
     Args:
         done: (step, its metrics or its state by name, ids of its pictures), or None before the first.
-        split: that the pictures come from.
-        checkpoints: of the run.
         start: the step from which the run has started.
 
     Raises:

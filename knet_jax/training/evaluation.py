@@ -49,8 +49,6 @@ class Evaluator:
     """Evaluates a split again and again, with whatever variables a run has reached.
 
     Args:
-        model: the network.
-        split: what to evaluate on.
         config: of the run; its `task`, `data` and `eval` are read.
         devices: of this process. They share its part of a batch, whose size all devices divide.
         limit: only the first so many pictures.
@@ -88,10 +86,6 @@ class Evaluator:
         predict = partial(self.task.predict, **self.task.choose_options(model.sizes, options))
         self._predict = cache(lambda canvas: on_devices(partial(predict, canvas=canvas)))
 
-    def predictions(self, variables: Any) -> Iterator[Prediction]:
-        """The results of this process's pictures, one after the other."""
-        return chain.from_iterable(self.batches(variables))
-
     def batches(self, variables: Any) -> Iterator[list[Prediction]]:
         """The results of this process's part of every batch; all processes have as many batches."""
         variables = replicate(variables, self._devices)
@@ -107,8 +101,11 @@ class Evaluator:
         )
         begun: dict[int, tuple[Any, list[Windows], list[Activity | None]]] = {}
 
+        def split(batch: Any) -> Any:
+            """Gives the arrays of a batch a leading axis over devices."""
+            return jax.tree.map(lambda x: x.reshape(len(self._devices), -1, *x.shape[1:]), batch)
+
         def start(scales: Sequence[Batch]) -> Any:
-            split = partial(split_over, num_devices=len(self._devices))
             seen = []
             for batch, mirrored in both_ways(scales, self._flip):
                 how = split((batch.size, canvas_of(batch), mirrored))
@@ -192,11 +189,6 @@ def describe_model(model: Model) -> str:
     for leaf in jax.tree.leaves(model.variables):
         digest.update(np.asarray(leaf).tobytes())
     return f"step {model.step}, {digest.hexdigest()[:10]}"
-
-
-def split_over(batch: Any, num_devices: int) -> Any:
-    """Gives the arrays of a batch a leading axis over devices."""
-    return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
 
 
 @processes.main_speaks()

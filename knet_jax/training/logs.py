@@ -142,14 +142,14 @@ class Log:
 class Progress:
     """A line that says how far a run is and when it will be done.
 
-    On a terminal the line is rewritten; elsewhere a new one is printed every `seconds`.
+    On a terminal the line is rewritten; elsewhere a new one is printed every half minute.
     """
 
-    def __init__(self, total_steps: int, *, seconds: float = 30.0, stream: TextIO | None = None):
+    def __init__(self, total_steps: int, *, stream: TextIO | None = None):
         self._total = total_steps
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
-        self._interval = 0.2 if self._terminal else seconds
+        self._interval = 0.2 if self._terminal else 30.0
         self._shown = -math.inf
         # The first step is not among them: it compiles and says nothing about the rest.
         self._times: deque[tuple[int, float]] = deque(maxlen=200)
@@ -157,9 +157,7 @@ class Progress:
     def update(self, step: int, values: Mapping[str, Any] | None = None) -> None:
         """Takes note of a step that is done, and shows the line if it is time to.
 
-        Args:
-            step: steps done in all.
-            values: named numbers, shown in their order; read only when they are shown.
+        The values, shown in their order, are read only then.
         """
         now = time.monotonic()
         self._times.append((step, now))
@@ -212,11 +210,7 @@ class Progress:
 
 
 class Interval:
-    """What the log says about the steps since its last record: means, speed, waiting for data.
-
-    Args:
-        batch_size: images of a step.
-    """
+    """What the log says about the steps since its last record: means, speed, waiting for data."""
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size

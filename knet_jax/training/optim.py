@@ -61,10 +61,7 @@ def assign_groups(groups: Sequence[Sequence[Any]], params: Any) -> Any:
 def check_frozen(groups: Sequence[Sequence[Any]], params: Any, frozen: tuple[str, ...]) -> None:
     """Checks that no group trains what the network gives no gradient.
 
-    Args:
-        groups: `config.optim.groups`.
-        params: of the network.
-        frozen: beginnings of the names of the backbone's modules without a gradient.
+    `frozen` are beginnings of the names of the backbone's modules without a gradient.
 
     Raises:
         UserError: a group does.

@@ -108,18 +108,12 @@ def accumulate(
     task: Task,
     weights: LossWeights,
 ) -> tuple[Any, Any, Judgement]:
-    """Adds the gradients of a part of a batch, on one device.
+    """Adds the gradients of a part of a batch, some of one device's images.
 
     Args:
         grads: sums over the parts before.
-        params: of the network.
-        batch_stats: of the network.
-        part: some of this device's images.
         counts: of the whole batch on all devices.
         key: of this part on all devices.
-        model: the network.
-        task: how it is judged.
-        weights: of the loss terms.
 
     Returns:
         the sums, new batch_stats, and what the loss says of this part.
@@ -154,7 +148,6 @@ def update(
         batch_stats: new ones.
         judgements: of this device, one for each part.
         stops: 1 where the process of this device was asked to stop, else 0; None for one process.
-        optimizer: of the parameters.
         trainable: True for every parameter that is not frozen, a tree like the parameters.
         ema_decay: of the moving average, if the state has one; less during the first steps.
 
@@ -183,9 +176,6 @@ def update(
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 
-Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-
-
 def make_train_step(
     devices: list[jax.Device],
     *,
@@ -196,7 +186,7 @@ def make_train_step(
     weights: LossWeights,
     seed: int,
     ema_decay: float = 0.0,
-) -> Step:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the function that takes a training step on all devices, those of other processes too.
 
     It maps (state, batch in parts, `stops`) to (next state, scalars, see `update`); every array of a

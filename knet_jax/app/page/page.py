@@ -76,17 +76,10 @@ def make_app(
     max_upload_mb: int,
     hosts: Sequence[str] = (),
 ) -> Any:
-    """Makes the server's application. Uploads go to the folder that GRADIO_TEMP_DIR names.
+    """Makes the server's application, as ASGI has it. Its segmenter gets one picture at a time.
 
-    Args:
-        segmenter: of the model; it has one picture at a time.
-        name: of the model.
-        max_megapixels: of a picture; larger ones are refused.
-        max_upload_mb: MiB of a file; larger ones are refused.
-        hosts: names of the server in a browser's address, besides localhost.
-
-    Returns:
-        An ASGI application.
+    Uploads go to the folder that GRADIO_TEMP_DIR names. Browsers may call the server by one of the
+    names `hosts`, besides localhost.
     """
     import fastapi
     import gradio as gr

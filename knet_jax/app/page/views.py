@@ -41,12 +41,7 @@ class Seen(NamedTuple):
 
 
 class Pictures:
-    """Uploaded pictures, and what a network sees in them.
-
-    Args:
-        segmenter: of the model.
-        max_megapixels: of a picture; larger ones are refused.
-    """
+    """Uploaded pictures, and what a network sees in them."""
 
     def __init__(self, segmenter: Segmenter, max_megapixels: float):
         self._segmenter = segmenter
@@ -67,15 +62,9 @@ class Pictures:
     def see(
         self, path: str, name: str, task: str, threshold: float, overlap: float, whole: bool = False
     ) -> Seen:
-        """Segments the picture in a file, as the page's settings say.
+        """Segments the picture in a file, which the user calls `name`, as the page's settings say.
 
-        Args:
-            path: of the file.
-            name: what the user calls it.
-            task: which kind of result, as of `as_task`.
-            threshold: least score of a thing.
-            overlap: as for a `Segmenter`.
-            whole: at the picture's own size, not reduced to what the page shows.
+        It is reduced to what the page shows, unless the whole is asked for.
 
         Raises:
             UserError: there is no such picture, or it is too large.
@@ -95,13 +84,7 @@ class Pictures:
 
 
 def as_task(result: Result, task: str) -> Result:
-    """Shows a panoptic result as instances or as classes.
-
-    Args:
-        result: of a network.
-        task: `panoptic`, `instance` or `semantic`; other than the result's only where that is
-            panoptic.
-    """
+    """Shows a panoptic result as instances or as classes; other results have one task only."""
     if task == result.task:
         return result
     if task == "semantic":
