@@ -46,7 +46,7 @@ def test_flags_that_are_wrong_are_named():
     for arguments, words in (
         (["--workdi=x"], "there is no flag --workdi; did you mean workdir?"),
         (["--share=nan"], "argument --share: nan is not accepted; accepted: a number from 0 to 1"),
-        (["--count=0"], "argument --count: 0 is not accepted; accepted: a whole number from 1"),
+        (["--count=0"], "argument --count: 0 is not accepted; accepted: a whole number from 1 ("),
         (["--workdir"], "argument --workdir: expected one argument (--help lists the flags)"),
         (["--workdir="], "workdir is empty; accepted: a value"),
         (["a.png", ""], "paths is empty"),

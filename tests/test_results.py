@@ -149,5 +149,7 @@ def test_results_for_supervision():
         np.testing.assert_array_equal(found.mask[0], SKY)
         drawn = supervision.MaskAnnotator().annotate(IMAGE.copy(), found)
         assert (drawn != IMAGE).any(-1)[SKY].all()
+    tracked = Result("instance", CATEGORIES, IMAGE, (one._replace(track=7),)).to_supervision()
+    assert tracked.tracker_id.tolist() == [7] and found.tracker_id is None
     nothing = Result("semantic", CATEGORIES, IMAGE, np.zeros((4, 6), np.uint8)).to_supervision()
     assert len(nothing) == 0

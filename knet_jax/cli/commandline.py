@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -118,9 +119,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def number(
-    kind: type, least: float = -float("inf"), most: float = float("inf")
-) -> Callable[[str], Any]:
+def number(kind: type, least: float = -math.inf, most: float = math.inf) -> Callable[[str], Any]:
     """A type of flags: an `int` or a `float` within bounds, and never nan."""
 
     def read(text: str) -> Any:
@@ -130,9 +129,9 @@ def number(
             value = None
         if value is None or not least <= value <= most:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"{text} is not accepted; accepted: {what} from {least:g} to {most:g}"
-            )
+            what += "" if math.isinf(least) else f" from {least:g}"
+            what += "" if math.isinf(most) else f" to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not accepted; accepted: {what}")
         return value
 
     return read

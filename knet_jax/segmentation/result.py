@@ -226,10 +226,11 @@ class Result:
 
         Returns:
             Detections with `xyxy`, `mask`, `confidence`, `class_id` and `data["class_name"]`, in
-            the order of `segments`.
+            the order of `segments`; in a video that is tracked also with `tracker_id`, as `track`.
         """
         import supervision
 
+        tracks = [segment.track for segment in self.segments]
         boxes = np.array([segment.box for segment in self.segments], float).reshape(-1, 4)
         masks = [segment.mask for segment in self.segments]
         return supervision.Detections(
@@ -237,6 +238,7 @@ class Result:
             mask=np.array(masks, bool).reshape(-1, *self.size),
             confidence=np.array([segment.score for segment in self.segments], float),
             class_id=np.array([segment.label for segment in self.segments], int),
+            tracker_id=np.array(tracks, int) if any(tracks) else None,
             data={"class_name": np.array([segment.name for segment in self.segments], str)},
         )
 
