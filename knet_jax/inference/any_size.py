@@ -157,7 +157,7 @@ def predict_panoptic(
         tiles = _Tiles.of(masks, size, original_size, shape)
         owner = tiles.merge(tiles.map(partial(_find_owners, scores)))
         owner = jnp.where(inside_picture(original_size, shape), owner, n)
-        owned = _count(owner, n + 1)[:n]
+        owned = jnp.zeros(n + 1, jnp.int32).at[owner.reshape(-1)].add(1, **IN)[:n]
         num_proposals = n - (k - num_things)
         [eligible] = find_eligible(owned[None], scores[None], num_proposals, instance_threshold)
         area = tiles.map(partial(_count_half, eligible)).sum((0, 1))
@@ -302,11 +302,6 @@ def _count_half(wanted: jax.Array, tile: _Tile) -> jax.Array:
 
     area = jnp.where(wanted & everywhere, tile.inside.sum(), 0).astype(jnp.int32)
     return jax.lax.while_loop(lambda s: s[0] < count, measure, (jnp.int32(0), area))[1]
-
-
-def _count(numbers: jax.Array, n: int) -> jax.Array:
-    """How often each number from 0 to n - 1 occurs. int32 [n]."""
-    return jnp.zeros(n, jnp.int32).at[numbers.reshape(-1)].add(1, **IN)
 
 
 def choose(array: jax.Array, i: jax.Array, axis: int = 0) -> jax.Array:
