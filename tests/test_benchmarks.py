@@ -36,6 +36,28 @@ def test_a_step_on_paper(monkeypatch):
     assert found == pytest.approx(2 * 7 / 8 / 5 + 2 * 1 / 2 / 8 / 0.5)
 
 
+@pytest.mark.parametrize(
+    "work, model, apart",
+    [
+        ("network", "panoptic", 1e-3),
+        pytest.param("train", "panoptic", 1e-3, marks=pytest.mark.slow),
+        # Each has a dropout of its own.
+        pytest.param("train", "semantic_uper", 0.02, marks=pytest.mark.slow),
+    ],
+)
+def test_the_networks_in_pytorch_compute_the_same(work, model, apart, tmp_path):
+    pytest.importorskip("torch")
+    output = tmp_path / "against.json"
+    command = ["benchmarks/against_torch.py", f"--work={work}", f"--model={model}", "--size=64x64"]
+    options = ["--batch=2", "--rounds=1", f"--json={output}"]
+    subprocess.run([sys.executable, *command, *options], cwd=ROOT, check=True)
+    report = json.loads(output.read_text())
+    ours, theirs = report["results"].values()
+    assert theirs["parameters"] == ours["parameters"]
+    assert theirs["found"] == pytest.approx(ours["found"], rel=apart)
+    assert report["ratio_least"] == pytest.approx(ours["seconds"][0] / theirs["seconds"][0])
+
+
 @pytest.mark.slow
 def test_the_script_for_gpus_runs_as_far_as_its_minutes_reach(tmp_path):
     output = tmp_path / "gpu.json"
