@@ -169,9 +169,11 @@ def work_ours(args: argparse.Namespace) -> None:
     from flax.traverse_util import flatten_dict
 
     from knet_jax.config.files import SHIPPED, load_config
-    from knet_jax.inference.forward import run_network
+    from knet_jax.inference.forward import run_rounds
     from knet_jax.model import init_variables, make_model
+    from knet_jax.system.backend import start_backend
 
+    start_backend()  # as every command does
     jax.config.update("jax_default_matmul_precision", "float32")
     config = load_config(f"{SHIPPED}/{CONFIGS[args.model]}")
     model = make_model(**config.model)
@@ -185,11 +187,12 @@ def work_ours(args: argparse.Namespace) -> None:
     if args.work == "train":
         run = train_step_of_ours(config, model, variables, batch)
     else:
-        network = jax.jit(partial(run_network, model=model))
+        network = jax.jit(partial(run_rounds, model=model))
         inputs = jax.device_put((variables, batch))
 
         def run() -> Any:
-            return jax.block_until_ready(network(*inputs)).masks
+            [last] = jax.block_until_ready(network(*inputs))
+            return last.masks
 
     facts = {"parameters": num_parameters, "tolerance": 0, "made_of": made_of("jax")}
     serve(run, mean_size, **facts)
