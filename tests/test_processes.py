@@ -253,14 +253,14 @@ def test_as_many_devices_train_the_same_bits(runs):
     """However they belong to processes, with statistics over all of them."""
     changes = {"model.neck.norm": "batch", "model.dropout": 0.0, "train.steps": 3}
     written = []
-    for num_processes in (1, 2):
+    for num_processes in (1, 2, 4):
         workdir = runs.folder / f"bits_{num_processes}"
         words = runs.words(workdir, "semantic", **changes, **{"train.eval_every": 3})
         runs.run(words, num_processes, 4 // num_processes)
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
             digests = checkpoints._read_record(3)["arrays"]
         written.append((losses_of(workdir), scores_of(workdir), digests))
-    assert written[0] == written[1] and len(written[0][0]) == 3
+    assert written[0] == written[1] == written[2] and len(written[0][0]) == 3
 
 
 @pytest.mark.slow

@@ -131,10 +131,15 @@ def _cut(masks, size, original_size, canvas: ResultCanvas) -> _Tiles:
     def one(logits, size, original_size):
         def axis(i: int, num_logits: int, num_pixels: int) -> TileAxis:
             pixels = jnp.arange(num_pixels).reshape(-1, TILE)
-            inside = pixels < original_size[i]
-            span = TILE * canvas.shrink
-            args = (size[i], original_size[i], num_logits, span, masks.dtype)
-            return TileAxis.of(pixels, inside, *args)
+            return TileAxis.of(
+                pixels,
+                pixels < original_size[i],
+                size[i],
+                original_size[i],
+                num_logits,
+                TILE * canvas.shrink,
+                masks.dtype,
+            )
 
         y, x = axis(0, h, canvas.height), axis(1, w, canvas.width)
         near = jnp.take(jnp.take(logits, y.columns, axis=1), x.columns, axis=3)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import field
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -37,18 +38,20 @@ def wide(dtype) -> jnp.dtype:
 
 
 @jax.custom_vjp
-def sum_over_devices(x: jax.Array) -> jax.Array:
-    """The sum of an array over the devices that `jax.pmap` maps over, the same on each.
+def sum_over_devices(tree: Any) -> Any:
+    """The sums of all arrays of a tree over the devices that `jax.pmap` maps over, the same on each.
 
-    Where several processes share their CPUs it is taken in the order of the devices, as one process
-    takes it, since gloo's order depends on how many processes there are.
+    Where several processes share their CPUs they are taken in the order of the devices, as one process
+    takes them, since gloo's order depends on how many processes there are.
     """
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        return jax.lax.all_gather(x, AXIS).sum(0)
-    return jax.lax.psum(x, AXIS)
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS).sum(0), tree)
+    return jax.lax.psum(tree, AXIS)
 
 
-sum_over_devices.defvjp(lambda x: (sum_over_devices(x), None), lambda _, g: (sum_over_devices(g),))
+sum_over_devices.defvjp(
+    lambda tree: (sum_over_devices(tree), None), lambda _, grad: (sum_over_devices(grad),)
+)
 
 
 he_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -44,8 +44,6 @@ def naming_file(source: Path | str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if str(error).startswith(str(source)):
-            raise
         raise UserError(f"{source}: {error}") from error
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)

@@ -93,7 +93,7 @@ def part_key(seed: int, step: jax.Array, part: jax.Array) -> jax.Array:
 
 def count_targets(part: Batch, *, task: Task) -> losses.Counts:
     """What the losses of a part of a batch are divided by, summed over all devices."""
-    return jax.tree.map(sum_over_devices, task.count(task.unpack(part.targets)))
+    return sum_over_devices(task.count(task.unpack(part.targets)))
 
 
 def accumulate(
@@ -155,9 +155,9 @@ def update(
         the next state, and scalars: every loss term, their sum, the gradient norm before clipping,
         the measures of the task, and the sum of `stops` if there are any.
     """
-    grads = jax.tree.map(sum_over_devices, grads)
+    grads = sum_over_devices(grads)
     judgement = jax.tree.map(lambda *parts: sum(parts), *judgements)
-    (terms, measures), stops = jax.tree.map(sum_over_devices, (judgement, stops))
+    (terms, measures), stops = sum_over_devices((judgement, stops))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = terms | {
