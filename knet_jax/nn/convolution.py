@@ -130,13 +130,14 @@ def _kernel_gradient_as_products(x, kernel, grad, *, strides, padding, dilation)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     grad = grad.reshape(-1, grad.shape[3])
 
-    def product(top: int, left: int) -> jax.Array:
+    products = []
+    for top, left in pairs(*(range(0, n * d, d) for n, d in zip(kernel.shape, dilation))):
         last_row, last_column = top + (rows - 1) * strides[0], left + (columns - 1) * strides[1]
         reads = x[:, top : last_row + 1 : strides[0], left : last_column + 1 : strides[1]]
-        return reads.reshape(-1, x.shape[3]).T @ grad
-
-    corners = pairs(*(range(0, n * d, d) for n, d in zip(kernel.shape, dilation)))
-    return jnp.stack([product(*corner) for corner in corners]).reshape(kernel.shape)
+        # One after the other: XLA would copy what each of them reads before the first.
+        x, product = jax.lax.optimization_barrier((x, reads.reshape(-1, x.shape[3]).T @ grad))
+        products.append(product)
+    return jnp.stack(products).reshape(kernel.shape)
 
 
 def _kernel_gradient_in_tiles(x, kernel, grad, *, strides, padding, dilation):
