@@ -199,6 +199,8 @@ def test_every_network_has_a_translation(case):
     inputs = program.input_shapes((50, 70))
     weights = flatten_dict(variables, sep="/")
     proto = onnx_model.convert(function, weights, inputs, lambda outputs: {})
+    convolutions = [node for node in proto.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) <= sum(w.ndim == 4 for w in weights.values()), "one is done twice"
     session = onnxruntime.InferenceSession(
         proto.SerializeToString(), providers=["CPUExecutionProvider"]
     )

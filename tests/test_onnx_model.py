@@ -197,13 +197,56 @@ def test_pictures():
     kernel = np.random.default_rng(0).normal(0, 1, (3, 3, 3, 4)).astype(np.float32)
     model = compare(functions, "b, 9, 8, 3", weights={"kernel": kernel})
     # Turned once, when it is written, and kept once.
-    assert [c.name for c in model.graph.initializer if len(c.dims) == 4] == ["kernel:oihw"]
+    assert [c.dims for c in model.graph.initializer if len(c.dims) == 4] == [[4, 3, 3, 3]]
     # A file takes the form for platforms without one of their own, wherever it is written.
     kernel = {"kernel": kernel[:, :, :1, :3]}
     model = compare({"each channel": each_channel}, "b, 9, 8, 3", weights=kernel)
     assert "Neg" not in {node.op_type for node in model.graph.node}
     mean = {"mean": lambda x: x.astype(jnp.float32).mean(2) + x.shape[2]}
     compare(mean, "b, H, W", np.uint8)
+
+
+def test_convolutions_take_in_what_their_channels_are_multiplied_and_shifted_by():
+    rng = np.random.default_rng(0)
+    kernel, large, wide = (
+        rng.normal(0, 1, shape).astype(np.float32)
+        for shape in ((3, 3, 3, 4), (1, 1, 3, 5), (1, 1, 2, 40_000))
+    )
+    factor, shift = np.float32([1, -2, 3, 0.5]), np.float32([5, 6, -7, 8])
+    plain = partial(convolve, padding="SAME", dilation=(1, 1), strides=(1, 1))
+
+    def products(x, kernel):
+        return (x.reshape(-1, x.shape[3]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
+
+    def two_ways(x):
+        y = plain(x, kernel)
+        return y * factor - y
+
+    def other_pixels(x):
+        return (x.reshape(-1, 3) @ large[0, 0]).reshape(-1, 2, 8, 5) + 1
+
+    def branches(x, kernel=large):
+        several = jnp.asarray(x.shape[0]) > 2
+        more, less = (lambda x, k, n=n: products(x, k) * n for n in (2, 3))
+        return jax.lax.cond(several, more, less, x, kernel)
+
+    functions = {
+        "norm": lambda x, **_: jax.nn.relu(plain(x, kernel) * factor + shift),
+        "shifted before": lambda x, **_: (shift + plain(x, kernel)) * factor[None, None] + shift,
+        "product": lambda x, large, **_: products(x, large) * 2 + jnp.arange(5.0),
+        "large product": lambda x, wide, **_: products(x[..., :2], wide)[..., ::5000] + 1,
+        "of pixels": lambda x, **_: plain(x, kernel) * x[0, :, :, :1],
+        "of rows": lambda x, **_: plain(x, kernel) * jnp.arange(4.0)[:, None],
+    }
+    weights = {"large": large, "wide": wide}
+    for name, function in functions.items():
+        model = compare({name: function}, "b, 4, 4, 3", weights=weights)
+        types = [node.op_type for node in model.graph.node]
+        assert types.count("Conv") == 1 and "MatMul" not in types
+        if name in ("norm", "shifted before"):
+            assert not {"Add", "Mul", "Max"} & {*types}
+    others = {"two ways": two_ways, "other pixels": other_pixels, "branches": branches}
+    compare(others, "b, 4, 4, 3")
 
 
 def test_what_nothing_needs_is_left_out():
@@ -224,6 +267,10 @@ def test_what_has_no_translation_is_named():
         (lambda x: x[:, ::-1], "rev"),
         (lambda x: jax.lax.scan(lambda c, x: (c, x), 0.0, x, reverse=True)[1], "loop"),
         (lambda x: jnp.take(x, x.sum((0, 1)).astype(int), axis=1, mode="fill"), "gather"),
+        (
+            lambda x: convolve(x[..., None], x[0, :3, :3, None, None], (1, 1), "SAME", (1, 1)),
+            "kernel",
+        ),
     ):
         with pytest.raises(UserError, match=word):
             compare({"y": function})

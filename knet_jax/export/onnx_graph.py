@@ -28,6 +28,9 @@ INTEGER = (int, np.integer)
 WIDE = {"int8": "int32", "int16": "int32", "uint16": "int32"}
 """Types that runtimes have few kernels for, and what they are computed in."""
 
+VIEWS = ("reshape", "squeeze")
+"""Primitives that are computed here for constants of any size: they take no room."""
+
 UNFOLDED = ("dim_as_value", "platform_index")
 """Primitives without inputs whose results are not those of this machine."""
 
@@ -92,6 +95,8 @@ class Graph:
         self._operators = operators
         self.constants: dict[str, np.ndarray] = {}
         self.nodes: list[onnx.NodeProto] = []
+        self.notes: dict[str, Any] = {}
+        """What an operator notes about a tensor, by its name, for those that come after."""
         self._top = self.nodes
         self._count = 0
         self._named: dict[Any, str] = {}
@@ -223,7 +228,9 @@ def _fold(eqn: JaxprEqn, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     sizes = [math.prod(v.aval.shape) for v in eqn.outvars if is_static(v.aval.shape)]
     if len(sizes) == len(eqn.outvars) and not any(sizes):  # runtimes differ on empty tensors
         return [Tensor("", np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars]
-    if len(sizes) < len(eqn.outvars) or sum(sizes) > FOLD or any(x.array is None for x in inputs):
+    if len(sizes) < len(eqn.outvars) or any(x.array is None for x in inputs):
+        return None
+    if sum(sizes) > FOLD and eqn.primitive.name not in VIEWS:
         return None
     arrays = [np.broadcast_to(x.array, v.aval.shape) for x, v in zip(inputs, eqn.invars)]
     with jax.ensure_compile_time_eval():

@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn, jaxpr_as_fun
 from onnx import helper
 
+from knet_jax.export.onnx_convolutions import convolve, multiply_pixels, reshape, with_channels
 from knet_jax.export.onnx_graph import INTEGER, Graph, Operator, Tensor, onnx_type
 from knet_jax.system.errors import UserError
 
@@ -30,7 +31,6 @@ ELEMENTWISE: dict[str, Any] = {
     "le": "LessOrEqual",
     "logistic": "Sigmoid",
     "lt": "Less",
-    "max": "Max",
     "min": "Min",
     "mul": "Mul",
     "neg": "Neg",
@@ -73,11 +73,18 @@ def _select(g: Graph, eqn: JaxprEqn, which: str, *cases: str) -> str:
     return _cast(g, g.op("Where", which, cases[1], cases[0]), bool)
 
 
-ELEMENTWISE |= {"round": _round, "select_n": _select}
+def _max(g: Graph, eqn: JaxprEqn, x: str, y: str) -> str:
+    # Which runtimes compute together with what comes before.
+    return g.op("Relu", x) if y == g.constant(np.float32(0)) else g.op("Max", x, y)
+
+
+ELEMENTWISE |= {"max": _max, "round": _round, "select_n": _select}
 
 
 def _elementwise(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     rule = ELEMENTWISE[eqn.primitive.name]
+    if convolution := with_channels(g, eqn.primitive.name, inputs):
+        return [Tensor(convolution)]
     if isinstance(rule, str):
         if rule in ("And", "Or") and eqn.invars[0].aval.dtype != bool:
             raise UserError(f"there is no ONNX operator for {eqn.primitive.name!r} of numbers")
@@ -113,30 +120,6 @@ def _transpose(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
         return [Tensor("", x.array.transpose(eqn.params["permutation"]))]
     name = g.op("Transpose", g.read(x), perm=eqn.params["permutation"])
     return [Tensor(name, full=x.full)]
-
-
-def _conv(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
-    params = eqn.params
-    layout = params["dimension_numbers"]
-    if {*params["lhs_dilation"]} != {1}:
-        raise UserError("a convolution with dilated inputs has no translation")
-    x, kernel = (g.fill(t, v.aval.shape) for t, v in zip(inputs, eqn.invars))
-    if kernel.array is not None:  # turned here: to runtimes it is a constant then
-        oihw = kernel.array.transpose(layout.rhs_spec)
-        kernel = Tensor(g.constant(oihw, kernel.name and f"{kernel.name}:oihw"))
-    else:
-        kernel = Tensor(g.op("Transpose", kernel.name, perm=layout.rhs_spec))
-    low, high = zip(*params["padding"])
-    y = g.op(
-        "Conv",
-        g.op("Transpose", g.read(x), perm=layout.lhs_spec),
-        kernel.name,
-        strides=params["window_strides"],
-        pads=low + high,
-        dilations=params["rhs_dilation"],
-        group=params["feature_group_count"],
-    )
-    return [Tensor(g.op("Transpose", y, perm=np.argsort(layout.out_spec).tolist()))]
 
 
 def _iota(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
@@ -203,10 +186,6 @@ def _scatter_add(g: Graph, eqn: JaxprEqn, x: str, places: str, updates: str) -> 
 # Everything else.
 
 
-def _reshape(g: Graph, eqn: JaxprEqn, x: str, *_: str) -> str:
-    return g.reshape(x, eqn.outvars[0].aval.shape)
-
-
 def _reduce(op: str) -> Callable[..., str]:
     def translate(g: Graph, eqn: JaxprEqn, x: str) -> str:
         axes = g.constant(np.int64(eqn.params["axes"]))
@@ -241,6 +220,8 @@ def _pad(g: Graph, eqn: JaxprEqn, x: str, value: str) -> str:
 def _slice(g: Graph, eqn: JaxprEqn, x: str) -> str:
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     steps = eqn.params["strides"] or [1] * len(start)
+    if not any(start) and tuple(limit) == eqn.invars[0].aval.shape and {*steps} == {1}:
+        return x
     axes = g.constant(np.arange(len(start)))
     return g.op("Slice", x, g.shape(start), g.shape(limit), axes, g.shape(steps))
 
@@ -278,7 +259,7 @@ def _dot(g: Graph, eqn: JaxprEqn, x: str, y: str) -> str:
     stacked = tuple(range(ranks[1] - 2))  # axes over matrices that lie in the same places
     in_place = contract == ((ranks[0] - 1,), (ranks[1] - 2,)) and batch == (stacked, stacked)
     if in_place and (not stacked or ranks[0] == ranks[1]):
-        return g.op("MatMul", x, y)
+        return multiply_pixels(g, x, y)
     letters = iter(string.ascii_letters)
     names = [[next(letters) for _ in range(rank)] for rank in ranks]
     for first, second in (*zip(*contract), *zip(*batch)):
@@ -359,7 +340,7 @@ def _branch(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     if len(branches) != 2:
         raise UserError("ONNX has branches of two cases only")
     shapes = [v.aval.shape for v in eqn.invars[1:]]
-    arguments = [Tensor(g.read(g.fill(x, shape))) for x, shape in zip(arguments, shapes)]
+    arguments = [g.fill(x, shape) for x, shape in zip(arguments, shapes)]
     no, yes = (g.body("branch", branch, arguments, []) for branch in branches)
     names = [g.new_name("if") for _ in eqn.outvars]
     which = _cast(g, which.name, bool)
@@ -418,13 +399,13 @@ PLAIN: dict[str, Callable[..., str | list[str]]] = {
     "reduce_min": _reduce("ReduceMin"),
     "reduce_sum": _reduce("ReduceSum"),
     "reduce_window_max": _max_pool,
-    "reshape": _reshape,
+    "reshape": reshape,
     "scan": _scan,
     "scatter-add": _scatter_add,
     "slice": _slice,
     "sort": _sort,
     "split": _split,
-    "squeeze": _reshape,
+    "squeeze": reshape,
     "stack": _stack,
     "top_k": _top_k,
     "unstack": _unstack,
@@ -436,7 +417,7 @@ OPERATORS: dict[str, Operator] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     "broadcast_in_dim": _broadcast,
     "cond": _branch,
-    "conv_general_dilated": _conv,
+    "conv_general_dilated": convolve,
     "gather": _gather,
     "iota": _iota,
     "platform_index": _platform_index,
