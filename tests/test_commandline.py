@@ -188,6 +188,20 @@ def test_scripts_and_modules_are_the_commands(command):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_help_that_nobody_can_read_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "knet_jax.cli.main", "--help"],
+            cwd=ROOT,
+            env=environment(1),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, f"knet: {FULL}\n")
+
+
 TRAIN = ["train.py", "--config", "shapes_panoptic:tiny"]
 
 

@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {command:{width}}  {text}" for command, text in COMMANDS.items()]
-        print("\n".join([(__doc__ or "").strip(), *lines]))
+        from knet_jax.system.exit_status import exit_statuses
+
+        with exit_statuses("knet"):
+            print("\n".join([(__doc__ or "").strip(), *lines]), flush=True)
         return
     run(name, f"knet {name}" if name in COMMANDS else "knet", rest)
 
