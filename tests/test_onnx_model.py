@@ -206,7 +206,7 @@ def test_pictures():
     compare(mean, "b, H, W", np.uint8)
 
 
-def test_convolutions_take_in_what_their_channels_are_multiplied_and_shifted_by():
+def test_convolutions_take_in_what_their_channels_are_multiplied_and_shifted_by(tmp_path):
     rng = np.random.default_rng(0)
     kernel, large, wide = (
         rng.normal(0, 1, shape).astype(np.float32)
@@ -227,7 +227,7 @@ def test_convolutions_take_in_what_their_channels_are_multiplied_and_shifted_by(
 
     def branches(x, kernel=large):
         several = jnp.asarray(x.shape[0]) > 2
-        more, less = (lambda x, k, n=n: products(x, k) * n for n in (2, 3))
+        more, less = (lambda x, k, n=n: products(x, k) + n * jnp.arange(5.0) for n in (2, 3))
         return jax.lax.cond(several, more, less, x, kernel)
 
     functions = {
@@ -245,8 +245,19 @@ def test_convolutions_take_in_what_their_channels_are_multiplied_and_shifted_by(
         assert types.count("Conv") == 1 and "MatMul" not in types
         if name in ("norm", "shifted before"):
             assert not {"Add", "Mul", "Max"} & {*types}
-    others = {"two ways": two_ways, "other pixels": other_pixels, "branches": branches}
-    compare(others, "b, 4, 4, 3")
+    compare({"two ways": two_ways, "other pixels": other_pixels}, "b, 4, 4, 3")
+
+    model = compare({"branches": branches}, "b, 4, 4, 3")
+    assert [c.dims for c in model.graph.initializer if len(c.dims) == 4] == [[1, 1, 3, 5]]
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    loaded = onnx.load(tmp_path / "loaded.onnx").graph
+    [branching] = [node for node in loaded.node if node.op_type == "If"]
+    for branch in branching.attribute:
+        constants = [list(c.dims) for c in branch.g.initializer]
+        assert [5, 3, 1, 1] in constants and [5] in constants
 
 
 def test_what_nothing_needs_is_left_out():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend.core import JaxprEqn
+from onnx import numpy_helper
 
 from knet_jax.export.onnx_graph import Graph, Tensor
 from knet_jax.system.errors import UserError
@@ -70,8 +71,14 @@ def _add(g: Graph, x: str, kernel: np.ndarray, attributes: Mapping[str, Any]) ->
 
 
 def _add_turned(g: Graph, note: Convolution) -> str:
-    arrays = g.constant(note.kernel), g.constant(note.bias)
-    name = g.op("Conv", note.x, *arrays, **note.attributes)
+    if g.in_body:
+        # onnxruntime prepares only what is a constant of the body itself. These are when it has loaded
+        # the file; a kernel that was kept there would be kept once for each branch.
+        kernel = g.op("Transpose", g.constant(note.kernel.transpose(2, 3, 1, 0)), perm=(3, 2, 0, 1))
+        bias = g.op("Constant", value=numpy_helper.from_array(note.bias))
+    else:
+        kernel, bias = g.constant(note.kernel), g.constant(note.bias)
+    name = g.op("Conv", note.x, kernel, bias, **note.attributes)
     name = g.op("Transpose", name, perm=np.argsort(NHWC).tolist())
     g.notes[name] = note
     return name

@@ -102,6 +102,11 @@ class Graph:
         self._named: dict[Any, str] = {}
         self._dims: dict[str, Dim] = {}
 
+    @property
+    def in_body(self) -> bool:
+        """Whether what grows is the body of a loop or a branch."""
+        return self.nodes is not self._top
+
     # Nodes and constants.
 
     def new_name(self, kind: str) -> str:
