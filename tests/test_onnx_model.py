@@ -272,6 +272,11 @@ def test_what_nothing_needs_is_left_out():
     assert [p.key for p in model.metadata_props] == ["about"]
 
 
+def test_a_constant_that_repeats_itself_is_kept_once():
+    model = compare({"y": lambda x: x + jnp.ones((400, 300)).reshape(200, 600)}, "b, 200, 600")
+    assert model.ByteSize() < 10_000
+
+
 def test_what_has_no_translation_is_named():
     for function, word in (
         (lambda x: jax.lax.lgamma(x), "lgamma"),

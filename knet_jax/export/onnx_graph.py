@@ -235,7 +235,7 @@ def _fold(eqn: JaxprEqn, inputs: Sequence[Tensor]) -> list[Tensor] | None:
         return [Tensor("", np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars]
     if len(sizes) < len(eqn.outvars) or any(x.array is None for x in inputs):
         return None
-    if sum(sizes) > FOLD and eqn.primitive.name not in VIEWS:
+    if sum(sizes) > FOLD and not (eqn.primitive.name in VIEWS and inputs[0].full):
         return None
     arrays = [np.broadcast_to(x.array, v.aval.shape) for x, v in zip(inputs, eqn.invars)]
     with jax.ensure_compile_time_eval():
