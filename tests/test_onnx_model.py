@@ -245,7 +245,26 @@ def test_convolutions_take_in_what_their_channels_are_multiplied_and_shifted_by(
         assert types.count("Conv") == 1 and "MatMul" not in types
         if name in ("norm", "shifted before"):
             assert not {"Add", "Mul", "Max"} & {*types}
-    compare({"two ways": two_ways, "other pixels": other_pixels}, "b, 4, 4, 3")
+
+    def before_a_loop(x):
+        y = plain(x, kernel)
+        return jax.lax.fori_loop(0, jnp.int32(x.max()) % 2 + 2, lambda _, s: s + y * factor, y)
+
+    square, numbers = np.float32([[1, 2, 3], [0, 1, 0], [2, 0, 1]]), np.arange(12).reshape(3, 4)
+    others = {
+        "two ways": two_ways,
+        "other pixels": other_pixels,
+        "two products": lambda x: products(products(x, square[None, None]), large),
+        "two products at once": lambda x: (x.reshape(-1, 3) @ square @ large[0, 0]).reshape(
+            *x.shape[:3], -1
+        ),
+        "whole numbers": lambda x: products(x.astype(int), numbers[None, None]),
+        "in a loop": lambda x: jax.lax.map(lambda row: plain(row[None], kernel)[0] * factor, x),
+        "one for all": lambda x: jnp.broadcast_to(plain(x[:1], kernel), (*x.shape[:3], 4)) * factor,
+    }
+    compare(others, "b, 4, 4, 3")
+    model = compare({"before a loop": before_a_loop}, "b, 4, 4, 3")
+    assert [node.op_type for node in model.graph.node].count("Conv") == 1
 
     model = compare({"branches": branches}, "b, 4, 4, 3")
     assert [c.dims for c in model.graph.initializer if len(c.dims) == 4] == [[1, 1, 3, 5]]

@@ -1,7 +1,7 @@
 """Convolutions in ONNX, in the form that runtimes compute fastest.
 
-What multiplies or shifts the channels of a result, as a frozen norm does, becomes part of the kernel and
-the bias; and the product of all pixels of a map with a matrix becomes the 1x1 convolution that it is.
+What the channels of a result are multiplied by, or what is added to them, as by a frozen norm, becomes
+part of the kernel and the bias; and the product of all pixels of a map with a matrix becomes the 1x1 convolution that it is.
 Between such convolutions runtimes keep maps in a layout of their own, and what follows one, an addition
 or an activation, they compute with it.
 """
@@ -52,7 +52,7 @@ def convolve(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     if {*params["lhs_dilation"]} != {1} or {layout.lhs_spec, layout.out_spec} != {NHWC}:
         raise UserError("a convolution of dilated inputs, or not of NHWC, has no translation")
     if kernel is None:
-        raise UserError("a convolution with a kernel that is computed has no translation")
+        raise UserError("a convolution with a large kernel that is computed has no translation")
     x = g.read(g.fill(inputs[0], eqn.invars[0].aval.shape))
     kernel = np.broadcast_to(kernel, eqn.invars[1].aval.shape).transpose(layout.rhs_spec)
     low, high = zip(*params["padding"])
@@ -72,8 +72,8 @@ def _add(g: Graph, x: str, kernel: np.ndarray, attributes: Mapping[str, Any]) ->
 
 def _add_turned(g: Graph, note: Convolution) -> str:
     if g.in_body:
-        # onnxruntime prepares only what is a constant of the body itself. These are when it has loaded
-        # the file; a kernel that was kept there would be kept once for each branch.
+        # onnxruntime packs kernels only if they are constants of the body. The transpose of a constant
+        # from outside becomes one when the file is loaded, and the file holds the kernel once.
         kernel = g.op("Transpose", g.constant(note.kernel.transpose(2, 3, 1, 0)), perm=(3, 2, 0, 1))
         bias = g.op("Constant", value=numpy_helper.from_array(note.bias))
     else:
@@ -113,9 +113,10 @@ def with_channels(g: Graph, primitive: str, inputs: list[Tensor]) -> str | None:
 
 def multiply_pixels(g: Graph, x: str, matrix: str) -> str:
     """The product of two matrices."""
-    name, note = g.op("MatMul", x, matrix), g.notes.get(x)
-    if isinstance(note, Pixels) and matrix in g.constants:
-        g.notes[name] = note._replace(matrix=g.constants[matrix])
+    name, note, array = g.op("MatMul", x, matrix), g.notes.get(x), g.constants.get(matrix)
+    is_map = isinstance(note, Pixels) and note.matrix is None
+    if is_map and array is not None and array.dtype.kind == "f":  # there is no Conv of integers
+        g.notes[name] = note._replace(matrix=array)
     return name
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ WIDE = {"int8": "int32", "int16": "int32", "uint16": "int32"}
 """Types that runtimes have few kernels for, and what they are computed in."""
 
 VIEWS = ("reshape", "squeeze")
-"""Primitives that are computed here for constants of any size: they take no room."""
+"""Primitives that are computed here for constants of any size: a file grows by none of them."""
 
 UNFOLDED = ("dim_as_value", "platform_index")
 """Primitives without inputs whose results are not those of this machine."""
@@ -124,7 +125,7 @@ class Graph:
     def constant(self, array: np.ndarray, name: str | None = None) -> str:
         """The name of a constant; equal ones have one."""
         array = np.asarray(array, wide_dtype(array.dtype))
-        key = name or (array.dtype.str, array.shape, array.tobytes())
+        key = name or (array.dtype.str, array.shape, sha256(array.tobytes()).digest())
         if key not in self._named:
             self._named[key] = name or self.new_name("constant")
             self.constants[self._named[key]] = array
@@ -199,10 +200,11 @@ class Graph:
     ) -> onnx.GraphProto:
         """The graph of a loop's or a branch's body, which sees everything outside of it."""
         outer, self.nodes = self.nodes, []
+        notes, self.notes = self.notes, {}  # what is outside is computed there, once
         results = []
         for result in self.run(closed, arguments):
             results.append(self.op("Identity", self.read(result)))
-        nodes, self.nodes = self.nodes, outer
+        nodes, self.nodes, self.notes = self.nodes, outer, notes
 
         def describe(name: str, aval: Any) -> onnx.ValueInfoProto:
             # Runtimes do not see through loops: they are told the sizes that are known.

@@ -83,16 +83,16 @@ ELEMENTWISE |= {"max": _max, "round": _round, "select_n": _select}
 
 def _elementwise(g: Graph, eqn: JaxprEqn, inputs: list[Tensor]) -> list[Tensor]:
     rule = ELEMENTWISE[eqn.primitive.name]
+    shape = eqn.outvars[0].aval.shape
+    full = any(x.full and v.aval.shape == shape for x, v in zip(inputs, eqn.invars))
     if convolution := with_channels(g, eqn.primitive.name, inputs):
-        return [Tensor(convolution)]
+        return [Tensor(convolution, full=full)]
     if isinstance(rule, str):
         if rule in ("And", "Or") and eqn.invars[0].aval.dtype != bool:
             raise UserError(f"there is no ONNX operator for {eqn.primitive.name!r} of numbers")
         name = g.op(rule, *map(g.read, inputs))
     else:
         name = rule(g, eqn, *map(g.read, inputs))
-    rank = len(eqn.outvars[0].aval.shape)
-    full = any(x.full and v.aval.ndim == rank for x, v in zip(inputs, eqn.invars))
     return [Tensor(name, full=full)]
 
 
@@ -318,7 +318,7 @@ def _scan(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
     num_consts = len(inputs) - num_carry - num_xs
     if eqn.params["reverse"] or not num_xs:
         raise UserError("a loop backwards, or over nothing, has no translation")
-    consts = [Tensor(name) for name in inputs[:num_consts]]
+    consts = [Tensor(name, g.constants.get(name)) for name in inputs[:num_consts]]
     looped = [Tensor(g.new_name("step")) for _ in inputs[num_consts:]]
     graph = g.body("step", body, [*consts, *looped], list(zip(looped, body.in_avals[num_consts:])))
     names = [g.new_name("scan") for _ in eqn.outvars]
@@ -352,7 +352,8 @@ def _while(g: Graph, eqn: JaxprEqn, *inputs: str) -> list[str]:
     goes_on, step = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     num_read, num_others = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     num_consts = num_read + num_others
-    consts, state = [Tensor(name) for name in inputs[:num_consts]], inputs[num_consts:]
+    consts = [Tensor(name, g.constants.get(name)) for name in inputs[:num_consts]]
+    state = inputs[num_consts:]
     [begins] = g.run(goes_on, [*consts[:num_read], *map(Tensor, state)])
 
     def take_round(*arguments: jax.Array) -> list[jax.Array]:
