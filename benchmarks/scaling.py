@@ -65,7 +65,7 @@ def points(sizes: tuple[int, ...], side: int) -> Iterator[Point]:
         for case in cases(side, *COLORS):
             overrides = {"model.num_proposals": number, "data.max_things": 50}
             yield Point("kernels", number, case, overrides)
-    for number in (1, 3, 7):
+    for number in (0, 1, 3, 7):
         for case in cases(side, "network", "train"):
             yield Point("rounds", number, case, {"model.num_stages": number})
     for number in (0, 60, 200):
