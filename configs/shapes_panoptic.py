@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
                 "num_workers": 0,
                 "max_broken_share": 0.0,
             },
-            # Textures are told apart by the classes of pixels, at every seed early enough by this weight.
+            # Textures are told apart by the classes of pixels, early enough by this weight.
             "loss": {"mask": 1.0, "dice": 4.0, "label": 2.0, "rank": 0.1, "dense": 10.0},
             "optim": {
                 "lr": 1e-3,

@@ -34,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """`knet COMMAND …`, or its arguments given here."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        lines = [f"  {command:{width}}  {text}" for command, text in COMMANDS.items()]
         from knet_jax.system.exit_status import exit_statuses
 
+        width = max(map(len, COMMANDS))
+        lines = [f"  {command:{width}}  {text}" for command, text in COMMANDS.items()]
         with exit_statuses("knet"):
             print("\n".join([(__doc__ or "").strip(), *lines]), flush=True)
         return

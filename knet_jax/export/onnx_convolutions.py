@@ -1,9 +1,9 @@
 """Convolutions in ONNX, in the form that runtimes compute fastest.
 
 What the channels of a result are multiplied by, or what is added to them, as by a frozen norm, becomes
-part of the kernel and the bias; and the product of all pixels of a map with a matrix becomes the 1x1 convolution that it is.
-Between such convolutions runtimes keep maps in a layout of their own, and what follows one, an addition
-or an activation, they compute with it.
+part of the kernel and the bias; and the product of all pixels of a map with a matrix becomes the 1x1
+convolution that it is. Between such convolutions runtimes keep maps in a layout of their own, and what
+follows one, an addition or an activation, they compute with it.
 """
 
 from __future__ import annotations
