@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product as pairs
 
 import jax
 import jax.numpy as jnp
@@ -126,18 +125,18 @@ def _kernel_gradient(x, kernel, grad, *, strides, padding, dilation):
 
 def _kernel_gradient_as_products(x, kernel, grad, *, strides, padding, dilation):
     """`_kernel_gradient`, for each weight of a channel the product of what it reads and the gradient."""
-    rows, columns = grad.shape[1:3]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    reach = [(n - 1) * stride + 1 for n, stride in zip(grad.shape[1:3], strides)]
     grad = grad.reshape(-1, grad.shape[3])
 
-    products = []
-    for top, left in pairs(*(range(0, n * d, d) for n, d in zip(kernel.shape, dilation))):
-        last_row, last_column = top + (rows - 1) * strides[0], left + (columns - 1) * strides[1]
-        reads = x[:, top : last_row + 1 : strides[0], left : last_column + 1 : strides[1]]
-        # One after the other: XLA would copy what each of them reads before the first.
-        x, product = jax.lax.optimization_barrier((x, reads.reshape(-1, x.shape[3]).T @ grad))
-        products.append(product)
-    return jnp.stack(products).reshape(kernel.shape)
+    def product(offset: jax.Array) -> jax.Array:
+        seen = jax.lax.dynamic_slice(x, (0, *offset, 0), (len(x), *reach, x.shape[3]))
+        reads = seen[:, :: strides[0], :: strides[1]]
+        return reads.reshape(-1, x.shape[3]).T @ grad
+
+    # In a loop: XLA would copy what each of them reads before the first.
+    offsets = jnp.array([*np.ndindex(kernel.shape[:2])]) * jnp.array(dilation)
+    return jax.lax.map(product, offsets).reshape(kernel.shape)
 
 
 def _kernel_gradient_in_tiles(x, kernel, grad, *, strides, padding, dilation):
