@@ -176,6 +176,7 @@ OTHERS = {
     "swin": ("coco_panoptic.py:tiny,tiny_swin", {}),
     "convnext": ("coco_panoptic.py:tiny,tiny_convnext", {}),
     "vit": ("coco_panoptic.py:tiny,tiny_vit", {}),
+    "plain decoder": ("coco_panoptic.py:tiny", {"model.num_stages": 0}),
     "coordinates": ("coco_instance.py:tiny", {"model.neck.coordinates": True}),
     "deeplabv3": ("ade20k_semantic.py:deeplabv3,tiny", {}),
     "uper": ("ade20k_semantic.py:uper,tiny", {}),

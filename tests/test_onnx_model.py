@@ -45,6 +45,7 @@ def compare(functions, symbols="b, 5, 6", dtype=np.float32, weights=None):
 ELEMENTWISE = {
     "arithmetic": lambda x: (x + 1) * x - x / 3 + abs(x),
     "exponential": lambda x: jnp.exp(-abs(x)),
+    "logarithms": lambda x: jnp.log(abs(x) + 1) + jnp.log1p(x * x),
     "roots": lambda x: jnp.sqrt(x * x) + jax.lax.rsqrt(1 + x * x),
     "curves": lambda x: jax.lax.erf(x) + jax.nn.sigmoid(x),
     "rounding": lambda x: jnp.round(x) + jnp.floor(2 * x) + jnp.sign(x),

@@ -29,6 +29,10 @@ ELEMENTWISE: dict[str, Any] = {
     "ge": "GreaterOrEqual",
     "gt": "Greater",
     "le": "LessOrEqual",
+    "log": "Log",
+    "log1p": lambda g, eqn, x: g.op(
+        "Log", g.op("Add", x, g.constant(np.ones((), eqn.outvars[0].aval.dtype)))
+    ),
     "logistic": "Sigmoid",
     "lt": "Less",
     "min": "Min",
