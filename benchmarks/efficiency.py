@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import scenes
 from ml_collections import ConfigDict
-from parts import Size
+from parts import Size, lower
 from run import count, input_size
 
 from knet_jax.config.files import load_config
@@ -48,7 +48,7 @@ class Needs(NamedTuple):
 
 
 def find_needs(config: ConfigDict, size: Size) -> Needs:
-    """Compiles the gradients of one picture, for the CPU, and asks XLA."""
+    """Compiles the gradients of one picture, for the CPU but in the forms of GPUs, and asks XLA."""
     model, task = make_model(**config.model), TASKS[config.task]
     variables = init_variables(model, config.seed)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
@@ -62,7 +62,7 @@ def find_needs(config: ConfigDict, size: Size) -> Needs:
         devices=jax.local_devices()[:1],
     )
     key = jax.random.key(config.seed)
-    program = gradients.lower(params, params, batch_stats, part, counts, key).compile()
+    program = lower(gradients, params, params, batch_stats, part, counts, key).compile()
     costs = program.cost_analysis()
     return Needs(
         costs["flops"],

@@ -73,7 +73,7 @@ def _convolve(
     if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
         x = jax.lax.slice(x, (0,) * 4, x.shape, (1, *strides, 1))
         # Pixels in one axis: XLA transposes a copy of every map whose gradient sums over several.
-        return (x.reshape(-1, x.shape[3]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
+        return (x.reshape(-1, x.shape[3]) @ kernel[0, 0]).reshape(*x.shape[:3], kernel.shape[3])
     return jax.lax.conv_general_dilated(
         x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=LAYOUT
     )
@@ -104,7 +104,8 @@ _convolve.defvjp(_forward, _backward)
 
 
 def _fastest_on_cpu(kernel_shape: Sequence[int], pixels: int) -> Callable[..., jax.Array]:
-    """The form of the gradient by the weights that takes the least time.
+    """The form of the gradient by the weights that takes the least time: products where channels are
+    many, tiles where a map is large, else XLA's own.
 
     Args:
         kernel_shape: (size, size, c', c).
