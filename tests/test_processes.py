@@ -222,8 +222,9 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(runs):
-    """A run of one process."""
-    runs.run(runs.words(runs.folder / "alone"), 1)
+    """A run of one process, which has as many devices as two: fewer round otherwise, and a match that
+    tips over shows in the losses."""
+    runs.run(runs.words(runs.folder / "alone"), 1, 2)
     return runs.folder / "alone"
 
 
@@ -241,7 +242,7 @@ def test_two_processes_train_what_one_does(runs, alone):
     workdir = runs.folder / "by_two"
     texts = runs.run(runs.words(workdir), 2)
     assert "done: " in texts[0] and "step 6" not in texts[1]
-    np.testing.assert_allclose(losses_of(workdir), losses_of(alone), rtol=1e-4)
+    assert losses_of(workdir) == losses_of(alone)
     assert scores_of(workdir) == scores_of(alone)
     written = json.loads((workdir / "analysis" / "analysis.json").read_text())
     assert (written["step"], written["num_images"]) == (6, 5)
@@ -297,10 +298,10 @@ def test_a_signal_to_one_ends_all_and_another_number_goes_on(runs, alone):
     assert first == second
     step = int(first.split("step ")[1].split(",")[0])
     assert (workdir / "checkpoints" / str(step)).is_dir() and step < 400
-    [text] = runs.run(runs.words(workdir, **changes | {"train.steps": step + 2}), 1)
+    [text] = runs.run(runs.words(workdir, **changes | {"train.steps": step + 2}), 1, 2)
     assert f"resuming from step {step}" in text
     assert len(losses_of(workdir)) == step + 2
-    np.testing.assert_allclose(losses_of(workdir)[:6], losses_of(alone), rtol=1e-4)
+    assert losses_of(workdir)[:6] == losses_of(alone)
 
 
 @pytest.mark.slow
