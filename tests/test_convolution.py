@@ -64,6 +64,14 @@ def test_the_form_follows_the_measured_table():
     assert form(64, 128 * 128) == FORMS[2]
 
 
+def test_products_copy_what_they_read_one_after_the_other():
+    x, kernel = jnp.ones((2, 32, 32, 64)), jnp.ones((3, 3, 64, 64))
+    how = {"strides": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+    form = jax.jit(lambda *given: convolution._kernel_gradient_as_products(*given, **how))
+    memory = form.lower(x, kernel, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * x.nbytes  # padded, copied and transposed; not for each
+
+
 def test_types_stay():
     x, kernel = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 2), jnp.bfloat16)
     y, pull = jax.vjp(lambda x, k: convolve(x, k, (1, 1), [(1, 1)] * 2), x, kernel)

@@ -302,6 +302,10 @@ def test_a_signal_to_one_ends_all_and_another_number_goes_on(runs, alone):
     assert f"resuming from step {step}" in text
     assert len(losses_of(workdir)) == step + 2
     assert losses_of(workdir)[:6] == losses_of(alone)
+    # And with another number of devices, which rounds otherwise.
+    [text] = runs.run(runs.words(workdir, **changes | {"train.steps": step + 3}), 1)
+    assert f"resuming from step {step + 2}" in text
+    assert len(losses_of(workdir)) == step + 3
 
 
 @pytest.mark.slow
