@@ -82,11 +82,13 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return group_norm(x, scale, bias, math.gcd(32, channels)).astype(self.dtype)
+        return group_norm(x, scale, bias, math.gcd(32, channels), self.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def group_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, dtype: str
+) -> jax.Array:
     """Normalizes groups of channels of each image, then scales and shifts channels.
 
     For the gradient x and the statistics of its groups are kept.
@@ -96,23 +98,25 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> 
         scale: [c].
         bias: [c].
         groups: divides c.
+        dtype: of the result, whose gradient then has it too; between them all is `wide`.
     """
-    return _group_norm(x, scale, bias, groups)[0]
+    return _group_norm(x, scale, bias, groups, dtype)[0]
 
 
-def _group_norm(x, scale, bias, groups):
+def _group_norm(x, scale, bias, groups, dtype):
     values = x.astype(wide(x.dtype))
     mean = keep(_group_mean(values.mean((1, 2)), groups))
     deviation = values - mean
     variance = _group_mean((deviation * deviation).mean((1, 2)), groups)
     factor = keep(jax.lax.rsqrt(variance + EPSILON))
-    return deviation * (factor * scale) + bias, (x, mean, factor, scale)
+    return (deviation * (factor * scale) + bias).astype(dtype), (x, mean, factor, scale)
 
 
-def _group_norm_gradient(groups, residuals, grad):
+def _group_norm_gradient(groups, dtype, residuals, grad):
     x, mean, factor, scale = residuals
     size = x.shape[1] * x.shape[2]
     x, grad = jax.lax.optimization_barrier((x, grad))  # as in `convolve`
+    grad = grad.astype(factor.dtype)
     normal = (x.astype(grad.dtype) - mean) * factor
     sums, products = grad.sum((1, 2)), (grad * normal).sum((1, 2))
     along_bias = _group_mean(sums * scale / size, groups)
@@ -164,24 +168,28 @@ class BatchNorm(nn.Module):
             running_mean.value += BATCH_NORM_STEP * (mean - running_mean.value)
             running_var.value += BATCH_NORM_STEP * (unbiased - running_var.value)
         factor = jax.lax.rsqrt(var + EPSILON) * scale
-        return scale_and_shift(x, factor, bias - mean * factor).astype(self.dtype)
+        return scale_and_shift(x, factor, bias - mean * factor, self.dtype)
 
 
-@jax.custom_vjp
-def scale_and_shift(x: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
-    """x * factor + shift by channels, in their type. For the gradient x is kept as it is, and factor."""
-    return x.astype(factor.dtype) * factor + shift
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def scale_and_shift(
+    x: jax.Array, factor: jax.Array, shift: jax.Array, dtype: str
+) -> jax.Array:
+    """x * factor + shift by channels, computed in their type. For the gradient, which has the `dtype` of
+    the result, x is kept as it is, and factor."""
+    return (x.astype(factor.dtype) * factor + shift).astype(dtype)
 
 
-def _scale_and_shift_gradient(residuals, grad):
+def _scale_and_shift_gradient(dtype, residuals, grad):
     x, factor = residuals
     x, grad = jax.lax.optimization_barrier((x, grad))  # as in `convolve`
+    grad = grad.astype(factor.dtype)
     pixels = tuple(range(x.ndim - 1))
     return (grad * factor).astype(x.dtype), (grad * x).sum(pixels), grad.sum(pixels)
 
 
 scale_and_shift.defvjp(
-    lambda x, factor, shift: (scale_and_shift(x, factor, shift), (x, factor)),
+    lambda x, factor, shift, dtype: (scale_and_shift(x, factor, shift, dtype), (x, factor)),
     _scale_and_shift_gradient,
 )
 
