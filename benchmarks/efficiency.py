@@ -1,115 +1,99 @@
-"""Says what a train step needs, and how it would scale over nodes of GPUs: on paper.
+"""Says how a train step would scale over nodes of GPUs: on paper.
 
-python benchmarks/efficiency.py --config coco_panoptic --size 800x1344
+python benchmarks/efficiency.py
 python benchmarks/efficiency.py --gpus 64 --nic 1.5    # GB/s from a GPU to other nodes
 
-Operations, work space and traffic of the gradients of one picture and the bytes that devices exchange are
-XLA's and the network's own; nothing is run. The speed of the GPU and its links is assumed, by the flags,
-whose defaults are those of an H200 in a node of eight with a 400 Gbit/s adapter each.
+What a step needs is what `gpu_programs.py` has found for an H200. The speed of the GPU and its links is
+assumed, by the flags, whose defaults are those of an H200 in a node of eight with a 400 Gbit/s adapter each.
 
-A step: every GPU computes the gradients of its pictures, as fast as its arithmetic or its memory lets it;
-then all add up theirs (within the node, then each GPU an eighth of them with the other nodes, in a ring),
-and take the same step of AdamW. Nothing of it overlaps.
+A step: every GPU computes the gradients of its pictures, as fast as its arithmetic, its memory or the
+launches of its kernels let it; then all add up theirs (within the node, then each GPU an eighth of them
+with the other nodes, in a ring), and take the same step of AdamW. Nothing of it overlaps.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import json
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import numpy as np
-import scenes
-from ml_collections import ConfigDict
-from parts import Size, lower
-from run import count, input_size
-
-from knet_jax.config.files import load_config
-from knet_jax.matching import LossWeights
-from knet_jax.model import init_variables, make_model
-from knet_jax.nn.layers import AXIS
-from knet_jax.tasks import TASKS
-from knet_jax.training import train_step
+from run import count
 
 NODE = 8
 """GPUs of a node."""
+PROGRAMS = Path(__file__).with_name("results") / "gpu_programs.json"
 
 
 class Needs(NamedTuple):
-    """What the gradients of one picture need."""
+    """What a program needs, as `gpu_programs.py` says it."""
 
     flop: float
     bytes_moved: float
     """Read and written."""
-    work_space: float
-    exchanged: float
-    """Bytes of all gradients, which every device adds to those of the others in every step."""
+    kernels: int
 
 
-def find_needs(config: ConfigDict, size: Size) -> Needs:
-    """Compiles the gradients of one picture, for the CPU but in the forms of GPUs, and asks XLA."""
-    model, task = make_model(**config.model), TASKS[config.task]
-    variables = init_variables(model, config.seed)
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    batch = scenes.batch(1, size, config, seed=0)
-    part = jax.tree.map(lambda x: np.asarray(x)[None], batch)
-    counts = task.count(task.unpack(batch.targets))
-    gradients = jax.pmap(
-        partial(train_step.accumulate, model=model, task=task, weights=LossWeights(**config.loss)),
-        in_axes=(None, None, None, 0, None, None),
-        axis_name=AXIS,
-        devices=jax.local_devices()[:1],
-    )
-    key = jax.random.key(config.seed)
-    program = lower(gradients, params, params, batch_stats, part, counts, key).compile()
-    costs = program.cost_analysis()
-    return Needs(
-        costs["flops"],
-        costs["bytes accessed"],
-        program.memory_analysis().temp_size_in_bytes,
-        sum(x.nbytes for x in jax.tree.leaves(params)),
+def read_needs(report: dict, precision: str, pictures: int) -> tuple[Needs, Needs]:
+    """Of the gradients of that many pictures, and of the update."""
+    rows = [row for row in report["programs"] if row["gpus"] == 1]
+
+    def find(**wanted: str | int) -> Needs:
+        for row in rows:
+            if wanted.items() <= row.items():
+                return Needs(*(row[key] for key in Needs._fields))
+        sys.exit(f"no program {wanted} in the file; python benchmarks/gpu_programs.py makes one")
+
+    return find(program="gradients", precision=precision, batch=pictures), find(program="update")
+
+
+def seconds_of_program(needs: Needs, args: argparse.Namespace) -> float:
+    """What bounds it most: arithmetic, memory or launches."""
+    return max(
+        needs.flop / (args.tflops * 1e12 * args.share),
+        needs.bytes_moved / (args.memory * 1e9 * args.share),
+        needs.kernels * args.launch * 1e-6,
     )
 
 
-def seconds_of_step(needs: Needs, gpus: int, args: argparse.Namespace) -> dict[str, float]:
+def seconds_of_step(
+    gradients: Needs, update: Needs, gpus: int, args: argparse.Namespace
+) -> dict[str, float]:
     """What each part of a step takes.
 
     Args:
-        needs: of a picture.
+        gradients: of the pictures of a GPU.
+        update: of AdamW.
         gpus: all of them, full nodes or a part of one.
         args: see `main`.
     """
-    picture = max(
-        needs.flop / (args.tflops * 1e12 * args.share),
-        needs.bytes_moved / (args.memory * 1e9 * args.share),
-    )
     inside, nodes = min(gpus, NODE), -(-gpus // NODE)
-    within = 2 * (inside - 1) / inside * needs.exchanged / (args.nvlink * 1e9 * args.share)
-    between = 2 * (nodes - 1) / nodes * needs.exchanged / inside / (args.nic * 1e9 * args.share)
+    exchanged = 1e6 * args.exchanged
+    within = 2 * (inside - 1) / inside * exchanged / (args.nvlink * 1e9 * args.share)
+    between = 2 * (nodes - 1) / nodes * exchanged / inside / (args.nic * 1e9 * args.share)
     hops = 2 * (inside - 1 + nodes - 1) * args.latency * 1e-6
-    # AdamW reads gradient, parameter and two moments, and writes the last three.
-    update = 7 * needs.exchanged / (args.memory * 1e9 * args.share)
     return {
-        "gradients": args.pictures * picture,
+        "gradients": seconds_of_program(gradients, args),
         "exchange": within + between + hops,
-        "rest": update + args.matching * 1e-3,
+        "rest": seconds_of_program(update, args) + args.matching * 1e-3,
     }
 
 
 def main() -> None:
-    """Prints the needs and a table."""
+    """Prints a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="coco_panoptic")
-    parser.add_argument("--size", type=input_size, default=Size(800, 1344))
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--programs", type=Path, default=PROGRAMS, help="JSON of gpu_programs.py")
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--pictures", type=count, default=2, help="of a GPU in a step")
     parser.add_argument("--gpus", type=count, nargs="+", default=[1, 8, 64, 512])
     flags = {
-        "pictures": (2.0, "of a GPU in a step"),
         "tflops": (989.0, "of its arithmetic at best, in 10^12 a second"),
         "memory": (4800.0, "of its memory at best, in GB/s"),
+        "launch": (2.0, "microseconds from one kernel to the next at least"),
+        "exchanged": (150.0, "MB of gradients"),
         "nvlink": (450.0, "between GPUs of a node, each way, in GB/s"),
         "nic": (50.0, "from a GPU to other nodes, in GB/s"),
         "latency": (10.0, "of a message, in microseconds"),
@@ -119,24 +103,15 @@ def main() -> None:
     for name, (default, text) in flags.items():
         parser.add_argument(f"--{name}", type=float, default=default, help=text)
     args = parser.parse_args()
-    config = load_config(args.config, {"model.dtype": args.dtype})
-    needs = find_needs(config, args.size)
-    print(
-        f"a picture of {args.size} in {args.dtype}: {needs.flop / 1e12:.2f} Tflop, "
-        f"{needs.bytes_moved / 2**30:.1f} GiB read and written, work space "
-        f"{needs.work_space / 2**30:.2f} GiB; {needs.exchanged / 1e6:.0f} MB of gradients a step\n"
-    )
+    report = json.loads(args.programs.read_text())
+    needs = read_needs(report, args.precision, args.pictures)
     print("| GPUs | pictures a step | gradients | exchange | rest | efficiency | images/s a node |")
     print("|---|---|---|---|---|---|---|")
-    alone = sum(seconds_of_step(needs, 1, args).values())
+    alone = sum(seconds_of_step(*needs, 1, args).values())
     for gpus in args.gpus:
-        seconds = seconds_of_step(needs, gpus, args)
+        seconds = seconds_of_step(*needs, gpus, args)
         total = sum(seconds.values())
-        cells = [
-            gpus,
-            f"{gpus * args.pictures:.0f}",
-            *(f"{1e3 * s:.1f} ms" for s in seconds.values()),
-        ]
+        cells = [gpus, gpus * args.pictures, *(f"{1e3 * s:.1f} ms" for s in seconds.values())]
         cells += [f"{alone / total:.2f}", f"{min(gpus, NODE) * args.pictures / total:.0f}"]
         print("| " + " | ".join(map(str, cells)) + " |")
 

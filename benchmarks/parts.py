@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scenes
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from knet_jax.app.segmenter import Segmenter
@@ -144,6 +145,61 @@ def flops(jitted: Any, *args: Any) -> float | None:
     return (lower(jitted, *args).cost_analysis() or {}).get("flops")
 
 
+class Programs:
+    """K-Net's programs by a config, each a function and its arguments."""
+
+    def __init__(self, config: ConfigDict, size: Size, batch: int, things: int = scenes.THINGS):
+        self.config = config
+        self.model, self.task = make_model(**config.model), TASKS[config.task]
+        self.variables = init_variables(self.model, config.seed)
+        self.params = self.variables["params"]
+        self.batch_stats = self.variables.get("batch_stats", {})
+        self.batch = scenes.batch(batch, size, config, 0, things)
+
+    def network(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """uint8 pictures -> mask and class logits."""
+        return partial(run_rounds, model=self.model), (self.variables, self.batch)
+
+    def gradients(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Forward, matching, losses and gradients of the pictures, added to gradients before."""
+        gradients = partial(
+            train_step.accumulate,
+            model=self.model,
+            task=self.task,
+            weights=LossWeights(**self.config.loss),
+        )
+        counts = self.task.count(self.task.unpack(self.batch.targets))
+        key = jax.random.key(self.config.seed)
+        return gradients, (self.params, self.params, self.batch_stats, self.batch, counts, key)
+
+    def update(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Gradients are added over the devices, then AdamW."""
+        optimizer, _ = optim.make_optimizer(self.config.optim, self.params, 1000, 16)
+        state = train_step.TrainState(
+            jnp.zeros((), jnp.int32), self.params, self.batch_stats, optimizer.init(self.params)
+        )
+        update = partial(
+            train_step.update,
+            optimizer=optimizer,
+            trainable=optim.trainable(self.config.optim.groups, self.params),
+            ema_decay=0.0,
+        )
+        gradients, arguments = self.gradients()
+        *_, judgement = jax.eval_shape(on_devices(gradients, own_mesh()), *arguments)
+        return update, (state, self.params, self.batch_stats, (judgement,))
+
+
+def on_devices(program: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Each device runs the program on arrays of its own."""
+    each = PartitionSpec()  # what they hold has no bearing on what they need
+    return jax.shard_map(program, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)
+
+
+def own_mesh() -> Mesh:
+    """The first device of this machine, as all that there are."""
+    return Mesh(np.array(jax.devices()[:1]), (AXIS,))
+
+
 def forget_peak() -> None:
     """Lets the peak of this process's memory begin anew, where Linux is."""
     gc.collect()
@@ -196,12 +252,10 @@ def _find(path: str, key: str) -> str:
 
 def network(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """uint8 pictures -> mask and class logits, as in an evaluation."""
-    model = make_model(**config.model)
-    batch = scenes.batch(case.batch, case.size, config, seed=0)
-    variables, batch = jax.device_put((init_variables(model, config.seed), batch))
-    run = jax.jit(partial(run_rounds, model=model))
-    times = measure_with_peak(lambda: run(variables, batch), repeat, case.precision)
-    return times | {"flop": flops(run, variables, batch)}
+    program, arguments = Programs(config, case.size, case.batch).network()
+    run, arguments = jax.jit(program), jax.device_put(arguments)
+    times = measure_with_peak(lambda: run(*arguments), repeat, case.precision)
+    return times | {"flop": flops(run, *arguments)}
 
 
 def fusion(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
@@ -322,39 +376,29 @@ def segmenter(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
 
 def train(case: Case, config: ConfigDict, repeat: int) -> dict[str, Any]:
     """Forward, matching, losses, gradients and AdamW, as train.py does it."""
-    devices, task = jax.local_devices()[: case.devices], TASKS[config.task]
+    devices = jax.local_devices()[: case.devices]
     if len(devices) < case.devices:
         raise ValueError(f"there are {len(devices)} devices, not {case.devices}")
-    model = make_model(**config.model)
-    variables = init_variables(model, config.seed)
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    optimizer, _ = optim.make_optimizer(config.optim, params, 1000, case.batch)
-    weights = LossWeights(**config.loss)
-    step = train_step.make_train_step(
-        devices,
-        model=model,
-        task=task,
-        optimizer=optimizer,
-        trainable=optim.trainable(config.optim.groups, params),
-        weights=weights,
-        seed=config.seed,
-    )
     share = case.batch // case.devices
     num_parts = share // min(share, config.train.microbatch)
+    programs = Programs(config, case.size, share // num_parts, case.things)
+    params, batch_stats = programs.params, programs.batch_stats
+    optimizer, _ = optim.make_optimizer(config.optim, params, 1000, case.batch)
+    step = train_step.make_train_step(
+        devices,
+        model=programs.model,
+        task=programs.task,
+        optimizer=optimizer,
+        trainable=optim.trainable(config.optim.groups, params),
+        weights=LossWeights(**config.loss),
+        seed=config.seed,
+    )
     batch = scenes.batch(case.batch, case.size, config, 0, case.things)
     parts = train_step.to_devices(batch, devices, num_parts)
 
     # The optimizer's operations are few: they are not counted.
-    targets = jax.tree.map(lambda x: x[0], parts[0].targets)
-    counts = task.count(task.unpack(targets))
-    gradients = jax.pmap(
-        partial(train_step.accumulate, model=model, task=task, weights=weights),
-        axis_name=AXIS,
-        devices=devices,
-        in_axes=(None, None, None, 0, None, None),
-    )
-    key = jax.random.key(config.seed)
-    flop = flops(gradients, params, params, batch_stats, parts[0], counts, key)
+    gradients, arguments = programs.gradients()
+    flop = flops(jax.jit(on_devices(gradients, own_mesh())), *arguments)
 
     state = train_step.replicate(
         train_step.TrainState(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax.matching import DICE_EPSILON, FOCAL_ALPHA, FOCAL_GAMMA
+from knet_jax.nn.layers import wide
 from knet_jax.structs import EMPTY, Segments
 
 
@@ -76,6 +77,7 @@ def mask_loss(masks: jax.Array, targets: Segments, total: jax.Array) -> jax.Arra
 
     Logits [b, n, h, w] and one target for each.
     """
+    masks = masks.astype(wide(masks.dtype))
     each = (softplus(masks) - masks * targets.masks).mean((2, 3))
     return (each * (targets.labels != EMPTY)).sum() / jnp.maximum(total, 1)
 
@@ -83,7 +85,8 @@ def mask_loss(masks: jax.Array, targets: Segments, total: jax.Array) -> jax.Arra
 def dice_loss(masks: jax.Array, targets: Segments, total: jax.Array) -> jax.Array:
     """One minus the dice coefficient with squared areas, mean over the `total` kernels that have
     a target (Milletari et al., 2016)."""
-    p, t = jax.nn.sigmoid(masks), targets.masks.astype(masks.dtype)
+    p = jax.nn.sigmoid(masks.astype(wide(masks.dtype)))
+    t = targets.masks.astype(p.dtype)
     overlap = 2 * (p * t).sum((2, 3))
     each = 1 - overlap / ((p**2).sum((2, 3)) + (t**2).sum((2, 3)) + 2 * DICE_EPSILON)
     return (each * (targets.labels != EMPTY)).sum() / jnp.maximum(total, 1)
@@ -120,6 +123,7 @@ def pixel_loss(logits: jax.Array, owner: jax.Array, num_images: jax.Array) -> ja
         owner: int32 [b, h, w], the right kernel or `EMPTY`.
         num_images: of the whole step.
     """
+    logits = logits.astype(wide(logits.dtype))
     index = jnp.arange(logits.shape[1])[:, None, None]
     chosen = jnp.where(index == owner[:, None], logits, 0).sum(1)
     each = jnp.where(owner != EMPTY, jax.nn.logsumexp(logits, axis=1) - chosen, 0)
@@ -167,6 +171,7 @@ def dense_loss(
     b, h, w = owner.shape
     labels = jnp.take_along_axis(targets.labels, jnp.maximum(owner, 0).reshape(b, h * w), axis=1)
     label = jnp.where(owner != EMPTY, labels.reshape(b, h, w), EMPTY)
+    dense = dense.astype(wide(dense.dtype))
     each = focal(dense, label[:, None] == jnp.arange(dense.shape[1])[:, None, None])
     return each.sum() / jnp.maximum(total, 1)
 

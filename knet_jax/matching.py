@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from knet_jax.nn.assignment import assign
+from knet_jax.nn.layers import wide
 from knet_jax.structs import EMPTY, Segments
 
 FOCAL_ALPHA = 0.25
@@ -57,7 +58,7 @@ def matching_cost(
         [b, n, m]; what stands in the columns of empty slots has no meaning.
     """
     b, n, h, w = masks.shape
-    p = jax.nn.sigmoid(masks).reshape(b, n, h * w)
+    p = jax.nn.sigmoid(masks.astype(wide(masks.dtype))).reshape(b, n, h * w)
     t = targets.masks.reshape(b, -1, h * w).astype(p.dtype)
     overlap = jnp.einsum("bnp,bmp->bnm", p, t)
     p_area, t_area = p.sum(-1)[:, :, None], t.sum(-1)[:, None, :]

@@ -26,14 +26,75 @@ def test_a_step_on_paper(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     efficiency = importlib.import_module("efficiency")
     speeds = {"tflops": 2.0, "memory": 500.0, "nvlink": 10.0, "nic": 1.0, "share": 0.5}
-    args = argparse.Namespace(**speeds, pictures=3, latency=0.0, matching=4.0)
-    needs = efficiency.Needs(flop=1e12, bytes_moved=1e9, work_space=0, exchanged=1e9)
-    alone = efficiency.seconds_of_step(needs, 1, args)
-    # AdamW moves 7 GB at 250 GB/s.
+    args = argparse.Namespace(**speeds, exchanged=1000, launch=2.0, latency=0.0, matching=4.0)
+    gradients = efficiency.Needs(flop=3e12, bytes_moved=3e9, kernels=2000)
+    update = efficiency.Needs(flop=0.0, bytes_moved=7e9, kernels=1000)
+    alone = efficiency.seconds_of_step(gradients, update, 1, args)
+    # The update moves 7 GB at 250 GB/s.
     assert alone == pytest.approx({"gradients": 3.0, "exchange": 0.0, "rest": 0.028 + 0.004})
+    assert efficiency.seconds_of_program(gradients._replace(flop=0), args) == pytest.approx(0.012)
+    few = efficiency.Needs(flop=0, bytes_moved=0, kernels=2000)
+    assert efficiency.seconds_of_program(few, args) == pytest.approx(0.004)
     # 7/8 of 1 GB there and back within a node, then each GPU's eighth, of which half leaves it twice.
-    found = efficiency.seconds_of_step(needs, 16, args)["exchange"]
+    found = efficiency.seconds_of_step(gradients, update, 16, args)["exchange"]
     assert found == pytest.approx(2 * 7 / 8 / 5 + 2 * 1 / 2 / 8 / 0.5)
+
+
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+FileNames
+1 "f.py"
+
+%fused (p.0: f32[8,4], p.1: bf16[4]) -> f32[2,4] {
+  %p.0 = f32[8,4]{1,0} parameter(0)
+  %slice.1 = f32[2,4]{1,0} slice(%p.0), slice={[2:4], [0:4]}
+  %p.1 = bf16[4]{0} parameter(1)
+  ROOT %add.1 = f32[2,4]{1,0} add(%slice.1, %p.1)
+}
+
+%body (state: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %state = (s32[], /*index=1*/f32[8,4]{1,0}) parameter(0)
+  %map = f32[8,4]{1,0} get-tuple-element(%state), index=1
+  %negate.1 = f32[8,4]{1,0} negate(%map)
+  ROOT %next = (s32[], f32[8,4]{1,0}) tuple(%i, %negate.1)
+}
+
+ENTRY %main (x: f32[8,4], y: bf16[4]) -> f32[2,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = bf16[4]{0} parameter(1)
+  %loop = (s32[], f32[8,4]{1,0}) while(%x), condition=%until, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %product = (f32[8,4]{1,0}, u8[16]{0}) custom-call(%x, %y), custom_call_target="__cublas$gemm", metadata={op_name="jit(f)/dot"}
+  ROOT %fusion.1 = f32[2,4]{1,0} fusion(%x, %y), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/add"}
+}
+"""
+
+
+def test_what_kernels_of_a_compiled_program_read_and_write(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu_programs = importlib.import_module("gpu_programs")
+    # In the loop a map is read and written five times; of x the fusion reads a quarter.
+    assert gpu_programs.kernels(PROGRAM) == [
+        ("negate.1", 5 * 2 * 128, 5),
+        ("jit(f)/dot", (128 + 16) + (128 + 8), 1),
+        ("jit(f)/add", 32 + (32 + 8), 1),
+    ]
+
+
+@pytest.mark.slow
+def test_needs_of_programs_are_those_of_a_step_on_paper(tmp_path):
+    output = tmp_path / "programs.json"
+    tiny = ["--config=coco_panoptic:tiny", "--size=64x96", "--batch=1", "--gpus=1", "--here"]
+    command = ["benchmarks/gpu_programs.py", *tiny, "--precision=bfloat16", f"--output={output}"]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    rows = json.loads(output.read_text())["programs"]
+    assert [row["program"] for row in rows] == ["network", "gradients", "update"]
+    for row in rows:
+        assert row["kernels"] > 100 and row["bytes_moved"] > 1e6 and row["flop"] > 1e6
+    command = ["benchmarks/efficiency.py", f"--programs={output}", "--pictures=1"]
+    table = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert len(table.splitlines()) == 2 + 4
 
 
 @pytest.mark.parametrize(

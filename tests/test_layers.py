@@ -104,8 +104,26 @@ def test_the_gradient_that_is_written_out_is_that_of_the_formula():
         return x * factor + shift
 
     given = x, _, _ = random(2, 3, 4, 5), random(5, seed=2), random(5, seed=3)
-    grads = (jax.vjp(function, *given)[1](x + 1) for function in (layers.scale_and_shift, plain))
+    written = partial(layers.scale_and_shift, dtype="float32")
+    grads = (jax.vjp(function, *given)[1](x + 1) for function in (written, plain))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *grads)
+
+
+@pytest.mark.parametrize("norm", ["group", "frozen_batch"])
+def test_a_norm_of_bfloat16_rounds_only_its_result_and_the_gradient_of_its_input(norm):
+    x, weights = (jnp.asarray(random(2, 3, 4, 8, seed=i), jnp.bfloat16) for i in (0, 1))
+
+    def grads(dtype):
+        module = layers.make_norm(norm, dtype, train=True)(8, None)
+        y, pull = jax.vjp(
+            lambda p, x: module.apply({**variables, "params": p}, x), variables["params"], x
+        )
+        return y, *pull(weights.astype(y.dtype))
+
+    variables = layers.make_norm(norm, "float32", train=True)(8, None).init(jax.random.key(0), x)
+    (y, of_params, of_x), (wide_y, wide_params, wide_x) = grads("bfloat16"), grads("float32")
+    np.testing.assert_array_equal(y, wide_y.astype(jnp.bfloat16))
+    jax.tree.map(np.testing.assert_array_equal, (of_params, of_x), (wide_params, wide_x))
 
 
 BATCHES = random(3, 4, 5, 6, 2) * 3 + 1  # of three steps, or of three devices

@@ -222,6 +222,27 @@ def test_quarters_in_half_of_the_memory_change_no_loss_and_no_cost():
         np.testing.assert_array_equal(narrow, wide)
 
 
+@pytest.mark.parametrize("term", ["mask", "dice", "rank", "dense"])
+def test_masks_of_bfloat16_are_judged_in_float32(term):
+    rng = np.random.default_rng(0)
+    masks = jnp.asarray(rng.normal(0, 3, (2, 3, 60, 90)), jnp.bfloat16)
+    shares = jnp.asarray(rng.integers(0, 5, masks.shape) / 4, jnp.bfloat16)
+    wanted = Segments(shares, np.array([[0, 1, 2], [1, -1, 0]], np.int32))
+    judge = {
+        "mask": lambda masks: losses.mask_loss(masks, wanted, 5),
+        "dice": lambda masks: losses.dice_loss(masks, wanted, 5),
+        "rank": lambda masks: losses.rank_loss(masks, wanted, 2),
+        "dense": lambda masks: losses.dense_loss(masks, wanted, 2, 10800),
+    }[term]
+    (narrow, grad), (wide, wide_grad) = (
+        jax.value_and_grad(judge)(masks.astype(dtype)) for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    assert narrow.dtype == wide.dtype and grad.dtype == masks.dtype
+    np.testing.assert_allclose(narrow, wide, rtol=1e-6)
+    size = np.abs(wide_grad).max()
+    np.testing.assert_allclose(grad.astype(float) / size, wide_grad / size, atol=2**-8)
+
+
 def test_the_gradient_of_softplus_is_the_sigmoid():
     x = np.linspace(-30, 30, 61, dtype=np.float32)
     np.testing.assert_array_equal(losses.softplus(x), jax.nn.softplus(x))

@@ -172,9 +172,7 @@ class BatchNorm(nn.Module):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def scale_and_shift(
-    x: jax.Array, factor: jax.Array, shift: jax.Array, dtype: str
-) -> jax.Array:
+def scale_and_shift(x: jax.Array, factor: jax.Array, shift: jax.Array, dtype: str) -> jax.Array:
     """x * factor + shift by channels, computed in their type. For the gradient, which has the `dtype` of
     the result, x is kept as it is, and factor."""
     return (x.astype(factor.dtype) * factor + shift).astype(dtype)

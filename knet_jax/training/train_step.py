@@ -17,7 +17,7 @@ from knet_jax.knet import KNet, normalize
 from knet_jax.matching import LossWeights
 from knet_jax.nn.layers import AXIS, sum_over_devices
 from knet_jax.objectives import Judgement
-from knet_jax.structs import Batch
+from knet_jax.structs import Batch, Output
 from knet_jax.tasks import Task
 from knet_jax.training.optim import gradient_norm
 
@@ -81,9 +81,16 @@ def compute_loss(
         mutable=["batch_stats"],
         rngs={"dropout": key},
     )
-    judgement = task.loss(output, targets, counts, weights)
+    judgement = task.loss(round_masks(output, model.backbone.dtype), targets, counts, weights)
     batch_stats = updates.get("batch_stats", batch_stats)
     return sum(judgement.terms.values()), (judgement, batch_stats)
+
+
+def round_masks(output: Output, dtype: str) -> Output:
+    """The masks in the type of the maps. The losses read them many times, and compute in a wide one."""
+    stages = (stage._replace(masks=stage.masks.astype(dtype)) for stage in output.stages)
+    dense = None if output.dense is None else output.dense.astype(dtype)
+    return output._replace(stages=tuple(stages), dense=dense)
 
 
 def part_key(seed: int, step: jax.Array, part: jax.Array) -> jax.Array:
