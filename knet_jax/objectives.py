@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from knet_jax import losses
 from knet_jax.matching import LossWeights, match, matching_cost
-from knet_jax.nn.layers import resize, upsample2x
+from knet_jax.nn.layers import argmax, resize, upsample2x
 from knet_jax.structs import (
     EMPTY,
     InstanceTargets,
@@ -227,5 +227,5 @@ def semantic_loss(
     if output.dense is not None:
         terms["dense"] = loss(output.dense)
     last = jax.lax.stop_gradient(output.stages[-1].masks)
-    right = (resize(last, labels.shape[1:], axes=(2, 3)).argmax(1) == labels).sum()
+    right = (argmax(resize(last, labels.shape[1:], axes=(2, 3)), axis=1) == labels).sum()
     return Judgement(weigh(terms, weights), {"accuracy": right / jnp.maximum(counts.pixels, 1)})

@@ -126,6 +126,15 @@ def test_a_norm_of_bfloat16_rounds_only_its_result_and_the_gradient_of_its_input
     jax.tree.map(np.testing.assert_array_equal, (of_params, of_x), (wide_params, wide_x))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_first_of_the_largest(axis):
+    x = np.random.default_rng(0).integers(-3, 3, (4, 5, 6)).astype(np.float32)
+    x[0] = -np.inf
+    found = jax.jit(partial(layers.argmax, axis=axis))(x)
+    np.testing.assert_array_equal(found, x.argmax(axis))
+    assert found.dtype == jnp.argmax(x, axis).dtype
+
+
 BATCHES = random(3, 4, 5, 6, 2) * 3 + 1  # of three steps, or of three devices
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from knet_jax.inference.resampling import ResultCanvas, both_to_original
-from knet_jax.nn.layers import upsample2x
+from knet_jax.nn.layers import argmax, upsample2x
 from knet_jax.segmentation import rle
 from knet_jax.segmentation.segments import Instance
 from knet_jax.structs import EMPTY, Pass
@@ -123,7 +123,7 @@ def predict_labels(
                 logits = einsum("kiw,jw->kij", above, x)
                 # The largest logit of a single pass is its largest probability.
                 total += jax.nn.softmax(logits, axis=0) if len(passes) > 1 else logits
-            return (1 + total.argmax(0)).astype(dtype)
+            return (1 + argmax(total, axis=0)).astype(dtype)
 
         blocks = [y.reshape(-1, ROWS, y.shape[1]) for y, _ in all_axes]
         return jax.lax.map(block, blocks).reshape(shape)
