@@ -35,17 +35,12 @@ class Needs(NamedTuple):
     kernels: int
 
 
-def read_needs(report: dict, precision: str, pictures: int) -> tuple[Needs, Needs]:
-    """Of the gradients of that many pictures, and of the update."""
-    rows = [row for row in report["programs"] if row["gpus"] == 1]
-
-    def find(**wanted: str | int) -> Needs:
-        for row in rows:
-            if wanted.items() <= row.items():
-                return Needs(*(row[key] for key in Needs._fields))
-        sys.exit(f"no program {wanted} in the file; python benchmarks/gpu_programs.py makes one")
-
-    return find(program="gradients", precision=precision, batch=pictures), find(program="update")
+def find_needs(report: dict, **wanted: str | int) -> Needs:
+    """Of the program with these keys."""
+    for row in report["programs"]:
+        if wanted.items() <= row.items():
+            return Needs(*(row[key] for key in Needs._fields))
+    sys.exit(f"the file has no program {wanted}; gpu_programs.py makes one, by its flags")
 
 
 def seconds_of_program(needs: Needs, args: argparse.Namespace) -> float:
@@ -103,13 +98,25 @@ def main() -> None:
     for name, (default, text) in flags.items():
         parser.add_argument(f"--{name}", type=float, default=default, help=text)
     args = parser.parse_args()
-    report = json.loads(args.programs.read_text())
-    needs = read_needs(report, args.precision, args.pictures)
+    try:
+        report = json.loads(args.programs.read_text())
+        of = f"{report['config']}, {'x'.join(map(str, report['size']))}, {report['target']}"
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"{args.programs}: is no JSON of gpu_programs.py: {error!r}")
+    gradients = find_needs(
+        report, program="gradients", precision=args.precision, batch=args.pictures
+    )
+
+    def step(gpus: int) -> dict[str, float]:
+        update = find_needs(report, program="update", gpus=min(gpus, NODE))
+        return seconds_of_step(gradients, update, gpus, args)
+
+    print(f"{of}, {args.precision}, {args.pictures} pictures a GPU\n")
     print("| GPUs | pictures a step | gradients | exchange | rest | efficiency | images/s a node |")
     print("|---|---|---|---|---|---|---|")
-    alone = sum(seconds_of_step(*needs, 1, args).values())
+    alone = sum(step(1).values())
     for gpus in args.gpus:
-        seconds = seconds_of_step(*needs, gpus, args)
+        seconds = step(gpus)
         total = sum(seconds.values())
         cells = [gpus, gpus * args.pictures, *(f"{1e3 * s:.1f} ms" for s in seconds.values())]
         cells += [f"{alone / total:.2f}", f"{min(gpus, NODE) * args.pictures / total:.0f}"]

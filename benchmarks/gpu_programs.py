@@ -11,8 +11,10 @@ each program:
     Tflop       operations as written, a multiply-add being two
     traffic     what all kernels read and write, GiB
     work space  beside arguments and results, GiB
-    kernels     how many are launched; those of a loop whose end is not known, the assignment's, once
-    at best     milliseconds if memory (4.8 TB/s) or arithmetic were all used, whichever takes longer
+    kernels     how many are launched; of a loop whose end is not known, the assignment's, those of one turn,
+                and of a choice those of all branches
+    at best     milliseconds if the bandwidth of the memory (4.8 TB/s) and the arithmetic were fully used,
+                whichever takes longer
 """
 
 from __future__ import annotations
@@ -22,11 +24,10 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -59,7 +60,7 @@ MEMORY = 4.8e12
 TFLOPS = {"float32": 67, "tensorfloat32": 495, "bfloat16": 989}
 """10^12 operations a second, of dense products."""
 
-ARRAY = re.compile(r"\b(pred|token|[a-z]+(\d+))\[([\d,]*)\]")
+ARRAY = re.compile(r"\b(pred|token|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.+?) ([\w-]+)\((.*?)\)(.*)")
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 CALLED = re.compile(
@@ -115,37 +116,54 @@ def kernels(program: str) -> list[Kernel]:
                 for inner in called:
                     yield from launches(inner, times * int(known[1] if known else 1))
             elif each.kind not in NO_KERNEL and not each.kind.endswith("-done"):
-                read = [sizes[operand] for operand in each.operands]
+                read, written = [sizes[operand] for operand in each.operands], each.size
                 if each.kind == "fusion":
-                    read = map(min, read, reads(computations[called[0]]))
+                    fused = computations[called[0]]
+                    read, written = map(min, read, reads(fused)), writes(fused)
                 source = re.search(r'op_name="([^"]*)"', each.rest)
-                moved = times * (each.size + sum(read))
+                moved = times * (written + sum(read))
                 yield Kernel(source[1] if source else each.name, moved, times)
 
     return [*launches(entry, 1)]
 
 
 def reads(fused: list[Instruction]) -> list[int]:
-    """Bytes that a kernel reads of each of its parameters at most: of slices only these."""
+    """Bytes that a kernel reads of each of its parameters at most: of slices only these, and nothing of
+    what it changes in place."""
 
     def read(name: str, size: int) -> int:
-        users = [each for each in fused if name in each.operands]
-        if all(user.kind in {"slice", "dynamic-slice", "bitcast"} for user in users):
-            return sum(
-                read(user.name, user.size) if user.kind == "bitcast" else user.size
-                for user in users
-            )
-        return size
+        total = 0
+        for user in fused:
+            if name not in user.operands:
+                continue
+            if user.kind == "bitcast":
+                total += read(user.name, user.size)
+            elif user.kind in {"slice", "dynamic-slice"}:
+                total += user.size
+            elif user.kind != "dynamic-update-slice" or user.operands[0] != name:
+                return size
+        return total
 
     parameters = sorted((int(each.rest), each) for each in fused if each.kind == "parameter")
     return [read(each.name, each.size) for _, each in parameters]
 
 
+def writes(fused: list[Instruction]) -> int:
+    """Bytes that a kernel writes: of an array that it changes in place only the change."""
+    made, root = {each.name: each for each in fused}, fused[-1]
+    results = [made[name] for name in root.operands] if root.kind == "tuple" else [root]
+    return sum(
+        made[each.operands[1]].size if each.kind == "dynamic-update-slice" else each.size
+        for each in results
+    )
+
+
 def size_of(shape: str) -> int:
     """Bytes of an array, or of all of a tuple, as XLA writes them: `(f32[2,3]{1,0}, pred[])`."""
     return sum(
-        (int(bits) // 8 if bits else kind == "pred")
+        (int(bits) if bits else 8 * (kind == "pred"))
         * math.prod(int(n) for n in dims.split(",") if n)
+        // 8
         for kind, bits, dims in ARRAY.findall(shape)
     )
 
@@ -156,29 +174,33 @@ DONATED = {"network": (), "gradients": (0,), "update": (0,)}
 
 def h200_mesh(devices: int) -> Mesh:
     """GPUs that are described and need not be there."""
-    described = topologies.get_topology_desc(
-        platform="cuda", topology=f"1x1x{devices}", target_config=H200
-    )
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda", topology=f"1x1x{devices}", target_config=H200
+        )
+    except NotImplementedError:
+        sys.exit("XLA for GPUs is not installed: pip install 'jax[cuda12]' (or --here)")
     return topologies.make_mesh(described, (devices,), (AXIS,))
 
 
-def compile_program(name: str, programs: Programs, mesh: Mesh) -> jax.stages.Compiled:
-    """Compiles one of `DONATED` for the devices of the mesh."""
-    program, arguments = getattr(programs, name)()
+def compile_program(
+    program: Callable[..., Any], arguments: tuple[Any, ...], donated: tuple[int, ...], mesh: Mesh
+) -> jax.stages.Compiled:
+    """Compiles a program for the devices of the mesh; results take the memory of `donated` arguments."""
     sharding = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(lambda: arguments),
     )
-    jitted = jax.jit(on_devices(program, mesh), donate_argnums=DONATED[name])
+    jitted = jax.jit(on_devices(program, mesh), donate_argnums=donated)
     return jitted.lower(*shapes).compile()
 
 
 def needs(name: str, programs: Programs, mesh: Mesh) -> tuple[dict[str, float], list[Kernel]]:
-    """What a program needs, and its kernels."""
-    compiled = compile_program(name, programs, mesh)
-    launched = list(kernels(compiled.as_text()))
+    """What one of `DONATED` needs, and its kernels."""
     program, arguments = getattr(programs, name)()
+    compiled = compile_program(program, arguments, DONATED[name], mesh)
+    launched = kernels(compiled.as_text())
     record = {
         "flop": flops(jax.jit(on_devices(program, own_mesh())), *arguments),
         "bytes_moved": sum(kernel.bytes_moved for kernel in launched),
@@ -204,8 +226,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON for the results")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # the GPU is only described
-    if not (args.here or find_spec("jax_plugins.xla_cuda12")):
-        sys.exit("XLA for GPUs is not installed: pip install 'jax[cuda12]' (or --here)")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {args.output.parent}")
+    meshes = {n: own_mesh() if args.here else h200_mesh(n) for n in {1, *args.gpus}}
     print(
         "| program | precision | pictures | GPUs | Tflop | traffic | work space | kernels | at best |"
     )
@@ -216,7 +239,8 @@ def main() -> None:
         for precision in args.precision
         for batch in args.batch
     ]
-    cases += [("update", args.precision[0], 1, gpus) for gpus in args.gpus]
+    updated = [1] if args.here else args.gpus
+    cases += [("update", args.precision[0], 1, gpus) for gpus in updated]
     records = []
     for name, precision, batch, gpus in cases:
         if name not in args.only:
@@ -224,7 +248,7 @@ def main() -> None:
         dtype = "bfloat16" if precision == "bfloat16" else "float32"
         programs = Programs(load_config(args.config, {"model.dtype": dtype}), args.size, batch)
         with jax.default_matmul_precision(precision):
-            needed, launched = needs(name, programs, own_mesh() if args.here else h200_mesh(gpus))
+            needed, launched = needs(name, programs, meshes[gpus])
         peak = 1e12 * TFLOPS[precision]
         best = max(needed["bytes_moved"] / MEMORY, needed["flop"] / peak)
         cells = [name, precision, batch, gpus, f"{needed['flop'] / 1e12:.2f}"]

@@ -124,6 +124,15 @@ def test_a_norm_of_bfloat16_rounds_only_its_result_and_the_gradient_of_its_input
     (y, of_params, of_x), (wide_y, wide_params, wide_x) = grads("bfloat16"), grads("float32")
     np.testing.assert_array_equal(y, wide_y.astype(jnp.bfloat16))
     jax.tree.map(np.testing.assert_array_equal, (of_params, of_x), (wide_params, wide_x))
+    # What waits in a barrier is stored: the gradient as it arrives, not as it is computed with.
+    gradient = jax.make_jaxpr(lambda x: grads("bfloat16")[2])(x)
+    stored = [
+        operand.aval.dtype
+        for eqn in gradient.eqns
+        if eqn.primitive.name == "optimization_barrier"
+        for operand in eqn.invars
+    ]
+    assert set(stored) == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -203,6 +203,19 @@ def test_terms_are_finite_without_things_without_segments_and_far_from_zero(targ
     assert {name for name in TERMS if terms[name] > 0} == {"label", "dense"}
 
 
+def test_costs_of_bfloat16_masks_are_those_of_the_same_numbers():
+    rng = np.random.default_rng(0)
+    masks = jnp.asarray(rng.normal(0, 3, (2, 3, 60, 90)), jnp.bfloat16)
+    wanted = Segments(jnp.asarray(rng.integers(0, 5, masks.shape) / 4, jnp.bfloat16), None)
+    weights = matching.LossWeights(mask=1.0, dice=4.0, label=2.0, rank=0.1, dense=1.0)
+    narrow, wide = (
+        matching.matching_cost(masks.astype(dtype), None, wanted, weights)
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    assert narrow.dtype == jnp.float32
+    np.testing.assert_allclose(narrow, wide, rtol=1e-6)
+
+
 def test_quarters_in_half_of_the_memory_change_no_loss_and_no_cost():
     rng = np.random.default_rng(0)
     masks = rng.normal(0, 3, (1, 3, 40, 40)).astype(np.float32)

@@ -86,6 +86,35 @@ def trainer(untried):
     return config, step, state, batch
 
 
+@pytest.mark.parametrize("task", MODELS)
+def test_the_losses_of_a_bfloat16_network_get_its_masks_in_bfloat16(task):
+    seen = []
+
+    def loss(output, targets, counts, weights):
+        seen.extend(stage.masks.dtype for stage in output.stages)
+        seen.extend([output.dense.dtype] if output.dense is not None else [])
+        return TASKS[task].loss(output, targets, counts, weights)
+
+    model = make_model(**MODELS[task], dtype="bfloat16")
+    batch = make_batch(task=task)
+    targets = TASKS[task].unpack(batch.targets)
+    compute = partial(
+        train_step.compute_loss, model=model, task=TASKS[task]._replace(loss=loss), weights=WEIGHTS
+    )
+    variables = variable_shapes(model)
+    image = jax.ShapeDtypeStruct(batch.image.shape, jnp.bfloat16)
+    total, _ = jax.eval_shape(
+        compute,
+        variables["params"],
+        variables.get("batch_stats", {}),
+        image,
+        targets,
+        TASKS[task].count(targets),
+        jax.random.key(0),
+    )
+    assert set(seen) == {jnp.dtype("bfloat16")} and total.dtype == jnp.float32
+
+
 def test_a_step_is_kept_on_disk(untried, tmp_path):
     """So a run that goes on compiles nothing anew."""
     _, make_step, state, batch = untried

@@ -98,7 +98,7 @@ def group_norm(
         scale: [c].
         bias: [c].
         groups: divides c.
-        dtype: of the result, whose gradient then has it too; between them all is `wide`.
+        dtype: of the result and of the gradient that reaches it; everything is computed in `wide`.
     """
     return _group_norm(x, scale, bias, groups, dtype)[0]
 
@@ -173,8 +173,8 @@ class BatchNorm(nn.Module):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def scale_and_shift(x: jax.Array, factor: jax.Array, shift: jax.Array, dtype: str) -> jax.Array:
-    """x * factor + shift by channels, computed in their type. For the gradient, which has the `dtype` of
-    the result, x is kept as it is, and factor."""
+    """x * factor + shift by channels, computed in their type. `dtype` is that of the result and of the
+    gradient that reaches it, for which x is kept as it is, and factor."""
     return (x.astype(factor.dtype) * factor + shift).astype(dtype)
 
 
@@ -257,12 +257,14 @@ def resize(x: jax.Array, size: tuple[int, int], axes: tuple[int, int] = (1, 2)) 
 
 
 def argmax(x: jax.Array, axis: int) -> jax.Array:
-    """`jnp.argmax` of what is no NaN: the first index of the largest. XLA on the CPU takes ten times as
-    long for it as for the largest, and then the least index that has it."""
+    """`jnp.argmax`, the first index of the largest; where there is a NaN, any index. XLA on the CPU takes
+    ten times as long for it as for the largest, and then the least index that has it."""
 
     def on_cpu(x: jax.Array) -> jax.Array:
         last = x.shape[axis] - 1
-        index = jnp.expand_dims(jnp.arange(last + 1), [i for i in range(x.ndim) if i != axis])
+        index = jnp.expand_dims(
+            jnp.arange(last + 1), [i for i in range(x.ndim) if i != axis % x.ndim]
+        )
         return jnp.where(x == x.max(axis, keepdims=True), index, last).min(axis)
 
     return jax.lax.platform_dependent(x, cpu=on_cpu, default=partial(jnp.argmax, axis=axis))

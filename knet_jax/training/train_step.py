@@ -87,7 +87,8 @@ def compute_loss(
 
 
 def round_masks(output: Output, dtype: str) -> Output:
-    """The masks in the type of the maps. The losses read them many times, and compute in a wide one."""
+    """The masks in the type of the maps, in which they are then enlarged. The losses read them many times;
+    their sums and exponentials are wide."""
     stages = (stage._replace(masks=stage.masks.astype(dtype)) for stage in output.stages)
     dense = None if output.dense is None else output.dense.astype(dtype)
     return output._replace(stages=tuple(stages), dense=dense)
