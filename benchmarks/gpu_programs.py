@@ -37,6 +37,7 @@ from run import count, input_size
 
 from knet_jax.config.files import load_config
 from knet_jax.nn.layers import AXIS
+from knet_jax.system.errors import UserError
 
 H200 = """
 gpu_device_info {
@@ -228,6 +229,13 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # the GPU is only described
     if args.output and not args.output.parent.is_dir():
         parser.error(f"--output: there is no folder {args.output.parent}")
+    dtypes = {name: "bfloat16" if name == "bfloat16" else "float32" for name in args.precision}
+    try:
+        configs = {
+            name: load_config(args.config, {"model.dtype": dtype}) for name, dtype in dtypes.items()
+        }
+    except UserError as error:
+        parser.error(str(error))
     meshes = {n: own_mesh() if args.here else h200_mesh(n) for n in {1, *args.gpus}}
     print(
         "| program | precision | pictures | GPUs | Tflop | traffic | work space | kernels | at best |"
@@ -245,8 +253,7 @@ def main() -> None:
     for name, precision, batch, gpus in cases:
         if name not in args.only:
             continue
-        dtype = "bfloat16" if precision == "bfloat16" else "float32"
-        programs = Programs(load_config(args.config, {"model.dtype": dtype}), args.size, batch)
+        programs = Programs(configs[precision], args.size, batch)
         with jax.default_matmul_precision(precision):
             needed, launched = needs(name, programs, meshes[gpus])
         peak = 1e12 * TFLOPS[precision]
