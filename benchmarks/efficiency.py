@@ -3,8 +3,9 @@
 python benchmarks/efficiency.py
 python benchmarks/efficiency.py --gpus 64 --nic 1.5    # GB/s from a GPU to other nodes
 
-What a step needs is what `gpu_programs.py` has found for an H200. The speed of the GPU and its links is
-assumed, by the flags, whose defaults are those of an H200 in a node of eight with a 400 Gbit/s adapter each.
+What a step needs is what `gpu_programs.py` has found, and how fast an H200 is at best is what it says. The
+speed of links and the share of all speeds that is reached are assumed, by the flags, whose defaults are a
+node of eight with a 400 Gbit/s adapter each.
 
 A step: every GPU computes the gradients of its pictures, as fast as its arithmetic, its memory or the
 launches of its kernels let it; then all add up theirs (within the node, then each GPU an eighth of them
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from gpu_programs import MEMORY, TFLOPS
 from run import count
 
 NODE = 8
@@ -46,25 +48,25 @@ def find_needs(report: dict, **wanted: str | int) -> Needs:
 def seconds_of_program(needs: Needs, args: argparse.Namespace) -> float:
     """What bounds it most: arithmetic, memory or launches."""
     return max(
-        needs.flop / (args.tflops * 1e12 * args.share),
-        needs.bytes_moved / (args.memory * 1e9 * args.share),
+        needs.flop / (TFLOPS[args.precision] * 1e12 * args.share),
+        needs.bytes_moved / (MEMORY * args.share),
         needs.kernels * args.launch * 1e-6,
     )
 
 
 def seconds_of_step(
-    gradients: Needs, update: Needs, gpus: int, args: argparse.Namespace
+    gradients: Needs, update: Needs, exchanged: int, gpus: int, args: argparse.Namespace
 ) -> dict[str, float]:
     """What each part of a step takes.
 
     Args:
         gradients: of the pictures of a GPU.
         update: of AdamW.
+        exchanged: bytes of all gradients, which every GPU adds to those of the others.
         gpus: all of them, full nodes or a part of one.
         args: see `main`.
     """
     inside, nodes = min(gpus, NODE), -(-gpus // NODE)
-    exchanged = 1e6 * args.exchanged
     within = 2 * (inside - 1) / inside * exchanged / (args.nvlink * 1e9 * args.share)
     between = 2 * (nodes - 1) / nodes * exchanged / inside / (args.nic * 1e9 * args.share)
     hops = 2 * (inside - 1 + nodes - 1) * args.latency * 1e-6
@@ -81,18 +83,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--programs", type=Path, default=PROGRAMS, help="JSON of gpu_programs.py")
-    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--precision", choices=TFLOPS, default="bfloat16")
     parser.add_argument("--pictures", type=count, default=2, help="of a GPU in a step")
     parser.add_argument("--gpus", type=count, nargs="+", default=[1, 8, 64, 512])
     flags = {
-        "tflops": (989.0, "of its arithmetic at best, in 10^12 a second"),
-        "memory": (4800.0, "of its memory at best, in GB/s"),
         "launch": (2.0, "microseconds from one kernel to the next at least"),
-        "exchanged": (150.0, "MB of gradients"),
         "nvlink": (450.0, "between GPUs of a node, each way, in GB/s"),
         "nic": (50.0, "from a GPU to other nodes, in GB/s"),
         "latency": (10.0, "of a message, in microseconds"),
-        "share": (0.5, "of these that is reached"),
+        "share": (0.5, "of the speed of arithmetic, memory and links that is reached"),
         "matching": (3.0, "milliseconds of the assignments of a step"),
     }
     for name, (default, text) in flags.items():
@@ -100,6 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         report = json.loads(args.programs.read_text())
+        exchanged = report["gradient_bytes"]
         of = f"{report['config']}, {'x'.join(map(str, report['size']))}, {report['target']}"
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"{args.programs}: is no JSON of gpu_programs.py: {error!r}")
@@ -109,7 +109,7 @@ def main() -> None:
 
     def step(gpus: int) -> dict[str, float]:
         update = find_needs(report, program="update", gpus=min(gpus, NODE))
-        return seconds_of_step(gradients, update, gpus, args)
+        return seconds_of_step(gradients, update, exchanged, gpus, args)
 
     print(f"{of}, {args.precision}, {args.pictures} pictures a GPU\n")
     print("| GPUs | pictures a step | gradients | exchange | rest | efficiency | images/s a node |")

@@ -179,7 +179,7 @@ def h200_mesh(devices: int) -> Mesh:
         described = topologies.get_topology_desc(
             platform="cuda", topology=f"1x1x{devices}", target_config=H200
         )
-    except NotImplementedError:
+    except NotImplementedError:  # JAX's answer where it knows no such platform
         sys.exit("XLA for GPUs is not installed: pip install 'jax[cuda12]' (or --here)")
     return topologies.make_mesh(described, (devices,), (AXIS,))
 
@@ -264,12 +264,13 @@ def main() -> None:
         for kernel in sorted(launched, key=lambda k: -k.bytes_moved)[: args.most]:
             print(f"    {kernel.bytes_moved / 2**20:8.1f} MiB, {kernel.times} x {kernel.source}")
         case = {"program": name, "precision": precision, "batch": batch, "gpus": gpus}
-        records.append(case | needed | {"best_ms": 1e3 * best})
+        records.append(case | needed)
     report = {
         "config": args.config,
         "size": args.size,
         "target": "here" if args.here else "h200",
         "jax": version("jax"),
+        "gradient_bytes": sum(x.nbytes for x in jax.tree.leaves(programs.params)),
         "programs": records,
     }
     if args.output:

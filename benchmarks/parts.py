@@ -129,20 +129,18 @@ def summary(times: list[float]) -> dict[str, Any]:
     return {"median_ms": statistics.median(times), "min_ms": min(times), "n": len(times)}
 
 
-def lower(jitted: Any, *args: Any) -> jax.stages.Lowered:
-    """A program that can be counted: with XLA's own gradients of kernels, which GPUs keep. Those of CPUs
-    are loops, whose body XLA counts once."""
+def flops(jitted: Any, *args: Any) -> float | None:
+    """Operations of a program as written, before XLA changes it; None where XLA does not say.
+
+    Gradients of kernels are counted in XLA's own form, which GPUs keep: those of CPUs are loops, whose
+    body XLA counts once.
+    """
     own = {
         "_fastest_on_cpu": lambda *_, **__: convolution._kernel_gradient,
         "_sums_of_products": convolution._depthwise_kernel_gradient,
     }
     with mock.patch.multiple(convolution, **own):
-        return jitted.lower(*args)
-
-
-def flops(jitted: Any, *args: Any) -> float | None:
-    """Operations of a program as written, before XLA changes it; None where XLA does not say."""
-    return (lower(jitted, *args).cost_analysis() or {}).get("flops")
+        return (jitted.lower(*args).cost_analysis() or {}).get("flops")
 
 
 class Programs:

@@ -25,18 +25,20 @@ def test_costs_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
 def test_a_step_on_paper(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     efficiency = importlib.import_module("efficiency")
-    speeds = {"tflops": 2.0, "memory": 500.0, "nvlink": 10.0, "nic": 1.0, "share": 0.5}
-    args = argparse.Namespace(**speeds, exchanged=1000, launch=2.0, latency=0.0, matching=4.0)
+    monkeypatch.setattr(efficiency, "MEMORY", 500e9)
+    monkeypatch.setattr(efficiency, "TFLOPS", {"float32": 2.0})
+    speeds = {"precision": "float32", "nvlink": 10.0, "nic": 1.0, "share": 0.5}
+    args = argparse.Namespace(**speeds, launch=2.0, latency=0.0, matching=4.0)
     gradients = efficiency.Needs(flop=3e12, bytes_moved=3e9, kernels=2000)
     update = efficiency.Needs(flop=0.0, bytes_moved=7e9, kernels=1000)
-    alone = efficiency.seconds_of_step(gradients, update, 1, args)
+    alone = efficiency.seconds_of_step(gradients, update, 10**9, 1, args)
     # The update moves 7 GB at 250 GB/s.
     assert alone == pytest.approx({"gradients": 3.0, "exchange": 0.0, "rest": 0.028 + 0.004})
     assert efficiency.seconds_of_program(gradients._replace(flop=0), args) == pytest.approx(0.012)
     few = efficiency.Needs(flop=0, bytes_moved=0, kernels=2000)
     assert efficiency.seconds_of_program(few, args) == pytest.approx(0.004)
     # 7/8 of 1 GB there and back within a node, then each GPU's eighth, of which half leaves it twice.
-    found = efficiency.seconds_of_step(gradients, update, 16, args)["exchange"]
+    found = efficiency.seconds_of_step(gradients, update, 10**9, 16, args)["exchange"]
     assert found == pytest.approx(2 * 7 / 8 / 5 + 2 * 1 / 2 / 8 / 0.5)
 
 
